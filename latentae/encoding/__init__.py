@@ -1,0 +1,1 @@
+"""Datasets to latents: image shards in, latent shards out, one for one."""

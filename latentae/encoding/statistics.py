@@ -1,0 +1,113 @@
+"""Per-channel statistics of a latent data set, in one pass, exact however the work was split.
+
+    posterior      q(z | x) = N(mean, sigma^2), stored as mean and logvar = log sigma^2
+    of the means   E[mean], Var[mean]
+    of the samples z = mean + sigma eps:  E[z] = E[mean],  Var[z] = Var[mean] + E[sigma^2]  (law of total variance, no draw)
+
+Two sets of values merge by Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
+variances", eq. 2.1. Everything is NumPy in double precision: its sums do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["LatentStatistics", "merge"]
+
+Vector = np.ndarray  # [z] float64
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """What is known of the latents seen so far, per channel."""
+
+    samples: int
+    """Latents seen."""
+    count: int
+    """Values seen in each channel: samples times height times width."""
+    mean: Vector
+    """Mean of the posterior mean, [z]."""
+    m2: Vector
+    """Sum of squared distances of the posterior mean from `mean`, [z]."""
+    variance_sum: Vector
+    """Sum of the posterior variance sigma^2, [z]."""
+
+    @classmethod
+    def empty(cls, channels: int) -> LatentStatistics:
+        """The statistics of no latent at all."""
+        return cls(0, 0, np.zeros(channels), np.zeros(channels), np.zeros(channels))
+
+    @classmethod
+    def of(cls, mean: Tensor, logvar: Tensor) -> LatentStatistics:
+        """The statistics of one posterior, `mean` and `logvar` [z, h, w] as they are stored."""
+        values = mean.double().cpu().numpy().reshape(mean.shape[0], -1)
+        variance = np.exp(logvar.double().cpu().numpy().reshape(mean.shape[0], -1))
+        center = values.mean(axis=1)
+        m2 = np.square(values - center[:, None]).sum(axis=1)
+        return cls(1, values.shape[1], center, m2, variance.sum(axis=1))
+
+    def merge(self, other: LatentStatistics) -> LatentStatistics:
+        """The statistics of both sets together (Chan et al. 1979, eq. 2.1)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return LatentStatistics(
+            self.samples + other.samples,
+            count,
+            self.mean + delta * (other.count / count),
+            self.m2 + other.m2 + np.square(delta) * (self.count * (other.count / count)),
+            self.variance_sum + other.variance_sum,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What a diffusion model needs to know, as plain JSON values.
+
+        `scaling_factor` is 1 / (standard deviation of the sampled latent over all channels), Rombach et al. 2022, App. G;
+        `shift_factor` is its mean; `latents_mean` and `latents_std` are the same by channel. A diffusion model sees
+        (z - shift) * scaling. All are null where no latent was seen, `scaling_factor` also where the latents do not vary.
+        """
+        if not self.count:
+            names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "posterior_mean_std", "posterior_std")
+            return {"samples": 0, "values_per_channel": 0, **dict.fromkeys(names)}
+        noise = self.variance_sum / self.count
+        variance = self.m2 / self.count + noise
+        shift = float(self.mean.mean())
+        # Var over all channels = mean of the channels' variances + variance of the channels' means
+        overall = float(np.sqrt(variance.mean() + np.square(self.mean - shift).mean()))
+        return {
+            "samples": self.samples,
+            "values_per_channel": self.count,
+            "scaling_factor": 1 / overall if overall > 0 else None,
+            "shift_factor": shift,
+            "latents_mean": self.mean.tolist(),
+            "latents_std": np.sqrt(variance).tolist(),
+            "posterior_mean_std": np.sqrt(self.m2 / self.count).tolist(),
+            "posterior_std": np.sqrt(noise).tolist(),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values that `from_json` restores to the last bit."""
+        vectors = {name: getattr(self, name).tolist() for name in ("mean", "m2", "variance_sum")}
+        return {"samples": self.samples, "count": self.count, **vectors}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LatentStatistics:
+        """The statistics that `to_json` wrote; ValueError, KeyError or TypeError if they are not."""
+        vectors = [np.asarray(value[name], dtype=np.float64) for name in ("mean", "m2", "variance_sum")]
+        if any(vector.ndim != 1 or len(vector) != len(vectors[0]) or not np.isfinite(vector).all() for vector in vectors):
+            raise ValueError("mean, m2 and variance_sum must be finite and of one length")
+        return cls(int(value["samples"]), int(value["count"]), *vectors)
+
+
+def merge(parts: Iterable[LatentStatistics], channels: int) -> LatentStatistics:
+    """All `parts` together, merged in the order given (the last bits depend on it: give them sorted)."""
+    total = LatentStatistics.empty(channels)
+    for part in parts:
+        total = total.merge(part)
+    return total

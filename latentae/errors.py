@@ -1,0 +1,82 @@
+"""The exception tree: every error a user can cause or meet is one of these.
+
+    LatentAEError
+    |-- RecipeError             a recipe key or value
+    |-- DataError               something about the input data
+    |   |-- ShardError          a shard: missing, empty, damaged
+    |   `-- ImageError          an image: unreadable, wrong size, wrong channels
+    |-- ModelError              a model folder, its config or its weights
+    |-- WeightsError            pretrained weights of a perceptual network that can't be had
+    |-- OutputError             an output folder that can't be written or holds something else
+    |-- TrainingError           a run that can't go on
+    |-- MissingDependencyError  an optional package that this step needs
+    `-- Interrupted             Ctrl-C or SIGTERM, after the state was saved
+
+Messages are one line: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "ImageError",
+    "Interrupted",
+    "LatentAEError",
+    "MissingDependencyError",
+    "ModelError",
+    "OutputError",
+    "RecipeError",
+    "ShardError",
+    "TrainingError",
+    "WeightsError",
+]
+
+
+class LatentAEError(Exception):
+    """Base of every error raised on purpose; `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class RecipeError(LatentAEError):
+    """A recipe key or value that is unknown or not allowed."""
+
+    exit_code = 2
+
+
+class DataError(LatentAEError):
+    """Input data that is missing or unusable."""
+
+
+class ShardError(DataError):
+    """A shard that is missing, empty or damaged."""
+
+
+class ImageError(DataError):
+    """An image that can't be read or has the wrong shape."""
+
+
+class ModelError(LatentAEError):
+    """A model folder, config or state dict that does not fit."""
+
+
+class WeightsError(LatentAEError):
+    """Pretrained weights of a perceptual network that can't be had."""
+
+
+class OutputError(LatentAEError):
+    """An output folder that can't be written, or that holds something else."""
+
+
+class TrainingError(LatentAEError):
+    """A training run that can't go on."""
+
+
+class MissingDependencyError(LatentAEError):
+    """An optional package that this step needs is not installed."""
+
+
+class Interrupted(LatentAEError):
+    """Stopped by a signal after the state was saved; 128 + SIGINT, as shells expect."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""How good a model is: metrics with stated conventions, baselines at the same budget, the report."""

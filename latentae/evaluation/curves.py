@@ -1,0 +1,109 @@
+"""Charts of a run's metrics.jsonl: one small SVG per quantity, against images seen."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from latentae.errors import DataError
+from latentae.evaluation.report import Chart
+
+__all__ = ["line_chart", "read_log", "training_charts"]
+
+PREFIXES = ("loss/", "validation/")
+# matplotlib writes colours as literals; these unlikely ones are replaced by the page's own, which know light from dark
+INK, LINE, ACCENT, SECOND = "#010203", "#010204", "#010205", "#010206"
+THEME = {INK: "currentColor", LINE: "var(--line, #ccc)", ACCENT: "var(--accent, #2764d8)", SECOND: "var(--second, #c2571a)"}
+Series = list[tuple[float, float]]  # (images seen, value)
+
+
+def read_log(path: str | Path) -> dict[str, Series]:
+    """Every `loss/*` and `validation/*` of a metrics.jsonl as (images seen, value), in order.
+
+    A line cut short by a crash is passed over; where a resumed run wrote a point again, the later one counts.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"could not read {path}: {error.strerror}; give a run's metrics.jsonl") from error
+    points: dict[str, dict[float, float]] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(entry, dict) or "images" not in entry:
+            continue
+        for key, value in entry.items():
+            if key.startswith(PREFIXES) and isinstance(value, int | float) and math.isfinite(value):
+                points.setdefault(key, {})[float(entry["images"])] = float(value)
+    return {key: sorted(series.items()) for key, series in points.items()}
+
+
+def training_charts(path: str | Path) -> list[Chart]:
+    """A chart for each quantity in a metrics.jsonl, totals and validation first; empty when there is none."""
+    series = read_log(path)
+    order = sorted(series, key=lambda key: (not key.startswith("validation/"), key != "loss/total", key))
+    return [Chart(line_chart(series[key], key), key.replace("/", ": ")) for key in order]
+
+
+def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
+    """One line as an inline `<svg>`: the points, and a running mean where they are many."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    x, y = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+    # one font family that ships with matplotlib; the page replaces it. The salt keeps ids of charts on one page apart.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "DejaVu Sans", "font.size": 9}):
+        figure = Figure(figsize=(4.2, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+        if len(x) > 40:
+            axes.plot(x, y, color=ACCENT, alpha=0.25, linewidth=0.8)
+            axes.plot(x, _smooth(y), color=ACCENT, linewidth=1.6)
+        else:
+            axes.plot(x, y, color=ACCENT, linewidth=1.6, marker="o", markersize=3)
+        if y.min() > 0 and y.max() / y.min() > 20:
+            axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("images seen", color=INK)
+        axes.grid(color=LINE, linewidth=0.8)
+        axes.tick_params(colors=INK, which="both", length=0)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(LINE)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _inline(buffer.getvalue(), label)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a thirtieth of the points; the ends average what there is."""
+    half = max(len(values) // 60, 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _inline(svg: str, label: str) -> str:
+    """The `<svg>` element alone, scalable, in the page's colours, with a name for screen readers."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, rest = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    for literal, themed in THEME.items():
+        rest = rest.replace(literal, themed)
+    return f'<svg {view.group(0) if view else ""} role="img" aria-label="{escape(label)}">{rest.replace("xlink:href", "href")}'.strip()

@@ -1,0 +1,119 @@
+"""The verb `reconstruct`: image files in, one picture of originals over reconstructions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentae.data.decode import decode_image
+from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
+from latentae.errors import ImageError, ModelError
+from latentae.evaluation.device import choose_device
+from latentae.evaluation.images import image_grid, write_png
+from latentae.evaluation.metrics import psnr
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.pretrained import load_model
+from latentae.progress import Progress, say
+
+__all__ = ["LONGEST_SIDE", "image_grid", "reconstruct"]
+
+LONGEST_SIDE = 1024  # without a resolution, larger images are reduced to it: a whole photo would need tens of gigabytes
+
+
+def reconstruct(
+    model: str | Path,
+    images: Sequence[str | Path],
+    *,
+    out: str | Path = "grid.png",
+    resolution: int | None = None,
+    weights: str = "ema",
+    device: str = "auto",
+) -> Path:
+    """Write originals over their reconstructions (posterior mean) as one PNG and print the PSNR of each.
+
+    Args:
+        model: run folder, checkpoint or exported folder.
+        images: image files.
+        out: the PNG to write; an existing one is replaced.
+        resolution: resize the short side to it and crop the centre; without it every image keeps its own size, cropped at the centre
+            to a multiple of the model's downsampling, and reduced where its longer side exceeds 1024 pixels.
+        weights: "ema" or "raw".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        `out`.
+
+    Raises:
+        ImageError: no image, or one that is missing, unreadable or too small.
+        ModelError: the model can't be loaded, is not RGB, or gives NaN.
+    """
+    if not images:
+        raise ImageError("no images given; name one or more image files")
+    if Path(out).suffix.lower() != ".png":
+        raise ImageError(f"the picture is written as PNG, got {out}; give a name that ends in .png")
+    where = choose_device(device)
+    network, source = load_model(model, weights, where)
+    factor = source.config.downsampling
+    if source.config.in_channels != 3 or source.config.out_channels != 3:
+        raise ModelError(
+            f"the model has {source.config.in_channels} channels in and {source.config.out_channels} out, expected RGB"
+        )
+    if resolution is not None and (resolution < 1 or resolution % factor):
+        raise ImageError(f"resolution is {resolution}, this model needs a multiple of {factor}")
+    originals = [_prepare(Path(path), factor, resolution) for path in images]
+    with Progress("reconstructing", len(originals)) as progress:
+        results = []
+        for path, original in zip(images, originals, strict=True):
+            results.append(_reconstruct(network, original, Path(path), where))
+            progress.advance()
+    write_png(out, image_grid([originals, results], columns=_columns(originals)))
+    for path, original, result in zip(images, originals, results, strict=True):
+        height, width = original.shape[1:]
+        print(f"{path}: {float(psnr(result[None], original[None])):.2f} dB PSNR at {width} x {height}")
+    say(f"wrote {out}: originals over reconstructions")
+    return Path(out)
+
+
+def _prepare(path: Path, factor: int, resolution: int | None) -> Tensor:
+    """Read an image and bring it to a size the model takes: uint8 [3, H, W]."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"could not read {path}: {error.strerror}; give image files") from error
+    image = decode_image(data, str(path))
+    if resolution is not None:
+        return resize_and_center_crop(image, resolution)
+    height, width = image.shape[1:]
+    if min(height, width) < factor:
+        raise ImageError(
+            f"{path} is {width} x {height} pixels, smaller than the model's factor {factor}; give --resolution to enlarge it"
+        )
+    if max(height, width) > LONGEST_SIDE:
+        ratio = LONGEST_SIDE / max(height, width)
+        size = max(round(height * ratio), factor), max(round(width * ratio), factor)
+        image = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
+        say(f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to choose another size")
+        height, width = size
+    rows, columns = height - height % factor, width - width % factor
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[:, top : top + rows, left : left + columns].contiguous()
+
+
+@torch.inference_mode()
+def _reconstruct(network: AutoencoderKL, image: Tensor, path: Path, device: torch.device) -> Tensor:
+    x = to_float(image[None].to(device))
+    result = network.decode(network.encode(x).mode())
+    if not torch.isfinite(result).all():
+        raise ModelError(
+            f"the reconstruction of {path} has NaN or infinite values; the model has diverged, use an earlier checkpoint"
+        )
+    return to_uint8(result)[0].cpu()
+
+
+def _columns(images: Sequence[Tensor]) -> int:
+    """So many that the picture stays near 4096 pixels wide, 8 at most."""
+    return max(1, min(8, 4096 // max(image.shape[2] for image in images)))

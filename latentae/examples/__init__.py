@@ -1,0 +1,1 @@
+"""The whole line on photos that ship with the dependencies."""

@@ -1,0 +1,76 @@
+"""Photos that come inside the wheels of scikit-image and scikit-learn, split by source image, cut into overlapping tiles."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from latentae.data.decode import decode_image
+from latentae.data.writing import encode_png
+from latentae.errors import MissingDependencyError
+from latentae.files import atomic_file
+
+__all__ = ["HELD_OUT", "TRAINING", "photo_file", "write_photo_tiles"]
+
+# The held-out photos are all colour, of different subjects; nothing of them is in training. The two motorcycle photos are a
+# stereo pair, so both are on the same side.
+HELD_OUT = ("chelsea.png", "china.jpg", "coffee.png")
+TRAINING = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "coins.png",
+    "flower.jpg",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+_HOMES = {"china.jpg": ("sklearn", "datasets/images"), "flower.jpg": ("sklearn", "datasets/images")}
+
+
+def photo_file(name: str) -> Path:
+    """Where a photo lies inside its package.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
+    package, folder = _HOMES.get(name, ("skimage", "data"))
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(f"the photo {name} comes with {package}, which is not installed; pip install 'latentae[quickstart]'")
+    return Path(spec.origin).parent / folder / name
+
+
+def _starts(length: int, size: int, stride: int) -> Iterator[int]:
+    """Tile positions along a side, the last one flush with the end."""
+    yield from range(0, length - size, stride)
+    yield length - size
+
+
+def write_photo_tiles(folder: str | Path, names: tuple[str, ...], size: int, stride: int) -> int:
+    """Write square tiles of the named photos as `folder/<photo>/<row>-<column>.png`; returns how many.
+
+    Args:
+        folder: where to write.
+        names: photos, from `TRAINING` or `HELD_OUT`.
+        size: side of a tile in pixels.
+        stride: pixels between tiles; below `size` they overlap.
+    """
+    count = 0
+    for name in names:
+        file = photo_file(name)
+        image = decode_image(file.read_bytes(), name)
+        for top in _starts(image.shape[1], size, stride):
+            for left in _starts(image.shape[2], size, stride):
+                with atomic_file(Path(folder) / file.stem / f"{top:04}-{left:04}.png") as temporary:
+                    temporary.write_bytes(encode_png(image[:, top : top + size, left : left + size]))
+                count += 1
+    return count

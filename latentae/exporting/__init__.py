@@ -1,0 +1,1 @@
+"""A trained model as a component that other libraries load."""

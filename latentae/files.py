@@ -1,0 +1,90 @@
+"""Files that are either whole or not there: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from latentae.errors import OutputError
+
+__all__ = ["atomic_file", "read_json", "sha256", "staged_folder", "write_json", "write_text"]
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt":  # Windows can't open a folder to flush it, and flushes files on close
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error.strerror or error}; free the space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it becomes `path`, on any error it is removed.
+
+    An empty folder at `path` is replaced; anything else there is an error before work begins.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} already exists and is not an empty folder; choose another output")
+    staging = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        for file in sorted(p for p in staging.rglob("*") if p.is_file()):
+            _fsync(file)
+        if path.exists():
+            path.rmdir()
+        os.replace(staging, path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error.strerror or error}; free the space or choose another folder") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a UTF-8 JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

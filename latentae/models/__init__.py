@@ -1,0 +1,1 @@
+"""Autoencoders, their posterior, the discriminator, and loading and saving them."""

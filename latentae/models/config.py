@@ -1,0 +1,147 @@
+"""The shape of an autoencoder: diffusers' own config keys, and named presets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from latentae.errors import ModelError
+
+__all__ = ["PRESETS", "AutoencoderKLConfig", "preset"]
+
+DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+class AutoencoderKLConfig(BaseModel):
+    """Every key of a diffusers AutoencoderKL `config.json`, with the same names, meanings and defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    in_channels: int = Field(3, ge=1, description="Image channels in.")
+    out_channels: int = Field(3, ge=1, description="Image channels out.")
+    down_block_types: tuple[str, ...] = Field(("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse.")
+    up_block_types: tuple[str, ...] = Field(("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine.")
+    block_out_channels: tuple[int, ...] = Field((64,), description="Channels of each level, from fine to coarse.")
+    layers_per_block: int = Field(1, ge=1, description="Residual blocks per encoder level; a decoder level has one more.")
+    act_fn: str = Field("silu", pattern="^(silu|swish)$", description="Activation; SiLU is the only one of this family.")
+    latent_channels: int = Field(4, ge=1, description="Channels of the latent, z.")
+    norm_num_groups: int = Field(32, ge=1, description="Groups of every GroupNorm.")
+    sample_size: int | tuple[int, ...] = Field(256, description="Image side in pixels the model was made for; diffusers' tile size.")
+    scaling_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by it for a diffusion model.")
+    shift_factor: float = Field(0.0, description="Subtracted from latents before scaling.")
+    latents_mean: tuple[float, ...] | None = Field(None, description="Per-channel mean of the latents.")
+    latents_std: tuple[float, ...] | None = Field(None, description="Per-channel standard deviation of the latents.")
+    force_upcast: bool = Field(True, description="Pipelines run the model in fp32 even when the rest is fp16.")
+    use_quant_conv: bool = Field(True, description="A 1x1 convolution after the encoder.")
+    use_post_quant_conv: bool = Field(True, description="A 1x1 convolution before the decoder.")
+    mid_block_add_attention: bool = Field(True, description="One attention layer in the middle of encoder and decoder.")
+
+    @field_validator("shift_factor", mode="before")
+    @classmethod
+    def _null_shift(cls, value: Any) -> Any:
+        return 0.0 if value is None else value
+
+    @field_validator("force_upcast", mode="before")
+    @classmethod
+    def _null_upcast(cls, value: Any) -> Any:
+        return True if value is None else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AutoencoderKLConfig:
+        levels = len(self.block_out_channels)
+        if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
+            raise ValueError(
+                f"block_out_channels has {levels} levels but down_block_types {len(self.down_block_types)} "
+                f"and up_block_types {len(self.up_block_types)}; give one of each per level"
+            )
+        for name in self.down_block_types:
+            if name not in DOWN:
+                raise ValueError(f"down_block_types has {name!r}; this family knows {' and '.join(DOWN)}")
+        for name in self.up_block_types:
+            if name not in UP:
+                raise ValueError(f"up_block_types has {name!r}; this family knows {' and '.join(UP)}")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels has {channels}, which norm_num_groups {self.norm_num_groups} does not divide")
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along a side, f."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> AutoencoderKLConfig:
+        """Read a diffusers `config.json`; keys that start with `_` are diffusers' own notes and are left out.
+
+        Raises:
+            ModelError: the file is missing, damaged, of another class, or has a key or value this family does not know.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ModelError(f"could not read {path}: {error.strerror}; a model folder needs a diffusers config.json") from error
+        except ValueError as error:
+            raise ModelError(f"{path} is not JSON ({error}); a model folder needs a diffusers config.json") from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{path} holds a {type(values).__name__}, expected an object with diffusers' keys")
+        kind = values.get("_class_name", "AutoencoderKL")
+        if kind != "AutoencoderKL":
+            raise ModelError(f"{path} describes a {kind}; this loader reads AutoencoderKL")
+        try:
+            return cls(**{key: value for key, value in values.items() if not key.startswith("_")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ModelError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+
+    def diffusers_dict(self) -> dict[str, Any]:
+        """The values as plain JSON types, with the class name diffusers looks for."""
+        return {"_class_name": "AutoencoderKL", "_diffusers_version": "0.34.0", **self.model_dump(mode="json")}
+
+
+def _family(multipliers: tuple[int, ...], latent: int, attention: tuple[int, ...] = (), width: int = 128, **rest: Any) -> dict[str, Any]:
+    """Values of an LDM-style config; `attention` names the levels (0 is the finest) with attention after every residual block."""
+    levels = range(len(multipliers))
+    down = tuple(DOWN[level in attention] for level in levels)
+    up = tuple(UP[level in attention] for level in reversed(levels))
+    values = {
+        "block_out_channels": tuple(width * m for m in multipliers),
+        "down_block_types": down,
+        "up_block_types": up,
+        "latent_channels": latent,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+    }
+    return {**values, **rest}
+
+
+# LDM's model zoo (Rombach et al. 2022, table 8): base width 128; attention at side 16 (and 8) of a 256-pixel input.
+PRESETS: dict[str, dict[str, Any]] = {
+    "kl-f4": _family((1, 2, 4), latent=3),
+    "kl-f8": _family((1, 2, 4, 4), latent=4),
+    "kl-f8-z16": _family((1, 2, 4, 4), latent=16),
+    "kl-f16": _family((1, 1, 2, 2, 4), latent=16, attention=(4,)),
+    "kl-f16-z32": _family((1, 1, 2, 2, 4), latent=32, attention=(4,)),  # VA-VAE (Yao & Wang 2025)
+    "kl-f32": _family((1, 1, 2, 2, 4, 4), latent=64, attention=(4, 5)),
+    "tiny": _family((1, 2, 2), latent=8, width=32, layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False, sample_size=64),
+}
+
+
+def preset(name: str, **overrides: Any) -> AutoencoderKLConfig:
+    """A named config with single keys replaced.
+
+    Raises:
+        ModelError: unknown preset or a value that does not fit.
+    """
+    if name not in PRESETS:
+        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
+    try:
+        return AutoencoderKLConfig(**{**PRESETS[name], **overrides})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"model preset {name}: {where + ': ' if where else ''}{first['msg']}") from error

@@ -1,0 +1,178 @@
+"""Finding, loading and saving the weights of an autoencoder.
+
+    exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names)
+    checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
+    run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentae.errors import ModelError
+from latentae.files import atomic_file, read_json, sha256, write_json
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import AutoencoderKLConfig
+
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "LATEST",
+    "META",
+    "METRICS_LOG",
+    "WEIGHTS",
+    "ModelSource",
+    "load_model",
+    "load_weights",
+    "resolve_model",
+    "save_model",
+    "save_weights",
+]
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CHECKPOINTS, LATEST, META, METRICS_LOG = "checkpoints", "latest", "meta.json", "metrics.jsonl"
+CHECKPOINT_WEIGHTS = {"ema": "ema.safetensors", "raw": "autoencoder.safetensors"}
+
+# diffusers wrote attention layers under these names until 2023; its oldest VAE folders still have them.
+_DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        path: as given by the user.
+        weights_file: the safetensors file.
+        config: the model's shape.
+        kind: what `path` is.
+        resolution: image side in pixels it was trained at, or the config's sample_size.
+        fingerprint: hex digest of the weights file and the config; equal fingerprints give equal outputs.
+        metrics_log: the run's metrics.jsonl if there is one.
+    """
+
+    path: Path
+    weights_file: Path
+    config: AutoencoderKLConfig
+    kind: Literal["run", "checkpoint", "folder", "file"]
+    resolution: int
+    fingerprint: str
+    metrics_log: Path | None = None
+
+
+def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
+    """Find config and weights behind a run folder, checkpoint, exported folder or safetensors file.
+
+    Raises:
+        ModelError: `path` is none of these, or a part is missing.
+    """
+    if weights not in CHECKPOINT_WEIGHTS:
+        raise ModelError(f"weights is {weights!r}, expected 'ema' or 'raw'")
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; give a run folder, a checkpoint, an exported folder or a safetensors file")
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f"{path} is not a .safetensors file; pickled weights are not read, convert them first")
+        return _source(path, path, path.with_name(CONFIG), "file")
+    latest = path / CHECKPOINTS / LATEST
+    if latest.is_file():
+        checkpoint = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip()
+        log = path / METRICS_LOG
+        return _source(path, checkpoint / CHECKPOINT_WEIGHTS[weights], checkpoint / CONFIG, "run", log if log.is_file() else None)
+    if (path / CHECKPOINTS).is_dir():
+        raise ModelError(f"{path} is a run without a finished checkpoint yet; let it train on, or give another model")
+    if (path / META).is_file():
+        return _source(path, path / CHECKPOINT_WEIGHTS[weights], path / CONFIG, "checkpoint")
+    if (path / WEIGHTS).is_file():
+        return _source(path, path / WEIGHTS, path / CONFIG, "folder")
+    if (path / "vae" / WEIGHTS).is_file():
+        return _source(path, path / "vae" / WEIGHTS, path / "vae" / CONFIG, "folder")
+    raise ModelError(f"{path} holds no model: expected {WEIGHTS}, a checkpoint's {META} or a run's {CHECKPOINTS}/{LATEST}")
+
+
+def _source(
+    path: Path, weights_file: Path, config_file: Path, kind: Literal["run", "checkpoint", "folder", "file"], log: Path | None = None
+) -> ModelSource:
+    if not weights_file.is_file():
+        raise ModelError(f"{path} has no {weights_file.name}; the {kind} is incomplete, use another one")
+    config = AutoencoderKLConfig.from_json(config_file)
+    size = config.sample_size
+    resolution = size if isinstance(size, int) else min(size)
+    if kind in ("run", "checkpoint"):
+        resolution = int(read_json(weights_file.with_name(META)).get("resolution", resolution))
+    fingerprint = hashlib.sha256((sha256(weights_file) + config.model_dump_json()).encode()).hexdigest()
+    return ModelSource(path, weights_file, config, kind, resolution, fingerprint, log)
+
+
+def load_weights(model: AutoencoderKL, file: str | Path) -> None:
+    """Copy a safetensors file into `model`.
+
+    Raises:
+        ModelError: a key or shape does not fit; the first one is named.
+    """
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"could not read {file} ({error}); the file is damaged, use another copy") from error
+    state = {_current_name(key): _as_current(key, value) for key, value in state.items()}
+    expected = model.state_dict()
+    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    if wrong:
+        key = next((k for k in wrong if k.startswith(("quant_conv", "post_quant_conv", "decoder.conv_in"))), wrong[0])
+        hint = f"; the config says latent_channels = {model.config.latent_channels}" if key != wrong[0] or "quant" in key else ""
+        raise ModelError(f"{file}: {key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}")
+    missing, unknown = [k for k in expected if k not in state], [k for k in state if k not in expected]
+    if missing or unknown:
+        what = f"lacks {missing[0]} (and {len(missing) - 1} more)" if missing else f"has unknown {unknown[0]} (and {len(unknown) - 1} more)"
+        raise ModelError(f"{file} {what}; the weights and config.json belong to different models")
+    model.load_state_dict(state)
+
+
+def _current_name(key: str) -> str:
+    for old, new in _DEPRECATED.items():
+        if "attentions" in key and old in key:
+            return key.replace(old, new)
+    return key
+
+
+def _as_current(key: str, value: Tensor) -> Tensor:
+    """Attention layers stored as 1x1 convolutions (LDM's way) become linear ones."""
+    return value[:, :, 0, 0] if "attentions" in key and value.ndim == 4 else value
+
+
+def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> tuple[AutoencoderKL, ModelSource]:
+    """The model behind `path` in evaluation mode, channels_last, fp32, and where it came from.
+
+    Raises:
+        ModelError: see `resolve_model` and `load_weights`.
+    """
+    source = resolve_model(path, weights)
+    model = AutoencoderKL(source.config)
+    load_weights(model, source.weights_file)
+    return model.to(device=device, memory_format=torch.channels_last).eval(), source  # pyright: ignore[reportCallIssue]
+
+
+def save_weights(state: dict[str, Tensor], file: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write tensors atomically, plain contiguous, so that equal weights give equal bytes in any memory format."""
+    plain = {
+        key: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous(memory_format=torch.contiguous_format)
+        for key, value in state.items()
+    }
+    with atomic_file(file) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt"})
+
+
+def save_model(model: AutoencoderKL, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write diffusers' `config.json` and weights file into `folder`."""
+    folder = Path(folder)
+    save_weights(model.state_dict(), folder / WEIGHTS, dtype)
+    write_json(folder / CONFIG, model.config.diffusers_dict())

@@ -1,0 +1,38 @@
+"""Optimizers, and the learning rate as a function of images seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from latentae.training.options import OptimizerOptions
+
+__all__ = ["build_optimizer", "learning_rate_scale", "set_learning_rate"]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over `parameters`; its rate is set before every step."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def learning_rate_scale(options: OptimizerOptions, images_seen: int, images: int, start: int = 0) -> float:
+    """Learning rate over its peak after `images_seen` of `images`, in [0, 1].
+
+    Linear from 0 over `warmup_images`, then constant, or half a cosine down to `final_lr_ratio` (Loshchilov & Hutter 2017, eq. 5).
+    A network that begins at image `start` warms up from there.
+    """
+    warm = min(1.0, (images_seen - start + 1) / options.warmup_images) if options.warmup_images else 1.0
+    if options.schedule == "constant":
+        return warm
+    span = max(1, images - options.warmup_images)
+    progress = min(1.0, max(0, images_seen - options.warmup_images) / span)
+    return warm * (options.final_lr_ratio + (1 - options.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

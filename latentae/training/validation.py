@@ -1,0 +1,75 @@
+"""A look at held-out images while training, with the averaged weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentae.data.loader import Batch, image_batches
+from latentae.data.options import DataOptions
+from latentae.data.shards import expand_shards
+from latentae.data.transforms import to_float, to_uint8
+from latentae.evaluation.images import image_grid
+from latentae.evaluation.metrics import psnr, ssim
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.progress import say
+from latentae.training.steps import Trainer
+
+__all__ = ["Validation", "held_out_batches"]
+
+PICTURES = 8
+
+
+def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[Batch]:
+    """The held-out images of a recipe, resized and centre-cropped; empty where there are none.
+
+    Raises:
+        DataError: the shards that were named can't be read.
+    """
+    if options.validation == "none":
+        return []
+    auto = options.validation == "auto"
+    shards = expand_shards(str(options.shards) if auto else options.validation)
+    fraction = options.validation_fraction if auto else None
+    batches = list(image_batches(shards, options.resolution, batch_size, limit=limit, only_held_out=fraction))
+    if not batches:
+        say("validation: the held-out slice is empty, so there is none; name shards with --data.validation or hold out more")
+    return batches
+
+
+@dataclass
+class Validation:
+    """Metrics and a picture of a fixed set of held-out images.
+
+    Attributes:
+        batches: the images, kept in memory (they are few).
+    """
+
+    batches: list[Batch]
+
+    @torch.inference_mode()
+    def run(self, trainer: Trainer) -> tuple[dict[str, float], Tensor]:
+        """Reconstruct with the EMA weights and the posterior's mode.
+
+        Returns:
+            `validation/psnr` (dB), `validation/ssim` and, with a perceptual loss, `validation/perceptual`; means over images. And
+            a picture, uint8 [3, H, W], originals over reconstructions.
+        """
+        model = AutoencoderKL(trainer.raw_autoencoder.config)
+        model.load_state_dict(trainer.ema.state_dict())
+        model.to(trainer.accelerator.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+        columns: dict[str, list[Tensor]] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for batch in self.batches:
+            images = to_float(batch.images.to(trainer.accelerator.device))
+            made = to_uint8(model(images, sample_posterior=False).reconstruction)
+            source = batch.images.to(made.device)
+            columns.setdefault("psnr", []).append(psnr(source, made))
+            columns.setdefault("ssim", []).append(ssim(source, made))
+            if trainer.objective.perceptual is not None:
+                columns.setdefault("perceptual", []).append(trainer.objective.perceptual(images, to_float(made)))
+            pairs += list(zip(source.cpu(), made.cpu(), strict=True))[: PICTURES - len(pairs)]
+        values = {f"validation/{name}": torch.cat(parts).double().mean().item() for name, parts in columns.items()}
+        return values, image_grid([[a for a, _ in pairs], [b for _, b in pairs]])

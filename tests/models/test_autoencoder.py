@@ -1,0 +1,201 @@
+"""AutoencoderKL against diffusers' class: outputs, gradients, folders both ways."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from latentae.errors import ImageError, ModelError
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
+from safetensors.torch import load_file, save_file
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def narrow(name: str) -> AutoencoderKLConfig:
+    """A preset with its depth and attention kept and its width scaled down to 8 channels a unit."""
+    widths = PRESETS[name]["block_out_channels"]
+    return preset(name, block_out_channels=tuple(8 * w // widths[0] for w in widths), norm_num_groups=4)
+
+
+def pair(name: str, dtype: torch.dtype = torch.float64):
+    config = narrow(name)
+    ours = AutoencoderKL(config).to(dtype)
+    theirs = diffusers.AutoencoderKL(**config.model_dump()).to(dtype)
+    for module in ours.modules():  # affine norms at their default would hide a mix-up of weight and bias
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.normal_(module.weight, 1.0, 0.3)
+            torch.nn.init.normal_(module.bias, 0.0, 0.3)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def run(model, x, noise, theirs: bool):
+    model.zero_grad()
+    posterior = model.encode(x).latent_dist if theirs else model.encode(x)
+    latent = posterior.mean + posterior.std * noise
+    image = model.decode(latent).sample if theirs else model.decode(latent)
+    kl = posterior.kl()
+    (image.square().mean() + 1e-3 * kl.mean()).backward()
+    return {"image": image, "mean": posterior.mean, "logvar": posterior.logvar, "kl": kl}, {
+        k: p.grad.clone() for k, p in model.named_parameters()
+    }
+
+
+def inputs(config: AutoencoderKLConfig, dtype: torch.dtype):
+    side = 2 * config.downsampling
+    x = torch.rand(2, 3, side, side + config.downsampling, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(2, config.latent_channels, 2, 3, dtype=torch.float64)
+    return x.to(dtype), noise.to(dtype)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_state_dict_keys_and_shapes_are_those_of_diffusers(name):
+    config = preset(name)
+    with torch.device("meta"):
+        ours, theirs = AutoencoderKL(config), diffusers.AutoencoderKL(**config.model_dump())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_fp64_outputs_and_gradients_equal_diffusers(name):
+    ours, theirs = pair(name)
+    x, noise = inputs(ours.config, torch.float64)
+    values, grads = run(ours, x, noise, theirs=False)
+    expected, expected_grads = run(theirs, x, noise, theirs=True)
+    for key in values:
+        torch.testing.assert_close(values[key], expected[key], rtol=1e-9, atol=1e-9)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        torch.testing.assert_close(grads[key], expected_grads[key], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_fp32_is_within_twice_the_distance_of_diffusers_from_fp64(name):
+    exact, _ = pair(name)
+    x, noise = inputs(exact.config, torch.float64)
+    truth, true_grads = run(exact, x, noise, theirs=False)
+    state = {k: v.float() for k, v in exact.state_dict().items()}
+    ours, theirs = pair(name, torch.float32)
+    ours.load_state_dict(state)
+    theirs.load_state_dict(state)
+    values, grads = run(ours, x.float(), noise.float(), theirs=False)
+    expected, expected_grads = run(theirs, x.float(), noise.float(), theirs=True)
+
+    def distance(a, b):
+        return (a.double() - b).abs().max().item()
+
+    for key, value in truth.items():
+        floor = 1e-6 * value.abs().max().item()
+        assert distance(values[key], value) <= 2 * distance(expected[key], value) + floor, key
+    for key, value in true_grads.items():
+        # to_k.bias has a zero gradient (softmax is shift-invariant), so the floor is absolute.
+        floor = 1e-7 + 1e-6 * value.abs().max().item()
+        assert distance(grads[key], value) <= 2 * distance(expected_grads[key], value) + floor, key
+
+
+@pytest.mark.parametrize("name", ["kl-f8", "kl-f16", "tiny"])
+def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
+    ours, theirs = pair(name, torch.float32)
+    x, _ = inputs(ours.config, torch.float32)
+    expected = ours.decode(ours.encode(x).mode())
+
+    ours.save_pretrained(tmp_path / "ours")
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    loaded, info = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.decode(loaded.encode(x).latent_dist.mode()).sample, expected, rtol=1e-5, atol=1e-5)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = AutoencoderKL.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
+    assert torch.equal(AutoencoderKL.from_pretrained(tmp_path / "ours" / "diffusion_pytorch_model.safetensors").decoder.conv_in.weight,
+                       ours.decoder.conv_in.weight)  # fmt: skip
+
+
+def test_old_attention_names_and_convolutional_attention_load(tmp_path):
+    ours, _ = pair("kl-f8", torch.float32)
+    ours.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for key, value in load_file(file).items():
+        for new, old in names.items():
+            if f".{new}." in key:
+                key = key.replace(new, old)
+                value = value[:, :, None, None].contiguous() if key.endswith("weight") else value
+        state[key] = value
+    save_file(state, file)
+    back = AutoencoderKL.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
+
+
+def test_sampling_uses_the_generator_as_diffusers_does():
+    ours, theirs = pair("tiny", torch.float32)
+    x, _ = inputs(ours.config, torch.float32)
+    a = ours.encode(x).sample(torch.Generator().manual_seed(5))
+    b = theirs.encode(x).latent_dist.sample(torch.Generator().manual_seed(5))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_forward_is_encode_sample_decode():
+    model = AutoencoderKL(narrow("tiny"))
+    x, noise = inputs(model.config, torch.float32)
+    out = model(x, noise)
+    torch.testing.assert_close(out.latent, out.posterior.mean + out.posterior.std * noise)
+    torch.testing.assert_close(out.reconstruction, model.decode(out.latent))
+    assert torch.equal(model(x, sample_posterior=False).latent, out.posterior.mode())
+
+
+def test_wrong_inputs_say_what_was_expected(tmp_path):
+    model = AutoencoderKL(narrow("tiny"))
+    with pytest.raises(ImageError, match=r"30 x 32.*multiples of 4"):
+        model.encode(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ImageError, match=r"expected \[B, 3, H, W\]"):
+        model.encode(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ModelError, match=r"expected \[B, 8, h, w\]"):
+        model.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_a_latent_channel_mismatch_is_one_clear_line(tmp_path):
+    model = AutoencoderKL(narrow("tiny"))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latent_channels": 4}))
+    with pytest.raises(ModelError, match="latent_channels = 4") as caught:
+        AutoencoderKL.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["missing folder", "empty folder", "no config", "bad json", "other class", "unknown key", "damaged weights"])
+def test_a_folder_that_is_no_model_is_refused(what, tmp_path):
+    folder = tmp_path / "model"
+    if what != "missing folder":
+        folder.mkdir()
+    if what not in ("missing folder", "empty folder"):
+        AutoencoderKL(narrow("tiny")).save_pretrained(folder)
+    config = folder / "config.json"
+    if what == "no config":
+        config.unlink()
+    elif what == "bad json":
+        config.write_text("{")
+    elif what == "other class":
+        config.write_text('{"_class_name": "VQModel"}')
+    elif what == "unknown key":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "flux_capacitor": 1}))
+    elif what == "damaged weights":
+        (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError) as caught:
+        AutoencoderKL.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_saved_bytes_do_not_depend_on_the_memory_format(tmp_path):
+    model = AutoencoderKL(narrow("tiny"))
+    model.save_pretrained(tmp_path / "a")
+    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "b")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
