@@ -17,6 +17,7 @@ _HOME = {
     "AutoencoderOutput": "latentae.models.autoencoder",
     "DiagonalGaussian": "latentae.models.posterior",
     "LatentAEError": "latentae.errors",
+    "LatentDataset": "latentae.encoding.latents",
     "config": "latentae.training.recipe",
     "encode": "latentae.encoding.encode",
     "evaluate": "latentae.evaluation.evaluate",
@@ -32,6 +33,7 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from latentae.data.writing import shards
     from latentae.encoding.encode import encode
+    from latentae.encoding.latents import LatentDataset
     from latentae.errors import LatentAEError
     from latentae.evaluation.evaluate import evaluate
     from latentae.evaluation.reconstruct import reconstruct

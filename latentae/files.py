@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,16 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _beside(path: Path) -> Path:
+    """A name that no other process, here or on another machine that shares the disk, uses at the same time."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.incomplete")
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -52,7 +58,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} already exists and is not an empty folder; choose another output")
-    staging = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    staging = _beside(path)
     try:
         staging.mkdir(parents=True)
         yield staging

@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import Sample, decode_sample
-from latentae.data.index import load_index
+from latentae.data.index import ShardIndex, load_index
 from latentae.data.options import DataOptions
 from latentae.data.order import derive_seed, pieces, share
 from latentae.data.shards import RawSample, expand_shards, read_shard, shard_keys
@@ -70,18 +71,28 @@ def image_batches(
     Raises:
         ShardError, ImageError: a shard is damaged, a sample can't be decoded.
     """
-    raw = itertools.chain.from_iterable(_read(path, only_held_out) for path in shards)
-    while chunk := [
-        decode_sample(sample) for sample in itertools.islice(raw, batch_size if limit is None else min(batch_size, limit))
-    ]:
-        yield Batch.of([Sample(sample.key, resize_and_center_crop(sample.image, resolution)) for sample in chunk])
-        limit = None if limit is None else limit - len(chunk)
+    raw = itertools.islice(itertools.chain.from_iterable(_read(path, only_held_out) for path in shards), limit)
+    decoded = (decode_sample(sample) for sample in raw)  # one image at a time at full size
+    cropped = (Sample(sample.key, resize_and_center_crop(sample.image, resolution)) for sample in decoded)
+    while chunk := list(itertools.islice(cropped, batch_size)):
+        yield Batch.of(chunk)
 
 
 def _read(path: str, only_held_out: float | None) -> Iterator[RawSample]:
     if only_held_out is None:
         return read_shard(path)
     return read_shard(path, [key for key in shard_keys(path) if is_held_out(key, only_held_out)])
+
+
+def _check_apart(validation: str, training: ShardIndex) -> None:
+    if validation in ("auto", "none"):
+        return
+    trained = {Path(shard.path).resolve() for shard in training.shards}
+    both = [path for path in expand_shards(validation) if Path(path).resolve() in trained]
+    if both:
+        raise DataError(
+            f"{both[0]} is among the training shards and the validation shards; keep them apart, or use validation 'auto'"
+        )
 
 
 @dataclass
@@ -192,7 +203,8 @@ class TrainLoader:
         held_out: samples kept out of training for validation "auto".
 
     Raises:
-        DataError: no shards, or fewer training samples than one batch over all ranks, or than there are workers.
+        DataError: no shards, shards that validation names too, or fewer training samples than one batch over all ranks takes or
+            than there are workers.
     """
 
     def __init__(self, options: DataOptions, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -203,6 +215,7 @@ class TrainLoader:
                 f"batch size {batch_size}, rank {rank} of {world_size} make no loader; expected a batch of 1 or more per rank"
             )
         index = load_index(expand_shards(options.shards))
+        _check_apart(options.validation, index)
         held_out = options.validation_fraction if options.validation == "auto" else None
         counts = [shard.samples for shard in index.shards]
         if held_out is not None:

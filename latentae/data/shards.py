@@ -111,6 +111,10 @@ def _headers(path: str | Path) -> Iterator[tarfile.TarInfo]:
                 if info.size < 0 or tar.offset <= position:  # a damaged size field could walk in circles
                     raise ShardError(f"shard {path} is damaged at byte {position}; fetch or write it again")
                 position = tar.offset
+                if info.name.startswith("/") or ".." in info.name.split("/"):
+                    raise ShardError(
+                        f"shard {path} has a member {info.name!r} that points outside; write it again with plain keys"
+                    )
                 if info.isreg() and not _META.match(info.name) and not re.fullmatch(r"__[^/]*__", info.name):
                     yield info
             end = tar.offset

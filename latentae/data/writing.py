@@ -22,9 +22,9 @@ from torch import Tensor
 
 from latentae.data.decode import decode_image
 from latentae.data.folder import SourceImage, escape_key, find_images
-from latentae.data.index import ShardIndex, load_index, scan_shard, write_index
+from latentae.data.index import INDEX_NAME, ShardIndex, load_index, scan_shard, write_index
 from latentae.errors import DataError, ImageError, OutputError
-from latentae.files import atomic_file, write_text
+from latentae.files import atomic_file, read_json, write_text
 from latentae.jobs import Job
 from latentae.progress import Progress, say
 
@@ -75,13 +75,14 @@ def shards(
     paths = [out / f"{number:06}.tar" for number in range(len(plan))]
     if job.state == "finished":
         say(f"{out} is finished: these images are already in shards")
-        return load_index([str(path) for path in paths if path.exists()])
+        return load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
     _remove_leftovers(out)
     threads = workers or min(os.cpu_count() or 1, 8)
-    with Progress("packing images", total=len(files)) as progress, ThreadPoolExecutor(threads) as pool:
-        for path, group in zip(paths, plan, strict=True):
-            if not path.exists():
-                _write_group(path, group, images, pool, threads, skip_bad)
+    todo = [(path, group) for path, group in zip(paths, plan, strict=True) if not path.exists()]
+    done = len(files) - sum(len(group) for _, group in todo)
+    with Progress("packing images", total=len(files), initial=done) as progress, ThreadPoolExecutor(threads) as pool:
+        for path, group in todo:
+            _write_group(path, group, images, pool, threads, skip_bad)
             progress.advance(len(group))
     entries = [scan_shard(path) for path in paths]
     if not any(entry.samples for entry in entries):
@@ -141,7 +142,7 @@ def _checked(samples: Iterable[_Members]) -> Iterator[_Members]:
         if not isinstance(key, str) or not key:
             raise DataError(f"a sample has the key {key!r}; expected a text such as 'folder/name'")
         plain = key.replace("%", "")
-        if escape_key(plain) != plain:
+        if escape_key(plain) != plain or key.startswith("/"):
             raise DataError(f"sample key {key!r} has characters that readers of shards would misread; pass it through escape_key")
         if key in seen:
             raise DataError(f"two samples have the key {key!r}; keys must be unique")

@@ -22,18 +22,17 @@ from latentae.data.transforms import to_float
 from latentae.encoding.plan import Shard, plan_digest, plan_shards, remove_leftovers, resolve_task
 from latentae.encoding.shard import DTYPES, ShardSettings, encode_shard
 from latentae.encoding.sidecar import FORMAT_VERSION
-from latentae.encoding.statistics import LatentStatistics, merge
-from latentae.errors import ImageError, ModelError, OutputError, RecipeError
+from latentae.encoding.statistics import STATISTICS, LatentStatistics, merge
+from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.evaluation.device import choose_device
-from latentae.files import write_json
+from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.pretrained import ModelSource, load_model, resolve_model
 from latentae.progress import Progress, say
 
-__all__ = ["STATISTICS", "ModelEncoder", "encode"]
+__all__ = ["ModelEncoder", "encode"]
 
-STATISTICS = "statistics.json"
 PREPROCESSING = "short side to the resolution (antialiased bicubic), centre crop"
 STALE_SECONDS = 600.0  # a writer touches its file with every batch
 
@@ -106,14 +105,14 @@ def encode(
     mine = plan[task::tasks]
     pending = [shard for shard in mine if shard.finished(settings.fingerprint) is None]
     if pending:
-        _run(source, where, pending, sum(shard.samples for shard in mine), settings)
+        autoencoder, _ = load_model(source.weights_file, device=where)  # not source.path: a run may have moved on
+        encoder = ModelEncoder(autoencoder, where, identity["compute"])
+        _run(encoder, pending, sum(shard.samples for shard in mine), settings)
     return _conclude(job, plan, settings, source, f"task {task} of {tasks}" if tasks > 1 else "", bool(pending))
 
 
-def _run(source: ModelSource, device: torch.device, pending: list[Shard], total: int, settings: ShardSettings) -> None:
+def _run(encoder: ModelEncoder, pending: list[Shard], total: int, settings: ShardSettings) -> None:
     """Encode the `pending` shards; `total` counts the samples of all shards of this task."""
-    model, _ = load_model(source.weights_file, device=device)  # not source.path: a run may have moved on
-    encoder = ModelEncoder(model, device)
     done = total - sum(shard.samples for shard in pending)
     if done:
         say(f"encode: {done} of {total} samples are already done")
@@ -126,6 +125,8 @@ def _run(source: ModelSource, device: torch.device, pending: list[Shard], total:
                 sidecar = shard.finished(settings.fingerprint)
                 if sidecar is None:  # else another task did the same shard, and cleaned up
                     raise
+            if sidecar.input.bytes != shard.bytes:
+                raise ShardError(f"{shard.source} changed while it was encoded; run the same command again once it is complete")
             for reason, keys in sidecar.skipped.items():
                 some = ", ".join(keys[:5]) + (" ..." if len(keys) > 5 else "")
                 say(f"encode: {shard.name}: skipped {len(keys)} with a {reason}: {some}")
@@ -158,7 +159,7 @@ def _conclude(
         **statistics.summary(),
         "merged": statistics.to_json(),
     }
-    if worked or job.state != "finished":
+    if worked or job.state != "finished" or not _holds(job.folder / STATISTICS, record):
         for shard in plan:
             remove_leftovers(shard.output)
         write_json(job.folder / STATISTICS, record)
@@ -169,22 +170,33 @@ def _conclude(
     return {**summary, **statistics.summary()}
 
 
-class ModelEncoder:
-    """uint8 images -> mean and logvar on the CPU in fp32; bf16 autocast on CUDA, fp32 elsewhere."""
+def _holds(path: Path, value: Any) -> bool:
+    try:
+        return read_json(path) == value
+    except (OSError, ValueError):
+        return False
 
-    def __init__(self, model: AutoencoderKL, device: torch.device) -> None:
-        self.model, self.device = model, device
+
+class ModelEncoder:
+    """uint8 images -> mean and logvar, fp32 on the CPU.
+
+    Args:
+        model: on `device`.
+        device: where to compute.
+        compute: "fp32", or "bf16" for autocast; the posterior is fp32 either way.
+    """
+
+    def __init__(self, model: AutoencoderKL, device: torch.device, compute: str = "fp32") -> None:
+        self.model, self.device, self.half = model, device, compute == "bf16"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, R, R] -> mean, logvar [B, z, h, w]; rows that bf16 can't hold are computed again in fp32."""
         pixels = to_float(images.to(self.device)).contiguous(memory_format=torch.channels_last)
-        if self.device.type != "cuda":
-            return self._moments(pixels)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             mean, logvar = self._moments(pixels)
         bad = ~(mean.isfinite() & logvar.isfinite()).flatten(1).all(1)
-        if bad.any():
+        if self.half and bad.any():
             again = self._moments(pixels)
             mean[bad], logvar[bad] = again[0][bad], again[1][bad]
         return mean, logvar

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import tarfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +15,12 @@ from torch.utils.data import Dataset
 
 from latentae.encoding.shard import LATENT_MEMBER
 from latentae.encoding.sidecar import SUFFIX, read_sidecar
+from latentae.encoding.statistics import STATISTICS
 from latentae.errors import OutputError, ShardError
 from latentae.files import read_json
 from latentae.jobs import Job
 
 __all__ = ["Latent", "LatentDataset"]
-
-STATISTICS = "statistics.json"
-OPEN_FILES = 32  # per process; shards may be more than a process may hold open
 
 
 class Latent(NamedTuple):
@@ -45,8 +41,8 @@ class Latent(NamedTuple):
 class LatentDataset(Dataset[Latent]):
     """The latents in an output folder of `encode`, in the order of its shards, by index.
 
-    Offsets are scanned once, on construction; tensors are read when asked for. Files are opened by the process that reads them,
-    so the data set can be handed to DataLoader workers of any start method.
+    Offsets are scanned once, on construction; tensors are read when asked for. No file stays open between two reads, so the data
+    set can be handed to DataLoader workers of any start method, however many shards there are.
 
     Args:
         path: a finished output folder of `encode`.
@@ -65,7 +61,7 @@ class LatentDataset(Dataset[Latent]):
             raise OutputError(f"{self.path} was made by latentae {record.get('verb')}; give an output folder of latentae encode")
         if not record.get("finished"):
             raise OutputError(f"{self.path} is not finished; run the same encode command again")
-        self.statistics: dict[str, Any] = read_json(self.path / STATISTICS)
+        self.statistics = _read_statistics(self.path / STATISTICS)
         if scaled and self.statistics["scaling_factor"] is None:
             raise OutputError(f"the latents in {self.path} do not vary, so they have no scaling factor; use scaled=False")
         self.shards = [marker.with_name(marker.name.removesuffix(SUFFIX)) for marker in self.path.rglob(f"*{SUFFIX}")]
@@ -77,17 +73,15 @@ class LatentDataset(Dataset[Latent]):
                 self.keys.append(key)
                 places.append((number, offset, size))
         self._places = np.array(places, dtype=np.int64).reshape(-1, 3)  # shard, offset, size: shared with forked workers
-        self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
-        self._owner = os.getpid()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Latent:
         number, offset, size = (int(value) for value in self._places[index])
-        file = self._file(number)
-        file.seek(offset)
-        tensors = load_safetensors(file.read(size))
+        with self.shards[number].open("rb") as file:
+            file.seek(offset)
+            tensors = load_safetensors(file.read(size))
         mean, logvar = tensors["mean"].float(), tensors["logvar"].float()
         if self.scaled:
             mean, logvar = self.scale(mean), logvar + 2 * math.log(self.statistics["scaling_factor"])
@@ -101,18 +95,12 @@ class LatentDataset(Dataset[Latent]):
         """The inverse of `scale`: what `AutoencoderKL.decode` takes."""
         return latent / self.statistics["scaling_factor"] + self.statistics["shift_factor"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
 
-    def _file(self, number: int) -> IO[bytes]:
-        if self._owner != os.getpid():  # a forked worker shares its parent's file positions: open anew
-            self._files, self._owner = OrderedDict(), os.getpid()
-        if number not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[number] = self.shards[number].open("rb")
-        self._files.move_to_end(number)
-        return self._files[number]
+def _read_statistics(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"could not read {file} ({error}); run the same encode command again, which restores it") from error
 
 
 def _scan(shard: Path) -> list[tuple[str, int, int]]:

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["LatentStatistics", "merge"]
+__all__ = ["STATISTICS", "LatentStatistics", "merge"]
+
+STATISTICS = "statistics.json"  # in an output folder: the statistics of all its shards
 
 Vector = np.ndarray  # [z] float64
 

@@ -1,12 +1,12 @@
 """What a model must beat: PCA at equal latent floats, and JPEG at the bytes its quantised latents take.
 
-Bytes of a latent. The posterior mean of one image, [z, h, w], is quantised to 8 bits per number, uniformly between the smallest
-and the largest value of each of its channels; the codes, channel after channel, are deflated at level 9. The stream is the 8 bytes
-of each channel's (minimum, step) as little-endian fp32, then the deflated codes: all that is needed to decode, given the model and
-the image size. zlib rather than lzma: below some tens of kilobytes its smaller header and per-block Huffman tables win.
+Bytes of a latent. The posterior mean of one image, [z, h, w], is quantised to 8 bits a number, uniformly between the smallest
+and the largest value of each of its channels; the codes, channel after channel, are deflated at level 9. The stream is 8 bytes
+for each channel (minimum and step, little-endian fp32), then the deflated codes: all that is needed to decode, given the model
+and the image size. zlib rather than lzma: on a few kilobytes of codes its header is smaller and its Huffman tables get as far.
 
-Bytes of a JPEG. The whole file with its headers and optimised Huffman tables, at the highest quality that fits into the budget, with
-or without chroma subsampling, whichever is nearer to the image.
+Bytes of a JPEG. The whole file, with its headers and optimised Huffman tables, at the highest quality that fits into the budget,
+with or without chroma subsampling, whichever is nearer to the image.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def decompress_latent(data: bytes, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG file: its bytes, its decoded image uint8 [3, H, W], quality (1 to 100) and Pillow's subsampling (0: 4:4:4, 2: 4:2:0)."""
+    """A JPEG file, its decoded image uint8 [3, H, W], quality (1 to 100) and Pillow's subsampling (0: 4:4:4, 2: 4:2:0)."""
 
     data: bytes
     image: Tensor

@@ -106,4 +106,5 @@ def _inline(svg: str, label: str) -> str:
     view = re.search(r'viewBox="[^"]*"', head)
     for literal, themed in THEME.items():
         rest = rest.replace(literal, themed)
-    return f'<svg {view.group(0) if view else ""} role="img" aria-label="{escape(label)}">{rest.replace("xlink:href", "href")}'.strip()
+    rest = rest.replace("xlink:href", "href").strip()
+    return f'<svg {view.group(0) if view else ""} role="img" aria-label="{escape(label)}">{rest}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,6 @@ def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu
         WeightsError, MissingDependencyError: a network asked for by name whose weights can't be had.
         ImageError: the images are too small for a network asked for by name.
     """
-    known = tuple(name for name in get_args(PerceptualNet) if name != "none")
     if net == "none":
         return Distance(None, None, "not asked for")
     if net == "auto":
@@ -63,11 +62,9 @@ def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu
         return Distance(
             None, None, f"this machine has the weights of none of {', '.join(PREFERENCE)} for {resolution}-pixel images"
         )
-    if net not in known:
-        raise RecipeError(f"unknown perceptual distance {net!r}; use auto, none or one of {', '.join(known)}")
-    module = build_perceptual(net)
+    if net not in get_args(PerceptualNet):
+        raise RecipeError(f"unknown perceptual distance {net!r}; use auto or one of {', '.join(get_args(PerceptualNet))}")
+    module = build_perceptual(cast(PerceptualNet, net))
     if resolution < module.minimum_size:
-        raise ImageError(
-            f"{module.name} needs sides of at least {module.minimum_size} pixels, got {resolution}; use another resolution or distance"
-        )
+        raise ImageError(f"{module.name} needs sides of at least {module.minimum_size} pixels, got {resolution}; use another one")
     return Distance(module.to(device), module.name, "asked for")

@@ -5,40 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import math
-import platform
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import latentae
-from latentae.data.index import ShardIndex, load_index
-from latentae.data.loader import image_batches, is_held_out
+from latentae.data.index import load_index
+from latentae.data.loader import image_batches
 from latentae.data.shards import expand_shards
 from latentae.errors import DataError, ImageError, ModelError, RecipeError
 from latentae.evaluation.baselines import MAX_PATCH_NUMBERS, PatchPCA, fit_pca
 from latentae.evaluation.device import choose_device
-from latentae.evaluation.distance import Distance, choose_distance
+from latentae.evaluation.distance import choose_distance
 from latentae.evaluation.images import write_png
-from latentae.evaluation.measure import JPEG, MODEL, PCA, QUANTISED, Measurement, measure, spread_positions
-from latentae.evaluation.summary import finding, metric_label, paired, print_table
-from latentae.evaluation.training_data import TrainingData, recorded_training_data
+from latentae.evaluation.measure import MODEL, Measurement, measure
+from latentae.evaluation.results import PCA_IMAGES, Setting, summarise
+from latentae.evaluation.summary import print_table
+from latentae.evaluation.training_data import given_training_data, recorded_training_data, training_images
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job
-from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.pretrained import ModelSource, load_model, resolve_model
-from latentae.progress import Progress, say
+from latentae.progress import say
 
-__all__ = ["CSV", "EXAMPLES", "FORMAT_VERSION", "METRICS", "REPORT", "evaluate"]
+__all__ = ["evaluate"]
 
-FORMAT_VERSION = 1
 METRICS, CSV, REPORT, EXAMPLES = "metrics.json", "per_image.csv", "report.html", "examples"
 EXAMPLE_COUNT = 6
-PCA_IMAGES = 2000
 
 
 def evaluate(
@@ -74,37 +65,33 @@ def evaluate(
         What metrics.json holds.
 
     Raises:
-        ModelError, ShardError, ImageError, WeightsError, OutputError: what was given can't be used; nothing is left half-written.
+        LatentAEError: the model, the shards, an option or the output folder can't be used. A folder is claimed only after the
+            inputs were checked, and metrics.json is written last.
     """
-    where = choose_device(device)
-    source = resolve_model(model, weights)
+    source, where = resolve_model(model, weights), choose_device(device)
     size = _resolution(source, resolution)
     if batch_size < 1 or (limit is not None and limit < 1):
-        raise RecipeError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
-    index = load_index(expand_shards(shards))
-    training = recorded_training_data(source) if pca_shards is None else TrainingData(tuple(expand_shards(pca_shards)))
+        raise RecipeError(f"batch_size is {batch_size} and limit is {limit}; both must be at least 1")
+    training = recorded_training_data(source) if pca_shards is None else given_training_data(pca_shards)
+    setting = Setting(
+        source, load_index(expand_shards(shards)), size, training, seed, choose_distance(perceptual, size, where), where
+    )
     job = None
     if out is not None:
         inputs = {
             "model": source.fingerprint,
-            "shards": index.digest,
+            "shards": setting.index.digest,
             "resolution": size,
             "limit": limit,
             "perceptual": perceptual,
-            "pca": load_index(training.shards).digest if training.shards else None,
+            "pca_shards": training.index.digest if pca_shards is not None and training.index else None,
             "seed": seed,
         }
-        distance = choose_distance(perceptual, size, where)  # before the folder is claimed, so that a bad name leaves no trace
         job = Job.open(out, "evaluate", inputs)
         if job.state == "finished":
             say(f"{out} already holds this evaluation; see {Path(out) / REPORT}")
             return read_json(Path(out) / METRICS)
-    else:
-        distance = choose_distance(perceptual, size, where)
-    network, source = load_model(model, weights, where)
-    task = _Task(network, source, index, size, batch_size, limit, training, seed, distance, where)
-    measurement, pca = task.run()
-    result = task.summarise(measurement, pca)
+    result, measurement = _run(setting, weights, batch_size, limit, recorded=pca_shards is None)
     if job is None:
         print_table(result)
         return result
@@ -120,68 +107,50 @@ def _resolution(source: ModelSource, asked: int | None) -> int:
     if size < 1 or size % factor:
         nearest = max(round(size / factor), 1) * factor
         raise ImageError(f"resolution is {size}, this model needs a multiple of {factor}; use {nearest}")
-    if config.in_channels != 3 or config.out_channels != 3:
-        raise ModelError(
-            f"the model has {config.in_channels} channels in and {config.out_channels} out; evaluation needs RGB, 3 and 3"
-        )
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise ModelError(f"the model has {config.in_channels} channels in and {config.out_channels} out; evaluation needs RGB")
     return size
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One evaluation, its inputs checked."""
+def _run(
+    setting: Setting, weights: str, batch_size: int, limit: int | None, *, recorded: bool
+) -> tuple[dict[str, Any], Measurement]:
+    model, _ = load_model(setting.source.path, weights, setting.device)
+    total = min(setting.index.samples, limit or setting.index.samples)
+    pca = _fit_pca(setting, batch_size, recorded)
+    measurement = measure(
+        model,
+        image_batches([entry.path for entry in setting.index.shards], setting.resolution, batch_size, limit=limit),
+        distance=setting.distance,
+        pca=pca if isinstance(pca, PatchPCA) else None,
+        device=setting.device,
+        total=total,
+        examples=_spread(total, EXAMPLE_COUNT),
+    )
+    return summarise(setting, measurement, pca, sum(parameter.numel() for parameter in model.parameters())), measurement
 
-    model: AutoencoderKL
-    source: ModelSource
-    index: ShardIndex
-    resolution: int
-    batch_size: int
-    limit: int | None
-    training: TrainingData
-    seed: int
-    distance: Distance
-    device: torch.device
 
-    def run(self) -> tuple[Measurement, PatchPCA | str]:
-        """The measurement, and the fitted PCA or why there is none."""
-        shards = [entry.path for entry in self.index.shards]
-        total = min(self.index.samples, self.limit or self.index.samples)
-        pca = self._fit_pca()
-        measurement = measure(
-            self.model,
-            image_batches(shards, self.resolution, self.batch_size, limit=self.limit),
-            distance=self.distance,
-            pca=pca if isinstance(pca, PatchPCA) else None,
-            device=self.device,
-            total=total,
-            examples=spread_positions(total, EXAMPLE_COUNT),
-        )
-        return measurement, pca
+def _fit_pca(setting: Setting, batch_size: int, recorded: bool) -> PatchPCA | str:
+    """PCA on training images, or why there is none; shards that the user named must work."""
+    config, training = setting.source.config, setting.training
+    if training.index is None:
+        return f"{training.reason}; name images to fit it on with pca_shards"
+    numbers = 3 * config.downsampling**2
+    if numbers > MAX_PATCH_NUMBERS:
+        return f"a patch has {numbers} numbers, and the closed form is limited to {MAX_PATCH_NUMBERS}"
+    images = training_images(training, setting.resolution, batch_size, PCA_IMAGES, setting.seed)
+    try:
+        return fit_pca((batch.to(setting.device) for batch in images), config.downsampling, config.latent_channels)
+    except DataError as error:
+        if not recorded:
+            raise
+        return str(error)
 
-    def _fit_pca(self) -> PatchPCA | str:
-        config = self.source.config
-        if not self.training.shards:
-            return f"{self.training.reason}; give --pca-shards"
-        numbers = 3 * config.downsampling**2
-        if numbers > MAX_PATCH_NUMBERS:
-            return f"a patch has {numbers} numbers; the covariance in closed form is limited to {MAX_PATCH_NUMBERS}"
-        try:
-            return fit_pca(self._pca_images(), config.downsampling, config.latent_channels)
-        except DataError as error:
-            return str(error)
 
-    def _pca_images(self) -> Iterator[Tensor]:
-        """Up to PCA_IMAGES training images, as many from each shard, without those that training held out."""
-        entries = [entry for entry in load_index(self.training.shards).shards if entry.samples]
-        random.Random(self.seed).shuffle(entries)
-        share = math.ceil(PCA_IMAGES / len(entries))
-        with Progress("fitting PCA", None) as progress:
-            for entry in entries[:PCA_IMAGES]:
-                for batch in image_batches([entry.path], self.resolution, self.batch_size, limit=share):
-                    kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, self.training.held_out)]
-                    progress.advance(len(kept))
-                    if kept:
-                        yield batch.images[kept].to(self.device)
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` positions spread evenly over `count` images, first and last included."""
+    wanted = min(wanted, count)
+    return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
 
 def _write(folder: Path, result: dict[str, Any], measurement: Measurement, source: ModelSource) -> None:
@@ -202,7 +171,7 @@ def _write(folder: Path, result: dict[str, Any], measurement: Measurement, sourc
 
 
 def _csv(measurement: Measurement) -> str:
-    """One row per image; an empty cell where a method has no result."""
+    """One row per image, the model's own columns first; an empty cell where a method has no result."""
     columns = {
         (name if method == MODEL else f"{method}_{name}"): values
         for method, scores in sorted(measurement.scores.items(), key=lambda item: item[0] != MODEL)

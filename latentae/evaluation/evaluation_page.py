@@ -45,7 +45,8 @@ ORDER = ("original", "model", "pca", "latent_8bit", "jpeg")
 def write_evaluation_report(folder: str | Path, result: Mapping[str, Any], metrics_log: str | Path | None = None) -> None:
     """Write `folder`/report.html from an evaluation's result and the example pictures in `folder`."""
     data = result["data"]
-    subtitle = f"{Path(result['model']['path']).name} on {_count(data['images'], 'image')} at {data['resolution']} x {data['resolution']} pixels"
+    name, side = Path(result["model"]["path"]).name, data["resolution"]
+    subtitle = f"{name} on {_count(data['images'], 'image')} at {side} x {side} pixels"
     files = Links([("all numbers (metrics.json)", "metrics.json"), ("one row per image (per_image.csv)", "per_image.csv")])
     sections = [
         *evaluation_sections(folder, result),
@@ -104,7 +105,7 @@ def _tiles(result: Mapping[str, Any]) -> Tiles:
     latent = result["latent"]
     size = result["baselines"]["latent_8bit"]
     shape = " x ".join(str(side) for side in latent["shape"])
-    tiles.append(("latent", shape, f"1 number for {1 / latent['numbers_per_image_number']:.3g} of the image"))
+    tiles.append(("latent", shape, f"1 number for {latent['image_numbers_per_latent_number']:.3g} of the image"))
     tiles.append(
         ("as bytes", f"{size['bytes_per_image']:,.0f}", f"8 bits and deflate: {size['bits_per_pixel']:.2f} bits a pixel")
     )

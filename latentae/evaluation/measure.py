@@ -20,7 +20,7 @@ from latentae.evaluation.summary import Scores
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.progress import Progress
 
-__all__ = ["MODEL", "Example", "Measurement", "measure"]
+__all__ = ["JPEG", "MODEL", "PCA", "QUANTISED", "Example", "Measurement", "measure"]
 
 MODEL, QUANTISED, PCA, JPEG = "model", "latent_8bit", "pca", "jpeg"
 MISSING = math.nan
@@ -75,23 +75,21 @@ def measure(
     measurement, wanted = Measurement(), set(examples)
     with Progress("evaluating", total) as progress:
         for batch in batches:
-            images = batch.images.to(device)
-            reconstructions = _reconstruct(model, batch.keys, images, measurement)
+            images, keys = batch.images.to(device), [_printable(key) for key in batch.keys]
+            reconstructions = _reconstruct(model, keys, images, measurement)
             if pca is not None:
                 reconstructions[PCA] = pca.reconstruct(images)
             _score(measurement, images, reconstructions, distance)
             _score_jpeg(measurement, batch, reconstructions, distance, device)
-            for offset, key in enumerate(batch.keys):
+            for offset, key in enumerate(keys):
                 if len(measurement.keys) + offset in wanted:
-                    measurement.examples.append(
-                        _example(measurement, key, offset, len(batch.keys), batch.images, reconstructions)
-                    )
-            measurement.keys.extend(batch.keys)
-            progress.advance(len(batch.keys))
+                    measurement.examples.append(_example(measurement, key, offset, len(keys), batch.images, reconstructions))
+            measurement.keys.extend(keys)
+            progress.advance(len(keys))
     return measurement
 
 
-def _reconstruct(model: AutoencoderKL, keys: tuple[str, ...], images: Tensor, measurement: Measurement) -> dict[str, Tensor]:
+def _reconstruct(model: AutoencoderKL, keys: list[str], images: Tensor, measurement: Measurement) -> dict[str, Tensor]:
     """uint8 images from the posterior mean, and from the posterior mean in 8 bits; counts the latents and their bytes."""
     posterior = model.encode(to_float(images))
     mode = posterior.mode()
@@ -151,17 +149,6 @@ def _example(
     return Example(key, images[offset], {m: reconstructions[m][offset].cpu() for m in shown}, {m: values[m] for m in shown})
 
 
-def spread_positions(count: int, wanted: int) -> list[int]:
-    """`wanted` positions spread evenly over `count` images, first and last included."""
-    wanted = min(wanted, count)
-    return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
-
-
-def take(batches: Iterable[Batch], limit: int) -> Iterable[Tensor]:
-    """The images of the first batches, `limit` images at most."""
-    left = limit
-    for batch in batches:
-        yield batch.images[:left]
-        left -= len(batch.images)
-        if left <= 0:
-            return
+def _printable(key: str) -> str:
+    """Tar names may be no UTF-8; Python then carries the bytes as surrogates, which no text file takes."""
+    return key.encode("utf-8", "backslashreplace").decode("utf-8")

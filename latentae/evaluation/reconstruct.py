@@ -39,8 +39,8 @@ def reconstruct(
         model: run folder, checkpoint or exported folder.
         images: image files.
         out: the PNG to write; an existing one is replaced.
-        resolution: resize the short side to it and crop the centre; without it every image keeps its own size, cropped at the centre
-            to a multiple of the model's downsampling, and reduced where its longer side exceeds 1024 pixels.
+        resolution: resize the short side to it and crop the centre; without it every image keeps its own size, cropped at the
+            centre to a multiple of the model's downsampling, and reduced where its longer side exceeds 1024 pixels.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
 

@@ -3,8 +3,8 @@
     page = build_report("Quickstart", "24 photos, 4 minutes of training", [Section("Pictures", [Gallery(...)]), ...])
     write_text(folder / "report.html", page)
 
-Every text is escaped. Pictures become `data:` addresses and charts inline SVG, so a page asks no other file and no network. Colours
-follow the reader's light or dark setting; the layout fits a phone and a desktop.
+Every text is escaped. Pictures become `data:` addresses and charts inline SVG, so a page asks for no other file and no network.
+Colours follow the reader's light or dark setting; the layout fits a phone and a desktop.
 """
 
 from __future__ import annotations

@@ -96,7 +96,6 @@ def _quantised(setting: Setting, measurement: Measurement) -> dict[str, Any]:
         "metrics": scores.summary(setting.seed),
         "bytes_per_image": size,
         "bits_per_pixel": 8 * size / setting.resolution**2,
-        "paired": paired(scores, measurement.scores[MODEL], setting.seed),
     }
 
 
@@ -105,7 +104,9 @@ def _jpeg(setting: Setting, measurement: Measurement) -> dict[str, Any]:
     jpeg: dict[str, Any] = {"label": "JPEG in the same bytes"}
     left_out = sum(math.isnan(value) for value in scores.values["bytes"])
     if left_out == len(measurement.keys):
-        return jpeg | {"missing": f"even at quality 1 every file is larger than its budget, {quantised.mean('bytes'):.0f} bytes on average"}
+        return jpeg | {
+            "missing": f"even at quality 1 every file is larger than its budget, {quantised.mean('bytes'):.0f} bytes on average"
+        }
     return jpeg | {
         "metrics": scores.summary(setting.seed),
         "bytes_per_image": scores.mean("bytes"),
@@ -143,11 +144,12 @@ def _comparisons(result: dict[str, Any]) -> list[dict[str, str]]:
 def _omissions(result: dict[str, Any], distance: Distance) -> list[dict[str, str]]:
     """What was not measured, and why."""
     baselines, images = result["baselines"], result["data"]["images"]
-    texts = [f"{baseline['label']}: not measured; {baseline['missing']}." for baseline in baselines.values() if "missing" in baseline]
-    if baselines[JPEG].get("left_out"):
-        texts.append(
-            f"{baselines[JPEG]['label']}: {baselines[JPEG]['left_out']} of {images} images do not fit even at quality 1; its numbers leave them out."
-        )
+    texts = [
+        f"{baseline['label']}: not measured; {baseline['missing']}." for baseline in baselines.values() if "missing" in baseline
+    ]
+    left_out, label = baselines[JPEG].get("left_out"), baselines[JPEG]["label"]
+    if left_out:
+        texts.append(f"{label}: {left_out} of {images} images do not fit even at quality 1; its numbers leave them out.")
     if distance.module is None:
         texts.append(f"Perceptual distance: not measured; {distance.reason}.")
     if images == 1:
@@ -158,10 +160,11 @@ def _omissions(result: dict[str, Any], distance: Distance) -> list[dict[str, str
 def _overlap(setting: Setting) -> list[dict[str, str]]:
     """Say so when the images evaluated are among those that the model was trained on or PCA was fitted on."""
     evaluated = {Path(entry.path).resolve() for entry in setting.index.shards}
-    shared = evaluated & {Path(path).resolve() for path in setting.training.shards}
+    trained = setting.training.index.shards if setting.training.index else ()
+    shared = len(evaluated & {Path(entry.path).resolve() for entry in trained})
     if not shared:
         return []
-    text = f"{len(shared)} of the {len(evaluated)} shards evaluated are training shards too: this is not how it does on images it has not seen."
+    text = f"{shared} of the {len(evaluated)} shards evaluated are training shards too: images not seen in training may do worse."
     return [{"kind": "bad", "text": text}]
 
 
@@ -170,18 +173,20 @@ def _conventions(setting: Setting) -> dict[str, str]:
     size, distance = setting.resolution, setting.distance
     perceptual = f"none; {distance.reason}"
     if distance.name:
-        perceptual = f"{distance.name}, on the uint8 images scaled to [-1, 1]; one that was also a training loss flatters the model"
+        perceptual = (
+            f"{distance.name}, on the uint8 images scaled to [-1, 1]; one that was also a training loss flatters the model"
+        )
     return {
         "images": f"RGB, short side resized to {size} px (antialiased bicubic), centre crop to {size} x {size}",
         "latent": "posterior mean, fp32, not scaled",
         "reconstruction": "rounded and clamped to uint8 before any metric",
-        "PSNR": "10 log10(255² / MSE) over the RGB values of an image, then averaged; identical images are infinite: counted, not averaged",
-        "SSIM": "on [0, 255], 11-tap Gaussian window (sigma 1.5), population covariance, windows inside the image, mean of the channels",
+        "PSNR": "10 log10(255² / MSE) of each image, then averaged; identical images are infinite: counted, not averaged",
+        "SSIM": "on [0, 255], 11-tap Gaussian window (sigma 1.5) inside the image, population covariance, mean of channels",
         "perceptual distance": perceptual,
-        "interval": f"95 %, percentile bootstrap over images, 2000 resamples, seed {setting.seed}; comparisons are paired by image",
-        "latent bytes": "8 bits, uniform between minimum and maximum of each image and channel, deflate level 9, 8 bytes a channel for ranges",
+        "interval": f"95 %, percentile bootstrap over images, 2000 resamples, seed {setting.seed}; comparisons paired by image",
+        "latent bytes": "8 bits between minimum and maximum of each image and channel, deflate level 9; ranges counted",
         "JPEG": "highest quality whose whole file fits the bytes of the image's own latent; 4:4:4 or 4:2:0, whichever is nearer",
-        "PCA": f"patches as large as a latent pixel, z components, mean; up to about {PCA_IMAGES} training images; floats not quantised",
+        "PCA": f"patches as large as a latent pixel, z components; about {PCA_IMAGES} training images; floats not quantised",
         "latent statistics": "of posterior samples, by the law of total variance; scaling_factor = 1 / std over all elements",
     }
 

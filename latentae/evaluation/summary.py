@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentae.evaluation.metrics import bootstrap_mean
 
-__all__ = ["HIGHER_IS_BETTER", "Scores", "finding", "interval_text", "metric_label", "methods", "paired", "print_table"]
+__all__ = ["HIGHER_IS_BETTER", "Scores", "finding", "interval_text", "methods", "metric_label", "paired", "print_table"]
 
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "perceptual": False}
 NAMES = {"psnr": "PSNR", "ssim": "SSIM"}

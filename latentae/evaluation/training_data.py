@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import random
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from latentae.data.index import ShardIndex, load_index
+from latentae.data.loader import image_batches, is_held_out
 from latentae.data.shards import expand_shards
 from latentae.errors import ShardError
 from latentae.models.pretrained import ModelSource
+from latentae.progress import Progress
 
-__all__ = ["TrainingData", "recorded_training_data"]
+__all__ = ["TrainingData", "given_training_data", "recorded_training_data", "training_images"]
 
 RECIPE = "recipe.toml"
 
@@ -21,36 +29,54 @@ class TrainingData:
     """Shards a model was trained on.
 
     Attributes:
-        shards: paths; empty when they are not known or gone.
+        index: None where they are not known or gone.
         held_out: fraction of their samples kept out of training by key.
         reason: why there are none.
     """
 
-    shards: tuple[str, ...]
+    index: ShardIndex | None
     held_out: float = 0.0
     reason: str = ""
 
 
+def given_training_data(shards: str | Path | Sequence[str | Path]) -> TrainingData:
+    """Training shards named by the user; ShardError if they are not there."""
+    return TrainingData(load_index(expand_shards(shards)))
+
+
 def recorded_training_data(source: ModelSource) -> TrainingData:
-    """Find the training shards of a run or checkpoint in its resolved recipe."""
+    """The training shards of a run or checkpoint, from its resolved recipe."""
     recipe = _recipe(source)
     if recipe is None:
-        return TrainingData((), reason="the model does not say what it was trained on")
+        return TrainingData(None, reason="the model does not say what it was trained on")
     data = recipe.get("data", {})
     if not data.get("shards"):
-        return TrainingData((), reason="the recipe beside the model names no shards")
+        return TrainingData(None, reason="the recipe beside the model names no shards")
     try:
-        shards = tuple(expand_shards(data["shards"]))
+        index = load_index(expand_shards(data["shards"]))
     except ShardError as error:
-        return TrainingData((), reason=f"the training shards are not there any more ({error})")
-    held_out = float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0
-    return TrainingData(shards, held_out)
+        return TrainingData(None, reason=f"the training shards can't be read any more ({error})")
+    return TrainingData(index, float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0)
 
 
 def _recipe(source: ModelSource) -> dict[str, Any] | None:
     for folder in (source.weights_file.parent, Path(source.path)):
         try:
             return tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there or not readable: an exported model has none
+        except (OSError, ValueError):  # none there, as with an exported model
             continue
     return None
+
+
+def training_images(training: TrainingData, resolution: int, batch_size: int, wanted: int, seed: int) -> Iterator[Tensor]:
+    """About `wanted` images uint8 [B, 3, R, R], as many from each shard, without those that training held out."""
+    entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
+    random.Random(seed).shuffle(entries)
+    share = math.ceil(wanted / max(len(entries), 1))
+    with Progress("fitting PCA", None) as progress:
+        for entry in entries[:wanted]:
+            for batch in image_batches([entry.path], resolution, batch_size, limit=share):
+                kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, training.held_out)]
+                progress.advance(len(kept))
+                if kept:
+                    yield batch.images[kept]

@@ -20,7 +20,7 @@ class CardFacts:
     scaling: LatentScaling
     parameters: int
     resolution: int
-    """Image side in pixels at training."""
+    """Image side in pixels at training, or what the config says."""
     weights: str
     """What was exported, in words."""
     version: str
@@ -54,7 +54,7 @@ at 1/{f} of their height and width, and back.
 | Image | float, {config.in_channels} x H x W, range [-1, 1], H and W multiples of {f} |
 | Latent | {z} x H/{f} x W/{f}; {z} x {side // f} x {side // f} for {side} x {side} pixels |
 | Downsampling factor | {f} ({ratio:.3g} image values per latent value) |
-| Trained at | {side} x {side} pixels |
+| Made for | {side} x {side} pixels |
 | Parameters | {facts.parameters:,} |
 | Weights | {facts.weights} |
 | Made with | latentae {facts.version} |

@@ -49,7 +49,9 @@ class Objective(nn.Module):
         if self.perceptual is not None:
             weights["perceptual"] = self.options.perceptual.weight
             values["perceptual"] = self.perceptual(x, target).mean()
-        total = torch.stack([weights[name] * value.float() for name, value in values.items()]).sum() if values else x.sum() * 0.0
+        total = sum((weights[name] * value for name, value in values.items()), start=torch.zeros((), device=x.device))
+        if not values:
+            total = x.sum() * 0.0  # a graph, so that a purely adversarial recipe works too
         return LossTerms(total, {name: value.detach() for name, value in values.items()})
 
     def latent_terms(self, posterior: DiagonalGaussian, target: Tensor) -> LossTerms:

@@ -39,6 +39,7 @@ __all__ = [
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CHECKPOINTS, LATEST, META, METRICS_LOG = "checkpoints", "latest", "meta.json", "metrics.jsonl"
+PROVENANCE = "latentae.json"
 CHECKPOINT_WEIGHTS = {"ema": "ema.safetensors", "raw": "autoencoder.safetensors"}
 
 # diffusers wrote attention layers under these names until 2023; its oldest VAE folders still have them.
@@ -109,6 +110,9 @@ def _source(
     resolution = size if isinstance(size, int) else min(size)
     if kind in ("run", "checkpoint"):
         resolution = int(read_json(weights_file.with_name(META)).get("resolution", resolution))
+    elif kind == "folder" and (weights_file.with_name(PROVENANCE)).is_file():
+        # an export's sample_size is diffusers' tile size, not what the model was trained at
+        resolution = int(read_json(weights_file.with_name(PROVENANCE)).get("inputs", {}).get("resolution", resolution))
     fingerprint = hashlib.sha256((sha256(weights_file) + config.model_dump_json()).encode()).hexdigest()
     return ModelSource(path, weights_file, config, kind, resolution, fingerprint, log)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from latentae.data.options import DataOptions
 from latentae.errors import RecipeError
@@ -23,7 +25,7 @@ __all__ = ["Recipe", "config", "load_recipe", "recipe_options", "shipped_recipes
 class Recipe(BaseModel):
     """Everything that decides what a run does."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: str = Field("", description="One sentence for people.")
     images: int = Field(10_000_000, ge=1, description="Images to see in all.")
@@ -120,13 +122,15 @@ def _replace(values: dict[str, Any], key: str, value: Any, name: str) -> None:
     *path, last = key.split(".")
     for part in path:
         values = values.setdefault(part, {})
-    values[last] = _parse(value)
+    values[last] = _parse(value, recipe_options()[key])
 
 
-def _parse(value: Any) -> Any:
+def _parse(value: Any, field: FieldInfo) -> Any:
+    """Text from a command line becomes a TOML value, unless the option takes text."""
     if isinstance(value, Path):
         return str(value)
-    if not isinstance(value, str):
+    takes_text = str in (field.annotation, *get_args(field.annotation)) or get_origin(field.annotation) is Literal
+    if not isinstance(value, str) or takes_text:
         return value
     try:
         return tomllib.loads(f"value = {value}")["value"]
@@ -149,17 +153,18 @@ def _explain(name: str, error: ValidationError) -> str:
     return f"{name}: {key} is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
 
 
-def recipe_options() -> dict[str, tuple[str, Any]]:
-    """Dotted name of every option -> (description, default)."""
+@cache
+def recipe_options() -> dict[str, FieldInfo]:
+    """Dotted name of every option -> its field (description, default, type)."""
     return dict(_options(Recipe, ""))
 
 
-def _options(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, tuple[str, Any]]]:
+def _options(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _options(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", (field.description or "", field.default)
+            yield f"{prefix}{name}", field
 
 
 def config(recipe: str | Path, **overrides: Any) -> str:

@@ -8,6 +8,7 @@ nothing needs freezing, and no graph is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,7 @@ class Trainer:
         """Accumulate the autoencoder's gradient for one part; returns its terms and the detached reconstruction."""
         with self._reduction(self.autoencoder, synchronize):
             output = self.autoencoder(images, noise=self._noise(images, index))
-            leaf = output.reconstruction.detach().float().requires_grad_()
+            leaf = _wide(output.reconstruction.detach()).requires_grad_()
             with self.accelerator.autocast():
                 image = self.objective.image_terms(leaf, images)
                 latent = self.objective.latent_terms(output.posterior, images)
@@ -150,7 +151,7 @@ class Trainer:
         """Accumulate the discriminator's gradient for one part, real and fake in one forward pass."""
         assert self.discriminator is not None
         with self._reduction(self.discriminator, synchronize):
-            logits = self.discriminator(torch.cat([real, fake])).float()
+            logits = _wide(self.discriminator(torch.cat([real, fake])))
             on_real, on_fake = logits.chunk(2)
             loss = hinge_discriminator(on_real, on_fake).mean()
             (loss / count).backward()
@@ -160,9 +161,8 @@ class Trainer:
             "discriminator/logits_fake": on_fake.detach().mean(),
         }
 
-    def _reduction(self, model: nn.Module, synchronize: bool):
-        from contextlib import nullcontext
-
+    def _reduction(self, model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
+        """DDP sums gradients over processes in the last part's backward pass only."""
         return nullcontext() if synchronize else self.accelerator.no_sync(model)
 
     def _noise(self, images: Tensor, index: int) -> Tensor:
@@ -187,3 +187,8 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision to fp32; losses and their gradients are computed in at least that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,277 @@
+"""The command line: parses, calls the function of the same name, prints errors as one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from latentae.errors import LatentAEError, RecipeError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="latentae",
+    help="Train, measure and ship the latent space of a generative model. MODEL is a run folder, a checkpoint or an exported folder.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]},
+)
+
+
+class RecipeCommand(TyperCommand):
+    """A command that also takes every option of a recipe; its help lists them."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Add the recipe's options, which are known only to the recipe tree."""
+        from latentae.training.recipe import recipe_options, shipped_recipes
+
+        with formatter.section("Shipped recipes"):
+            formatter.write_text(", ".join(shipped_recipes()))
+        with formatter.section("Options of a recipe (also keys of its TOML file)"):
+            rows = [(f"--{name.replace('_', '-')}", _explain(field)) for name, field in recipe_options().items()]
+            formatter.write_dl(rows)
+
+
+def _explain(field: Any) -> str:
+    default = "unset" if field.default is None else field.default
+    return f"{field.description} [{default}]"
+
+
+_RECIPE: Any = {
+    "cls": RecipeCommand,
+    "context_settings": {
+        "ignore_unknown_options": True,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+}
+Words = Annotated[list[str], typer.Argument(metavar="RECIPE [--OPTION VALUE]...", help="A shipped name or a .toml path, then options.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or exported folder.")]
+Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder, file, glob or brace pattern ({000..099}.tar).")]
+Weights = Annotated[str, typer.Option(help="Which weights of a run: ema or raw.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def _split(words: list[str]) -> tuple[str, dict[str, str]]:
+    """One recipe, and `--option value` or `--option=value` in any order."""
+    recipes, overrides, rest = [], {}, iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            recipes.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(rest, "")
+            if not value or value.startswith("--"):
+                raise RecipeError(f"option --{name} needs a value")
+        overrides[name.replace("-", "_")] = value
+    if len(recipes) != 1:
+        raise RecipeError(f"expected one RECIPE, got {' '.join(recipes) or 'none'}")
+    return recipes[0], overrides
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("quickstart"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training; the speed is measured first.")] = 4.0,
+    images: Annotated[int | None, typer.Option(help="Images to train on, instead of minutes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+) -> None:
+    """The whole line on photos that ship with the dependencies, from shards to a component in diffusers, with a report."""
+    import latentae
+
+    latentae.quickstart(out, minutes=minutes, images=images, seed=seed)
+
+
+@app.command()
+def shards(
+    images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    samples_per_shard: Annotated[int, typer.Option(help="At most so many images in a shard.")] = 1000,
+    max_shard_mb: Annotated[float, typer.Option(help="At most so many MB in a shard.")] = 1000.0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")] = False,
+) -> None:
+    """Pack a folder of images into WebDataset shards."""
+    import latentae
+
+    latentae.shards(images, out, samples_per_shard=samples_per_shard, max_shard_mb=max_shard_mb, skip_bad=skip_bad)
+
+
+@app.command(**_RECIPE)
+def train(
+    words: Words,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],
+    resume: Annotated[str, typer.Option(help="auto (go on where this run stopped), never, or a run or checkpoint to go on from.")] = "auto",
+) -> None:
+    """Train an autoencoder; the same command goes on where it stopped."""
+    import latentae
+
+    recipe, overrides = _split(words)
+    latentae.train(recipe, output, resume=resume, **overrides)
+
+
+@app.command(**_RECIPE)
+def config(words: Words) -> None:
+    """Print a recipe with every option resolved, as TOML."""
+    from latentae.training.recipe import config as resolved
+
+    recipe, overrides = _split(words)
+    typer.echo(resolved(recipe, **overrides), nl=False)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    shards: Shards,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json, per_image.csv and report.html; a table without it.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own when not given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "auto",
+    pca_shards: Annotated[str | None, typer.Option(help="Images to fit the PCA baseline on; the run's own when not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    weights: Weights = "ema",
+    device: Device = "auto",
+) -> None:
+    """Measure reconstructions, latents and baselines on held-out shards."""
+    import latentae
+
+    latentae.evaluate(
+        model,
+        shards,
+        out=out,
+        resolution=resolution,
+        batch_size=batch_size,
+        limit=limit,
+        perceptual=perceptual,
+        pca_shards=pca_shards,
+        seed=seed,
+        weights=weights,
+        device=device,
+    )
+
+
+@app.command()
+def reconstruct(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+    resolution: Annotated[int | None, typer.Option(help="Resize the short side to it and crop; each image's own size without.")] = None,
+    weights: Weights = "ema",
+    device: Device = "auto",
+) -> None:
+    """Show images beside their reconstructions."""
+    import latentae
+
+    latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device)
+
+
+@app.command()
+def encode(
+    model: Model,
+    shards: Shards,
+    out: Annotated[Path, typer.Argument(help="Folder for the latent shards.")],
+    dtype: Annotated[str, typer.Option(help="Stored type: bf16, fp16 or fp32.")] = "bf16",
+    resolution: Annotated[int | None, typer.Option(help="Side of the encoded centre square; the model's own when not given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 16,
+    keep_images: Annotated[bool, typer.Option("--keep-images", help="Copy the images into the latent shards too.")] = False,
+    task_id: Annotated[int | None, typer.Option(help="Which share of the shards, from 0; from the launcher when not given.")] = None,
+    num_tasks: Annotated[int | None, typer.Option(help="How many shares there are; from the launcher when not given.")] = None,
+    weights: Weights = "ema",
+    device: Device = "auto",
+) -> None:
+    """Encode image shards to latent shards, one for one; the same command goes on where it stopped."""
+    import latentae
+
+    latentae.encode(
+        model,
+        shards,
+        out,
+        dtype=dtype,
+        resolution=resolution,
+        batch_size=batch_size,
+        keep_images=keep_images,
+        task_id=task_id,
+        num_tasks=num_tasks,
+        weights=weights,
+        device=device,
+    )
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format: Annotated[str, typer.Option(help="diffusers: a folder that diffusers' AutoencoderKL loads.")] = "diffusers",
+    variant: Annotated[str | None, typer.Option(help="Also write half-precision weights: fp16 or bf16.")] = None,
+    scaling_factor: Annotated[float | None, typer.Option(help="Latent scaling; measured or the config's when not given.")] = None,
+    shift_factor: Annotated[float | None, typer.Option(help="Latent shift; measured or the config's when not given.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Output folder of encode or evaluate, for measured factors.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="Output folder of evaluate, for the model card.")] = None,
+    weights: Weights = "ema",
+) -> None:
+    """Write a model as a component that diffusers loads."""
+    import latentae
+
+    latentae.export(
+        model,
+        out,
+        format=format,
+        variant=variant,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        statistics=statistics,
+        metrics=metrics,
+        weights=weights,
+    )
+
+
+def _version(value: bool) -> None:
+    if value:
+        from latentae import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0, an error's own code, 2 for wrong usage, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except LatentAEError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from what is finished", 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's and click's own usage errors
+            _fail(f"{error.format_message()} (see latentae --help)", 2)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(error, OSError) and not debug:
+            _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    rank = os.environ.get("RANK")
+    who = f"latentae (rank {rank})" if rank not in (None, "0") else "latentae"
+    print(f"{who}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)

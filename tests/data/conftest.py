@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Members = list[tuple[str, bytes]]
+
+
+def _png(seed: int = 0, height: int = 12, width: int = 16) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _write_tar(path: Path, members: Members) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_png() -> Callable[..., bytes]:
+    """`make_png(seed, height, width)`: the bytes of a PNG of noise."""
+    return _png
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, Members], Path]:
+    """`write_tar(path, [(member name, bytes), ...])`."""
+    return _write_tar
+
+
+@pytest.fixture(scope="session")
+def make_shards() -> Callable[[Path, list[int]], str]:
+    """`make_shards(folder, [samples in shard 0, ...])` -> the folder; keys are `s<shard>/<number>`."""
+
+    def make(folder: Path, counts: list[int]) -> str:
+        for shard, count in enumerate(counts):
+            members = [(f"s{shard}/{number:03}.png", _png(1000 * shard + number)) for number in range(count)]
+            _write_tar(folder / f"{shard:03}.tar", members)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos in folders, PNG and JPEG, one with a caption; never written to by a test."""
+    skimage = pytest.importorskip("skimage")
+    source = Path(skimage.__file__).parent / "data"
+    folder = tmp_path_factory.mktemp("photos")
+    for number, name in enumerate(["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg"]):
+        target = folder / ("people" if number == 0 else "things") / Path(name).with_suffix(".JPG" if number % 2 else ".png").name
+        target.parent.mkdir(exist_ok=True)
+        with Image.open(source / name) as image:
+            image.convert("RGB").resize((96, 72)).save(target)
+    (folder / "things" / "coffee.txt").write_text("a cup of coffee", encoding="utf-8")
+    (folder / "README.md").write_text("not an image", encoding="utf-8")
+    return folder

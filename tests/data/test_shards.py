@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import gzip
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentae.data.shards import expand_shards, read_shard, shard_keys
+from latentae.errors import ShardError
+
+
+@pytest.fixture
+def three(tmp_path, write_tar):
+    for number in range(3):
+        write_tar(tmp_path / f"{number:03}.tar", [("a.txt", b"x")])
+    (tmp_path / "notes.txt").write_text("no shard")
+    return tmp_path
+
+
+def names(paths: list[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+@pytest.mark.parametrize(
+    "spec", ["{0}", "{0}/*.tar", "{0}/{{000..002}}.tar", "{0}/000.tar::{0}/001.tar::{0}/00[2-9].tar", "{0}/00{{0,1,2}}.tar"]
+)
+def test_every_kind_of_specification_names_the_same_shards(three, spec):
+    assert names(expand_shards(spec.format(three))) == ["000.tar", "001.tar", "002.tar"]
+
+
+def test_a_path_and_a_sequence_keep_their_order(three):
+    assert names(expand_shards(three)) == ["000.tar", "001.tar", "002.tar"]
+    assert names(expand_shards([three / "002.tar", f"{three}/000.tar"])) == ["002.tar", "000.tar"]
+
+
+def test_a_name_with_special_characters_is_taken_as_it_is(tmp_path, write_tar):
+    path = write_tar(tmp_path / "odd {1} [x]" / "a*.tar", [("a.txt", b"x")])
+    assert expand_shards(str(path)) == expand_shards(str(path.parent)) == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("{0}/{{000..003}}.tar", "no shard .*003.tar"),
+        ("{0}/x*.tar", "no shard matched"),
+        ("{0}/missing", "no shard .*missing"),
+        ("{0}/{{000..", "no shard|unbalanced"),
+        ("", "no shards in"),
+        ("{0}/000.tar::{0}/*.tar", "named twice"),
+        ("s3://bucket/{{000..009}}.tar", "local"),
+        ("pipe:cat {0}/000.tar", "local"),
+    ],
+)
+def test_a_specification_that_names_nothing_is_one_clear_line(three, spec, says):
+    with pytest.raises(ShardError, match=says) as caught:
+        expand_shards(spec.format(three))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_says_how_to_make_shards(tmp_path):
+    with pytest.raises(ShardError, match="latentae shards"):
+        expand_shards(tmp_path)
+
+
+def test_samples_come_in_tar_order_with_their_members(tmp_path, write_tar):
+    path = write_tar(
+        tmp_path / "a.tar", [("d/b.jpg", b"1"), ("d/b.txt", b"2"), ("a.JPG", b"3"), ("a.seg.png", b"4"), ("noextension", b"5")]
+    )
+    assert list(read_shard(path)) == [
+        {"__key__": "d/b", "__url__": str(path), "jpg": b"1", "txt": b"2"},
+        {"__key__": "a", "__url__": str(path), "jpg": b"3", "seg.png": b"4"},
+    ]
+    assert shard_keys(path) == ["d/b", "a"]
+    assert [sample["__key__"] for sample in read_shard(path, ["a"])] == ["a"]
+
+
+def test_a_tar_without_members_has_no_samples(tmp_path, write_tar):
+    assert list(read_shard(write_tar(tmp_path / "a.tar", []))) == []
+
+
+def test_asking_for_a_sample_that_is_gone_is_an_error(tmp_path, write_tar):
+    with pytest.raises(ShardError, match="'z' is gone"):
+        read_shard(write_tar(tmp_path / "a.tar", [("a.jpg", b"1")]), ["a", "z"])
+
+
+@pytest.mark.parametrize("order", [["a.jpg", "a.jpg"], ["a.jpg", "b.jpg", "a.jpg"], ["a.jpg", "a.JPG"]])
+def test_a_key_that_occurs_twice_is_an_error(tmp_path, write_tar, order):
+    path = write_tar(tmp_path / "a.tar", [(name, b"x") for name in order])
+    with pytest.raises(ShardError, match="twice") as caught:
+        read_shard(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, write_tar):
+    whole = write_tar(tmp_path / "a.tar", [("a.jpg", b"1")]).read_bytes()
+    for name, data in {"empty.tar": b"", "text.tar": b"<html>404</html>" * 100, "gzip.tar": gzip.compress(whole)}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ShardError, match=name):
+            read_shard(tmp_path / name)
+    with pytest.raises(ShardError, match="no shard"):
+        read_shard(tmp_path / "missing.tar")
+
+
+def test_links_devices_and_folders_are_no_samples(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in [("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("folder.jpg", tarfile.DIRTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert list(read_shard(tmp_path / "a.tar")) == []
+
+
+@pytest.mark.parametrize("name", ["../up.jpg", "a/../../up.jpg", "/etc/up.jpg", ".."])
+def test_a_member_that_points_out_of_its_folder_is_refused(tmp_path, write_tar, name):
+    with pytest.raises(ShardError, match="outside"):
+        read_shard(write_tar(tmp_path / "a.tar", [("a.jpg", b"x"), (name, b"x")]))
+
+
+def test_a_leading_dot_folder_is_common_and_fine(tmp_path, write_tar):
+    assert shard_keys(write_tar(tmp_path / "a.tar", [("./b/a.jpg", b"x")])) == ["./b/a"]
+
+
+def test_nothing_is_unpickled(tmp_path, write_tar):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    data = pickle.dumps(Bomb())
+    path = write_tar(tmp_path / "a.tar", [(f"a.{extension}", data) for extension in ("pyd", "pkl", "pth", "npy")])
+    assert [sample["pkl"] for sample in read_shard(path)] == [data]
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, write_tar):
+    folder = tmp_path_factory.mktemp("fuzz")
+    members = [
+        (f"k{number}.{extension}", bytes([65 + number]) * (700 * number)) for number in range(4) for extension in ("jpg", "txt")
+    ]
+    members.append(("zeros.npy", bytes(1500)))  # looks like the end of the archive when cut here
+    path = write_tar(folder / "whole.tar", members)
+    return path, list(read_shard(path))
+
+
+def without_url(samples):
+    return [{name: value for name, value in sample.items() if name != "__url__"} for sample in samples]
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_tar_cut_anywhere_is_whole_or_an_error(whole, data):
+    path, samples = whole
+    content = path.read_bytes()
+    cut = path.with_name("cut.tar")
+    length = data.draw(
+        st.one_of(st.integers(0, len(content)), st.integers(0, len(content) // 512).map(lambda blocks: 512 * blocks))
+    )
+    cut.write_bytes(content[:length])
+    try:
+        found = list(read_shard(cut))
+    except ShardError as error:
+        assert "cut.tar" in str(error)  # noqa: PT017
+    else:
+        assert without_url(found) == without_url(samples)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_flipped_bit_never_loses_a_sample_in_silence(whole, data):
+    path, samples = whole
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    flipped = path.with_name("flipped.tar")
+    flipped.write_bytes(content)
+    try:
+        found = list(read_shard(flipped))
+    except ShardError as error:
+        assert "flipped.tar" in str(error)  # noqa: PT017
+    else:  # the bit was in a member's bytes, which a tar can't check, or in padding
+        assert [sample.keys() for sample in found] == [sample.keys() for sample in samples]
+        assert [sample["__key__"] for sample in found] == [sample["__key__"] for sample in samples]

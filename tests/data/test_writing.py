@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentae.data.decode import decode_image, decode_sample
+from latentae.data.index import load_index
+from latentae.data.shards import expand_shards, read_shard
+from latentae.data.writing import encode_png, shards, write_shards
+from latentae.errors import DataError, ImageError, OutputError, ShardError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def samples(folder: Path) -> list[dict]:
+    return [sample for path in expand_shards(folder) for sample in read_shard(path)]
+
+
+@pytest.fixture
+def images(tmp_path, make_png) -> Path:
+    for number in range(7):
+        path = tmp_path / "images" / ("a" if number < 4 else "b") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_png(number))
+    return tmp_path / "images"
+
+
+def test_photos_come_back_byte_for_byte(photo_folder, tmp_path):
+    index = shards(photo_folder, tmp_path / "out", samples_per_shard=2)
+    assert [shard.samples for shard in index.shards] == [2, 2, 1]
+    assert index == load_index(expand_shards(tmp_path / "out"))
+    found = samples(tmp_path / "out")
+    assert [sample["__key__"] for sample in found] == [
+        "people/astronaut",
+        *(f"things/{name}" for name in ("chelsea", "coffee", "hubble_deep_field", "rocket")),
+    ]
+    assert found[0]["png"] == (photo_folder / "people/astronaut.png").read_bytes()
+    assert found[2]["jpg"] == (photo_folder / "things/coffee.JPG").read_bytes()
+    assert found[2]["txt"] == b"a cup of coffee"
+    assert all(decode_sample(sample).image.shape == (3, 72, 96) for sample in found)
+
+
+def test_the_same_images_give_the_same_bytes(images, tmp_path):
+    for out in ("one", "two"):
+        shards(images, tmp_path / out, samples_per_shard=3, workers=1 if out == "one" else 4)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    with tarfile.open(tmp_path / "one" / "000000.tar") as tar:
+        assert {(info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode) for info in tar} == {(0, 0, 0, "", "", 0o644)}
+
+
+def test_a_shard_is_cut_by_count_or_by_size(images, tmp_path):
+    size = max(path.stat().st_size for path in images.rglob("*.png"))
+    assert [shard.samples for shard in shards(images, tmp_path / "size", max_shard_mb=2.5 * size / 1e6).shards] == [2, 2, 2, 1]
+    assert [shard.samples for shard in shards(images, tmp_path / "tiny", max_shard_mb=1e-6).shards] == [1] * 7
+
+
+def test_a_finished_folder_says_so_and_stays(images, tmp_path, capsys):
+    first = shards(images, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert shards(images, tmp_path / "out") == first
+    assert "finished" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_shard_missing_from_a_finished_folder_is_not_passed_over(images, tmp_path):
+    shards(images, tmp_path / "out", samples_per_shard=3)
+    (tmp_path / "out" / "000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"000001\.tar"):
+        shards(images, tmp_path / "out", samples_per_shard=3)
+
+
+def test_other_images_or_settings_or_a_foreign_folder_are_refused(images, tmp_path, make_png):
+    shards(images, tmp_path / "out")
+    with pytest.raises(OutputError, match="samples_per_shard"):
+        shards(images, tmp_path / "out", samples_per_shard=2)
+    (images / "new.png").write_bytes(make_png(99))
+    with pytest.raises(OutputError, match="files"):
+        shards(images, tmp_path / "out")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.doc").write_text("x")
+    with pytest.raises(OutputError, match="thesis"):
+        shards(images, tmp_path / "foreign")
+    with pytest.raises(OutputError, match="itself"):
+        shards(images, images)
+
+
+def test_output_inside_the_input_is_not_taken_for_input(images, make_png):
+    first = shards(images, images / "out" / "shards")
+    (images / "out" / "shards" / "stray.png").write_bytes(make_png())
+    assert shards(images, images / "out" / "shards") == first
+
+
+def test_an_unreadable_image_stops_and_leaves_nothing_that_looks_complete(images, tmp_path):
+    data = (images / "b" / "5.png").read_bytes()
+    (images / "b" / "5.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match=r"5\.png") as caught:
+        shards(images, tmp_path / "out", samples_per_shard=3)
+    assert "\n" not in str(caught.value)
+    assert sorted(contents(tmp_path / "out")) == ["000000.tar", "latentae.json"]  # whole shards and an unfinished record
+
+
+def test_bad_images_can_be_skipped_and_are_on_record(images, tmp_path):
+    (images / "a" / "0.png").write_bytes(b"")
+    (images / "b" / "5.png").write_bytes(b"<html>404</html>")
+    with pytest.raises(ImageError):
+        shards(images, tmp_path / "out", samples_per_shard=3)
+    index = shards(images, tmp_path / "out", samples_per_shard=3, skip_bad=True)  # the same job goes on
+    assert [shard.samples for shard in index.shards] == [2, 2, 1]
+    records = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(record["file"], record["key"], record["shard"]) for record in records] == [
+        ("a/0.png", "a/0", "000000.tar"),
+        ("b/5.png", "b/5", "000001.tar"),
+    ]
+    assert all(record["reason"] for record in records)
+    assert shards(images, tmp_path / "out", samples_per_shard=3, skip_bad=True) == index
+
+
+def test_a_shard_of_bad_images_only_is_left_out(images, tmp_path):
+    for number in (0, 1):
+        (images / "a" / f"{number}.png").write_bytes(b"x")
+    index = shards(images, tmp_path / "out", samples_per_shard=2, skip_bad=True)
+    assert [shard.name for shard in index.shards] == ["000001.tar", "000002.tar", "000003.tar"]
+    assert index == load_index(expand_shards(tmp_path / "out"))
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(ImageError, match="none of the 7"):
+        shards(images, tmp_path / "none", skip_bad=True)
+    assert not (tmp_path / "none" / "index.json").exists()
+
+
+KILLED = """
+import os, signal, sys
+from latentae.data import writing
+decode, seen = writing.decode_image, []
+def die(data, name):
+    seen.append(name)
+    if len(seen) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(data, name)
+writing.decode_image = die
+writing.shards(sys.argv[1], sys.argv[2], samples_per_shard=2, workers=1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images, tmp_path):
+    shards(images, tmp_path / "whole", samples_per_shard=2)
+    code = subprocess.run(
+        [sys.executable, "-c", KILLED, str(images), str(tmp_path / "out")], capture_output=True, check=False
+    ).returncode
+    assert code == -signal.SIGKILL
+    left = contents(tmp_path / "out")
+    assert "index.json" not in left
+    assert [name for name in left if name.endswith(".tar")]
+    assert [name for name in left if name.endswith(".incomplete")]
+    assert all(list(read_shard(tmp_path / "out" / name)) for name in left if name.endswith(".tar"))
+    kept = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns
+    shards(images, tmp_path / "out", samples_per_shard=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == kept
+
+
+def test_no_space_is_one_line_and_leaves_no_shard(images, tmp_path, monkeypatch):
+    def full(self, info, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(OutputError, match="No space left"):
+        shards(images, tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == ["latentae.json"]
+
+
+def test_an_image_that_vanishes_is_an_image_error(images, tmp_path, monkeypatch):
+    original = Path.read_bytes
+
+    def gone(self):
+        if self.name == "2.png":
+            raise PermissionError(13, "Permission denied")
+        return original(self)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    with pytest.raises(ImageError, match=r"2\.png .*Permission denied"):
+        shards(images, tmp_path / "out")
+
+
+@pytest.mark.parametrize("values", [{"samples_per_shard": 0}, {"max_shard_mb": 0}])
+def test_impossible_settings_are_refused(images, tmp_path, values):
+    with pytest.raises(DataError, match="above zero"):
+        shards(images, tmp_path / "out", **values)
+
+
+def test_samples_from_memory_are_written_as_they_come(tmp_path):
+    tiles = torch.randint(0, 256, (5, 3, 16, 24), dtype=torch.uint8)
+    given = ({"__key__": f"astronaut/{number:05}", "png": encode_png(tile)} for number, tile in enumerate(tiles))
+    index = write_shards(given, tmp_path / "out", samples_per_shard=2)
+    assert [shard.samples for shard in index.shards] == [2, 2, 1]
+    found = samples(tmp_path / "out")
+    assert [sample["__key__"] for sample in found] == [f"astronaut/{number:05}" for number in range(5)]
+    assert torch.equal(torch.stack([decode_image(sample["png"], "x") for sample in found]), tiles)
+    with pytest.raises(OutputError, match="already holds"):
+        write_shards([{"__key__": "a", "png": b"x"}], tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["a.b", "a b", "__a__/b", "", "/a", "../a", "a/../b", None])
+def test_a_key_that_readers_would_misread_is_refused(tmp_path, key):
+    with pytest.raises(DataError, match="key"):
+        write_shards([{"__key__": key, "png": b"x"}], tmp_path / "out")  # type: ignore[dict-item]
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_keys_in_memory_are_unique_and_not_none(tmp_path):
+    with pytest.raises(DataError, match="two samples"):
+        write_shards([{"__key__": "a", "png": b"x"}] * 2, tmp_path / "out")
+    with pytest.raises(DataError, match="no samples"):
+        write_shards([], tmp_path / "out2")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    write_shards([{"__key__": "a%20b", "png": b"x"}], tmp_path / "out")
+    assert samples(tmp_path / "out")[0]["__key__"] == "a%20b"

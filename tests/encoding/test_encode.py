@@ -1,0 +1,432 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load as load_safetensors
+
+import latentae.encoding.encode as encode_module
+from latentae import AutoencoderKL, encode
+from latentae.data.decode import decode_image
+from latentae.data.transforms import resize_and_center_crop, to_float
+from latentae.encoding.encode import ModelEncoder
+from latentae.encoding.latents import LatentDataset
+from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
+from latentae.files import read_json, sha256
+
+OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu"}
+
+
+def test_output_mirrors_input(encoded, photos, read_tar):
+    """Same shards, same keys, same order; captions and unknown members byte for byte; images gone; bare tar headers."""
+    shards = sorted(photos.glob("*.tar"))
+    assert [p.name for p in sorted(encoded.glob("*.tar"))] == [p.name for p in shards]
+    for shard in shards:
+        there, here = read_tar(shard), read_tar(encoded / shard.name)
+        keys = [name[: -len(".jpg")] for name in there if name.endswith(".jpg")]
+        expected = [f"{key}.{part}" for key in keys for part in ("latent.safetensors", "latent.json", "txt", "seg.bin")]
+        assert list(here) == expected
+        for name, data in there.items():
+            if not name.endswith(".jpg"):
+                assert here[name] == data
+        with tarfile.open(encoded / shard.name) as tar:
+            headers = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar}
+        assert headers <= {(0, 0, 0, "", "", 0o644)}
+
+
+def test_latents_are_the_models(encoded, photos, model, read_tar):
+    """Stored moments are those of the model on the described crop, and decode to the model's own reconstruction."""
+    autoencoder = AutoencoderKL.from_pretrained(model)
+    images, latents = read_tar(photos / "train-000.tar"), read_tar(encoded / "train-000.tar")
+    for name, data in images.items():
+        if not name.endswith(".jpg"):
+            continue
+        key = name[: -len(".jpg")]
+        image = decode_image(data, name)
+        info = json.loads(latents[f"{key}.latent.json"])
+        assert info["original_size"] == list(image.shape[1:])
+        assert info["source"] == "jpg"
+        resized = F.interpolate(image[None], tuple(info["resized_size"]), mode="bicubic", antialias=True)[0]
+        top, left, height, width = info["crop"]
+        crop = resized[:, top : top + height, left : left + width]
+        assert torch.equal(crop, resize_and_center_crop(image, 32))
+
+        with torch.no_grad():
+            output = autoencoder(to_float(crop[None]), sample_posterior=False)
+            stored = load_safetensors(latents[f"{key}.latent.safetensors"])
+            decoded = autoencoder.decode(stored["mean"][None])
+        assert stored["mean"].shape == (3, 8, 8)
+        torch.testing.assert_close(stored["mean"], output.posterior.mean[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(stored["logvar"], output.posterior.logvar[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(decoded, output.reconstruction, rtol=0, atol=1e-5)
+
+
+def test_sidecars_and_statistics(encoded, photos, read_tar):
+    means, variances = [], []
+    for shard in sorted(encoded.glob("*.tar")):
+        record = read_json(f"{shard}.done.json")
+        members = read_tar(shard)
+        tensors = [load_safetensors(data) for name, data in members.items() if name.endswith(".safetensors")]
+        assert record["shard"] == shard.name
+        assert record["output"] == {"samples": len(tensors), "bytes": shard.stat().st_size, "sha256": sha256(shard)}
+        source = photos / shard.name
+        assert record["input"] == {"samples": len(tensors), "bytes": source.stat().st_size, "sha256": sha256(source)}
+        means += [t["mean"].double().numpy() for t in tensors]
+        variances += [t["logvar"].double().exp().numpy() for t in tensors]
+    mean, variance = np.stack(means), np.stack(variances)
+    statistics = read_json(encoded / "statistics.json")
+    assert statistics["samples"] == len(means) == 12
+    std = np.sqrt(mean.var((0, 2, 3)) + variance.mean((0, 2, 3)))
+    np.testing.assert_allclose(statistics["latents_mean"], mean.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(statistics["latents_std"], std, rtol=1e-12)
+    np.testing.assert_allclose(statistics["scaling_factor"], 1 / np.sqrt(mean.var() + variance.mean()), rtol=1e-12)
+    np.testing.assert_allclose(statistics["shift_factor"], mean.mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_the_rounded_fp32(dtype, encoded, model, photos, read_tar, tmp_path):
+    summary = encode(model, photos, tmp_path / "half", **{**OPTIONS, "dtype": dtype})
+    stored = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    full, half = (read_tar(folder / "train-003.tar") for folder in (encoded, tmp_path / "half"))
+    values = []
+    for name in full:
+        if name.endswith(".safetensors"):
+            a, b = load_safetensors(full[name]), load_safetensors(half[name])
+            assert torch.equal(a["mean"].to(stored), b["mean"])
+            assert torch.equal(a["logvar"].to(stored), b["logvar"])
+            values.append(b["mean"].double())
+    # statistics describe what is stored, not what it was before rounding
+    record = read_json(tmp_path / "half/train-003.tar.done.json")["statistics"]
+    np.testing.assert_allclose(record["mean"], torch.stack(values).mean((0, 2, 3)).numpy(), rtol=1e-12)
+    assert summary["samples"] == 12
+
+
+def test_three_tasks_equal_one(encoded, model, photos, snapshot, tmp_path):
+    out = tmp_path / "out"
+    states = [encode(model, photos, out, task_id=task, num_tasks=3, **OPTIONS)["finished"] for task in (2, 0, 1)]
+    assert states == [False, False, True]
+    assert snapshot(out) == snapshot(encoded)
+
+
+def test_launcher_sets_the_task(encoded, model, photos, snapshot, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert encode(model, photos, tmp_path / "out", **OPTIONS)["shards"] == 2
+    monkeypatch.setenv("RANK", "0")
+    assert encode(model, photos, tmp_path / "out", **OPTIONS)["finished"]
+    assert snapshot(tmp_path / "out") == snapshot(encoded)
+
+
+def test_a_shard_does_not_depend_on_its_neighbours(encoded, model, photos, tmp_path):
+    """Batches stay inside a shard: encoded alone, it has the same bytes."""
+    encode(model, photos / "train-003.tar", tmp_path / "alone", **OPTIONS)
+    assert (tmp_path / "alone/train-003.tar").read_bytes() == (encoded / "train-003.tar").read_bytes()
+
+
+def test_another_batch_size_changes_no_more_than_last_bits(encoded, model, photos, read_tar, tmp_path):
+    encode(model, photos, tmp_path / "out", **{**OPTIONS, "batch_size": 3})
+    for shard in sorted(encoded.glob("*.tar")):
+        one, other = read_tar(shard), read_tar(tmp_path / "out" / shard.name)
+        assert list(one) == list(other)
+        for name, data in one.items():
+            if name.endswith(".safetensors"):
+                for part, value in load_safetensors(data).items():
+                    torch.testing.assert_close(load_safetensors(other[name])[part], value, rtol=1e-5, atol=1e-5)
+            else:
+                assert other[name] == data
+
+
+def test_finished_says_so_and_does_nothing(encoded, model, photos, snapshot, capsys, monkeypatch):
+    before = snapshot(encoded)
+    monkeypatch.setattr(encode_module, "load_model", None)  # would fail if it were called
+    summary = encode(model, photos, encoded, **OPTIONS)
+    assert summary["finished"]
+    assert "already finished" in capsys.readouterr().err
+    assert snapshot(encoded) == before
+
+
+KILLED = """
+import os, signal, sys
+import latentae.encoding.encode as module
+calls, call = [0], module.ModelEncoder.__call__
+def counted(self, images):
+    calls[0] += 1
+    if calls[0] > int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, images)
+module.ModelEncoder.__call__ = counted
+module.encode(sys.argv[2], sys.argv[3], sys.argv[4], dtype="fp32", batch_size=4, device="cpu")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_killed_and_resumed_equals_uninterrupted(encoded, model, photos, snapshot, tmp_path):
+    """SIGKILL inside the first shard, then inside the last; each run goes on with the shards that lack a sidecar."""
+    out = tmp_path / "out"
+    done = []
+    for calls in (1, 3):  # batches of the shards: 2, 1, 0, 2
+        command = [sys.executable, "-c", KILLED, str(calls), str(model), str(photos), str(out)]
+        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        done.append(sorted(path.name for path in out.glob("*.tar")))
+        assert list(out.glob(".*.incomplete")), "the shard that was being written is not there under its own name"
+    assert done == [[], ["train-000.tar", "train-001.tar", "train-002.tar"]]
+    encode(model, photos, out, **OPTIONS)
+    assert snapshot(out) == snapshot(encoded)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["sidecar cut", "sidecar emptied", "sidecar of another job", "sidecar gone", "tar short", "tar gone", "statistics gone"],
+)
+def test_damage_is_redone(damage, encoded, model, photos, snapshot, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(encoded, out)
+    tar, sidecar = out / "train-003.tar", out / "train-003.tar.done.json"
+    text = sidecar.read_text()
+    if damage == "sidecar cut":
+        sidecar.write_text(text[: len(text) // 2])
+    elif damage == "sidecar emptied":
+        sidecar.write_text("")
+    elif damage == "sidecar of another job":
+        sidecar.write_text(json.dumps({**json.loads(text), "fingerprint": "0" * 64}))
+    elif damage == "statistics gone":
+        (out / "statistics.json").unlink()
+        with pytest.raises(OutputError, match="run the same encode command again"):
+            LatentDataset(out)
+    elif damage == "tar short":
+        tar.write_bytes(tar.read_bytes()[:-512])
+    else:
+        (sidecar if damage == "sidecar gone" else tar).unlink()
+    encode(model, photos, out, **OPTIONS)
+    assert snapshot(out) == snapshot(encoded)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dtype": "bf16"}, "dtype is 'fp32' there and 'bf16' here"),
+        ({"resolution": 64}, "resolution is 32 there and 64 here"),
+        ({"keep_images": True}, "keep_images"),
+    ],
+)
+def test_another_job_into_the_same_output_is_refused(change, named, encoded, model, photos, snapshot):
+    before = snapshot(encoded)
+    with pytest.raises(OutputError, match=named):
+        encode(model, photos, encoded, **{**OPTIONS, **change})
+    assert snapshot(encoded) == before
+
+
+def test_another_model_or_other_shards_are_refused(encoded, photos, make_model, model, tmp_path):
+    with pytest.raises(OutputError, match="holds another encode job: model is"):
+        encode(make_model(tmp_path / "other", 1), photos, encoded, **OPTIONS)
+    with pytest.raises(OutputError, match=r"shards.count is 4 there and 1 here"):
+        encode(model, photos / "train-000.tar", encoded, **OPTIONS)
+
+
+def test_order_in_which_shards_are_listed_does_not_matter(encoded, model, photos, capsys):
+    listed = [str(path) for path in sorted(photos.glob("*.tar"), reverse=True)]
+    assert encode(model, listed, encoded, **OPTIONS)["finished"]
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_changed_input_is_encoded_again(encoded, model, photos, jpeg, write_tar, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_tar(folder / "a.tar", {"x.jpg": jpeg(1, 40, 40)})
+    write_tar(folder / "b.tar", {"y.jpg": jpeg(2, 40, 40)})
+    encode(model, folder, out, **OPTIONS)
+    write_tar(folder / "a.tar", {"x.jpg": jpeg(1, 400, 400)})
+    with pytest.raises(OutputError, match=r"shards.digest"):
+        encode(model, folder, out, **OPTIONS)
+
+
+def test_same_named_shards_of_two_folders_stay_apart(model, jpeg, write_tar, read_tar, tmp_path):
+    for number, name in enumerate(("a", "b")):
+        write_tar(tmp_path / "in" / name / "0.tar", {f"{name}.jpg": jpeg(number, 40, 40)})
+    encode(model, [tmp_path / "in/a", tmp_path / "in/b"], tmp_path / "out", **OPTIONS)
+    for name in ("a", "b"):
+        assert list(read_tar(tmp_path / "out" / name / "0.tar")) == [f"{name}.latent.safetensors", f"{name}.latent.json"]
+
+
+def test_images_are_kept_on_request(model, photos, read_tar, tmp_path):
+    encode(model, photos / "train-001.tar", tmp_path / "out", keep_images=True, **OPTIONS)
+    source, result = read_tar(photos / "train-001.tar"), read_tar(tmp_path / "out/train-001.tar")
+    assert source.items() <= result.items()
+
+
+def test_unreadable_image_names_shard_and_key(model, jpeg, write_tar, tmp_path):
+    """What was done before stays, the bad shard leaves nothing; without the bad image the same job goes on."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_tar(folder / "a.tar", {"x.jpg": jpeg(1, 40, 40)})
+    write_tar(folder / "b.tar", {"y.jpg": jpeg(2, 40, 40), "bad.jpg": jpeg(3, 40, 40)[:100], "z.jpg": jpeg(2, 40, 40)})
+    with pytest.raises(ImageError, match=r"bad.*b\.tar|b\.tar.*bad"):
+        encode(model, folder, out, **OPTIONS)
+    assert sorted(p.name for p in out.iterdir()) == ["a.tar", "a.tar.done.json", "latentae.json"]
+    assert not read_json(out / "latentae.json").get("finished")
+
+
+def test_sample_without_an_image_is_named(model, jpeg, write_tar, tmp_path):
+    write_tar(tmp_path / "in/a.tar", {"x.jpg": jpeg(1, 40, 40), "words.txt": b"no image"})
+    with pytest.raises(ImageError, match="words"):
+        encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)
+
+
+def test_latent_shards_are_no_input(encoded, model, photos, tmp_path):
+    encode(model, photos / "train-000.tar", tmp_path / "kept", keep_images=True, **OPTIONS)
+    with pytest.raises(ShardError, match="already holds a latent"):
+        encode(model, tmp_path / "kept", tmp_path / "out", **OPTIONS)
+
+
+def test_output_may_not_be_the_input(model, photos, snapshot):
+    before = snapshot(photos)
+    with pytest.raises(OutputError, match="not empty"):
+        encode(model, photos, photos, **OPTIONS)
+    assert snapshot(photos) == before
+
+
+def test_non_finite_latents_are_skipped_and_recorded(model, photos, read_tar, tmp_path, monkeypatch, capsys):
+    call = ModelEncoder.__call__
+
+    def sick(self, images):
+        mean, logvar = call(self, images)
+        mean = mean.clone()
+        mean[1, 0, 0, 0] = torch.nan
+        return mean, logvar
+
+    monkeypatch.setattr(ModelEncoder, "__call__", sick)
+    out = tmp_path / "out"
+    summary = encode(model, photos, out, **OPTIONS)
+    record = read_json(out / "train-000.tar.done.json")
+    assert record["skipped"] == {"non-finite latent": ["photos/0001"]}
+    assert (record["input"]["samples"], record["output"]["samples"], record["statistics"]["samples"]) == (5, 4, 4)
+    assert not [name for name in read_tar(out / "train-000.tar") if name.startswith("photos/0001")]
+    assert summary["skipped"] == 3
+    assert summary["samples"] == 9
+    assert "skipped 1 with a non-finite latent: photos/0001" in capsys.readouterr().err
+
+
+def test_bf16_compute_is_close_and_falls_back_to_fp32(model):
+    """What CUDA does, on the CPU: autocast, and fp32 for the images whose latents overflow."""
+    autoencoder = AutoencoderKL.from_pretrained(model)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    full = ModelEncoder(autoencoder, torch.device("cpu"), "fp32")(images)
+    half = ModelEncoder(autoencoder, torch.device("cpu"), "bf16")(images)
+    assert half[0].dtype == half[1].dtype == torch.float32
+    assert not torch.equal(half[0], full[0])
+    for one, other in zip(half, full, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.1 * float(other.std()))
+
+    def overflow(module, inputs, output):
+        if torch.is_autocast_enabled("cpu"):
+            output = output.clone()
+            output[1] = torch.inf
+        return output
+
+    autoencoder.encoder.register_forward_hook(overflow)
+    again = ModelEncoder(autoencoder, torch.device("cpu"), "bf16")(images)
+    for one, other, exact in zip(again, half, full, strict=True):
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+        torch.testing.assert_close(one[1], exact[1])
+
+
+def test_shard_that_changes_while_it_is_read_is_an_error(model, jpeg, write_tar, tmp_path, monkeypatch):
+    shard, call = tmp_path / "in/a.tar", ModelEncoder.__call__
+    write_tar(shard, {"x.jpg": jpeg(1, 40, 40)})
+
+    def growing(self, images):
+        write_tar(shard, {"x.jpg": jpeg(1, 40, 40), "y.jpg": jpeg(2, 400, 400)})
+        return call(self, images)
+
+    monkeypatch.setattr(ModelEncoder, "__call__", growing)
+    with pytest.raises(ShardError, match="changed while"):
+        encode(model, shard, tmp_path / "out", **OPTIONS)
+    assert not read_json(tmp_path / "out/latentae.json").get("finished")
+
+
+def test_all_latents_non_finite(model, photos, tmp_path, monkeypatch):
+    call = ModelEncoder.__call__
+    monkeypatch.setattr(ModelEncoder, "__call__", lambda self, images: (call(self, images)[0] / 0 * 0, call(self, images)[1]))
+    summary = encode(model, photos, tmp_path / "out", **OPTIONS)
+    assert (summary["samples"], summary["skipped"], summary["scaling_factor"]) == (0, 12, None)
+
+
+def test_two_workers_on_one_shard_do_no_harm(encoded, model, photos, snapshot, tmp_path, monkeypatch):
+    """While one worker is at it, another does the whole job and cleans up."""
+    call, out, inside = ModelEncoder.__call__, tmp_path / "out", []
+
+    def interrupted(self, images):
+        if not inside:
+            inside.append(True)
+            monkeypatch.setattr(encode_module.os, "getpid", lambda: 1, raising=True)  # as another process would
+            assert encode(model, photos, out, **OPTIONS)["finished"]
+            monkeypatch.undo()
+        return call(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelEncoder, "__call__", interrupted)
+        assert encode(model, photos, out, **OPTIONS)["finished"]
+    assert snapshot(out) == snapshot(encoded)
+
+
+def test_disk_full_is_one_clear_line_and_resumable(encoded, model, photos, snapshot, tmp_path, monkeypatch):
+    addfile, calls = tarfile.TarFile.addfile, [0]
+
+    def full(self, header, data=None):
+        calls[0] += 1
+        if calls[0] == 30:
+            raise OSError(28, "No space left on device")
+        return addfile(self, header, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "addfile", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            encode(model, photos, tmp_path / "out", **OPTIONS)
+    assert not list((tmp_path / "out").glob(".*.incomplete"))
+    encode(model, photos, tmp_path / "out", **OPTIONS)
+    assert snapshot(tmp_path / "out") == snapshot(encoded)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "int8"}, RecipeError, "expected one of bf16, fp16, fp32"),
+        ({"batch_size": 0}, RecipeError, "batch size is 0"),
+        ({"resolution": 34}, ImageError, "multiple of the model's downsampling factor 4"),
+        ({"task_id": 1}, RecipeError, "give both or neither"),
+        ({"task_id": 3, "num_tasks": 3}, RecipeError, "expected 0 to 2"),
+        ({"device": "abacus"}, RecipeError, "abacus"),
+    ],
+)
+def test_bad_options_make_no_output(options, error, message, model, photos, tmp_path):
+    with pytest.raises(error, match=message):
+        encode(model, photos, tmp_path / "out", **{**OPTIONS, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input_makes_no_output(model, photos, tmp_path):
+    with pytest.raises(ShardError):
+        encode(model, tmp_path / "nothing", tmp_path / "out", **OPTIONS)
+    with pytest.raises(ModelError):
+        encode(tmp_path / "nothing", photos, tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_grayscale_and_transparent_images_encode(model, write_tar, tmp_path):
+    members = {}
+    for mode in ("L", "RGBA", "P", "I;16"):
+        buffer = io.BytesIO()
+        Image.new(mode, (40, 33)).save(buffer, "PNG")
+        members[f"{mode.replace(';', '')}.png"] = buffer.getvalue()
+    write_tar(tmp_path / "in/a.tar", members)
+    assert encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)["samples"] == 4

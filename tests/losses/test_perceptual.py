@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import warnings
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from latentae.data.decode import decode_image
+from latentae.data.transforms import resize_and_center_crop, to_float
+from latentae.errors import WeightsError
+from latentae.examples.photos import photo_file
+from latentae.losses.perceptual import (
+    LPIPS,
+    EfficientNetDistance,
+    build_perceptual,
+    efficientnet_input,
+    efficientnet_lite0,
+    perceptual_available,
+)
+
+EGYPTIAN_CAT = 285
+
+
+def photo(name: str, size: int) -> torch.Tensor:
+    return to_float(resize_and_center_crop(decode_image(photo_file(name).read_bytes(), name), size)[None])
+
+
+@pytest.fixture(scope="module")
+def distance():
+    return EfficientNetDistance()
+
+
+@pytest.fixture(scope="module")
+def squeezenet(tmp_path_factory):
+    """SqueezeNet with random weights, saved as torchvision saves its own."""
+    torch.manual_seed(0)
+    network = torchvision.models.squeezenet1_1(weights=None)
+    file = tmp_path_factory.mktemp("weights") / "squeezenet1_1.pth"
+    torch.save(network.state_dict(), file)
+    return network, file
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty cache and no network."""
+
+    def unreachable(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    return tmp_path
+
+
+def test_the_wheels_weights_know_a_cat():
+    with torch.inference_mode():
+        logits = efficientnet_lite0()(efficientnet_input(photo("chelsea.png", 224)))
+    assert logits.argmax().item() == EGYPTIAN_CAT
+
+
+def test_the_input_range_is_the_one_it_was_trained_on():
+    u = torch.rand(5, dtype=torch.float64)
+    torch.testing.assert_close(efficientnet_input(2 * u - 1), (255 * u - 127) / 128)
+
+
+def test_distance_is_zero_for_equal_images_symmetric_and_grows_with_noise(distance):
+    x = photo("coffee.png", 64)
+    noise = torch.randn_like(x)
+    with torch.inference_mode():
+        values = [distance(x, x + s * noise).item() for s in (0.0, 0.05, 0.1, 0.3)]
+        assert values[0] == 0
+        assert values == sorted(values)
+        torch.testing.assert_close(distance(x, x + noise), distance(x + noise, x))
+
+
+def test_distance_is_one_value_an_image(distance):
+    x = torch.rand(3, 3, 32, 48) * 2 - 1
+    y = torch.rand(3, 3, 32, 48) * 2 - 1
+    with torch.inference_mode():
+        torch.testing.assert_close(distance(x, y)[1:2], distance(x[1:2], y[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_reaches_the_image_and_is_finite_even_where_it_vanishes(distance):
+    x = photo("coffee.png", 64)
+    y = (x + 0.1 * torch.randn_like(x)).requires_grad_()
+    distance(y, x).sum().backward()
+    assert y.grad.abs().max() > 0
+    black = torch.full((1, 3, 32, 32), -1.0, requires_grad=True)
+    distance(black, black.detach()).sum().backward()
+    assert torch.isfinite(black.grad).all()
+    assert all(p.grad is None for p in distance.parameters())
+
+
+def test_training_mode_does_not_change_a_frozen_distance(squeezenet):
+    module = LPIPS("squeeze", squeezenet[1]).train()
+    assert not any(m.training for m in module.modules())
+    x, y = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
+    assert torch.equal(module(x, y), module(x, y))  # dropout would differ
+
+
+def test_lpips_equals_the_packages_own_on_the_same_weights(squeezenet):
+    import lpips
+
+    network, file = squeezenet
+    ours = LPIPS("squeeze", file)
+    with warnings.catch_warnings():  # lpips 0.1.4 calls torchvision in its old way
+        warnings.simplefilter("ignore")
+        theirs = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+    for name in ("slice1", "slice2", "slice3", "slice4", "slice5", "slice6", "slice7"):
+        for index, layer in getattr(theirs.net, name).named_children():
+            layer.load_state_dict(network.features[int(index)].state_dict())
+    x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+    torch.testing.assert_close(ours(x, y), theirs(x, y).flatten(), rtol=1e-6, atol=1e-7)
+    assert ours.name == "LPIPS (squeeze)"
+
+
+@pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-"), ("squeeze", "squeezenet1_1-")])
+def test_missing_weights_name_the_file_and_the_ways_out(net, file, offline):
+    assert not perceptual_available(net)
+    with pytest.raises(WeightsError) as caught:
+        build_perceptual(net)
+    message = str(caught.value)
+    assert file in message
+    assert "--loss.perceptual.weights" in message
+    assert "efficientnet-lite0" in message
+    assert "\n" not in message
+
+
+def test_weights_in_the_cache_are_found(offline, squeezenet):
+    from latentae.losses.perceptual import _cached_file
+
+    target = _cached_file("squeeze")
+    target.parent.mkdir(parents=True)
+    target.write_bytes(squeezenet[1].read_bytes())
+    assert perceptual_available("squeeze")
+    build_perceptual("squeeze")
+
+
+def test_a_wrong_or_damaged_weights_file_is_named(tmp_path, squeezenet):
+    with pytest.raises(WeightsError, match="nowhere.pth do not exist"):
+        LPIPS("alex", tmp_path / "nowhere.pth")
+    with pytest.raises(WeightsError, match="AlexNet"):
+        LPIPS("alex", squeezenet[1])
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(squeezenet[1].read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="damaged"):
+        LPIPS("squeeze", broken)

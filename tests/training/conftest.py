@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from latentae.data.writing import encode_png, write_shards
+from latentae.training.recipe import load_recipe
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """24 smooth random images of 40 x 48 pixels in two shards."""
+    generator = torch.Generator().manual_seed(0)
+    out = tmp_path_factory.mktemp("data") / "shards"
+
+    def samples():
+        for index in range(24):
+            coarse = torch.rand(1, 3, 5, 6, generator=generator)
+            image = torch.nn.functional.interpolate(coarse, size=(40, 48), mode="bilinear")[0]
+            yield {"__key__": f"photo{index:02}", "png": encode_png((image * 255).to(torch.uint8))}
+
+    write_shards(samples(), out, samples_per_shard=12)
+    return out
+
+
+SMALL = {
+    "model.block_out_channels": [8, 8, 8],
+    "model.norm_num_groups": 4,
+    "loss.perceptual.net": "none",
+    "data.resolution": 32,
+    "data.validation": "none",
+    "batch_size": 4,
+    "images": 24,
+    "checkpoint_every_images": 8,
+    "log.tensorboard": False,
+}
+
+
+@pytest.fixture
+def small(shards):
+    """A recipe that runs in a second."""
+
+    def make(**overrides):
+        return load_recipe("tiny-cpu", {**SMALL, "data.shards": str(shards), **overrides})
+
+    return make

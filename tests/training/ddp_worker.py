@@ -1,0 +1,26 @@
+"""Trains on a fixed stream of global batches, of which this process takes its share; the first process saves the weights."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from latentae.training.launch import build_accelerator, close_accelerator
+from latentae.training.recipe import load_recipe
+from latentae.training.steps import Trainer
+from safetensors.torch import save_file
+
+recipe, out = load_recipe(sys.argv[1]), sys.argv[2]
+accelerator = build_accelerator("fp32")
+trainer = Trainer(recipe, accelerator)
+world, rank, parts = accelerator.num_processes, accelerator.process_index, recipe.gradient_accumulation
+generator = torch.Generator().manual_seed(3)
+while not trainer.finished:
+    batch = torch.randint(0, 256, (recipe.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    chunks = batch.chunk(parts * world)  # part-major, as the step numbers its noise
+    trainer.update([chunks[part * world + rank] for part in range(parts)])
+if accelerator.is_main_process:
+    state = {f"g.{k}": v.contiguous() for k, v in trainer.raw_autoencoder.state_dict().items()}
+    state |= {f"d.{k}": v.contiguous() for k, v in trainer.raw_discriminator.state_dict().items()}
+    save_file(state, out)
+close_accelerator(accelerator)

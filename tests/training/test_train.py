@@ -1,0 +1,184 @@
+"""The verb: run folders, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import latentae
+import pytest
+from latentae.errors import DataError, OutputError, RecipeError, TrainingError
+from latentae.training.checkpoint import find_checkpoint
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def weights(run):
+    return (find_checkpoint(run) / "autoencoder.safetensors").read_bytes()
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_has_everything_and_says_when_it_is_finished(small, tmp_path, capsys):
+    validated = {"data.validation": "auto", "data.validation_fraction": 0.2, "log.tensorboard": True}
+    run = latentae.train(small(**validated), tmp_path / "run")
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "tensorboard",
+    ]  # fmt: skip
+    last = lines(run)[-1]
+    assert last["images"] == 24
+    assert last["validation/psnr"] > 5
+    with Image.open(sorted((run / "samples").iterdir())[-1]) as picture:
+        assert picture.size[0] > 32
+    assert list((run / "tensorboard").glob("events*"))
+    before = weights(run)
+    capsys.readouterr()
+    latentae.train(small(**validated), tmp_path / "run")
+    assert "is finished" in capsys.readouterr().err
+    assert weights(run) == before
+
+
+def test_an_interrupted_run_goes_on_bitwise(small, tmp_path):
+    latentae.train(small(), tmp_path / "whole")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small().toml())
+    code = (
+        "import latentae, sys\n"
+        "from latentae.training import loop\n"
+        "old = loop.save_checkpoint\n"
+        "def save(trainer, *rest):\n"
+        "    path = old(trainer, *rest)\n"
+        "    print(trainer.state.images_seen, flush=True)\n"
+        "    if trainer.state.images_seen == 8: sys.stdin.readline()\n"
+        "    return path\n"
+        "loop.save_checkpoint = save\n"
+        f"latentae.train({str(recipe)!r}, {str(tmp_path / 'cut')!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "8"
+    process.kill()  # between two checkpoints, without warning
+    process.communicate()
+    latentae.train(small(), tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    steps = [line["step"] for line in lines(tmp_path / "cut")]
+    assert steps == sorted(set(steps)), "lines of the lost steps are not kept twice"
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small(images=4000).toml())
+    command = [sys.executable, "-m", "latentae", "train", str(recipe), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if find_checkpoint(tmp_path / "run"):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "the same command goes on from there" in error
+    assert "Traceback" not in error
+    step = json.loads((find_checkpoint(tmp_path / "run") / "state.json").read_text())["images_seen"]
+    assert 8 <= step < 4000
+    assert str(step) in error
+
+
+def test_other_jobs_and_other_folders_are_refused(small, tmp_path):
+    latentae.train(small(), tmp_path / "run")
+    with pytest.raises(OutputError, match=r"recipe.optimizer.lr is 0.001 there and 0.002 here"):
+        latentae.train(small(**{"optimizer.lr": 2e-3}), tmp_path / "run")
+    with pytest.raises(OutputError, match="--resume is never"):
+        latentae.train(small(), tmp_path / "run", resume="never")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holiday\.txt"):
+        latentae.train(small(), tmp_path / "photos")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["holiday.txt"]
+
+
+def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path):
+    latentae.train(small(), tmp_path / "first")
+    latentae.train(small(images=32), tmp_path / "second", resume=tmp_path / "first")
+    assert [line["images"] for line in lines(tmp_path / "second")][0] == 28
+    with pytest.raises(TrainingError, match="holds no checkpoint"):
+        latentae.train(small(), tmp_path / "third", resume=tmp_path)
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"data.resolution": 30}, RecipeError, "not a multiple of the model's downsampling 4; use 28"),
+        ({"loss.adversarial.weight": 1}, None, ""),
+        ({"loss.adversarial.weight": 1, "loss.adversarial.layers": 4}, RecipeError, "below the 48 pixels that PatchDiscriminator"),
+        ({"gradient_accumulation": 3}, RecipeError, "use a multiple of 3"),
+        ({"batch_size": 100}, DataError, "one batch over all ranks takes 100"),
+        ({"data.shards": "nowhere"}, DataError, "nowhere"),
+    ],
+)
+def test_what_can_not_work_is_said_before_anything_is_written(small, tmp_path, overrides, error, message):
+    if error is None:
+        latentae.train(small(**overrides, images=4), tmp_path / "run")
+        return
+    with pytest.raises(error, match=message) as caught:
+        latentae.train(small(**overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_data_option_is_named(small, tmp_path):
+    recipe = small()
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": None})})
+    with pytest.raises(RecipeError, match=r"--data\.shards"):
+        latentae.train(recipe, tmp_path / "run")
+
+
+def test_training_straight_from_a_folder_of_images(small, tmp_path):
+    for index in range(6):
+        Image.effect_noise((40, 40), 50 + index).convert("RGB").save(tmp_path / f"{index}.png")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for file in tmp_path.glob("*.png"):
+        file.rename(folder / file.name)
+    latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
+    assert (tmp_path / "run-shards" / "000000.tar").is_file()
+    latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="neither .tar shards nor images"):
+        latentae.train(small(**{"data.shards": str(tmp_path / "empty")}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_write_one_run(launcher, small, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small(batch_size=8, **{"data.validation": "auto", "loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}).toml())
+    start = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+                       "--dynamo_backend=no", "--main_process_port=0"],
+    }[launcher]  # fmt: skip
+    # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process whatever the number
+    command = [sys.executable, "-m", *start, "-m", "latentae", "train", str(recipe), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stderr
+    assert done.stderr.count("model: ") == 1
+    images = [line["images"] for line in lines(tmp_path / "run") if "loss/total" in line]
+    assert images == sorted(set(images))
+    assert load_file(find_checkpoint(tmp_path / "run") / "ema.safetensors")
+
+
+def test_an_error_of_the_first_process_ends_all(small, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small(**{"data.shards": str(tmp_path / "nowhere")}).toml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "latentae", "train", str(recipe), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "latentae: error: no shard" in done.stderr
