@@ -51,7 +51,9 @@ _RECIPE: Any = {
         "help_option_names": ["-h", "--help"],
     },
 }
-Words = Annotated[list[str], typer.Argument(metavar="RECIPE [--OPTION VALUE]...", help="A shipped name or a .toml path, then options.")]
+Words = Annotated[
+    list[str], typer.Argument(metavar="RECIPE [--OPTION VALUE]...", help="A shipped name or a .toml path, then options.")
+]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or exported folder.")]
 Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder, file, glob or brace pattern ({000..099}.tar).")]
 Weights = Annotated[str, typer.Option(help="Which weights of a run: ema or raw.")]
@@ -95,7 +97,9 @@ def shards(
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     samples_per_shard: Annotated[int, typer.Option(help="At most so many images in a shard.")] = 1000,
     max_shard_mb: Annotated[float, typer.Option(help="At most so many MB in a shard.")] = 1000.0,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")
+    ] = False,
 ) -> None:
     """Pack a folder of images into WebDataset shards."""
     import latentae
@@ -107,7 +111,9 @@ def shards(
 def train(
     words: Words,
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],
-    resume: Annotated[str, typer.Option(help="auto (go on where this run stopped), never, or a run or checkpoint to go on from.")] = "auto",
+    resume: Annotated[
+        str, typer.Option(help="auto (go on where this run stopped), never, or a run or checkpoint to go on from.")
+    ] = "auto",
 ) -> None:
     """Train an autoencoder; the same command goes on where it stopped."""
     import latentae
@@ -129,12 +135,16 @@ def config(words: Words) -> None:
 def evaluate(
     model: Model,
     shards: Shards,
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json, per_image.csv and report.html; a table without it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json, per_image.csv and report.html; a table without it.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own when not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
     limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
     perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "auto",
-    pca_shards: Annotated[str | None, typer.Option(help="Images to fit the PCA baseline on; the run's own when not given.")] = None,
+    pca_shards: Annotated[
+        str | None, typer.Option(help="Images to fit the PCA baseline on; the run's own when not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     weights: Weights = "ema",
     device: Device = "auto",
@@ -162,7 +172,9 @@ def reconstruct(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
-    resolution: Annotated[int | None, typer.Option(help="Resize the short side to it and crop; each image's own size without.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Resize the short side to it and crop; each image's own size without.")
+    ] = None,
     weights: Weights = "ema",
     device: Device = "auto",
 ) -> None:
@@ -178,10 +190,14 @@ def encode(
     shards: Shards,
     out: Annotated[Path, typer.Argument(help="Folder for the latent shards.")],
     dtype: Annotated[str, typer.Option(help="Stored type: bf16, fp16 or fp32.")] = "bf16",
-    resolution: Annotated[int | None, typer.Option(help="Side of the encoded centre square; the model's own when not given.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the encoded centre square; the model's own when not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 16,
     keep_images: Annotated[bool, typer.Option("--keep-images", help="Copy the images into the latent shards too.")] = False,
-    task_id: Annotated[int | None, typer.Option(help="Which share of the shards, from 0; from the launcher when not given.")] = None,
+    task_id: Annotated[
+        int | None, typer.Option(help="Which share of the shards, from 0; from the launcher when not given.")
+    ] = None,
     num_tasks: Annotated[int | None, typer.Option(help="How many shares there are; from the launcher when not given.")] = None,
     weights: Weights = "ema",
     device: Device = "auto",

@@ -41,10 +41,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _fsync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _fsync(path.parent)
     except OSError as error:
-        raise OutputError(f"could not write {path}: {error.strerror or error}; free the space or choose another folder") from error
+        raise OutputError(
+            f"could not write {path}: {error.strerror or error}; free the space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,10 +68,12 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
             _fsync(file)
         if path.exists():
             path.rmdir()
-        os.replace(staging, path)
+        staging.replace(path)
         _fsync(path.parent)
     except OSError as error:
-        raise OutputError(f"could not write {path}: {error.strerror or error}; free the space or choose another folder") from error
+        raise OutputError(
+            f"could not write {path}: {error.strerror or error}; free the space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -92,5 +96,5 @@ def read_json(path: str | Path) -> Any:
 
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

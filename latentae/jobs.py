@@ -45,7 +45,9 @@ class Job:
             raise OutputError(f"could not use {folder} as an output folder: {error.strerror}") from error
         if RECORD not in entries:
             if entries:
-                raise OutputError(f"{folder} is not empty and was not made by latentae {verb} ({sorted(entries)[0]} is there); choose another folder")
+                raise OutputError(
+                    f"{folder} is not empty and was not made by latentae {verb} ({sorted(entries)[0]} is there); choose another folder"
+                )
             job = cls(folder, verb, inputs, "new")
             job._write(finished=False)
             return job
@@ -54,7 +56,9 @@ class Job:
             raise OutputError(f"{folder} was made by latentae {record.get('verb')}, not by {verb}; choose another folder")
         difference = first_difference(record.get("inputs", {}), inputs)
         if difference:
-            raise OutputError(f"{folder} holds another {verb} job: {difference}; choose another folder, or give the same inputs to resume it")
+            raise OutputError(
+                f"{folder} holds another {verb} job: {difference}; choose another folder, or give the same inputs to resume it"
+            )
         return cls(folder, verb, inputs, "finished" if record.get("finished") else "resumed")
 
     @staticmethod
@@ -66,7 +70,9 @@ class Job:
         except (OSError, ValueError) as error:
             raise OutputError(f"could not read {path} ({error}); the folder is damaged or not ours, choose another") from error
         if not isinstance(record, dict) or record.get("format_version", 0) > FORMAT_VERSION:
-            raise OutputError(f"{path} is of a newer or unknown format; this version reads up to {FORMAT_VERSION}, upgrade latentae")
+            raise OutputError(
+                f"{path} is of a newer or unknown format; this version reads up to {FORMAT_VERSION}, upgrade latentae"
+            )
         return record
 
     def finish(self, **summary: Any) -> None:

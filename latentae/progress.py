@@ -34,7 +34,14 @@ class Progress:
     def __init__(
         self, description: str, total: int | None, unit: str = "img", initial: int = 0, every: float = 20.0, quiet: bool = False
     ) -> None:
-        self.description, self.total, self.unit, self.initial, self.every, self.quiet = description, total, unit, initial, every, quiet
+        self.description, self.total, self.unit, self.initial, self.every, self.quiet = (
+            description,
+            total,
+            unit,
+            initial,
+            every,
+            quiet,
+        )
         self.done = initial
         self._bar = None
         self._note = ""
@@ -87,7 +94,10 @@ class Progress:
 
     def _line(self, finished: bool = False) -> None:
         self._last_line = time.monotonic()
-        parts = [f"{self.done}/{self.total} {self.unit}" if self.total else f"{self.done} {self.unit}", f"{self.speed:.3g} {self.unit}/s"]
+        parts = [
+            f"{self.done}/{self.total} {self.unit}" if self.total else f"{self.done} {self.unit}",
+            f"{self.speed:.3g} {self.unit}/s",
+        ]
         if finished:
             parts.append(f"done in {_clock(time.monotonic() - self._start)}")
         elif self.total and self.speed > 0:

@@ -54,7 +54,13 @@ def training_charts(path: str | Path) -> list[Chart]:
     """A chart for each quantity in a metrics.jsonl, totals and validation first; empty when there is none."""
     series = read_log(path)
     order = sorted(series, key=lambda key: (not key.startswith("validation/"), key != "loss/total", key))
-    return [Chart(line_chart(series[key], key), key.replace("/", ": ")) for key in order]
+    return [Chart(line_chart(series[key], key), _title(key)) for key in order]
+
+
+def _title(key: str) -> str:
+    """`validation/psnr` -> "Validation PSNR"."""
+    kind, name = key.split("/", 1)
+    return f"{kind.capitalize()}: {name.upper() if name in ('psnr', 'ssim', 'kl') else name.replace('_', ' ')}"
 
 
 def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:

@@ -30,16 +30,14 @@ from latentae.evaluation.report import (
 from latentae.evaluation.summary import HIGHER_IS_BETTER, interval_text, methods, metric_label
 from latentae.files import write_text
 
-__all__ = ["evaluation_sections", "training_sections", "write_evaluation_report"]
+__all__ = ["detail_sections", "evaluation_sections", "read_png", "training_sections", "write_evaluation_report"]
 
-SHORT_NAMES = {
+SHORT_NAMES = {  # in the order shown
     "original": "original",
     "model": "this model",
-    "latent_8bit": "8-bit latents",
     "pca": "PCA, same floats",
     "jpeg": "JPEG, same bytes",
 }
-ORDER = ("original", "model", "pca", "latent_8bit", "jpeg")
 
 
 def write_evaluation_report(folder: str | Path, result: Mapping[str, Any], metrics_log: str | Path | None = None) -> None:
@@ -105,7 +103,7 @@ def _tiles(result: Mapping[str, Any]) -> Tiles:
     latent = result["latent"]
     size = result["baselines"]["latent_8bit"]
     shape = " x ".join(str(side) for side in latent["shape"])
-    tiles.append(("latent", shape, f"1 number for {latent['image_numbers_per_latent_number']:.3g} of the image"))
+    tiles.append(("latent", shape, f"{latent['image_numbers_per_latent_number']:.3g} times fewer numbers than the image"))
     tiles.append(
         ("as bytes", f"{size['bytes_per_image']:,.0f}", f"8 bits and deflate: {size['bits_per_pixel']:.2f} bits a pixel")
     )
@@ -116,11 +114,11 @@ def _gallery(folder: Path, result: Mapping[str, Any]) -> Gallery:
     rows = []
     for example in result["examples"]:
         pictures = []
-        for method in ORDER:
+        for method, name in SHORT_NAMES.items():
             if method in example["files"]:
                 value = example["psnr"].get(method)
                 detail = "" if method == "original" else "identical" if value is None else f"{value:.2f} dB"
-                pictures.append(Picture(read_png(folder / example["files"][method]), SHORT_NAMES[method], detail))
+                pictures.append(Picture(read_png(folder / example["files"][method]), name, detail))
         rows.append(GalleryRow(example["key"], pictures))
     caption = (
         "Evenly spaced over the images, not picked. PSNR of each image under it. PCA keeps as many numbers as the latent; "
@@ -165,7 +163,7 @@ def _latent_blocks(latent: Mapping[str, Any]) -> list[Block]:
         "A diffusion model is given (latent - shift_factor) x scaling_factor. The posterior std says how much noise the "
         "encoder adds itself."
     )
-    return [Paragraph(text), Facts(facts), DataTable(["channel", "mean", "std", "posterior std"], rows)]
+    return [Paragraph(text), Facts(facts), DataTable(["channel", "mean", "std", "posterior std"], rows, dense=True)]
 
 
 def read_png(path: str | Path) -> Tensor:

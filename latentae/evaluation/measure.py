@@ -28,7 +28,10 @@ MISSING = math.nan
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what each method made of it: uint8 [3, H, W] and PSNR in dB; methods without a result are left out."""
+    """One image and what each method made of it: uint8 [3, H, W] and PSNR in dB.
+
+    Methods without a result are left out, and so are the 8-bit latents, which the eye can't tell from the model.
+    """
 
     key: str
     original: Tensor
@@ -145,7 +148,7 @@ def _example(
     measurement: Measurement, key: str, offset: int, batch: int, images: Tensor, reconstructions: dict[str, Tensor]
 ) -> Example:
     values = {method: measurement.scores[method].values["psnr"][offset - batch] for method in reconstructions}
-    shown = [method for method in reconstructions if not math.isnan(values[method])]
+    shown = [method for method in reconstructions if method != QUANTISED and not math.isnan(values[method])]
     return Example(key, images[offset], {m: reconstructions[m][offset].cpu() for m in shown}, {m: values[m] for m in shown})
 
 

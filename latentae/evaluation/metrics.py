@@ -122,8 +122,12 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
     if not len(finite):
         return Interval(None, None, None, 0, infinite)
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for index in range(resamples):
-        means[index] = finite[generator.integers(0, len(finite), len(finite))].mean()
+    rows = max(1_000_000 // len(finite), 1)  # so many resamples at a time: flat memory
+    means = np.concatenate(
+        [
+            finite[generator.integers(0, len(finite), (min(rows, resamples - start), len(finite)))].mean(axis=1)
+            for start in range(0, resamples, rows)
+        ]
+    )
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(finite.mean()), float(low), float(high), len(finite), infinite)

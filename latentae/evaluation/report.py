@@ -155,26 +155,29 @@ class Gallery:
 
 @dataclass(frozen=True)
 class DataTable:
-    """A table; on a phone every row becomes a card.
+    """A table; on a phone every row becomes a card, unless it is dense.
 
     Attributes:
         header: one name per column; the first column names the row.
         rows: cells as (text, small text under it).
         best: (row, column) of the cells to stress.
         caption: text under the table.
+        dense: many rows of few short numbers: little space between them, a table on a phone too.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[tuple[str, str]]]
     best: frozenset[tuple[int, int]] = frozenset()
     caption: str = ""
+    dense: bool = False
 
     def html(self) -> str:
         """As HTML."""
         head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.header)
         body = "".join(f"<tr>{self._cells(number, row)}</tr>" for number, row in enumerate(self.rows))
         caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{caption}"
+        table = f'<table class="{"dense" if self.dense else "cards"}">'
+        return f"{table}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{caption}"
 
     def _cells(self, number: int, row: Sequence[tuple[str, str]]) -> str:
         cells = []

@@ -45,7 +45,9 @@ def photo_file(name: str) -> Path:
     package, folder = _HOMES.get(name, ("skimage", "data"))
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise MissingDependencyError(f"the photo {name} comes with {package}, which is not installed; pip install 'latentae[quickstart]'")
+        raise MissingDependencyError(
+            f"the photo {name} comes with {package}, which is not installed; pip install 'latentae[quickstart]'"
+        )
     return Path(spec.origin).parent / folder / name
 
 

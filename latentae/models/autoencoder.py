@@ -79,7 +79,9 @@ class AutoencoderKL(nn.Module):
             raise ImageError(f"images have shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
         height, width = x.shape[2:]
         if height % f or width % f or not height or not width:
-            raise ImageError(f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or resize it first")
+            raise ImageError(
+                f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or resize it first"
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, weights: str = "ema") -> AutoencoderKL:

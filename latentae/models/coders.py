@@ -34,9 +34,9 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the encoder."""
 
-    def __init__(self, *args: int | bool, last: bool, **kwargs: int | bool) -> None:
-        super().__init__(*args, **kwargs)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(self.resnets[-1].conv2.out_channels)])
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool) -> None:
+        super().__init__(in_channels, out_channels, layers, groups, attention)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H/2, W/2], or the same size in the last level."""
@@ -49,9 +49,9 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder."""
 
-    def __init__(self, *args: int | bool, last: bool, **kwargs: int | bool) -> None:
-        super().__init__(*args, **kwargs)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(self.resnets[-1].conv2.out_channels)])
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool) -> None:
+        super().__init__(in_channels, out_channels, layers, groups, attention)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W], or the same size in the last level."""
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         for level, width in enumerate(widths):
             attention = config.down_block_types[level].startswith("Attn")
             before, last = widths[max(level - 1, 0)], level == len(widths) - 1
-            self.down_blocks.append(DownLevel(before, width, config.layers_per_block, groups, attention, last=last))
+            self.down_blocks.append(DownLevel(before, width, config.layers_per_block, groups, attention, last))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNormAct(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         for level, width in enumerate(widths):
             attention = config.up_block_types[level].startswith("Attn")
             before, last = widths[max(level - 1, 0)], level == len(widths) - 1
-            self.up_blocks.append(UpLevel(before, width, config.layers_per_block + 1, groups, attention, last=last))
+            self.up_blocks.append(UpLevel(before, width, config.layers_per_block + 1, groups, attention, last))
         self.conv_norm_out = GroupNormAct(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 

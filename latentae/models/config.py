@@ -20,24 +20,26 @@ class AutoencoderKLConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    in_channels: int = Field(3, ge=1, description="Image channels in.")
-    out_channels: int = Field(3, ge=1, description="Image channels out.")
-    down_block_types: tuple[str, ...] = Field(("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse.")
-    up_block_types: tuple[str, ...] = Field(("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine.")
-    block_out_channels: tuple[int, ...] = Field((64,), description="Channels of each level, from fine to coarse.")
-    layers_per_block: int = Field(1, ge=1, description="Residual blocks per encoder level; a decoder level has one more.")
-    act_fn: str = Field("silu", pattern="^(silu|swish)$", description="Activation; SiLU is the only one of this family.")
-    latent_channels: int = Field(4, ge=1, description="Channels of the latent, z.")
-    norm_num_groups: int = Field(32, ge=1, description="Groups of every GroupNorm.")
-    sample_size: int | tuple[int, ...] = Field(256, description="Image side in pixels the model was made for; diffusers' tile size.")
-    scaling_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by it for a diffusion model.")
-    shift_factor: float = Field(0.0, description="Subtracted from latents before scaling.")
-    latents_mean: tuple[float, ...] | None = Field(None, description="Per-channel mean of the latents.")
-    latents_std: tuple[float, ...] | None = Field(None, description="Per-channel standard deviation of the latents.")
-    force_upcast: bool = Field(True, description="Pipelines run the model in fp32 even when the rest is fp16.")
-    use_quant_conv: bool = Field(True, description="A 1x1 convolution after the encoder.")
-    use_post_quant_conv: bool = Field(True, description="A 1x1 convolution before the decoder.")
-    mid_block_add_attention: bool = Field(True, description="One attention layer in the middle of encoder and decoder.")
+    in_channels: int = Field(default=3, ge=1, description="Image channels in.")
+    out_channels: int = Field(default=3, ge=1, description="Image channels out.")
+    down_block_types: tuple[str, ...] = Field(default=("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse.")
+    up_block_types: tuple[str, ...] = Field(default=("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine.")
+    block_out_channels: tuple[int, ...] = Field(default=(64,), description="Channels of each level, from fine to coarse.")
+    layers_per_block: int = Field(default=1, ge=1, description="Residual blocks per encoder level; a decoder level has one more.")
+    act_fn: str = Field(default="silu", pattern="^(silu|swish)$", description="Activation; SiLU is the only one of this family.")
+    latent_channels: int = Field(default=4, ge=1, description="Channels of the latent, z.")
+    norm_num_groups: int = Field(default=32, ge=1, description="Groups of every GroupNorm.")
+    sample_size: int | tuple[int, ...] = Field(
+        default=256, description="Image side in pixels the model was made for; diffusers' tile size."
+    )
+    scaling_factor: float = Field(default=0.18215, gt=0, description="Latents are multiplied by it for a diffusion model.")
+    shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
+    latents_mean: tuple[float, ...] | None = Field(default=None, description="Per-channel mean of the latents.")
+    latents_std: tuple[float, ...] | None = Field(default=None, description="Per-channel standard deviation of the latents.")
+    force_upcast: bool = Field(default=True, description="Pipelines run the model in fp32 even when the rest is fp16.")
+    use_quant_conv: bool = Field(default=True, description="A 1x1 convolution after the encoder.")
+    use_post_quant_conv: bool = Field(default=True, description="A 1x1 convolution before the decoder.")
+    mid_block_add_attention: bool = Field(default=True, description="One attention layer in the middle of encoder and decoder.")
 
     @field_validator("shift_factor", mode="before")
     @classmethod
@@ -65,7 +67,9 @@ class AutoencoderKLConfig(BaseModel):
                 raise ValueError(f"up_block_types has {name!r}; this family knows {' and '.join(UP)}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels has {channels}, which norm_num_groups {self.norm_num_groups} does not divide")
+                raise ValueError(
+                    f"block_out_channels has {channels}, which norm_num_groups {self.norm_num_groups} does not divide"
+                )
         return self
 
     @property
@@ -103,7 +107,9 @@ class AutoencoderKLConfig(BaseModel):
         return {"_class_name": "AutoencoderKL", "_diffusers_version": "0.34.0", **self.model_dump(mode="json")}
 
 
-def _family(multipliers: tuple[int, ...], latent: int, attention: tuple[int, ...] = (), width: int = 128, **rest: Any) -> dict[str, Any]:
+def _family(
+    multipliers: tuple[int, ...], latent: int, attention: tuple[int, ...] = (), width: int = 128, **rest: Any
+) -> dict[str, Any]:
     """Values of an LDM-style config; `attention` names the levels (0 is the finest) with attention after every residual block."""
     levels = range(len(multipliers))
     down = tuple(DOWN[level in attention] for level in levels)
@@ -127,7 +133,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kl-f16": _family((1, 1, 2, 2, 4), latent=16, attention=(4,)),
     "kl-f16-z32": _family((1, 1, 2, 2, 4), latent=32, attention=(4,)),  # VA-VAE (Yao & Wang 2025)
     "kl-f32": _family((1, 1, 2, 2, 4, 4), latent=64, attention=(4, 5)),
-    "tiny": _family((1, 2, 2), latent=8, width=32, layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False, sample_size=64),
+    "tiny": _family(
+        (1, 2, 2), latent=8, width=32, layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False, sample_size=64
+    ),
 }
 
 

@@ -1,8 +1,8 @@
 """Finding, loading and saving the weights of an autoencoder.
 
-    exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names)
-    checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
-    run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
+exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names)
+checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
+run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
 """
 
 from __future__ import annotations
@@ -101,7 +101,11 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
 
 
 def _source(
-    path: Path, weights_file: Path, config_file: Path, kind: Literal["run", "checkpoint", "folder", "file"], log: Path | None = None
+    path: Path,
+    weights_file: Path,
+    config_file: Path,
+    kind: Literal["run", "checkpoint", "folder", "file"],
+    log: Path | None = None,
 ) -> ModelSource:
     if not weights_file.is_file():
         raise ModelError(f"{path} has no {weights_file.name}; the {kind} is incomplete, use another one")
@@ -133,10 +137,16 @@ def load_weights(model: AutoencoderKL, file: str | Path) -> None:
     if wrong:
         key = next((k for k in wrong if k.startswith(("quant_conv", "post_quant_conv", "decoder.conv_in"))), wrong[0])
         hint = f"; the config says latent_channels = {model.config.latent_channels}" if key != wrong[0] or "quant" in key else ""
-        raise ModelError(f"{file}: {key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}")
+        raise ModelError(
+            f"{file}: {key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}"
+        )
     missing, unknown = [k for k in expected if k not in state], [k for k in state if k not in expected]
     if missing or unknown:
-        what = f"lacks {missing[0]} (and {len(missing) - 1} more)" if missing else f"has unknown {unknown[0]} (and {len(unknown) - 1} more)"
+        what = (
+            f"lacks {missing[0]} (and {len(missing) - 1} more)"
+            if missing
+            else f"has unknown {unknown[0]} (and {len(unknown) - 1} more)"
+        )
         raise ModelError(f"{file} {what}; the weights and config.json belong to different models")
     model.load_state_dict(state)
 
@@ -168,7 +178,9 @@ def load_model(path: str | Path, weights: str = "ema", device: str | torch.devic
 def save_weights(state: dict[str, Tensor], file: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write tensors atomically, plain contiguous, so that equal weights give equal bytes in any memory format."""
     plain = {
-        key: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous(memory_format=torch.contiguous_format)
+        key: value.detach()
+        .to("cpu", dtype if value.is_floating_point() else None)
+        .contiguous(memory_format=torch.contiguous_format)
         for key, value in state.items()
     }
     with atomic_file(file) as temporary:

@@ -1,13 +1,13 @@
 """Checkpoints: a folder that is either whole and verified or not there.
 
-    RUN/checkpoints/latest                  the name of the newest whole checkpoint
-    RUN/checkpoints/step-00001000/
-        config.json                         diffusers' own keys
-        autoencoder.safetensors  ema.safetensors  discriminator.safetensors
-        optimizers.pt                       AdamW states (tensors and numbers only)
-        state.json                          step, images seen, position in the data
-        recipe.toml                         the resolved recipe
-        meta.json                           format, versions, resolution, SHA-256 of every file; written last
+RUN/checkpoints/latest                  the name of the newest whole checkpoint
+RUN/checkpoints/step-00001000/
+    config.json                         diffusers' own keys
+    autoencoder.safetensors  ema.safetensors  discriminator.safetensors
+    optimizers.pt                       AdamW states (tensors and numbers only)
+    state.json                          step, images seen, position in the data
+    recipe.toml                         the resolved recipe
+    meta.json                           format, versions, resolution, SHA-256 of every file; written last
 """
 
 from __future__ import annotations

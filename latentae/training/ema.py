@@ -34,7 +34,9 @@ class Ema:
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
         """Move the average towards the module's weights after an optimizer step."""
         latest = [p.detach().float() for p in module.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), latest, 1 - self.decay(images_seen, batch_size))
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.weights.values()), latest, 1 - self.decay(images_seen, batch_size)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +125,7 @@ def _report(trainer: Trainer, terms: dict[str, Tensor], timer: Timer, log: Metri
         values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     if log is not None:
         log.write(trainer.state.step, trainer.state.images_seen, values)
-    bad = [name for name, value in values.items() if name.startswith(("loss/", "gradient_norm/")) and not abs(value) < float("inf")]
+    bad = [name for name, value in values.items() if name.startswith(("loss/", "gradient_norm/")) and not math.isfinite(value)]
     if bad:
         raise TrainingError(
             f"{bad[0]} is not finite at step {trainer.state.step}; lower --optimizer.lr (now {values['lr']:.3g}) or check the data, "
@@ -140,7 +141,8 @@ def _validate(trainer: Trainer, validation: Validation, run: Path, log: MetricsL
         log.write(trainer.state.step, trainer.state.images_seen, values)
         write_png(run / "samples" / f"{trainer.state.images_seen:09}.png", picture)
         log.picture(trainer.state.images_seen, pil_image(picture))
-        say(f"held out, {trainer.state.images_seen} images seen: PSNR {values['validation/psnr']:.2f} dB, SSIM {values['validation/ssim']:.3f}")
+        quality = f"PSNR {values['validation/psnr']:.2f} dB, SSIM {values['validation/ssim']:.3f}"
+        say(f"held out, {trainer.state.images_seen} images seen: {quality}")
     trainer.accelerator.wait_for_everyone()
 
 

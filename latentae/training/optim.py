@@ -13,7 +13,9 @@ from latentae.training.options import OptimizerOptions
 __all__ = ["build_optimizer", "learning_rate_scale", "set_learning_rate"]
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over `parameters`; its rate is set before every step."""
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 

@@ -15,13 +15,18 @@ class ModelOptions(BaseModel):
     """The autoencoder: a preset, with single values replaced."""
 
     model_config = _STRICT
-    preset: str = Field("kl-f8", description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32 or tiny.")
-    latent_channels: int | None = Field(None, ge=1, description="Channels of the latent instead of the preset's.")
-    block_out_channels: tuple[int, ...] | None = Field(None, description="Channels of each level instead of the preset's.")
-    layers_per_block: int | None = Field(None, ge=1, description="Residual blocks per level instead of the preset's.")
-    norm_num_groups: int | None = Field(None, ge=1, description="Groups of every GroupNorm instead of the preset's.")
+    preset: str = Field(default="kl-f8", description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32 or tiny.")
+    latent_channels: int | None = Field(default=None, ge=1, description="Channels of the latent instead of the preset's.")
+    block_out_channels: tuple[int, ...] | None = Field(
+        default=None, description="Channels of each level instead of the preset's."
+    )
+    layers_per_block: int | None = Field(default=None, ge=1, description="Residual blocks per level instead of the preset's.")
+    norm_num_groups: int | None = Field(default=None, ge=1, description="Groups of every GroupNorm instead of the preset's.")
     initial_logvar: float = Field(
-        0.0, le=20, ge=-30, description="Log-variance of the posterior at the start; 0 is PyTorch's own start, -6 begins with little noise."
+        default=0.0,
+        le=20,
+        ge=-30,
+        description="Log-variance of the posterior at the start; 0 is PyTorch's own start, -6 begins with little noise.",
     )
 
 
@@ -29,15 +34,19 @@ class OptimizerOptions(BaseModel):
     """AdamW for both networks, and the learning rate over images seen."""
 
     model_config = _STRICT
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate of the autoencoder.")
-    discriminator_lr: float | None = Field(None, gt=0, description="Peak learning rate of the discriminator; lr when not given.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of Adam's two moments.")
-    discriminator_betas: tuple[float, float] = Field((0.5, 0.9), description="The same for the discriminator.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the autoencoder.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm of each network is clipped to this; 0 clips nothing.")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    warmup_images: int = Field(0, ge=0, description="Images over which the learning rate rises linearly from 0.")
-    final_lr_ratio: float = Field(0.01, ge=0, le=1, description="Learning rate at the last image over its peak (cosine).")
+    lr: float = Field(default=1e-4, gt=0, description="Peak learning rate of the autoencoder.")
+    discriminator_lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of the discriminator; lr when not given."
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of Adam's two moments.")
+    discriminator_betas: tuple[float, float] = Field(default=(0.5, 0.9), description="The same for the discriminator.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of the autoencoder.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Gradient norm of each network is clipped to this; 0 clips nothing."
+    )
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Learning rate after the warm-up.")
+    warmup_images: int = Field(default=0, ge=0, description="Images over which the learning rate rises linearly from 0.")
+    final_lr_ratio: float = Field(default=0.01, ge=0, le=1, description="Learning rate at the last image over its peak (cosine).")
 
 
 class EmaOptions(BaseModel):
@@ -45,7 +54,9 @@ class EmaOptions(BaseModel):
 
     model_config = _STRICT
     half_life_images: int = Field(
-        100_000, ge=0, description="Images after which a weight's share has halved; shorter at the start; 0 averages nothing."
+        default=100_000,
+        ge=0,
+        description="Images after which a weight's share has halved; shorter at the start; 0 averages nothing.",
     )
 
 
@@ -53,7 +64,7 @@ class LogOptions(BaseModel):
     """What is written while training, and how often."""
 
     model_config = _STRICT
-    metrics_every_images: int = Field(0, ge=0, description="Images between lines of metrics.jsonl; 0: 200 lines in all.")
-    validation_every_images: int = Field(0, ge=0, description="Images between validations with a picture; 0: 10 in all.")
-    validation_images: int = Field(64, ge=1, description="Held-out images per validation.")
-    tensorboard: bool = Field(True, description="Also write TensorBoard events.")
+    metrics_every_images: int = Field(default=0, ge=0, description="Images between lines of metrics.jsonl; 0: 200 lines in all.")
+    validation_every_images: int = Field(default=0, ge=0, description="Images between validations with a picture; 0: 10 in all.")
+    validation_images: int = Field(default=64, ge=1, description="Held-out images per validation.")
+    tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")

@@ -27,14 +27,18 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    description: str = Field("", description="One sentence for people.")
-    images: int = Field(10_000_000, ge=1, description="Images to see in all.")
-    batch_size: int = Field(16, ge=1, description="Images per optimizer step, over all processes and accumulation steps.")
-    gradient_accumulation: int = Field(1, ge=1, description="Parts each process cuts its share of a batch into.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Compute type; auto is bf16 on a GPU that has it, else fp32.")
-    seed: int = Field(0, ge=0, description="Seed of weights, data order, augmentation and posterior noise.")
-    checkpoint_every_images: int = Field(100_000, ge=1, description="Images between checkpoints; the last state is always saved.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    description: str = Field(default="", description="One sentence for people.")
+    images: int = Field(default=10_000_000, ge=1, description="Images to see in all.")
+    batch_size: int = Field(default=16, ge=1, description="Images per optimizer step, over all processes and accumulation steps.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Parts each process cuts its share of a batch into.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Compute type; auto is bf16 on a GPU that has it, else fp32."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of weights, data order, augmentation and posterior noise.")
+    checkpoint_every_images: int = Field(
+        default=100_000, ge=1, description="Images between checkpoints; the last state is always saved."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
     loss: LossOptions = LossOptions()
@@ -62,7 +66,11 @@ class Recipe(BaseModel):
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in files("latentae").joinpath("recipes").iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in files("latentae").joinpath("recipes").iterdir()
+        if entry.name.endswith(".toml")
+    )
 
 
 def load_recipe(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -134,7 +134,9 @@ class Trainer:
             with self.accelerator.autocast():
                 image = self.objective.image_terms(leaf, images)
                 latent = self.objective.latent_terms(output.posterior, images)
-                generator = hinge_generator(self.raw_discriminator(leaf)).mean() if adversarial and self.raw_discriminator else None
+                generator = (
+                    hinge_generator(self.raw_discriminator(leaf)).mean() if adversarial and self.raw_discriminator else None
+                )
             image_loss = image.total if generator is None else image.total + self.recipe.loss.adversarial.weight * generator
             (gradient,) = torch.autograd.grad(image_loss, leaf)
             torch.autograd.backward(

@@ -126,18 +126,20 @@ def build_loader(recipe: Recipe, accelerator: Accelerator) -> TrainLoader:
             f"batch_size {recipe.batch_size} does not divide over {accelerator.num_processes} processes x "
             f"{recipe.gradient_accumulation} accumulation steps; use a multiple of {parts}"
         )
-    return TrainLoader(
-        recipe.data, recipe.batch_size // parts, recipe.seed, accelerator.process_index, accelerator.num_processes
-    )
+    return TrainLoader(recipe.data, recipe.batch_size // parts, recipe.seed, accelerator.process_index, accelerator.num_processes)
 
 
 def _check_resolution(recipe: Recipe, trainer: Trainer) -> None:
     resolution, f = recipe.data.resolution, trainer.raw_autoencoder.config.downsampling
     if resolution % f:
-        raise RecipeError(f"data.resolution {resolution} is not a multiple of the model's downsampling {f}; use {resolution // f * f or f}")
+        raise RecipeError(
+            f"data.resolution {resolution} is not a multiple of the model's downsampling {f}; use {resolution // f * f or f}"
+        )
     for part in (trainer.raw_discriminator, trainer.objective.perceptual):
         if part is not None and resolution < part.minimum_size:
-            raise RecipeError(f"data.resolution {resolution} is below the {part.minimum_size} pixels that {type(part).__name__} needs")
+            raise RecipeError(
+                f"data.resolution {resolution} is below the {part.minimum_size} pixels that {type(part).__name__} needs"
+            )
 
 
 def _announce(recipe: Recipe, trainer: Trainer, loader: TrainLoader, validation: Validation, start: Path | None) -> None:
@@ -148,7 +150,9 @@ def _announce(recipe: Recipe, trainer: Trainer, loader: TrainLoader, validation:
     say(f"data: {loader.samples} training images, {sum(len(b.keys) for b in validation.batches)} held out for validation")
     weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.objective.effective_weights().items())
     say(f"loss weights per image element: {weights}")
-    say(f"{a.num_processes} process(es) on {a.device.type}, {a.mixed_precision.replace('no', 'fp32')}, global batch {recipe.batch_size}")
+    say(
+        f"{a.num_processes} process(es) on {a.device.type}, {a.mixed_precision.replace('no', 'fp32')}, global batch {recipe.batch_size}"
+    )
     if start is not None:
         say(f"resuming {start} at image {trainer.state.images_seen} of {recipe.images}")
 

@@ -92,6 +92,11 @@ def test_interval_is_seeded_covers_the_mean_and_shrinks():
     values = np.random.default_rng(0).normal(25, 3, 400)
     small, large = bootstrap_mean(values[:40], seed=1), bootstrap_mean(values, seed=1)
     assert bootstrap_mean(values, seed=1) == large != bootstrap_mean(values, seed=2)
+    assert large.low is not None
+    assert large.mean is not None
+    assert large.high is not None
+    assert small.low is not None
+    assert small.high is not None
     assert large.low < large.mean < large.high
     assert large.high - large.low < small.high - small.low
     # the bootstrap of a mean has nearly the normal interval, 1.96 s / sqrt(n) either side

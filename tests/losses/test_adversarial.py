@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from latentae.losses.adversarial import hinge_discriminator, hinge_generator
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import torch
+from torch.distributions import Normal, kl_divergence
+
 from latentae.losses.latent import kl_per_element
 from latentae.models.posterior import DiagonalGaussian
-from torch.distributions import Normal, kl_divergence
 
 
 def test_kl_is_the_closed_form_over_image_elements():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentae.losses.objective import Objective
 from latentae.losses.options import LossOptions
 from latentae.models.autoencoder import AutoencoderKL

@@ -6,6 +6,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+
 from latentae.data.decode import decode_image
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.errors import WeightsError
@@ -138,7 +139,7 @@ def test_weights_in_the_cache_are_found(offline, squeezenet):
 
 
 def test_a_wrong_or_damaged_weights_file_is_named(tmp_path, squeezenet):
-    with pytest.raises(WeightsError, match="nowhere.pth do not exist"):
+    with pytest.raises(WeightsError, match=r"nowhere\.pth do not exist"):
         LPIPS("alex", tmp_path / "nowhere.pth")
     with pytest.raises(WeightsError, match="AlexNet"):
         LPIPS("alex", squeezenet[1])

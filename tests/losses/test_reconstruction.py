@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from latentae.losses.reconstruction import charbonnier, l1, l2
 
 PLAIN = {

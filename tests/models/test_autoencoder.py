@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from latentae.errors import ImageError, ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
-from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -170,7 +171,9 @@ def test_a_latent_channel_mismatch_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["missing folder", "empty folder", "no config", "bad json", "other class", "unknown key", "damaged weights"])
+@pytest.mark.parametrize(
+    "what", ["missing folder", "empty folder", "no config", "bad json", "other class", "unknown key", "damaged weights"]
+)
 def test_a_folder_that_is_no_model_is_refused(what, tmp_path):
     folder = tmp_path / "model"
     if what != "missing folder":

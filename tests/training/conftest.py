@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentae.data.writing import encode_png, write_shards
 from latentae.training.recipe import load_recipe
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 
 import torch
+from safetensors.torch import save_file
+
 from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.recipe import load_recipe
 from latentae.training.steps import Trainer
-from safetensors.torch import save_file
 
 recipe, out = load_recipe(sys.argv[1]), sys.argv[2]
 accelerator = build_accelerator("fp32")

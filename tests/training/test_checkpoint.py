@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from latentae.errors import ModelError, OutputError, TrainingError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.training import checkpoint
@@ -78,7 +79,9 @@ def test_a_checkpoint_says_its_format_and_versions_and_loads_as_a_model(trained,
     assert torch.equal(AutoencoderKL.from_pretrained(tmp_path).state_dict()[name], ema.state_dict()[name])
 
 
-@pytest.mark.parametrize("part", ["autoencoder.safetensors", "ema.safetensors", "discriminator.safetensors", "optimizers.pt", "state.json"])
+@pytest.mark.parametrize(
+    "part", ["autoencoder.safetensors", "ema.safetensors", "discriminator.safetensors", "optimizers.pt", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_part_is_fatal_and_the_older_checkpoint_is_named(part, damage, trained, tmp_path):
     older = save_checkpoint(trained, tmp_path, DATA)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from latentae.training.ema import Ema
 from torch import nn
+
+from latentae.training.ema import Ema
 
 
 def test_a_weights_share_halves_in_its_half_life():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from latentae.training.optim import learning_rate_scale
 from latentae.training.options import OptimizerOptions
 

@@ -5,6 +5,7 @@ import tomllib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from latentae.errors import LatentAEError, RecipeError
 from latentae.training.recipe import Recipe, config, load_recipe, recipe_options, shipped_recipes
 
@@ -52,7 +53,12 @@ def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("tinycpu", "did you mean tiny-cpu"), ("zzz", "shipped ones are"), ("none.toml", "could not read"), ("bad.toml", "not TOML")],
+    [
+        ("tinycpu", "did you mean tiny-cpu"),
+        ("zzz", "shipped ones are"),
+        ("none.toml", "could not read"),
+        ("bad.toml", "not TOML"),
+    ],
 )
 def test_a_recipe_that_is_not_there(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -62,8 +68,13 @@ def test_a_recipe_that_is_not_there(name, message, tmp_path, monkeypatch):
 
 
 def test_options_come_as_text_nested_or_dotted_with_dash_or_underscore():
-    a = load_recipe("tiny-cpu", {"optimizer.lr": "2e-4", "batch-size": "8", "model.block_out_channels": "[16, 32, 64]", "data.flip": "false"})
-    b = load_recipe("tiny-cpu", {"optimizer": {"lr": 2e-4}, "batch_size": 8, "model": {"block_out_channels": (16, 32, 64)}, "data": {"flip": False}})
+    a = load_recipe(
+        "tiny-cpu", {"optimizer.lr": "2e-4", "batch-size": "8", "model.block_out_channels": "[16, 32, 64]", "data.flip": "false"}
+    )
+    b = load_recipe(
+        "tiny-cpu",
+        {"optimizer": {"lr": 2e-4}, "batch_size": 8, "model": {"block_out_channels": (16, 32, 64)}, "data": {"flip": False}},
+    )
     assert a.optimizer.lr == 2e-4
     assert a.batch_size == 8
     assert a.model.block_out_channels == (16, 32, 64)
@@ -84,7 +95,10 @@ def test_every_option_has_a_sentence_that_explains_it():
 
 def test_identity_leaves_out_what_does_not_change_the_weights():
     recipe = Recipe()
-    assert recipe.identity() == load_recipe(recipe, {"checkpoint_every_images": 7, "log.validation_images": 3, "data.workers": 2}).identity()
+    assert (
+        recipe.identity()
+        == load_recipe(recipe, {"checkpoint_every_images": 7, "log.validation_images": 3, "data.workers": 2}).identity()
+    )
     assert recipe.identity() != load_recipe(recipe, {"optimizer.lr": 7}).identity()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentae.losses.adversarial import hinge_discriminator, hinge_generator
 from latentae.training.keyed import keyed_normal
 from latentae.training.launch import build_accelerator, close_accelerator

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
-import latentae
 import pytest
-from latentae.errors import DataError, OutputError, RecipeError, TrainingError
-from latentae.training.checkpoint import find_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
+
+import latentae
+from latentae.errors import DataError, OutputError, RecipeError, TrainingError
+from latentae.training.checkpoint import find_checkpoint
 
 
 def weights(run):
@@ -105,7 +106,7 @@ def test_other_jobs_and_other_folders_are_refused(small, tmp_path):
 def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path):
     latentae.train(small(), tmp_path / "first")
     latentae.train(small(images=32), tmp_path / "second", resume=tmp_path / "first")
-    assert [line["images"] for line in lines(tmp_path / "second")][0] == 28
+    assert lines(tmp_path / "second")[0]["images"] == 28
     with pytest.raises(TrainingError, match="holds no checkpoint"):
         latentae.train(small(), tmp_path / "third", resume=tmp_path)
     assert not (tmp_path / "third").exists()
@@ -116,7 +117,11 @@ def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path
     [
         ({"data.resolution": 30}, RecipeError, "not a multiple of the model's downsampling 4; use 28"),
         ({"loss.adversarial.weight": 1}, None, ""),
-        ({"loss.adversarial.weight": 1, "loss.adversarial.layers": 4}, RecipeError, "below the 48 pixels that PatchDiscriminator"),
+        (
+            {"loss.adversarial.weight": 1, "loss.adversarial.layers": 4},
+            RecipeError,
+            "below the 48 pixels that PatchDiscriminator",
+        ),
         ({"gradient_accumulation": 3}, RecipeError, "use a multiple of 3"),
         ({"batch_size": 100}, DataError, "one batch over all ranks takes 100"),
         ({"data.shards": "nowhere"}, DataError, "nowhere"),
@@ -150,14 +155,16 @@ def test_training_straight_from_a_folder_of_images(small, tmp_path):
     assert (tmp_path / "run-shards" / "000000.tar").is_file()
     latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="neither .tar shards nor images"):
+    with pytest.raises(DataError, match=r"neither \.tar shards nor images"):
         latentae.train(small(**{"data.shards": str(tmp_path / "empty")}), tmp_path / "other")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_write_one_run(launcher, small, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(small(batch_size=8, **{"data.validation": "auto", "loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}).toml())
+    recipe.write_text(
+        small(batch_size=8, **{"data.validation": "auto", "loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}).toml()
+    )
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",

@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Each sets itself up first.
+PYTHON ?= python3
+BIN := .venv/bin
+MINUTES ?= 4
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-fast check format bench clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: .venv/installed ## the environment in .venv, from pyproject.toml and constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "latentae needs Python 3.11 or newer; set PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch .venv/installed
+
+quickstart: install ## the whole line on photos that ship with the dependencies; MINUTES=4 of training
+	$(BIN)/python -m latentae quickstart --out quickstart --minutes $(MINUTES)
+
+test: install ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+test-fast: install ## without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+check: install ## linter, formatter, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install ## let the formatter and the linter mend what they can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## norm_act against plain torch on this machine
+	$(BIN)/python tools/bench_kernels.py
+
+clean: ## what the other commands made, but not .venv
+	rm -rf quickstart build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

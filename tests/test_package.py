@@ -1,0 +1,102 @@
+"""The package as a whole: public names, cold start, versions, what importing costs."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import latentae
+import pytest
+from latentae import cli
+
+ROOT = Path(__file__).parents[1]
+VERBS = ["quickstart", "shards", "train", "config", "evaluate", "reconstruct", "encode", "export"]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in latentae.__all__:
+        value = getattr(latentae, name)
+        assert name == "__version__" or value.__doc__, name
+    assert set(latentae.__all__) <= set(dir(latentae))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        latentae.nothing  # noqa: B018
+
+
+def test_public_names_are_not_hidden_by_modules_of_the_same_name():
+    code = "import latentae, latentae.training.train, latentae.exporting.export, latentae.encoding.encode, latentae.data.writing\n"
+    code += "import latentae.examples.quickstart, latentae.evaluation.evaluate\n"
+    code += f"print(all(callable(getattr(latentae, verb)) for verb in {VERBS!r}))"
+    assert run(code) == "True"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_function_with_the_options_of_the_command(verb):
+    command = inspect.signature(getattr(cli, verb)).parameters
+    function = inspect.signature(getattr(latentae, verb)).parameters
+    taken = {"recipe" if name == "words" else name for name in command}
+    assert taken <= set(function), taken - set(function)
+    for name, parameter in command.items():
+        if name in function and parameter.default is not inspect.Parameter.empty:
+            assert parameter.default == function[name].default or str(parameter.default) == str(function[name].default), name
+
+
+def test_one_version_everywhere():
+    assert version("latentae") == latentae.__version__
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
+    assert f"## {latentae.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_importing_latentae_loads_nothing_heavy():
+    code = "import sys, latentae; print([m for m in ('torch', 'numpy', 'triton', 'accelerate', 'webdataset') if m in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_the_models_load_neither_data_nor_training_packages():
+    heavy = ("accelerate", "webdataset", "lpips", "timm", "matplotlib", "diffusers", "torchvision")
+    code = f"import sys; from latentae import AutoencoderKL; print([m for m in {heavy!r} if m in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_nothing_needs_diffusers_but_the_quickstart():
+    code = "import sys, latentae.cli, latentae.training.train, latentae.evaluation.evaluate, latentae.encoding.encode\n"
+    code += "import latentae.exporting.export; print('diffusers' in sys.modules)"
+    assert run(code) == "False"
+
+
+@pytest.mark.parametrize("words", [["--help"], *[[verb, "--help"] for verb in VERBS]])
+def test_help_answers_without_torch(words):
+    code = f"import sys; sys.argv = ['latentae', *{words!r}]\nfrom latentae.cli import main\n"
+    code += "try: main()\nexcept SystemExit as stop: print('CODE', stop.code, 'torch' in sys.modules)"
+    output = run(code)
+    assert output.endswith("CODE 0 False")
+    assert "Usage: latentae" in output
+
+
+def test_help_is_quick():
+    best = min(_seconds([sys.executable, "-m", "latentae", "--help"]) for _ in range(3))
+    assert best < 3  # about 0.3 s; a loose bound, since the machine is shared
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.monotonic() - start
+
+
+def test_the_import_direction_holds():
+    done = subprocess.run([str(Path(sys.executable).with_name("lint-imports")), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_kernels_is_no_importable_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert run("import latentae_kernels; print(latentae_kernels.__name__)") == "latentae_kernels"
