@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             f"could not write {path}: {error.strerror or error}; free the space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that is a file: the error on its way says so better
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -22,11 +22,14 @@ class ModelOptions(BaseModel):
     )
     layers_per_block: int | None = Field(default=None, ge=1, description="Residual blocks per level instead of the preset's.")
     norm_num_groups: int | None = Field(default=None, ge=1, description="Groups of every GroupNorm instead of the preset's.")
+    initialization: Literal["torch", "linear"] = Field(
+        default="torch", description="Weights at the start: PyTorch's own, or a nearly linear codec (quicker when time is short)."
+    )
     initial_logvar: float = Field(
         default=0.0,
         le=20,
         ge=-30,
-        description="Log-variance of the posterior at the start; 0 is PyTorch's own start, -6 begins with little noise.",
+        description="Added to the posterior's log-variance at the start; -6 begins with little noise.",
     )
 
 

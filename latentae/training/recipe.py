@@ -48,7 +48,7 @@ class Recipe(BaseModel):
 
     def autoencoder_config(self) -> AutoencoderKLConfig:
         """The shape of the model; its sample_size is the training resolution."""
-        replaced = self.model.model_dump(exclude={"preset", "initial_logvar"}, exclude_none=True)
+        replaced = self.model.model_dump(exclude={"preset", "initialization", "initial_logvar"}, exclude_none=True)
         return preset(self.model.preset, sample_size=self.data.resolution, **replaced)
 
     def identity(self) -> dict[str, Any]:

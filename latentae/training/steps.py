@@ -20,6 +20,7 @@ from latentae.losses.adversarial import hinge_discriminator, hinge_generator
 from latentae.losses.objective import Objective
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.discriminator import PatchDiscriminator
+from latentae.models.initialization import set_initial_logvar, start_linear
 from latentae.training.ema import Ema
 from latentae.training.keyed import keyed_normal
 from latentae.training.optim import build_optimizer, learning_rate_scale, set_learning_rate
@@ -43,11 +44,9 @@ def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
     """The recipe's autoencoder with the weights its seed gives."""
     torch.manual_seed(recipe.seed)
     model = AutoencoderKL(recipe.autoencoder_config())
-    if recipe.model.initial_logvar:
-        last = model.quant_conv if model.quant_conv is not None else model.encoder.conv_out
-        assert last.bias is not None
-        with torch.no_grad():
-            last.bias[model.config.latent_channels :] = recipe.model.initial_logvar
+    if recipe.model.initialization == "linear":
+        start_linear(model)
+    set_initial_logvar(model, recipe.model.initial_logvar)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

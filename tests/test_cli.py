@@ -1,0 +1,131 @@
+"""The command line as a user meets it: exit codes, one-line errors, what is printed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from latentae import cli
+from latentae.errors import OutputError, RecipeError
+from PIL import Image
+
+
+def call(*words: str, capsys) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["trian"], 2, "Did you mean 'train'"),
+        (["export", "--foo"], 2, "No such option: --foo"),
+        (["train", "tiny-cpu"], 2, "--output"),
+        (["train", "--output", "x"], 2, "RECIPE"),
+        (["train", "tiny-cpu", "kl-f8", "--output", "x"], 2, "expected one RECIPE"),
+        (["train", "tiny-cpu", "--optimizer.lrr", "3", "--output", "x"], 2, "did you mean optimizer.lr?"),
+        (["train", "tiny-cpu", "--optimizer.lr", "--output", "x"], 2, "--optimizer.lr needs a value"),
+        (["train", "tiny-cup", "--output", "x"], 2, "did you mean tiny-cpu?"),
+        (["train", "tiny-cpu", "--data.shards", "nowhere", "--output", "x"], 1, "nowhere"),
+        (["evaluate", "nowhere", "nothing"], 1, "nowhere does not exist"),
+        (["encode", "nowhere", "nothing", "x"], 1, "nowhere does not exist"),
+        (["export", "nowhere", "x"], 1, "nowhere does not exist"),
+        (["reconstruct", "nowhere", "a.png"], 1, "nowhere does not exist"),
+        (["shards", "nowhere", "x"], 1, "nowhere does not exist"),
+        (["quickstart", "--out", "x", "--minutes", "0"], 2, "give a positive number"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(words, code, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(*words, capsys=capsys)
+    assert got == code, err
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("latentae: error: ")
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_come_before_or_after_with_dash_or_underscore_or_equals(capsys):
+    expected = call("config", "tiny-cpu", "--batch-size", "4", "--optimizer.lr", "2e-4", capsys=capsys)[1]
+    assert "batch_size = 4" in expected
+    assert call("config", "--batch_size=4", "--optimizer.lr=2e-4", "tiny-cpu", capsys=capsys)[1] == expected
+
+
+def test_negative_values_are_values(capsys):
+    assert "initial_logvar = -6.0" in call("config", "tiny-cpu", "--model.initial-logvar", "-6", capsys=capsys)[1]
+
+
+def test_version_and_bare_call(capsys):
+    from latentae import __version__
+
+    assert call("--version", capsys=capsys)[:2] == (0, __version__ + "\n")
+    assert "Usage" in "".join(call(capsys=capsys)[1:])
+
+
+def test_debug_shows_the_error_itself():
+    with pytest.raises(RecipeError):
+        cli.main(["config", "nowhere", "--debug"])
+
+
+def test_train_help_lists_the_recipes_and_their_options(capsys):
+    code, out, _ = call("train", "--help", capsys=capsys)
+    assert code == 0
+    assert "--optimizer.warmup-images" in out
+    assert "kl-f16-z32" in out
+
+
+def test_a_full_disk_and_ctrl_c_are_one_line(monkeypatch, capsys):
+    import latentae
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "shards/000000.tar")
+
+    monkeypatch.setattr(latentae, "shards", full, raising=False)
+    code, _, err = call("shards", "a", "b", capsys=capsys)
+    assert (code, err) == (1, "latentae: error: No space left on device: shards/000000.tar\n")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latentae, "shards", interrupted, raising=False)
+    assert call("shards", "a", "b", capsys=capsys)[0] == 130
+
+
+def test_other_ranks_sign_their_errors(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert "latentae (rank 3): error: " in call("config", "nowhere", capsys=capsys)[2]
+
+
+def test_errors_have_exit_codes_of_their_own():
+    assert RecipeError.exit_code == 2
+    assert OutputError.exit_code == 1
+
+
+def test_the_module_runs_and_the_line_works_from_a_folder_of_images(tmp_path):
+    for index in range(4):
+        Image.effect_noise((48, 40), 60).convert("RGB").save(tmp_path / f"photo {index}.png")
+    (tmp_path / "photo 0.txt").write_text("a caption")
+    latentae = [sys.executable, "-m", "latentae"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    small = ["--model.block_out_channels", "[8,8,8]", "--model.norm-num-groups", "4", "--data.resolution=32", "--loss.perceptual.net", "none"]
+    for words in (
+        ["shards", ".", "shards"],
+        ["train", "tiny-cpu", *small, "--data.shards", "shards", "--images", "4", "--batch_size", "2", "--output", "run"],
+        ["evaluate", "run", "shards", "--out", "evaluation", "--perceptual", "none"],
+        ["encode", "run", "shards", "latents"],
+        ["export", "run", "export", "--statistics", "latents", "--metrics", "evaluation"],
+        ["reconstruct", "export", "photo 0.png", "photo 1.png", "--out", "grid.png"],
+        ["train", "tiny-cpu", *small, "--data.shards", "shards", "--images", "4", "--batch-size", "2", "--output", "run"],
+    ):
+        done = subprocess.run([*latentae, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        assert "Traceback" not in done.stderr
+        assert "Warning" not in done.stderr, done.stderr
+    assert "is finished" in done.stderr
+    for made in ("shards/000000.tar", "evaluation/report.html", "latents/statistics.json", "export/config.json", "grid.png"):
+        assert (tmp_path / made).is_file(), made
