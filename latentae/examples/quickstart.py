@@ -66,7 +66,7 @@ def quickstart(out: str | Path = "quickstart", *, minutes: float = 4.0, images: 
         run, home / "held-out-shards", resolution=HELD_OUT_TILE, out=home / "evaluation", pca_shards=home / "training-shards"
     )
     clock.lap("evaluation")
-    encode(run, home / "training-shards", home / "latents", resolution=TRAINING_TILE)
+    encode(run, home / "training-shards", home / "latents", resolution=HELD_OUT_TILE)
     clock.lap("encoding")
     export(run, home / "export", statistics=home / "latents", metrics=result)
     clock.lap("export")

@@ -70,7 +70,7 @@ def _line_section(recipe: Recipe, laps: Mapping[str, float]) -> Section:
         "latentae train tiny-cpu --data.shards training-shards --data.validation held-out-shards "
         f"--images {recipe.images} --output run\n"
         "latentae evaluate run held-out-shards --resolution 128 --pca-shards training-shards --out evaluation\n"
-        "latentae encode run training-shards latents --resolution 256\n"
+        "latentae encode run training-shards latents --resolution 128\n"
         "latentae export run export --statistics latents --metrics evaluation\n"
         "latentae reconstruct run my-photo.jpg --out grid.png"
     )
