@@ -250,7 +250,7 @@ def export(
 
 def _version(value: bool) -> None:
     if value:
-        from latentae import __version__
+        from latentae.version import __version__
 
         typer.echo(__version__)
         raise typer.Exit

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from latentae import __version__
 from latentae.errors import OutputError
 from latentae.files import read_json, write_json
+from latentae.version import __version__
 
 __all__ = ["FORMAT_VERSION", "Job"]
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
+
 from latentae import cli
 from latentae.errors import OutputError, RecipeError
-from PIL import Image
 
 
 def call(*words: str, capsys) -> tuple[int, str, str]:
@@ -112,7 +113,15 @@ def test_the_module_runs_and_the_line_works_from_a_folder_of_images(tmp_path):
     (tmp_path / "photo 0.txt").write_text("a caption")
     latentae = [sys.executable, "-m", "latentae"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    small = ["--model.block_out_channels", "[8,8,8]", "--model.norm-num-groups", "4", "--data.resolution=32", "--loss.perceptual.net", "none"]
+    small = [
+        "--model.block_out_channels",
+        "[8,8,8]",
+        "--model.norm-num-groups",
+        "4",
+        "--data.resolution=32",
+        "--loss.perceptual.net",
+        "none",
+    ]
     for words in (
         ["shards", ".", "shards"],
         ["train", "tiny-cpu", *small, "--data.shards", "shards", "--images", "4", "--batch_size", "2", "--output", "run"],

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-
-
 import pytest
+
 from latentae.errors import OutputError
 from latentae.files import atomic_file, read_json, sha256, staged_folder, write_json
 

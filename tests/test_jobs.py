@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from latentae.errors import OutputError
 from latentae.jobs import Job, first_difference
 

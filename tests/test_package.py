@@ -10,8 +10,9 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-import latentae
 import pytest
+
+import latentae
 from latentae import cli
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,9 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_public_names_are_not_hidden_by_modules_of_the_same_name():
-    code = "import latentae, latentae.training.train, latentae.exporting.export, latentae.encoding.encode, latentae.data.writing\n"
+    code = (
+        "import latentae, latentae.training.train, latentae.exporting.export, latentae.encoding.encode, latentae.data.writing\n"
+    )
     code += "import latentae.examples.quickstart, latentae.evaluation.evaluate\n"
     code += f"print(all(callable(getattr(latentae, verb)) for verb in {VERBS!r}))"
     assert run(code) == "True"
@@ -56,7 +59,9 @@ def test_one_version_everywhere():
 
 
 def test_importing_latentae_loads_nothing_heavy():
-    code = "import sys, latentae; print([m for m in ('torch', 'numpy', 'triton', 'accelerate', 'webdataset') if m in sys.modules])"
+    code = (
+        "import sys, latentae; print([m for m in ('torch', 'numpy', 'triton', 'accelerate', 'webdataset') if m in sys.modules])"
+    )
     assert run(code) == "[]"
 
 
@@ -93,7 +98,9 @@ def _seconds(command: list[str]) -> float:
 
 
 def test_the_import_direction_holds():
-    done = subprocess.run([str(Path(sys.executable).with_name("lint-imports")), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 

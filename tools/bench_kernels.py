@@ -48,7 +48,9 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, backward: bool, repeats: int, device: torch.device) -> dict[str, float]:
+def measure(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, backward: bool, repeats: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds of each variant on one shape."""
     batch, channels, side, groups = shape
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)

@@ -19,12 +19,12 @@ from torch import Tensor
 from latentae.data.index import load_index
 from latentae.data.shards import expand_shards
 from latentae.data.transforms import to_float
+from latentae.device import choose_device
 from latentae.encoding.plan import Shard, plan_digest, plan_shards, remove_leftovers, resolve_task
 from latentae.encoding.shard import DTYPES, ShardSettings, encode_shard
 from latentae.encoding.sidecar import FORMAT_VERSION
 from latentae.encoding.statistics import STATISTICS, LatentStatistics, merge
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
-from latentae.evaluation.device import choose_device
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.models.autoencoder import AutoencoderKL

@@ -12,9 +12,9 @@ from typing import Any
 from latentae.data.index import load_index
 from latentae.data.loader import image_batches
 from latentae.data.shards import expand_shards
+from latentae.device import choose_device
 from latentae.errors import DataError, ImageError, ModelError, RecipeError
 from latentae.evaluation.baselines import MAX_PATCH_NUMBERS, PatchPCA, fit_pca
-from latentae.evaluation.device import choose_device
 from latentae.evaluation.distance import choose_distance
 from latentae.evaluation.images import write_png
 from latentae.evaluation.measure import MODEL, Measurement, measure

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentae.data.decode import decode_image
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
+from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError
-from latentae.evaluation.device import choose_device
 from latentae.evaluation.images import image_grid, write_png
 from latentae.evaluation.metrics import psnr
 from latentae.models.autoencoder import AutoencoderKL

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from latentae import __version__
 from latentae.errors import OutputError, RecipeError
 from latentae.exporting.card import CardFacts, model_card
 from latentae.exporting.diffusers import VARIANTS, component_config, write_diffusers
@@ -18,6 +17,7 @@ from latentae.files import sha256, staged_folder, write_text
 from latentae.jobs import RECORD, Job
 from latentae.models.pretrained import ModelSource, load_model, resolve_model
 from latentae.progress import say
+from latentae.version import __version__
 
 __all__ = ["FORMATS", "export"]
 

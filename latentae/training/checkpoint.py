@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from latentae import __version__
 from latentae.errors import ModelError, TrainingError
 from latentae.files import read_json, sha256, staged_folder, write_json, write_text
 from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_weights, save_weights
 from latentae.training.steps import Trainer, TrainState
+from latentae.version import __version__
 
 __all__ = ["FORMAT_VERSION", "find_checkpoint", "load_checkpoint", "save_checkpoint"]
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+
 from latentae.data.decode import decode_image
 from latentae.examples.photos import HELD_OUT, TRAINING, _starts, photo_file, write_photo_tiles
-from PIL import Image
 
 
 def test_held_out_photos_are_other_photos():

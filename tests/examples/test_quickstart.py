@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from latentae.errors import OutputError, RecipeError
 from latentae.examples.quickstart import quickstart
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from latentae.models.discriminator import PatchDiscriminator
 from torch import nn
+
+from latentae.models.discriminator import PatchDiscriminator
 
 
 @pytest.mark.parametrize("norm", ["none", "group", "instance"])

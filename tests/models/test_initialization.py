@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import preset
 from latentae.models.initialization import set_initial_logvar, start_linear

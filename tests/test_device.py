@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from latentae.device import choose_device
 from latentae.errors import RecipeError
-from latentae.evaluation.device import choose_device
 
 
 def test_auto_is_a_device_that_is_there():
