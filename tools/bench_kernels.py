@@ -56,7 +56,7 @@ def measure(
     x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight, bias = torch.randn(2, channels, device=device, dtype=dtype)
     gradient = torch.randn_like(x)
-    inputs = [t.requires_grad_(backward) for t in (x, weight.clone(), bias.clone())]
+    inputs = (x.requires_grad_(backward), weight.clone().requires_grad_(backward), bias.clone().requires_grad_(backward))
 
     def call(name: str) -> None:
         y = VARIANTS[name](*inputs, groups)

@@ -134,7 +134,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kl-f16-z32": _family((1, 1, 2, 2, 4), latent=32, attention=(4,)),  # VA-VAE (Yao & Wang 2025)
     "kl-f32": _family((1, 1, 2, 2, 4, 4), latent=64, attention=(4, 5)),
     "tiny": _family(
-        (1, 2, 2), latent=8, width=32, layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False, sample_size=64
+        (1, 2, 4), latent=8, width=16, layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False, sample_size=64
     ),
 }
 

@@ -26,9 +26,9 @@ def start_linear(model: AutoencoderKL) -> None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         branch = module.conv2 if isinstance(module, ResnetBlock) else module.to_out[0] if isinstance(module, Attention) else None
-        if isinstance(branch, nn.Conv2d | nn.Linear):
-            nn.init.zeros_(branch.weight)
-            nn.init.zeros_(branch.bias)
+        if branch is not None:
+            for parameter in branch.parameters():
+                nn.init.zeros_(parameter)
 
 
 @torch.no_grad()

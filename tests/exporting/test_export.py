@@ -309,3 +309,26 @@ def test_record_holds_provenance(model, tmp_path):
     assert record["inputs"]["model"] == resolve_model(model).fingerprint
     assert record["parameters"] == sum(p.numel() for p in AutoencoderKL.from_pretrained(model).parameters())
     assert str(tmp_path) not in json.dumps(record)
+
+
+def test_it_reconstructs_the_same_where_latentae_is_not_installed(model, tmp_path):
+    import subprocess
+    import sys
+
+    export(model, tmp_path / "vae")
+    ours = AutoencoderKL.from_pretrained(model)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = ours.decode(ours.encode(x).mode())
+    torch.save({"x": x, "expected": expected}, tmp_path / "tensors.pt")
+    code = (
+        "import sys\n"
+        "sys.modules['latentae'] = sys.modules['latentae_kernels'] = None  # importing either fails\n"
+        "import torch\nfrom diffusers import AutoencoderKL\n"
+        f"saved = torch.load({str(tmp_path / 'tensors.pt')!r}, weights_only=True)\n"
+        f"vae = AutoencoderKL.from_pretrained({str(tmp_path / 'vae')!r})\n"
+        "with torch.no_grad(): got = vae.decode(vae.encode(saved['x']).latent_dist.mode()).sample\n"
+        "print((got - saved['expected']).abs().max().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 1e-5
