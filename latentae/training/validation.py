@@ -70,6 +70,7 @@ class Validation:
             columns.setdefault("ssim", []).append(ssim(source, made))
             if trainer.objective.perceptual is not None:
                 columns.setdefault("perceptual", []).append(trainer.objective.perceptual(images, to_float(made)))
-            pairs += list(zip(source.cpu(), made.cpu(), strict=True))[: PICTURES - len(pairs)]
+            pairs += zip(source.cpu(), made.cpu(), strict=True)
         values = {f"validation/{name}": torch.cat(parts).double().mean().item() for name, parts in columns.items()}
-        return values, image_grid([[a for a, _ in pairs], [b for _, b in pairs]])
+        shown = pairs[:: max(1, -(-len(pairs) // PICTURES))]  # evenly spaced: neighbours often come from one source
+        return values, image_grid([[a for a, _ in shown], [b for _, b in shown]])
