@@ -6,6 +6,9 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
 from latentae.data.decode import decode_image
 from latentae.data.writing import encode_png
 from latentae.errors import MissingDependencyError
@@ -33,6 +36,7 @@ TRAINING = (
     "retina.jpg",
     "rocket.jpg",
 )
+LARGEST = 512
 _HOMES = {"china.jpg": ("sklearn", "datasets/images"), "flower.jpg": ("sklearn", "datasets/images")}
 
 
@@ -49,6 +53,12 @@ def photo_file(name: str) -> Path:
             f"the photo {name} comes with {package}, which is not installed; pip install 'latentae[quickstart]'"
         )
     return Path(spec.origin).parent / folder / name
+
+
+def _reduced(image: Tensor) -> Tensor:
+    """A photo with its short side at most `LARGEST` pixels, so that no photo gives most of the tiles."""
+    short = min(image.shape[1:])
+    return image if short <= LARGEST else resize(image, [LARGEST], antialias=True)
 
 
 def _starts(length: int, size: int, stride: int) -> Iterator[int]:
@@ -69,7 +79,7 @@ def write_photo_tiles(folder: str | Path, names: tuple[str, ...], size: int, str
     count = 0
     for name in names:
         file = photo_file(name)
-        image = decode_image(file.read_bytes(), name)
+        image = _reduced(decode_image(file.read_bytes(), name))
         for top in _starts(image.shape[1], size, stride):
             for left in _starts(image.shape[2], size, stride):
                 with atomic_file(Path(folder) / file.stem / f"{top:04}-{left:04}.png") as temporary:

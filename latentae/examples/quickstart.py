@@ -28,7 +28,7 @@ HELD_OUT_TILE = 128  # side by side: every pixel is judged once
 PLAN = "plan.json"
 
 
-def quickstart(out: str | Path = "quickstart", *, minutes: float = 4.0, images: int | None = None, seed: int = 0) -> Path:
+def quickstart(out: str | Path = "quickstart", *, minutes: float = 5.0, images: int | None = None, seed: int = 0) -> Path:
     """Run the main job on photos that ship with scikit-image and scikit-learn; run again, it goes on where it stopped.
 
     The speed is measured first; the number of images that fits into `minutes` is then fixed and recorded, so that nothing that
@@ -120,7 +120,7 @@ def _planned(home: Path, minutes: float, images: int | None, seed: int) -> Recip
             say(f"{speed:.3g} images a second: {images} images in {minutes:g} minutes")
         write_json(home / PLAN, {"images": images, "images_per_second": speed})
     images = int(read_json(home / PLAN)["images"])
-    return load_recipe(recipe, {"images": images, "checkpoint_every_images": max(1, images // 4)})
+    return load_recipe(recipe, {"images": images, "checkpoint_every_images": -(-images // 4)})
 
 
 def _summary(result: dict[str, Any], check: DiffusersCheck) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def run_loop(trainer: Trainer, loader: TrainLoader, run: Path, validation: Valid
     """
     recipe, state = trainer.recipe, trainer.state
     checkpoints = Clock(recipe.checkpoint_every_images)
-    metrics = Clock(recipe.log.metrics_every_images or recipe.images // 200)
-    validations = Clock(recipe.log.validation_every_images or recipe.images // 10)
+    metrics = Clock(recipe.log.metrics_every_images or -(-recipe.images // 200))
+    validations = Clock(recipe.log.validation_every_images or -(-recipe.images // 10))
     main = trainer.accelerator.is_main_process
     batches = iter(loader)
     with (

@@ -192,7 +192,9 @@ def test_an_error_of_the_first_process_ends_all(small, tmp_path):
 
 
 def test_bf16_trains_and_keeps_fp32_weights(small, tmp_path):
-    run = latentae.train(small(precision="bf16", **{"loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}), tmp_path / "run")
+    run = latentae.train(
+        small(precision="bf16", **{"loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}), tmp_path / "run"
+    )
     state = load_file(find_checkpoint(run) / "autoencoder.safetensors")
     assert {str(v.dtype) for v in state.values()} == {"torch.float32"}
     assert all(line["loss/total"] < 10 for line in lines(run))
