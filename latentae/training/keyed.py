@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["key", "keyed_normal"]
+from latentae.data.order import derive_seed
 
-
-def key(*parts: int) -> int:
-    """A 63-bit number that depends on all parts."""
-    packed = struct.pack(f"<{len(parts)}q", *parts)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+__all__ = ["keyed_normal"]
 
 
 def keyed_normal(shape: Sequence[int], seed: int, step: int, first: int) -> Tensor:
@@ -26,6 +20,6 @@ def keyed_normal(shape: Sequence[int], seed: int, step: int, first: int) -> Tens
     generator = torch.Generator()
     noise = torch.empty(tuple(shape))
     for index in range(shape[0]):
-        generator.manual_seed(key(seed, step, first + index))
+        generator.manual_seed(derive_seed("noise", seed, step, first + index) >> 1)  # torch takes 63 bits
         noise[index].normal_(generator=generator)
     return noise

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentae.training.keyed import key, keyed_normal
+from latentae.training.keyed import keyed_normal
 
 
 @given(st.integers(1, 4), st.integers(1, 3))
@@ -23,9 +23,3 @@ def test_noise_is_standard_normal():
     noise = keyed_normal((200, 500), 0, 0, 0)
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
-
-
-def test_keys_fit_a_torch_seed_and_do_not_collide():
-    keys = {key(a, b) for a in range(100) for b in range(100)}
-    assert len(keys) == 10_000
-    assert all(0 <= k < 2**63 for k in keys)
