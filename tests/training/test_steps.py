@@ -31,7 +31,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_equal_the_naive_formula_in_fp64(small, accelerator):
-    trainer = Trainer(small(**ADVERSARIAL, **{"loss.l2": 0.7, "loss.kl": 1e-3}), accelerator)
+    trainer = Trainer(small(**ADVERSARIAL, **{"loss.l1": 1.0, "loss.l2": 0.7, "loss.kl": 1e-3}), accelerator)
     trainer.raw_autoencoder.double()
     trainer.raw_discriminator.double()
     x = images().double() / 127.5 - 1
