@@ -22,7 +22,7 @@ from latentae.data.index import ShardIndex, load_index
 from latentae.data.options import DataOptions
 from latentae.data.order import derive_seed, pieces, share
 from latentae.data.shards import RawSample, expand_shards, read_shard, shard_keys
-from latentae.data.transforms import random_crop_flip, recolor, resize_and_center_crop
+from latentae.data.transforms import random_crop_flip, resize_and_center_crop
 from latentae.errors import DataError, LatentAEError, ShardError
 
 __all__ = ["STATE_VERSION", "Batch", "TrainLoader", "image_batches", "is_held_out"]
@@ -182,8 +182,6 @@ class _BatchStream(IterableDataset):
                 seed = derive_seed("augment", plan.seed, epoch, raw["__key__"])
                 scale = (options.scale_min, options.scale_max)
                 crop = random_crop_flip(cache.get(raw), options.resolution, scale=scale, seed=seed, flip=options.flip)
-                if options.recolor:
-                    crop = recolor(crop, seed=derive_seed("recolor", plan.seed, epoch, raw["__key__"]))
                 samples.append(Sample(raw["__key__"], crop))
                 if len(samples) == plan.batch_size:
                     yield Batch.of(samples)

@@ -38,10 +38,6 @@ class DataOptions(BaseModel):
         le=1,
         description="Largest crop before resizing, as a share of the short side; the share is drawn log-uniformly for each crop.",
     )
-    recolor: bool = Field(
-        default=False,
-        description="Permute the color channels of every crop and darken each by its own factor: for data sets of few colors.",
-    )
     flip: bool = Field(default=True, description="Mirror every other crop left to right.")
     shuffle_buffer: int = Field(
         default=1000,

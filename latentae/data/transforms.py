@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -12,10 +11,7 @@ from torch import Tensor
 
 from latentae.errors import ImageError
 
-__all__ = ["random_crop_flip", "recolor", "resize_and_center_crop", "to_float", "to_uint8"]
-
-
-PERMUTATIONS = tuple(itertools.permutations(range(3)))
+__all__ = ["random_crop_flip", "resize_and_center_crop", "to_float", "to_uint8"]
 
 
 def resize_and_center_crop(image: Tensor, size: int) -> Tensor:
@@ -65,25 +61,6 @@ def random_crop_flip(
     top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
     crop = _resize(image[:, top : top + side, left : left + side], size, size)
     return crop.flip(2) if flip and mirror < 0.5 else crop
-
-
-def recolor(image: Tensor, *, seed: int) -> Tensor:
-    """Permute the color channels and darken each by its own factor in (0.5, 1]; a pure function of its arguments.
-
-    For data sets of few colors: a gray photo gets a tint, a red one becomes blue. Structure stays.
-
-    Args:
-        image: uint8 [3, H, W].
-        seed: 0 <= seed < 2**64.
-
-    Returns:
-        uint8 [3, H, W].
-    """
-    _shape(image)
-    draws = np.random.Philox(key=seed).random_raw(4) >> np.uint64(11)
-    order = PERMUTATIONS[int(draws[3]) % len(PERMUTATIONS)]
-    gains = 1.0 - 0.5 * torch.tensor([float(draw) * 2.0**-53 for draw in draws[:3]])
-    return (image[list(order)].float() * gains[:, None, None]).round_().to(torch.uint8)
 
 
 def _shape(image: Tensor) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentae.data.transforms import random_crop_flip, recolor, resize_and_center_crop, to_float, to_uint8
+from latentae.data.transforms import random_crop_flip, resize_and_center_crop, to_float, to_uint8
 from latentae.errors import ImageError
 
 
@@ -124,24 +122,3 @@ def test_all_levels_survive_the_way_to_float_and_back():
 def test_levels_are_rounded_and_clamped():
     assert to_uint8(torch.tensor([-9.0, -1.0, -0.9969, 0.9967, 1.0, 9.0])).tolist() == [0, 0, 0, 255, 255, 255]
     assert to_uint8(torch.tensor([0.1], requires_grad=True)).tolist() == [140]
-
-
-@given(st.integers(0, 2**64 - 1))
-def test_recolor_permutes_and_darkens_whole_channels(seed):
-    image = torch.stack([torch.full((4, 5), value, dtype=torch.uint8) for value in (40, 100, 250)])
-    got = recolor(image, seed=seed)
-    assert torch.equal(got, recolor(image, seed=seed))
-    assert all(channel.unique().numel() == 1 for channel in got)
-    colors = [int(channel[0, 0]) for channel in got]
-    assert any(
-        all(value / 2 - 1 <= color <= value for color, value in zip(colors, order, strict=True))
-        for order in itertools.permutations((40, 100, 250))
-    )
-
-
-def test_recolor_reaches_every_order_and_tints_gray():
-    image = torch.stack([torch.full((2, 2), value, dtype=torch.uint8) for value in (10, 60, 250)])
-    brightest = [int(recolor(image, seed=seed)[:, 0, 0].argmax()) for seed in range(60)]
-    assert set(brightest) == {0, 1, 2}
-    gray = recolor(torch.full((3, 2, 2), 200, dtype=torch.uint8), seed=1)[:, 0, 0]
-    assert len(set(gray.tolist())) > 1
