@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Each sets itself up first.
 PYTHON ?= python3
 BIN := .venv/bin
-MINUTES ?= 5
+MINUTES ?= 6
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-fast check format bench clean
@@ -17,7 +17,7 @@ install: .venv/installed ## the environment in .venv, from pyproject.toml and co
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/installed
 
-quickstart: install ## the whole line on photos that ship with the dependencies; MINUTES=5 of training
+quickstart: install ## the whole line on photos that ship with the dependencies; MINUTES=6 of training
 	$(BIN)/python -m latentae quickstart --out quickstart --minutes $(MINUTES)
 
 test: install ## every test that this machine can run

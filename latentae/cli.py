@@ -81,7 +81,7 @@ def _split(words: list[str]) -> tuple[str, dict[str, str]]:
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("quickstart"),
-    minutes: Annotated[float, typer.Option(help="Minutes of training; the speed is measured first.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Minutes of training; the speed is measured first.")] = 6.0,
     images: Annotated[int | None, typer.Option(help="Images to train on, instead of minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
 ) -> None:
