@@ -25,7 +25,6 @@ def build_accelerator(precision: str) -> Accelerator:
         TrainingError: the launcher started more processes than Accelerate sees, or the device has no bf16.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
     gpu = torch.cuda.is_available()
     if precision == "auto":
@@ -34,7 +33,6 @@ def build_accelerator(precision: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=not gpu and not torch.backends.mps.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != accelerator.num_processes:
@@ -52,6 +50,8 @@ def close_accelerator(accelerator: Accelerator) -> None:
     """Leave the process group and forget Accelerate's process-wide state, so that another run can follow."""
     from accelerate.state import AcceleratorState, GradientState
 
+    # The prepared models hold reducers, and those the process group: destroying it under them can abort the process at exit.
+    accelerator.free_memory()
     accelerator.end_training()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -34,7 +34,7 @@ def test_tiny_cpu_needs_no_download():
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"model.preset": "kl-f9"}, "kl-f4, kl-f8"),
-        ({"model.block_out_channels": [11, 20, 30]}, "norm_num_groups"),
+        ({"model.block_out_channels": [10, 20, 30], "model.norm_num_groups": 4}, "norm_num_groups 4"),
     ],
 )
 def test_a_bad_option_is_one_line_that_helps(overrides, message):
