@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -283,11 +283,24 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, OSError) and not debug:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         raise
-    sys.exit(code if isinstance(code, int) else 0)
+    _exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK")
     who = f"latentae (rank {rank})" if rank not in (None, "0") else "latentae"
     print(f"{who}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process; one of several without taking the interpreter apart.
+
+    Gloo's threads outlive their process group and may still let go of a tensor of the last exchange. If the interpreter is being
+    taken apart at that moment, the process aborts although all its work is done (pytorch/pytorch#179291).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

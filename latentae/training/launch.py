@@ -50,7 +50,7 @@ def close_accelerator(accelerator: Accelerator) -> None:
     """Leave the process group and forget Accelerate's process-wide state, so that another run can follow."""
     from accelerate.state import AcceleratorState, GradientState
 
-    # The prepared models hold reducers, and those the process group: destroying it under them can abort the process at exit.
+    # the prepared models hold reducers, and those the process group: let go of them before it is destroyed
     accelerator.free_memory()
     accelerator.end_training()
     AcceleratorState._reset_state(reset_partial_state=True)
