@@ -93,7 +93,7 @@ class Timer:
         elapsed = max(time.monotonic() - self.start, 1e-9)
         values = {"img_per_s": self.images * processes / elapsed, "data_wait": self.waited / elapsed}
         self.restart()
-        return values if self.images or values["img_per_s"] else {}
+        return values
 
 
 def _parts(batches: Iterator[Batch], count: int, timer: Timer) -> list[Tensor]:
