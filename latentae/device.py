@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from latentae.errors import RecipeError
@@ -12,11 +14,14 @@ __all__ = ["choose_device"]
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; any other name is torch's own.
 
+    Of several processes that a launcher started on one machine, `auto` gives each a GPU of its own.
+
     Raises:
         RecipeError: an unknown device, or CUDA where there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device((f"cuda:{rank}" if rank else "cuda") if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

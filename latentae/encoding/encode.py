@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from latentae.data.transforms import to_float
 from latentae.device import choose_device
 from latentae.encoding.plan import Shard, plan_digest, plan_shards, remove_leftovers, resolve_task
 from latentae.encoding.shard import DTYPES, ShardSettings, encode_shard
-from latentae.encoding.sidecar import FORMAT_VERSION
-from latentae.encoding.statistics import STATISTICS, LatentStatistics, merge
+from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.latent_statistics import LatentStatistics, merge
 from latentae.models.pretrained import ModelSource, load_model, resolve_model
 from latentae.progress import Progress, say
 
@@ -84,7 +83,7 @@ def encode(
     task, tasks = resolve_task(task_id, num_tasks)
     source = resolve_model(model, weights)
     side = _resolution(source, resolution)
-    where = _local_device(device)
+    where = choose_device(device)
     out = Path(out)
     index = load_index(expand_shards(shards))
     plan = plan_shards(index, out)
@@ -214,9 +213,3 @@ def _resolution(source: ModelSource, resolution: int | None) -> int:
     if side < factor or side % factor:
         raise ImageError(f"resolution is {side}, expected a multiple of the model's downsampling factor {factor}")
     return side
-
-
-def _local_device(name: str) -> torch.device:
-    """As choose_device, but the processes that a launcher started on one machine take a GPU each."""
-    rank = os.environ.get("LOCAL_RANK")
-    return choose_device(f"cuda:{rank}" if name == "auto" and rank and torch.cuda.is_available() else name)

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentae.encoding.shard import LATENT_MEMBER
-from latentae.encoding.sidecar import SUFFIX, read_sidecar
-from latentae.encoding.statistics import STATISTICS
+from latentae.encoding.sidecar import STATISTICS, SUFFIX, read_sidecar
 from latentae.errors import OutputError, ShardError
 from latentae.files import read_json
 from latentae.jobs import Job

@@ -31,9 +31,9 @@ from latentae.data.decode import decode_sample, image_extension
 from latentae.data.shards import read_shard
 from latentae.data.transforms import resize_and_center_crop
 from latentae.encoding.sidecar import ShardFile, Sidecar, sidecar_path, write_sidecar
-from latentae.encoding.statistics import LatentStatistics
 from latentae.errors import ShardError
 from latentae.files import atomic_file, sha256
+from latentae.models.latent_statistics import LatentStatistics
 
 __all__ = ["DTYPES", "JSON_MEMBER", "LATENT_MEMBER", "Encoder", "ShardSettings", "encode_shard"]
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from latentae.encoding.statistics import LatentStatistics
 from latentae.files import write_json
+from latentae.models.latent_statistics import LatentStatistics
 
 __all__ = [
     "FORMAT_VERSION",
+    "STATISTICS",
     "SUFFIX",
     "ShardFile",
     "Sidecar",
@@ -27,6 +28,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 SUFFIX = ".done.json"
+STATISTICS = "statistics.json"  # in an output folder: the statistics of all its shards
 
 
 class ShardFile(BaseModel):

@@ -14,7 +14,7 @@ from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ModelError
 from latentae.evaluation.baselines import PatchPCA, compress_latent, decompress_latent, jpeg_within
 from latentae.evaluation.distance import Distance
-from latentae.evaluation.latent_statistics import LatentStatistics
+from latentae.evaluation.latent_report import LatentReport
 from latentae.evaluation.metrics import psnr, ssim
 from latentae.evaluation.summary import Scores
 from latentae.models.autoencoder import AutoencoderKL
@@ -45,7 +45,7 @@ class Measurement:
 
     keys: list[str] = field(default_factory=list)
     scores: dict[str, Scores] = field(default_factory=dict)
-    latents: LatentStatistics = field(default_factory=LatentStatistics)
+    latents: LatentReport = field(default_factory=LatentReport)
     latent_shape: tuple[int, ...] = ()
     examples: list[Example] = field(default_factory=list)
 

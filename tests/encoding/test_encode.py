@@ -177,7 +177,7 @@ def test_killed_and_resumed_equals_uninterrupted(encoded, model, photos, snapsho
     done = []
     for calls in (1, 3):  # batches of the shards: 2, 1, 0, 2
         command = [sys.executable, "-c", KILLED, str(calls), str(model), str(photos), str(out)]
-        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.run(command, capture_output=True, text=True)
         assert process.returncode == -signal.SIGKILL, process.stderr
         done.append(sorted(path.name for path in out.glob("*.tar")))
         assert list(out.glob(".*.incomplete")), "the shard that was being written is not there under its own name"
@@ -368,7 +368,7 @@ def test_two_workers_on_one_shard_do_no_harm(encoded, model, photos, snapshot, t
     def interrupted(self, images):
         if not inside:
             inside.append(True)
-            monkeypatch.setattr(encode_module.os, "getpid", lambda: 1, raising=True)  # as another process would
+            monkeypatch.setattr(os, "getpid", lambda: 1, raising=True)  # as another process would
             assert encode(model, photos, out, **OPTIONS)["finished"]
             monkeypatch.undo()
         return call(self, images)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.encoding.statistics import LatentStatistics, merge
+from latentae.models.latent_statistics import LatentStatistics, merge
 
 CHANNELS = 2
 

@@ -1,4 +1,4 @@
-"""Per-channel statistics of a latent data set, in one pass, exact however the work was split.
+"""Per-channel statistics of latents, in one pass, exact however the work was split.
 
     posterior      q(z | x) = N(mean, sigma^2), stored as mean and logvar = log sigma^2
     of the means   E[mean], Var[mean]
@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["STATISTICS", "LatentStatistics", "merge"]
-
-STATISTICS = "statistics.json"  # in an output folder: the statistics of all its shards
+__all__ = ["LatentStatistics", "merge"]
 
 Vector = np.ndarray  # [z] float64
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentae.evaluation.latent_statistics import LatentStatistics
+from latentae.evaluation.latent_report import LatentReport
 from latentae.models.posterior import DiagonalGaussian
 
 
@@ -12,7 +12,7 @@ def test_statistics_are_those_of_samples():
     mean = torch.tensor([3.0, -1.0, 0.5]).view(1, 3, 1, 1) + torch.randn(40, 3, 16, 16, generator=generator)
     logvar = torch.tensor([0.0, -2.0, 1.0]).view(1, 3, 1, 1).expand_as(mean)
     posterior = DiagonalGaussian(torch.cat([mean, logvar], 1))
-    statistics = LatentStatistics()
+    statistics = LatentReport()
     for start in range(0, 40, 7):
         statistics.add(DiagonalGaussian(torch.cat([mean, logvar], 1)[start : start + 7]))
     result = statistics.result()
@@ -26,7 +26,7 @@ def test_statistics_are_those_of_samples():
 
 
 def test_a_constant_latent_has_no_scaling():
-    statistics = LatentStatistics()
+    statistics = LatentReport()
     statistics.add(DiagonalGaussian(torch.cat([torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), -30.0)], 1)))
     result = statistics.result()
     assert result["std"] < 1e-6
