@@ -4,7 +4,7 @@ BIN := .venv/bin
 MINUTES ?= 6
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast check format bench clean
+.PHONY: help install quickstart test test-fast check kernels format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,12 +32,16 @@ check: install ## linter, formatter, types, import direction
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+kernels: install ## every kernel compiled for sm_80, sm_90 and sm_100, with its gates
+	env -u TRITON_INTERPRET $(BIN)/python -m latentae_kernels.aot
+
 format: install ## let the formatter and the linter mend what they can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## norm_act against plain torch on this machine
+bench: install ## every kernel beside plain torch on this machine, into benchmarks/ and the tables of kernels/README.md
 	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/kernel_tables.py
 
 clean: ## what the other commands made, but not .venv
 	rm -rf quickstart build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

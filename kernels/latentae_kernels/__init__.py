@@ -5,6 +5,24 @@ The package depends on torch alone (and on Triton where a kernel runs), uses rel
 
 from __future__ import annotations
 
-from .norm_act import BackendError, norm_act
+from .dispatch import Backend, BackendError, resolve_backend, use_backend
+from .lpips_head import lpips_head
+from .norm_act import norm_act
+from .norm_act_conv import norm_act_conv2d
+from .row_norm_act import row_norm_act
+from .upsample import upsample_conv2d
+from .winograd import Norm, conv3x3
 
-__all__ = ["BackendError", "norm_act"]
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Norm",
+    "conv3x3",
+    "lpips_head",
+    "norm_act",
+    "norm_act_conv2d",
+    "resolve_backend",
+    "row_norm_act",
+    "upsample_conv2d",
+    "use_backend",
+]
