@@ -9,6 +9,7 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
+from latentae_kernels import lpips_head
 from torch import Tensor, nn
 
 from latentae.errors import MissingDependencyError, WeightsError
@@ -45,7 +46,9 @@ class FrozenDistance(nn.Module):
 
 
 class LPIPS(FrozenDistance):
-    """The learned perceptual distance of Zhang et al. 2018 (v0.1), as the `lpips` package computes it.
+    """The learned perceptual distance of Zhang et al. 2018 (v0.1): the `lpips` package's network and weights.
+
+    Its value is the package's; its gradient is finite where the package's is NaN, at pixels without any feature.
 
     Args:
         net: "vgg", "alex" or "squeeze".
@@ -72,7 +75,14 @@ class LPIPS(FrozenDistance):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
-        return self.distance(x, y).flatten()
+        layers = zip(self.features(x), self.features(y), self.distance.lins, strict=True)
+        # a layer is a 1x1 convolution without bias, behind a dropout that is off: one parameter, [1, C, 1, 1]
+        terms = [lpips_head(a, b, next(layer.parameters()).flatten()) for a, b, layer in layers]
+        return torch.stack(terms).sum(dim=0)
+
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, 3, H, W] in [-1, 1] -> feature maps of the network's layers."""
+        return self.distance.net(self.distance.scaling_layer(x))
 
 
 def _layer(trunk: dict[str, Tensor], key: str, net: str) -> Tensor:
@@ -138,20 +148,19 @@ class EfficientNetDistance(FrozenDistance):
         self.freeze()
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] in [-1, 1] -> unit-length feature maps of four layers."""
+        """Images [B, 3, H, W] in [-1, 1] -> feature maps of four layers."""
         h = self.network.bn1(self.network.conv_stem(efficientnet_input(x)))
         found = []
         for index, stage in enumerate(self.network.blocks):
             h = stage(h)
             if index in self.taps:
-                # epsilon inside the root: the gradient of a plain norm at zero is NaN
-                found.append(h * torch.rsqrt(h.square().sum(dim=1, keepdim=True) + 1e-8))
+                found.append(h)
         return found
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
         pairs = zip(self.features(x), self.features(y), strict=True)
-        return torch.stack([(a - b).square().sum(dim=1).flatten(1).mean(dim=1) for a, b in pairs]).sum(dim=0)
+        return torch.stack([lpips_head(a, b, a.new_ones(a.shape[1]), eps=1e-8) for a, b in pairs]).sum(dim=0)
 
 
 def efficientnet_input(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # the fast order, on CPUs and GPUs alike
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Images [B, C, H, W] in [-1, 1] -> posterior over latents [B, z, H/f, W/f].

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from latentae.models.blocks import Attention, Downsample, GroupNormAct, MidBlock, ResnetBlock, Upsample
+from latentae.models.blocks import Attention, Downsample, MidBlock, ResnetBlock, Upsample, group_norm
 from latentae.models.config import AutoencoderKLConfig
+from latentae.models.pending import Pending, convolve, normalize_convolve
 
 __all__ = ["Decoder", "Encoder"]
 
@@ -22,7 +23,7 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(width, out_channels, groups) for width in widths])
         self.attentions = nn.ModuleList([Attention(out_channels, groups) for _ in range(layers)] if attention else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Pending) -> Pending:
         """[B, C_in, H, W] -> [B, C_out, H, W]."""
         for index, resnet in enumerate(self.resnets):
             x = resnet(x)
@@ -38,11 +39,11 @@ class DownLevel(Level):
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Pending) -> Pending:
         """[B, C_in, H, W] -> [B, C_out, H/2, W/2], or the same size in the last level."""
         x = super().forward(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample(x.value())
         return x
 
 
@@ -53,11 +54,11 @@ class UpLevel(Level):
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Pending) -> Pending:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W], or the same size in the last level."""
         x = super().forward(x)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x.value())
         return x
 
 
@@ -74,15 +75,15 @@ class Encoder(nn.Module):
             before, last = widths[max(level - 1, 0)], level == len(widths) - 1
             self.down_blocks.append(DownLevel(before, width, config.layers_per_block, groups, attention, last))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = GroupNormAct(groups, widths[-1])
+        self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 2z, H/f, W/f]."""
-        x = self.conv_in(x)
+        h = convolve(self.conv_in, x)
         for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+            h = level(h)
+        return normalize_convolve(self.conv_norm_out, self.conv_out, self.mid_block(h))[0].value()
 
 
 class Decoder(nn.Module):
@@ -98,12 +99,12 @@ class Decoder(nn.Module):
             attention = config.up_block_types[level].startswith("Attn")
             before, last = widths[max(level - 1, 0)], level == len(widths) - 1
             self.up_blocks.append(UpLevel(before, width, config.layers_per_block + 1, groups, attention, last))
-        self.conv_norm_out = GroupNormAct(groups, widths[-1])
+        self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, z, h, w] -> [B, C, f*h, f*w]."""
-        x = self.mid_block(self.conv_in(z))
+        h = self.mid_block(convolve(self.conv_in, z))
         for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(self.conv_norm_out(x))
+            h = level(h)
+        return normalize_convolve(self.conv_norm_out, self.conv_out, h)[0].value()

@@ -172,7 +172,7 @@ def load_model(path: str | Path, weights: str = "ema", device: str | torch.devic
     source = resolve_model(path, weights)
     model = AutoencoderKL(source.config)
     load_weights(model, source.weights_file)
-    return model.to(device=device, memory_format=torch.channels_last).eval(), source  # pyright: ignore[reportCallIssue]
+    return model.to(device).eval(), source
 
 
 def save_weights(state: dict[str, Tensor], file: str | Path, dtype: torch.dtype | None = None) -> None:

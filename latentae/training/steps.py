@@ -47,7 +47,7 @@ def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
     if recipe.model.initialization == "linear":
         start_linear(model)
     set_initial_logvar(model, recipe.model.initial_logvar)
-    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model
 
 
 def build_discriminator(recipe: Recipe) -> PatchDiscriminator | None:

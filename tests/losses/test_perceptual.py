@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
+from latentae_kernels import use_backend
 
 from latentae.data.decode import decode_image
 from latentae.data.transforms import resize_and_center_crop, to_float
@@ -114,6 +116,62 @@ def test_lpips_equals_the_packages_own_on_the_same_weights(squeezenet):
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(ours(x, y), theirs(x, y).flatten(), rtol=1e-6, atol=1e-7)
     assert ours.name == "LPIPS (squeeze)"
+
+
+def random_lpips(net: str, folder: Path) -> tuple[LPIPS, torch.nn.Module]:
+    """Ours, and the package's, on the same random trunk."""
+    import lpips
+
+    with warnings.catch_warnings():  # lpips 0.1.4 calls torchvision in its old way
+        warnings.simplefilter("ignore")
+        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = {"features." + key.split(".", 1)[1]: value for key, value in theirs.net.state_dict().items()}
+    torch.save(state, folder / "trunk.pth")
+    return LPIPS(net, folder / "trunk.pth"), theirs
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_and_its_gradient_equal_the_packages_own(net, tmp_path):
+    ours, theirs = random_lpips(net, tmp_path)
+    x, y = (torch.rand(2, 3, 64, 48) * 2 - 1 for _ in range(2))
+    x.requires_grad_()
+    values = [module(x, y).flatten() for module in (ours, theirs)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(value.sum(), x)[0] for value in values]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
+
+
+def test_lpips_has_a_finite_gradient_without_features_and_without_a_difference(squeezenet, tmp_path):
+    network, file = squeezenet
+    ours = LPIPS("squeeze", file)
+    x = (torch.rand(1, 3, 64, 64) * 2 - 1).requires_grad_()
+    same = ours(x, x.detach())
+    assert same.item() == 0
+    assert not torch.autograd.grad(same.sum(), x)[0].any()
+    # without biases the image that the network sees as zero has no feature anywhere
+    state = {key: value.clone().zero_() if key.endswith("bias") else value for key, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "no_bias.pth")
+    ours = LPIPS("squeeze", tmp_path / "no_bias.pth")
+    black = ours.distance.scaling_layer.shift.expand(1, 3, 64, 64).clone().requires_grad_()
+    assert not any(features.any() for features in ours.features(black))
+    value = ours(black, x)
+    assert value.item() > 0
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(value.sum(), (black, x)))
+    assert torch.isfinite(torch.autograd.grad(ours(black, black.detach()).sum(), black)[0]).all()
+
+
+def test_lpips_by_the_fused_kernels_is_the_same(squeezenet):
+    ours = LPIPS("squeeze", squeezenet[1])
+    x, y = (torch.rand(1, 3, 32, 40) * 2 - 1 for _ in range(2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU they are interpreted
+    ours, x, y = ours.to(device), x.to(device).requires_grad_(), y.to(device)
+    results = []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            value = ours(x, y)
+            results.append((value, *torch.autograd.grad(value.sum(), x)))
+    for fused, native in zip(*results, strict=True):
+        torch.testing.assert_close(fused, native, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-"), ("squeeze", "squeezenet1_1-")])

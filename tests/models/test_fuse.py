@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from latentae_kernels import use_backend
+from torch import nn
+
+import latentae
+from latentae.errors import ModelError
+
+diffusers = pytest.importorskip("diffusers")
+
+KEYS = ("attention normalizations", "levels", "middle blocks", "output normalizations", "residual blocks", "upsamplers")
+
+
+def build(dtype=torch.float64, levels: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+    ).to(dtype)
+
+
+def images(size: int = 16, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(2, 3, size, size + 4, dtype=dtype)
+
+
+def outputs(vae, x) -> list[torch.Tensor]:
+    posterior = vae.encode(x).latent_dist
+    return [posterior.mean, posterior.logvar, vae.decode(posterior.mean).sample]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_outputs_and_gradients_stay(backend):
+    vae, x = build(), images()
+    parameters = list(vae.parameters())
+    expected = outputs(vae, x)
+    expected += torch.autograd.grad(expected[2].square().mean(), parameters, allow_unused=True)
+    keys, identities = list(vae.state_dict()), [id(p) for p in parameters]
+    fusion = latentae.fuse(vae)
+    assert list(vae.state_dict()) == keys
+    assert [id(p) for p in vae.parameters()] == identities
+    with use_backend(backend):
+        found = outputs(vae, x)
+        found += torch.autograd.grad(found[2].square().mean(), parameters, allow_unused=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+    assert not fusion.left
+
+
+def test_it_says_what_it_replaced_and_undoes_itself():
+    vae, x = build(), images()
+    before = outputs(vae, x)
+    fusion = latentae.fuse(vae)
+    assert tuple(sorted(fusion.replaced)) == KEYS
+    assert len(fusion.replaced["residual blocks"]) == 2 + 4 + 4
+    assert str(fusion).startswith("fused: ")
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    fusion.undo()
+    fusion.undo()
+    assert all("forward" not in module.__dict__ for module in vae.modules())
+    assert vae.decoder.conv_in.weight.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(outputs(vae, x), before, strict=True))
+    with latentae.fuse(vae):
+        assert "forward" in vae.encoder.mid_block.__dict__
+    assert "forward" not in vae.encoder.mid_block.__dict__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_those_of_the_dtype(dtype):
+    exact, x = build(), images(dtype=torch.float32)
+    truth = outputs(exact, x.double())
+    vae = build(dtype)
+    plain = outputs(vae, x.to(dtype))
+    latentae.fuse(vae)
+    for backend in ("torch", "triton"):
+        with use_backend(backend), torch.no_grad():
+            found = outputs(vae, x.to(dtype))
+        for ours, theirs, want in zip(found, plain, truth, strict=True):
+            assert ours.dtype == dtype
+            # two ways of rounding: equal errors but for chance
+            assert (ours.double() - want).norm() <= 1.5 * (theirs.double() - want).norm() + 1e-6 * want.norm()
+
+
+def test_tiling_and_slicing_go_on():
+    vae, z = build(), torch.randn(3, 4, 32, 32, dtype=torch.float64)
+    vae.enable_slicing()
+    vae.enable_tiling()
+    vae.tile_latent_min_size = 16
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+        with latentae.fuse(vae):
+            torch.testing.assert_close(vae.decode(z).sample, expected)
+        vae.disable_tiling()
+        assert not torch.allclose(vae.decode(z).sample, expected, rtol=1e-9, atol=1e-9)  # tiles were really used
+
+
+def test_attention_stays_diffusers_own():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    vae, x = build(), images()
+    expected = outputs(vae, x)
+    with latentae.fuse(vae):
+        vae.set_attn_processor(AttnProcessor())
+        for ours, theirs in zip(outputs(vae, x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_fused_copy_stands_on_its_own():
+    vae, x = build(), images()
+    latentae.fuse(vae)
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.zero_()
+    assert outputs(other, x)[2].abs().max() > 0.01
+    assert outputs(vae, x)[2].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_hooks_see_tensors_and_fire(backend):
+    vae, x, seen = build(), images(), []
+    with torch.no_grad():
+        expected = outputs(vae, x)
+    latentae.fuse(vae)
+    vae.encoder.down_blocks[0].resnets[0].register_forward_hook(lambda m, i, o: seen.append(o))
+    vae.decoder.mid_block.resnets[1].conv2.register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad(), use_backend(backend):
+        found = outputs(vae, x)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert [type(t) for t in seen] == [torch.Tensor, torch.Tensor]
+
+
+def test_weights_that_come_and_go_with_hooks_still_work():
+    from accelerate import cpu_offload
+
+    vae, x = build(), images()
+    with torch.no_grad():
+        expected = outputs(vae, x)
+        fusion = latentae.fuse(vae)
+        cpu_offload(vae, execution_device=torch.device("cpu"))  # every weight is on "meta" but during its module's call
+        found = outputs(vae, x)
+        fusion.undo()
+        found += outputs(vae, x)
+        expected += expected
+    assert not fusion.left
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    vae, x = build(), images()
+    latentae.fuse(vae)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        vae.train()
+        with use_backend("triton"):
+            loss = outputs(vae, x)[2].square().mean()
+            gradients.append(torch.autograd.grad(loss, list(vae.decoder.parameters())))
+    for once, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, once)
+
+
+def test_blocks_that_do_something_else_are_left_and_named():
+    class LoRAConv(nn.Conv2d):
+        pass
+
+    vae, x = build(), images()
+    block = vae.decoder.mid_block.resnets[0]
+    block.conv1.__class__ = LoRAConv
+    vae.encoder.mid_block.resnets[0].dropout = nn.Dropout(0.1)
+    vae.encoder.mid_block.resnets[1].nonlinearity = nn.GELU()
+    vae.eval()
+    expected = outputs(vae, x)
+    fusion = latentae.fuse(vae)
+    assert fusion.left == {
+        "decoder.mid_block.resnets.0": "conv1: it is a LoRAConv, not a plain Conv2d",
+        "encoder.mid_block.resnets.0": "it scales its output or drops activations",
+        "encoder.mid_block.resnets.1": "nonlinearity: it is a GELU, not a plain SiLU",
+    }
+    assert "left decoder.mid_block.resnets.0: conv1" in str(fusion)
+    for ours, theirs in zip(outputs(vae, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_decoder_alone_can_be_fused():
+    vae, z = build(), torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    expected = vae.decode(z).sample
+    fusion = latentae.fuse(vae.decoder)
+    assert all(not name.startswith("encoder") for names in fusion.replaced.values() for name in names)
+    torch.testing.assert_close(vae.decode(z).sample, expected)
+
+
+def test_it_compiles_as_one_graph():
+    vae, z = build().eval(), torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    latentae.fuse(vae)
+    with torch.no_grad(), use_backend("triton"):
+        expected = vae.decoder(z)
+        compiled = torch.compile(lambda z: vae.decoder(z), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(z), expected)
+
+
+def test_what_can_not_be_fused_says_so():
+    with pytest.raises(ModelError, match=r"nothing to replace in Sequential .* give a diffusers AutoencoderKL"):
+        latentae.fuse(nn.Sequential(nn.Conv2d(3, 3, 1)))
+    vae = build()
+    latentae.fuse(vae)
+    with pytest.raises(ModelError, match="its forward has been replaced already"):
+        latentae.fuse(vae)
