@@ -22,6 +22,7 @@ _HOME = {
     "encode": "latentae.encoding.encode",
     "evaluate": "latentae.evaluation.evaluate",
     "export": "latentae.exporting.export",
+    "fuse": "latentae.models.fuse",
     "quickstart": "latentae.examples.quickstart",
     "reconstruct": "latentae.evaluation.reconstruct",
     "shards": "latentae.data.writing",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from latentae.exporting.export import export
     from latentae.models.autoencoder import AutoencoderKL, AutoencoderOutput
     from latentae.models.config import AutoencoderKLConfig
+    from latentae.models.fuse import fuse
     from latentae.models.posterior import DiagonalGaussian
     from latentae.training.recipe import config
     from latentae.training.train import train
