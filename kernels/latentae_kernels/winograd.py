@@ -76,7 +76,8 @@ def conv3x3(
                 "run it in torch.no_grad(), or use method='auto'"
             )
         return F.conv2d(x if norm is None else norm_act(x, *norm, backend="torch"), weight, bias, padding=1)
-    reuse = overwrite and norm is not None and x.shape[1] == weight.shape[0]
+    dense = x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+    reuse = overwrite and norm is not None and dense and x.shape[1] == weight.shape[0]
     out = x if reuse else empty_output(x, weight.shape[0], x.shape[2:])
     if out.numel():
         affine = None if norm is None else _affine(x, norm)
