@@ -23,6 +23,8 @@ _HOME = {
     "evaluate": "latentae.evaluation.evaluate",
     "export": "latentae.exporting.export",
     "fuse": "latentae.models.fuse",
+    "index": "latentae.data.indexing",
+    "order": "latentae.data.listing",
     "quickstart": "latentae.examples.quickstart",
     "reconstruct": "latentae.evaluation.reconstruct",
     "shards": "latentae.data.writing",
@@ -32,6 +34,8 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from latentae.data.indexing import index
+    from latentae.data.listing import order
     from latentae.data.writing import shards
     from latentae.encoding.encode import encode
     from latentae.encoding.latents import LatentDataset

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from latentae.errors import LatentAEError, RecipeError
+from latentae.errors import LatentAEError, RecipeError, ShardError
 
 __all__ = ["app", "main"]
 
@@ -93,18 +93,58 @@ def quickstart(
 
 @app.command()
 def shards(
-    images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images, searched with its subfolders; or a Hugging Face dataset: its folder, or hf://NAME:SPLIT."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
-    samples_per_shard: Annotated[int, typer.Option(help="At most so many images in a shard.")] = 1000,
+    shard_size: Annotated[
+        int | None, typer.Option(help="At most so many samples in a shard; when not given, 16 to 1000, for eight shards or more.")
+    ] = None,
     max_shard_mb: Annotated[float, typer.Option(help="At most so many MB in a shard.")] = 1000.0,
+    resize: Annotated[
+        int | None, typer.Option(help="Shrink to so many pixels on the short side; files are copied as they are without it.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Shrunk images become JPEGs of this quality, 1 to 100; PNGs without.")
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")
     ] = False,
+    workers: Annotated[int | None, typer.Option(help="Images read at the same time; one for each core when not given.")] = None,
 ) -> None:
-    """Pack a folder of images into WebDataset shards."""
+    """Pack images into WebDataset shards; the same command goes on where it stopped."""
     import latentae
 
-    latentae.shards(images, out, samples_per_shard=samples_per_shard, max_shard_mb=max_shard_mb, skip_bad=skip_bad)
+    latentae.shards(
+        images,
+        out,
+        shard_size=shard_size,
+        max_shard_mb=max_shard_mb,
+        resize=resize,
+        quality=quality,
+        skip_bad=skip_bad,
+        workers=workers,
+    )
+
+
+@app.command()
+def index(
+    shards: Shards,
+    out: Annotated[Path | None, typer.Argument(help="Folder for the indexes; beside each shard when not given.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Shards read at the same time; one for each core when not given.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read shards that have an index too, and compare their SHA-256.")
+    ] = False,
+) -> None:
+    """Index shards for training: where each sample lies, image sizes, SHA-256; list what is damaged, and fail if anything is."""
+    import latentae
+
+    summary = latentae.index(shards, out, workers=workers, verify=verify)
+    if summary.damaged:
+        raise ShardError(f"damage found: {summary}; see the lines above{f' and {out}/damaged.jsonl' if out else ''}")
 
 
 @app.command(**_RECIPE)
@@ -246,6 +286,50 @@ def export(
         metrics=metrics,
         weights=weights,
     )
+
+
+@app.command()
+def order(
+    shards: Shards,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    epoch: Annotated[int, typer.Option(help="Which epoch, from 0.")] = 0,
+    global_batch: Annotated[int, typer.Option(help="Samples of a step over all ranks.")] = 16,
+    world_size: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    rank: Annotated[int, typer.Option(help="Whose share to list, from 0.")] = 0,
+    workers: Annotated[int, typer.Option(help="Data workers of the rank; they do not change the order.")] = 0,
+    start: Annotated[int, typer.Option(help="First step, absolute within the epoch.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="At most so many steps.")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Fill the last batch from the next epoch.")] = False,
+    held_out: Annotated[
+        float, typer.Option(help="Fraction left out of training by key; 0.02 is what training leaves out.")
+    ] = 0.0,
+    index: Annotated[str | None, typer.Option(help="Folder of the shards' indexes, if they are elsewhere.")] = None,
+) -> None:
+    """List which sample is in which step of an epoch: `step<TAB>key`, one line a sample; nothing is decoded."""
+    import latentae
+
+    listing = latentae.order(
+        shards,
+        seed=seed,
+        epoch=epoch,
+        global_batch=global_batch,
+        world_size=world_size,
+        rank=rank,
+        workers=workers,
+        start=start,
+        limit=limit,
+        pad=pad,
+        held_out=held_out,
+        index=index,
+    )
+    try:
+        for step, key in listing:
+            print(f"{step}\t{key}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    typer.echo(f"epoch {epoch} has {listing.steps} steps; {listing.tail} samples of its tail are left out", err=True)
 
 
 def _version(value: bool) -> None:

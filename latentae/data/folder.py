@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentae.data.decode import IMAGE_EXTENSIONS
-from latentae.errors import DataError
+from latentae.errors import DataError, ImageError
 
-__all__ = ["SourceImage", "escape_key", "find_images"]
+__all__ = ["ImageFolder", "SourceImage", "escape_key", "find_images"]
 
-SIDECARS = (".txt", ".json")  # captions and notes that travel with their image
+SIDECARS = (".txt", ".json", ".cls", ".caption")  # captions, notes and labels that travel with their image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceImage:
-    """An image file, the key of its sample, its size in bytes, and the text files beside it that share its stem."""
+    """An image file, the key of its sample, its size in bytes, and the files beside it that share its stem."""
 
     path: Path
     key: str
     bytes: int
     sidecars: tuple[Path, ...]
+
+
+class ImageFolder:
+    """The images under a folder, to be packed into shards.
+
+    Args:
+        folder: searched as `find_images` does.
+        leave_out: a folder to pass over.
+
+    Raises:
+        DataError: as `find_images`.
+    """
+
+    def __init__(self, folder: Path, leave_out: Path | None = None) -> None:
+        self.folder = folder
+        self.files = find_images(folder, leave_out)
+        self.place = str(folder.resolve())
+        self.sizes = [file.bytes for file in self.files]
+        rows = [[file.key, file.path.suffix, file.bytes, [side.suffix for side in file.sidecars]] for file in self.files]
+        self.listing = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        return self.files[number].key
+
+    def name(self, number: int) -> str:
+        """What the record of bad samples calls an image: its path under the folder."""
+        return self.files[number].path.relative_to(self.folder).as_posix()
+
+    def load(self, number: int) -> dict[str, bytes]:
+        """Extension -> bytes of an image, which comes first, and its sidecars, as they are.
+
+        Raises:
+            ImageError: a file can't be read.
+        """
+        file = self.files[number]
+        try:
+            data = file.path.read_bytes()
+            return {file.path.suffix[1:].lower(): data, **{side.suffix[1:]: side.read_bytes() for side in file.sidecars}}
+        except OSError as error:
+            raise ImageError(f"image {file.path} can't be read ({error.strerror or error}); check the file") from error
 
 
 def escape_key(relative: str) -> str:
@@ -55,19 +98,21 @@ def find_images(folder: str | Path, leave_out: Path | None = None) -> list[Sourc
         found = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"image folder {folder} {found}; name a folder that holds {', '.join(IMAGE_EXTENSIONS)} files")
     skip = leave_out.resolve() if leave_out else None
-    names: dict[str, Path] = {}
-    for path in sorted(_walk(folder, skip), key=lambda path: path.relative_to(folder).as_posix()):
+    images: dict[str, SourceImage] = {}
+    for path, beside in sorted(_walk(folder, skip), key=lambda found: found[0].relative_to(folder).as_posix()):
         key = escape_key(path.relative_to(folder).with_suffix("").as_posix())
-        if key in names:
-            raise DataError(f"{names[key]} and {path} would both be sample {key!r}; rename one of them")
-        names[key] = path
-    if not names:
+        if key in images:
+            raise DataError(f"{images[key].path} and {path} would both be sample {key!r}; rename one of them")
+        sidecars = (path.with_suffix(suffix) for suffix in SIDECARS)
+        found = tuple(side for side in sidecars if side.name in beside and side.is_file())
+        images[key] = SourceImage(path, key, path.stat().st_size, found)
+    if not images:
         raise DataError(f"no image under {folder}; expected {', '.join(IMAGE_EXTENSIONS)} files")
-    return [SourceImage(path, key, path.stat().st_size, _sidecars(path)) for key, path in names.items()]
+    return list(images.values())
 
 
-def _walk(root: Path, skip: Path | None) -> Iterator[Path]:
-    """Image files under `root`: real folders first, then the links to folders outside them."""
+def _walk(root: Path, skip: Path | None) -> Iterator[tuple[Path, frozenset[str]]]:
+    """Image files under `root` and the names beside them: real folders first, then the links to folders outside them."""
     seen: set[Path] = set()
     roots = [root]
     while roots:
@@ -80,13 +125,10 @@ def _walk(root: Path, skip: Path | None) -> Iterator[Path]:
             seen.add(here)
             folders[:] = [name for name in folders if not name.startswith(".")]
             links += [Path(top, name) for name in folders if Path(top, name).is_symlink()]
-            yield from (path for path in (Path(top, name) for name in files) if _is_image(path))
+            beside = frozenset(files)
+            yield from ((path, beside) for path in (Path(top, name) for name in files) if _is_image(path))
         roots += sorted(links)
 
 
 def _is_image(path: Path) -> bool:
     return not path.name.startswith(".") and path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file()
-
-
-def _sidecars(path: Path) -> tuple[Path, ...]:
-    return tuple(side for side in (path.with_suffix(suffix) for suffix in SIDECARS) if side.is_file())

@@ -5,11 +5,10 @@ Never pass the loader to `accelerator.prepare`: the data would be split twice.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,32 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import Sample, decode_sample
-from latentae.data.index import ShardIndex, load_index
+from latentae.data.index import ShardIndex, load_index, read_samples
 from latentae.data.options import DataOptions
-from latentae.data.order import derive_seed, pieces, share
-from latentae.data.shards import RawSample, expand_shards, read_shard, shard_keys
-from latentae.data.transforms import random_crop_flip, resize_and_center_crop
-from latentae.errors import DataError, LatentAEError, ShardError
+from latentae.data.order import EpochOrder, derive_seed, lane_share
+from latentae.data.selection import Selection, is_held_out
+from latentae.data.shards import RawSample, expand_shards, read_shard
+from latentae.data.transforms import augment, resize_and_center_crop
+from latentae.errors import DataError, ImageError, LatentAEError
+from latentae.progress import say
 
-__all__ = ["STATE_VERSION", "Batch", "TrainLoader", "image_batches", "is_held_out"]
+__all__ = ["STATE_VERSION", "BadSample", "Batch", "TrainLoader", "image_batches", "is_held_out"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+_SPARES = 16  # samples tried in place of one that can't be read
+_FORGIVEN = 8  # bad samples before their share counts: one bad image among ten says nothing
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read, why, and what was taken in its place."""
+
+    key: str
+    shard: str
+    reason: str
+    replaced_by: str
+    epoch: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -35,29 +50,38 @@ class Batch:
     """Images of one size, ready for the device."""
 
     keys: tuple[str, ...]
-    images: Tensor  # uint8 [B, 3, H, W], channels_last
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (DataLoader calls this)."""
-        return Batch(self.keys, self.images.pin_memory())
+    images: Tensor  # uint8 or uint16 [B, C, H, W], channels_last
+    bad: tuple[BadSample, ...] = ()
 
     @classmethod
-    def of(cls, samples: list[Sample]) -> Batch:
+    def of(cls, samples: Sequence[Sample], bad: Sequence[BadSample] = ()) -> Batch:
         """Join samples of one size."""
-        images = torch.empty((len(samples), *samples[0].image.shape), dtype=torch.uint8, memory_format=torch.channels_last)
+        first = samples[0].image
+        images = torch.empty((len(samples), *first.shape), dtype=first.dtype, memory_format=torch.channels_last)
         for row, sample in zip(images, samples, strict=True):
             row.copy_(sample.image)
-        return cls(tuple(sample.key for sample in samples), images)
+        return cls(tuple(sample.key for sample in samples), images, tuple(bad))
 
-
-def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a sample belongs to the held-out slice: decided by its key alone, so the same in every run and data set."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8, key=b"latentae held out").digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    @classmethod
+    def join(cls, parts: Sequence[Batch], pin: bool = False) -> Batch:
+        """One batch of several, in page-locked memory if it goes to a GPU."""
+        if len(parts) == 1 and not pin:
+            return parts[0]
+        shape = (sum(len(part.images) for part in parts), *parts[0].images.shape[1:])
+        images = torch.empty(shape, dtype=parts[0].images.dtype, memory_format=torch.channels_last, pin_memory=pin)
+        torch.cat([part.images for part in parts], out=images)
+        return cls(tuple(itertools.chain(*(p.keys for p in parts))), images, tuple(itertools.chain(*(p.bad for p in parts))))
 
 
 def image_batches(
-    shards: list[str], resolution: int, batch_size: int, *, limit: int | None = None, only_held_out: float | None = None
+    shards: list[str],
+    resolution: int,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    only_held_out: float | None = None,
+    channels: int = 3,
+    index: str | None = None,
 ) -> Iterator[Batch]:
     """Yield every image once, resized and centre-cropped, in shard order; the last batch may be smaller.
 
@@ -67,32 +91,44 @@ def image_batches(
         batch_size: images in a batch.
         limit: stop after so many images.
         only_held_out: only the held-out slice of this fraction (see `is_held_out`).
+        channels: 1, 3 or 4.
+        index: folder of the shards' indexes, where they are not beside the shards (needed for `only_held_out` alone).
 
     Raises:
         ShardError, ImageError: a shard is damaged, a sample can't be decoded.
     """
-    raw = itertools.islice(itertools.chain.from_iterable(_read(path, only_held_out) for path in shards), limit)
-    decoded = (decode_sample(sample) for sample in raw)  # one image at a time at full size
+    if only_held_out is None:
+        every = itertools.chain.from_iterable(read_shard(path) for path in shards)
+    else:
+        every = _held_out_samples(load_index(shards, index), only_held_out)
+    raw = itertools.islice(every, limit)
+    decoded = (decode_sample(sample, channels=channels) for sample in raw)  # one image at a time at full size
     cropped = (Sample(sample.key, resize_and_center_crop(sample.image, resolution)) for sample in decoded)
     while chunk := list(itertools.islice(cropped, batch_size)):
         yield Batch.of(chunk)
 
 
-def _read(path: str, only_held_out: float | None) -> Iterator[RawSample]:
-    if only_held_out is None:
-        return read_shard(path)
-    return read_shard(path, [key for key in shard_keys(path) if is_held_out(key, only_held_out)])
+def _held_out_samples(index: ShardIndex, fraction: float) -> Iterator[RawSample]:
+    """The held-out slice alone, found in the index and read sample by sample."""
+    selection = Selection(index, fraction)
+    for shard, entry in enumerate(index.shards):
+        trained = set(selection.rows(shard)[0].tolist())
+        yield from read_samples(index, shard, [row for row in range(entry.samples) if row not in trained])
 
 
 def _check_apart(validation: str, training: ShardIndex) -> None:
     if validation in ("auto", "none"):
         return
-    trained = {Path(shard.path).resolve() for shard in training.shards}
-    both = [path for path in expand_shards(validation) if Path(path).resolve() in trained]
+    trained = {_place(shard.path) for shard in training.shards}
+    both = [path for path in expand_shards(validation) if _place(path) in trained]
     if both:
         raise DataError(
             f"{both[0]} is among the training shards and the validation shards; keep them apart, or use validation 'auto'"
         )
+
+
+def _place(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())
 
 
 @dataclass
@@ -104,198 +140,259 @@ class _DecodedImages:
     """
 
     budget: int  # bytes
+    channels: int
+    bits: int
     images: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def get(self, raw: RawSample) -> Tensor:
         name = (raw["__url__"], raw["__key__"])
         image = self.images.get(name)
         if image is None:
-            image = decode_sample(raw).image
-            if image.numel() <= self.budget:
-                self.budget -= image.numel()
+            image = decode_sample(raw, channels=self.channels, bits=self.bits).image
+            if image.nbytes <= self.budget:
+                self.budget -= image.nbytes
                 self.images[name] = image
         return image
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that the order of the samples depends on, plain values that travel to worker processes."""
+    """All that the order and the pixels of the samples depend on, plain values that travel to worker processes."""
 
-    shards: tuple[str, ...]
-    counts: tuple[int, ...]  # training samples in each shard
-    held_out: float | None  # the fraction left out of training
-    batch_size: int
+    selection: Selection
+    counts: tuple[tuple[int, ...], ...]  # samples in use: for each pool, of each shard
     seed: int
-    world_size: int
+    digest: str
+    global_batch: int
     options: DataOptions
 
-    @property
-    def samples(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def lanes(self) -> int:
-        """Readers in each rank: its workers, or the rank itself."""
-        return max(self.options.workers, 1)
-
-    def epoch_samples(self, epoch: int, part: int) -> Iterator[RawSample]:
-        """What one reader gets in one epoch, still encoded, shuffled."""
-        from webdataset.filters import shuffle
-
-        rng = random.Random(derive_seed("shuffle", self.seed, epoch, part))
-        buffer = self.options.shuffle_buffer
-        return iter(shuffle(buffer, initial=buffer, rng=rng)(self._epoch_in_order(epoch, part)))
-
-    def _epoch_in_order(self, epoch: int, part: int) -> Iterator[RawSample]:
-        for piece in pieces(self.counts, self.seed, epoch, part, self.world_size * self.lanes):
-            path = self.shards[piece.shard]
-            keys = [key for key in shard_keys(path) if self.held_out is None or not is_held_out(key, self.held_out)]
-            if len(keys) != self.counts[piece.shard]:
-                found = f"{len(keys)} training samples where there were {self.counts[piece.shard]}"
-                raise ShardError(f"shard {path} has changed since the start ({found}); start again with the shards as they are")
-            yield from read_shard(path, keys[piece.start : piece.stop])
+    def order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(self.counts, self.seed, epoch, self.digest, self.global_batch, pad=self.options.pad)
 
 
-class _BatchStream(IterableDataset):
-    """The endless batches of one rank; in a worker process, those of that worker."""
+class _PartStream(IterableDataset):
+    """The endless batches of some lanes: those of a rank or, in a worker process, those of that worker."""
 
-    def __init__(self, plan: _Plan, rank: int, start: int) -> None:
-        self.plan, self.rank, self.start = plan, rank, start
+    def __init__(self, plan: _Plan, lanes: range, epoch: int, step: int) -> None:
+        self.plan, self.lanes, self.epoch, self.step = plan, lanes, epoch, step
 
     def __iter__(self) -> Iterator[Batch | LatentAEError]:
         info = get_worker_info()
-        # DataLoader asks its workers in turn, from the first; so that batch number `start` comes first, turn the lanes.
-        lane = ((info.id if info else 0) + self.start) % self.plan.lanes
-        done = (self.start - lane + self.plan.lanes - 1) // self.plan.lanes  # batches b < start with b % lanes == lane
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self._batches(self.rank * self.plan.lanes + lane, done)
+            yield from self._batches(lane_share(self.lanes, worker, workers), workers)
         except LatentAEError as error:  # DataLoader would wrap it in a traceback of many lines
             yield error
 
-    def _batches(self, part: int, done: int) -> Iterator[Batch]:
-        plan, options = self.plan, self.plan.options
-        cache = _DecodedImages(options.cache_mb * 1_000_000 // plan.lanes)
-        first, skip = divmod(done * plan.batch_size, share(plan.samples, part, plan.world_size * plan.lanes))
-        samples: list[Sample] = []
-        for epoch in itertools.count(first):
-            for raw in itertools.islice(plan.epoch_samples(epoch, part), skip if epoch == first else 0, None):
-                seed = derive_seed("augment", plan.seed, epoch, raw["__key__"])
-                scale = (options.scale_min, options.scale_max)
-                crop = random_crop_flip(cache.get(raw), options.resolution, scale=scale, seed=seed, flip=options.flip)
-                samples.append(Sample(raw["__key__"], crop))
-                if len(samples) == plan.batch_size:
-                    yield Batch.of(samples)
-                    samples = []
+    def _batches(self, lanes: range, workers: int) -> Iterator[Batch]:
+        options, step = self.plan.options, self.step
+        cache = _DecodedImages(options.cache_mb * 1_000_000 // workers, options.channels, options.bits)
+        for epoch in itertools.count(self.epoch):
+            yield from _EpochReader(self.plan, epoch, cache).batches(lanes, step)
+            step = 0
+
+
+class _EpochReader:
+    """Reads lanes of one epoch."""
+
+    def __init__(self, plan: _Plan, epoch: int, cache: _DecodedImages) -> None:
+        self.plan, self.epoch, self.cache, self.order = plan, epoch, cache, plan.order(epoch)
+
+    def batches(self, lanes: range, first: int) -> Iterator[Batch]:
+        done = self.order.done(first)
+        readers: dict[tuple[int, int], Iterator[RawSample]] = {}
+        for step in range(first, self.order.steps):
+            pool = self.order.pool_of(step)
+            bad: list[BadSample] = []
+            samples = []
+            for lane in lanes:
+                if (lane, pool) not in readers:
+                    readers[lane, pool] = self._read(lane, pool, done[pool])
+                samples.append(self._sample(next(readers[lane, pool]), pool, step, bad))
+            yield Batch.of(samples, bad)
+
+    def _read(self, lane: int, pool: int, start: int) -> Iterator[RawSample]:
+        for run in self.order.lane(lane, pool, start):
+            rows = self.plan.selection.rows(run.shard)[pool][list(run.rows)]
+            yield from read_samples(self.plan.selection.index, run.shard, rows.tolist())
+
+    def _sample(self, raw: RawSample, pool: int, step: int, bad: list[BadSample]) -> Sample:
+        """The sample's crop; where it can't be decoded, that of another one which its key decides, so ranks never differ in length."""
+        try:
+            return self._crop(raw, pool)
+        except ImageError as error:
+            spare = self._spare(raw["__key__"], pool)
+            bad.append(BadSample(raw["__key__"], raw["__url__"], str(error), spare.key, self.epoch, step))
+            return spare
+
+    def _spare(self, key: str, pool: int) -> Sample:
+        selection = self.plan.selection
+        for attempt in range(_SPARES):
+            shard, row = self.order.spare(pool, derive_seed("spare", self.plan.seed, self.epoch, key, attempt))
+            (raw,) = read_samples(selection.index, shard, [int(selection.rows(shard)[pool][row])])
+            try:
+                return self._crop(raw, pool)
+            except ImageError:
+                continue
+        raise DataError(f"sample {key} can't be read, nor can {_SPARES} others drawn in its place; check the data set")
+
+    def _crop(self, raw: RawSample, pool: int) -> Sample:
+        seed = derive_seed("augment", self.plan.seed, self.epoch, raw["__key__"])
+        buckets = self.plan.selection.buckets
+        return Sample(raw["__key__"], augment(self.cache.get(raw), self.plan.options, seed, buckets[pool] if buckets else None))
 
 
 class TrainLoader:
-    """Endless training batches of one rank, in an order that depends only on the arguments; it can stop and go on exactly.
+    """Endless training batches of one rank. The order depends on seed, data and global batch alone: a run stops on some number of
+    ranks and workers and goes on exactly on any other whose product with `batch_size` is the same.
 
     Args:
         options: the `[data]` table; `shards` must name shards.
-        batch_size: images per batch of this rank.
+        batch_size: images per step of this rank.
         seed: of the run.
         rank: of this process.
         world_size: number of processes.
+        bad_log: file that samples which can't be read are listed in.
 
     Attributes:
         samples: training samples of an epoch, over all ranks.
         held_out: samples kept out of training for validation "auto".
+        steps, tail: global batches of the coming epoch, and samples that it leaves out.
 
     Raises:
-        DataError: no shards, shards that validation names too, or fewer training samples than one batch over all ranks takes or
-            than there are workers.
+        DataError: no shards, shards that validation names too, or fewer training samples than one batch over all ranks takes.
     """
 
-    def __init__(self, options: DataOptions, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        options: DataOptions,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        bad_log: Path | None = None,
+    ) -> None:
         if options.shards is None:
             raise DataError("no training data: data.shards is not set; name a folder of shards or of images")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise DataError(
                 f"batch size {batch_size}, rank {rank} of {world_size} make no loader; expected a batch of 1 or more per rank"
             )
-        index = load_index(expand_shards(options.shards))
+        index = load_index(expand_shards(options.shards), options.index)
         _check_apart(options.validation, index)
         held_out = options.validation_fraction if options.validation == "auto" else None
-        counts = [shard.samples for shard in index.shards]
-        if held_out is not None:
-            counts = [sum(not is_held_out(key, held_out) for key in shard_keys(shard.path)) for shard in index.shards]
-        self._plan = _Plan(
-            tuple(shard.path for shard in index.shards), tuple(counts), held_out, batch_size, seed, world_size, options
-        )
-        self._rank, self._digest, self._batches = rank, index.digest, 0
-        self.samples, self.held_out = sum(counts), index.samples - sum(counts)
-        self._check_size(batch_size * world_size, world_size * self._plan.lanes)
+        selection = Selection(index, held_out, options.bucket_sizes())
+        counts = tuple(tuple(pool) for pool in selection.counts())
+        self._plan = _Plan(selection, counts, seed, index.digest, batch_size * world_size, options)
+        self._lanes = range(rank * batch_size, (rank + 1) * batch_size)
+        self._epoch, self._step = 0, 0
+        self._seen, self._bad, self._bad_in_a_row, self._bad_log = 0, 0, 0, bad_log
+        self.samples = sum(map(sum, counts))
+        self.held_out = index.samples - self.samples
+        order = self._plan.order(0)
+        self.steps, self.tail = order.steps, order.tail
+        if not self.steps:
+            kept = f" ({self.held_out} more are held out for validation)" if self.held_out else ""
+            each = " in any bucket" if selection.buckets else ""
+            raise DataError(
+                f"found {self.samples} training images{kept} in {options.shards}, but one batch over all ranks takes "
+                f"{self._plan.global_batch}{each}; lower the batch size or add images"
+            )
 
-    def _check_size(self, batch: int, readers: int) -> None:
-        kept = f" ({self.held_out} more are held out for validation)" if self.held_out else ""
-        found = f"found {self.samples} training images{kept} in {self._plan.options.shards}"
-        if self.samples < batch:
-            raise DataError(f"{found}, but one batch over all ranks takes {batch}; lower the batch size or add images")
-        if self.samples < readers:
-            raise DataError(f"{found}, but {readers} workers would read them; lower data.workers")
+    def announce(self) -> None:
+        """Say how much data there is and what an epoch leaves out."""
+        kept = f", {self.held_out} held out" if self.held_out else ""
+        say(f"data: {self.samples} training images{kept}, {self.steps} steps an epoch; {self.tail} of its tail are left out")
 
     def __iter__(self) -> Iterator[Batch]:
         """Go on from where the last iteration, or the loaded state, ended; one iteration at a time."""
-        workers = self._plan.options.workers
-        batches = DataLoader(
-            _BatchStream(self._plan, self._rank, self._batches),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=workers > 0 and torch.cuda.is_available(),
-        )
-        iterator = iter(batches)
+        workers = min(self._plan.options.workers, len(self._lanes))
+        parts = DataLoader(_PartStream(self._plan, self._lanes, self._epoch, self._step), batch_size=None, num_workers=workers)
+        iterator = iter(parts)
+        pin = torch.cuda.is_available()
         try:
             while True:
-                try:
-                    batch = next(iterator)
-                except RuntimeError as error:
-                    if not workers:
-                        raise
-                    raise DataError(
-                        f"a data worker died ({str(error).splitlines()[0]}); lower data.workers or data.shuffle_buffer"
-                    ) from error
-                if isinstance(batch, LatentAEError):
-                    raise batch
-                self._batches += 1  # counted when handed over, so batches that workers made in advance are not
+                batch = Batch.join([self._next(iterator, workers) for _ in range(max(workers, 1))], pin)
+                self._count(batch)
+                self._advance()  # counted when handed over, so batches that workers made in advance are not
                 yield batch
         finally:
             del iterator  # ends the workers
 
+    def _next(self, iterator: Iterator[Batch | LatentAEError], workers: int) -> Batch:
+        try:
+            part = next(iterator)
+        except RuntimeError as error:
+            if not workers:
+                raise
+            raise DataError(f"a data worker died ({str(error).splitlines()[0]}); lower data.workers or data.cache_mb") from error
+        if isinstance(part, LatentAEError):
+            raise part
+        return part
+
+    def _advance(self) -> None:
+        self._step += 1
+        if self._step == self.steps:
+            self._epoch, self._step = self._epoch + 1, 0
+
+    def _count(self, batch: Batch) -> None:
+        """List what could not be read; too much of it means that the data set is broken, not a sample."""
+        limits = self._plan.options
+        names = {sample.key for sample in batch.bad}
+        for sample in batch.bad:
+            if self._bad_log is not None:
+                with self._bad_log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(sample)) + "\n")
+        self._seen, self._bad = self._seen + len(batch.keys), self._bad + len(names)
+        self._bad_in_a_row = self._bad_in_a_row + len(names) if len(names) == len(batch.keys) else len(names)
+        if not names:
+            self._bad_in_a_row = 0
+        share = self._bad / self._seen
+        if self._bad_in_a_row >= limits.max_bad_in_a_row or (self._bad > _FORGIVEN and share > limits.max_bad_share):
+            last = batch.bad[-1]
+            where = f"; all are listed in {self._bad_log}" if self._bad_log else ""
+            raise DataError(
+                f"{self._bad} of {self._seen} images could not be read ({last.reason}){where}; repair the data set or raise "
+                "data.max_bad_share and data.max_bad_in_a_row"
+            )
+
     @property
     def epoch(self) -> int:
         """Epochs completed, over all ranks."""
-        return self._batches * self._plan.batch_size * self._plan.world_size // self.samples
+        return self._epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer stands, as plain JSON values; the same on every rank."""
-        return {**self._identity(), "batches": self._batches}
+        return {**self._identity(), "epoch": self._epoch, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration go on from a saved state.
+        """Make the next iteration go on from a saved state, of any number of ranks and workers.
 
         Raises:
-            DataError: the state is of another format, or of other data, seed, batch size, number of ranks or of workers.
+            DataError: the state is of another format, or of other data, seed or global batch.
         """
         here = self._identity()
         for name, value in here.items():
             if state.get(name) != value:
                 found = f"{name} was {state.get(name)!r} and is now {value!r}"
                 raise DataError(f"can't resume the data order: {found}; use the settings of the saved run, or start a new one")
-        batches = state.get("batches")
-        if not isinstance(batches, int) or batches < 0:
-            raise DataError(f"can't resume the data order: batches is {batches!r}, expected a count; the state is damaged")
-        self._batches = batches
+        epoch, step = state.get("epoch"), state.get("step")
+        if (
+            not isinstance(epoch, int)
+            or not isinstance(step, int)
+            or epoch < 0
+            or not 0 <= step < max(self._plan.order(epoch).steps, 1)
+        ):
+            raise DataError(f"can't resume the data order at epoch {epoch!r}, step {step!r}; the state is damaged")
+        self._epoch, self._step = epoch, step
 
     def _identity(self) -> dict[str, Any]:
         plan = self._plan
         return {
             "format_version": STATE_VERSION,
-            "digest": self._digest,
-            "samples": self.samples,
+            "digest": plan.digest,
+            "samples": [sum(pool) for pool in plan.counts],
             "seed": plan.seed,
-            "batch_size": plan.batch_size,
-            "world_size": plan.world_size,
-            "workers": plan.options.workers,
-            "shuffle_buffer": plan.options.shuffle_buffer,
+            "global_batch": plan.global_batch,
+            "pad": plan.options.pad,
         }

@@ -1,38 +1,38 @@
-"""Shards on disk: which files a specification names, and the samples inside one.
+"""Shards by name: which files or URLs a specification names, and the samples inside one, in order.
 
-webdataset reads and groups the members. It is fed open files only, never a URL (so no `pipe:` runs), and none of its decoders
-(so nothing is unpickled). Before it reads, the headers are walked: Python's tarfile silently stops at a damaged header, and a
-shard must be whole or an error, never half.
+A shard must be whole or an error, never half: its headers are walked to the end before the first sample gets out. Nothing is
+decoded here, so nothing is unpickled, and no URL runs a program.
 """
 
 from __future__ import annotations
 
 import glob
 import re
-import tarfile
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from latentae.data.reading import RawSample, read_checked
+from latentae.data.sources import is_remote, read_range, shown, size_of, stream
+from latentae.data.tars import Problem, Reader, Sample, group, walk
 from latentae.errors import ShardError
 
 __all__ = ["RawSample", "expand_shards", "read_shard", "shard_keys"]
 
-RawSample = dict[str, Any]  # member extension (lower case, no dot) -> bytes; "__key__" and "__url__" (the shard) -> str
-
-_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|pipe:)")
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 _HINT = "pass a folder of .tar files, a file, a glob or a brace pattern such as {000..099}.tar"
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
-    """The shard files that a specification names, in order.
+    """The shards that a specification names, in order.
 
     Args:
-        spec: a local folder (its `*.tar`, sorted), a file, a glob, a brace pattern, several joined by `::`, or a sequence.
+        spec: a folder (its `*.tar`, sorted), a file, a glob, a brace pattern, several joined by `::`, or a sequence. URLs of any
+            scheme that fsspec knows work the same way, where the server can list its files; those that a brace pattern names are
+            taken as they are, without asking the server.
 
     Raises:
-        ShardError: nothing matches, a named file is missing or named twice, or the path is remote.
+        ShardError: nothing matches, a named file is missing or named twice, or the path is a `pipe:`.
     """
     if isinstance(spec, str):
         parts: list[str] = [part for part in spec.split("::") if part]
@@ -42,14 +42,16 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
     if not paths:
         raise ShardError(f"no shards in {spec!r}; {_HINT}")
     if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ShardError(f"shard {twice} is named twice; name each shard once")
+        seen: set[str] = set()
+        twice = next(path for path in paths if path in seen or seen.add(path))
+        raise ShardError(f"shard {shown(twice)} is named twice; name each shard once")
     return paths
 
 
 def _expand_one(spec: str) -> list[str]:
-    if _SCHEME.match(spec):
-        raise ShardError(f"shards must be local files, found {spec!r}; copy them to a folder first")
+    spec = spec.removeprefix("file://")
+    if is_remote(spec):
+        return [path for candidate in _braces(spec) for path in _match_remote(candidate)]
     if Path(spec).is_dir():
         paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
         if not paths:
@@ -57,13 +59,16 @@ def _expand_one(spec: str) -> list[str]:
         return paths
     if Path(spec).is_file():
         return [spec]
+    return [path for candidate in _braces(spec) for path in _match(candidate, spec)]
+
+
+def _braces(spec: str) -> list[str]:
     import braceexpand
 
     try:
-        candidates = list(braceexpand.braceexpand(spec, escape=False))
+        return list(braceexpand.braceexpand(spec, escape=False))
     except ValueError:
-        raise ShardError(f"unbalanced braces in {spec!r}; {_HINT}") from None
-    return [path for candidate in candidates for path in _match(candidate, spec)]
+        raise ShardError(f"unbalanced braces in {shown(spec)!r}; {_HINT}") from None
 
 
 def _match(candidate: str, spec: str) -> list[str]:
@@ -80,91 +85,94 @@ def _match(candidate: str, spec: str) -> list[str]:
     raise ShardError(f"no shard {candidate}{source}; {_HINT}")
 
 
+def _match_remote(candidate: str) -> list[str]:
+    from latentae.data import remote
+
+    address = re.split(r"[?#]", candidate, maxsplit=1)[0] if candidate.startswith("http") else candidate
+    if re.search(r"[*\[]", address):
+        paths = remote.find(candidate)
+    elif address.endswith(".tar"):  # whether it is there shows when its size is asked for
+        return [candidate]
+    else:
+        paths = remote.find(candidate.rstrip("/") + "/*.tar")
+    if not paths:
+        raise ShardError(f"no shard matched {shown(candidate)}; {_HINT}, and make sure that the server lists its files")
+    return paths
+
+
 def shard_keys(path: str | Path) -> list[str]:
     """The keys of a shard's samples in tar order, from its headers; checks that the tar is whole.
 
     Raises:
         ShardError: missing, not a plain tar, cut short, damaged, or with a key that occurs twice.
     """
-    from webdataset.tariterators import group_by_keys
-
-    members = ({"fname": info.name, "data": b"", "__url__": str(path)} for info in _headers(path))
-    try:
-        keys = [sample["__key__"] for sample in group_by_keys(members)]
-    except ValueError as error:
-        raise ShardError(f"shard {path} holds a member twice ({_first_line(error)}); write it again") from None
-    if len(set(keys)) < len(keys):
-        seen: set[str] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))
-        raise ShardError(f"shard {path} holds sample {twice!r} twice, and not side by side; write it again with unique keys")
-    return keys
+    with _local(str(path)) as file:
+        return [sample.key for sample in _samples(str(path), file)]
 
 
-def _headers(path: str | Path) -> Iterator[tarfile.TarInfo]:
-    """Walk the headers of a whole tar; its end-of-archive block must be where the last member ends."""
-    try:
-        if Path(path).stat().st_size == 0:
-            raise ShardError(f"shard {path} is an empty file; write it again")
-        with tarfile.open(path, "r:") as tar:
-            position = 0
-            for info in tar:
-                if info.size < 0 or tar.offset <= position:  # a damaged size field could walk in circles
-                    raise ShardError(f"shard {path} is damaged at byte {position}; fetch or write it again")
-                position = tar.offset
-                if info.name.startswith("/") or ".." in info.name.split("/"):
-                    raise ShardError(
-                        f"shard {path} has a member {info.name!r} that points outside; write it again with plain keys"
-                    )
-                if info.isreg() and not _META.match(info.name) and not re.fullmatch(r"__[^/]*__", info.name):
-                    yield info
-            end = tar.offset
-        with Path(path).open("rb") as file:
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise ShardError(f"shard {path} is cut short or damaged at byte {end}; fetch or write it again")
-    except FileNotFoundError:
-        raise ShardError(f"no shard {path}; {_HINT}") from None
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise ShardError(
-            f"shard {path} is not a whole, uncompressed tar ({_first_line(error)}); fetch or write it again"
-        ) from error
+@contextmanager
+def _local(path: str) -> Iterator[str]:
+    """A local file with the bytes of a shard: itself, or a temporary copy of a remote one."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="latentae-") as folder:
+        copy = Path(folder) / "shard.tar"
+        with stream(path) as source, copy.open("wb") as target:
+            while data := source.read(1 << 22):
+                target.write(data)
+        yield str(copy)
+
+
+def _samples(path: str, file: str) -> list[Sample]:
+    """Walk the headers of a whole tar at `file`, called `path` in messages."""
+    reader = Reader(lambda start, stop: read_range(file, start, stop), size_of(file), chunk=1 << 13)
+    return list(group(walk(reader, shown(path)), lambda problem: _refuse(path, problem)))
+
+
+def _refuse(path: str, problem: Problem) -> None:
+    if problem.code == "twice":
+        raise ShardError(f"shard {shown(path)} holds {problem.name!r} twice ({problem.reason}); write it again with unique keys")
+    if problem.code == "outside":
+        raise ShardError(f"shard {shown(path)} has a member {problem.name!r} that points outside; write it again with plain keys")
 
 
 def read_shard(path: str | Path, keys: Collection[str] | None = None) -> Iterator[RawSample]:
     """Yield the samples of a shard in tar order: `{"__key__": str, "__url__": shard, extension: bytes, ...}`.
 
     Args:
-        path: a local, uncompressed tar in the WebDataset convention (members of one sample side by side).
+        path: an uncompressed tar in the WebDataset convention (members of one sample side by side), local, or remote and then
+            copied to a temporary file first.
         keys: yield only these, each of which must be there; None is all.
 
     Raises:
-        ShardError: as `shard_keys`; raised before the first sample, so that no half sample gets out.
+        ShardError: as `shard_keys`; for a local shard raised before the first sample, so that no half sample gets out.
     """
-    there = shard_keys(path)
-    wanted = set(there if keys is None else keys)
-    if not wanted.issubset(there):
+    path = str(path)
+    if is_remote(path):
+        return _read_remote(path, keys)
+    return _read_samples(path, path, _wanted(path, path, keys))
+
+
+def _read_remote(path: str, keys: Collection[str] | None) -> Iterator[RawSample]:
+    with _local(path) as file:
+        yield from _read_samples(path, file, _wanted(path, file, keys))
+
+
+def _wanted(path: str, file: str, keys: Collection[str] | None) -> list[Sample]:
+    samples = _samples(path, file)
+    if keys is None:
+        return samples
+    wanted = set(keys)
+    gone = wanted.difference(sample.key for sample in samples)
+    if gone:
         raise ShardError(
-            f"shard {path} has changed: sample {min(wanted.difference(there))!r} is gone; start again with the shards as they are"
+            f"shard {shown(path)} has changed: sample {min(gone)!r} is gone; start again with the shards as they are"
         )
-    return _stream(path, wanted)
+    return [sample for sample in samples if sample.key in wanted]
 
 
-def _stream(path: str | Path, wanted: set[str]) -> Iterator[RawSample]:
-    from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
-
-    left = len(wanted)
-    with Path(path).open("rb") as file:
-        source = [{"url": str(path), "stream": file}]
-        try:
-            for sample in group_by_keys(tar_file_expander(source, select_files=lambda name: base_plus_ext(name)[0] in wanted)):
-                left -= 1
-                yield sample
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            raise ShardError(f"shard {path} could not be read ({_first_line(error)}); fetch or write it again") from error
-    if left:
-        raise ShardError(f"shard {path} ended {left} samples early; it changed or is damaged, fetch or write it again")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.args[0]) if error.args else str(error)
-    return text.splitlines()[0] if text else type(error).__name__
+def _read_samples(path: str, file: str, samples: list[Sample]) -> Iterator[RawSample]:
+    for sample in samples:
+        reader = Reader(lambda start, stop: read_range(file, start, stop), sample.end, start=sample.start)
+        yield read_checked(path, sample.key, sample.members, reader, None)

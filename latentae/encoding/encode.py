@@ -17,12 +17,13 @@ from torch import Tensor
 
 from latentae.data.index import load_index
 from latentae.data.shards import expand_shards
+from latentae.data.sources import is_remote, shown
 from latentae.data.transforms import to_float
 from latentae.device import choose_device
 from latentae.encoding.plan import Shard, plan_digest, plan_shards, remove_leftovers, resolve_task
 from latentae.encoding.shard import DTYPES, ShardSettings, encode_shard
 from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS
-from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
+from latentae.errors import DataError, ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.models.autoencoder import AutoencoderKL
@@ -85,7 +86,7 @@ def encode(
     side = _resolution(source, resolution)
     where = choose_device(device)
     out = Path(out)
-    index = load_index(expand_shards(shards))
+    index = load_index(_local(expand_shards(shards)))
     plan = plan_shards(index, out)
 
     identity = {
@@ -108,6 +109,13 @@ def encode(
         encoder = ModelEncoder(autoencoder, where, identity["compute"])
         _run(encoder, pending, sum(shard.samples for shard in mine), settings)
     return _conclude(job, plan, settings, source, f"task {task} of {tasks}" if tasks > 1 else "", bool(pending))
+
+
+def _local(shards: list[str]) -> list[str]:
+    remote = next((path for path in shards if is_remote(path)), None)
+    if remote is not None:
+        raise DataError(f"encode reads local shards only so far, found {shown(remote)}; copy the shards to a folder first")
+    return shards
 
 
 def _run(encoder: ModelEncoder, pending: list[Shard], total: int, settings: ShardSettings) -> None:

@@ -53,7 +53,7 @@ def recorded_training_data(source: ModelSource) -> TrainingData:
     if not data.get("shards"):
         return TrainingData(None, reason="the recipe beside the model names no shards")
     try:
-        index = load_index(expand_shards(data["shards"]))
+        index = load_index(expand_shards(data["shards"]), data.get("index"))
     except ShardError as error:
         return TrainingData(None, reason=f"the training shards can't be read any more ({error})")
     return TrainingData(index, float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0)

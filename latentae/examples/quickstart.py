@@ -102,7 +102,7 @@ def _make_shards(home: Path) -> None:
         if not (target / "index.json").is_file():
             say(f"{kind} photos: {', '.join(name.partition('.')[0] for name in names)}")
             write_photo_tiles(home / "photos" / kind, names, tile, stride)
-        shards(home / "photos" / kind, target, samples_per_shard=100)
+        shards(home / "photos" / kind, target, shard_size=100)
 
 
 def _planned(home: Path, minutes: float, images: int | None, seed: int) -> Recipe:

@@ -126,7 +126,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
     verify(folder)
     load_weights(trainer.raw_autoencoder, folder / "autoencoder.safetensors")
     try:
-        trainer.ema.load_state_dict(load_file(folder / "ema.safetensors", device=str(trainer.accelerator.device)))
+        trainer.ema.load_state_dict(load_file(folder / "ema.safetensors"))  # copied to where the average lies
         optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
         trainer.optimizer.load_state_dict(optimizers["autoencoder"])
         if trainer.raw_discriminator is not None and trainer.discriminator_optimizer is not None:

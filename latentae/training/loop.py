@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.loader import Batch, TrainLoader
+from latentae.data.streaming import StreamLoader
 from latentae.errors import Interrupted, TrainingError
 from latentae.evaluation.images import pil_image, write_png
 from latentae.progress import Progress, say
@@ -34,7 +35,9 @@ class Clock:
         return now // self.every > before // self.every
 
 
-def run_loop(trainer: Trainer, loader: TrainLoader, run: Path, validation: Validation, log: MetricsLog | None) -> None:
+def run_loop(
+    trainer: Trainer, loader: TrainLoader | StreamLoader, run: Path, validation: Validation, log: MetricsLog | None
+) -> None:
     """Train until the recipe's images have been seen, then save the last state.
 
     Args:
@@ -96,12 +99,13 @@ class Timer:
         return values
 
 
-def _parts(batches: Iterator[Batch], count: int, timer: Timer) -> list[Tensor]:
+def _parts(batches: Iterator[Batch], count: int, timer: Timer) -> tuple[Tensor, ...]:
+    """This process's share of a global batch, cut into accumulation steps."""
     start = time.monotonic()
-    parts = [next(batches).images for _ in range(count)]
+    images = next(batches).images
     timer.waited += time.monotonic() - start
-    timer.images += sum(len(part) for part in parts)
-    return parts
+    timer.images += len(images)
+    return images.chunk(count)
 
 
 def _agreed(trainer: Trainer, requested: bool) -> bool:
@@ -146,7 +150,7 @@ def _validate(trainer: Trainer, validation: Validation, run: Path, log: MetricsL
     trainer.accelerator.wait_for_everyone()
 
 
-def _checkpoint(trainer: Trainer, run: Path, loader: TrainLoader) -> None:
+def _checkpoint(trainer: Trainer, run: Path, loader: TrainLoader | StreamLoader) -> None:
     """The first process writes; its error reaches all."""
     from latentae.training.launch import on_main
 

@@ -54,7 +54,8 @@ class Recipe(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights: what two runs must share to be the same job."""
         values = self.model_dump(mode="json", exclude={"description", "checkpoint_every_images", "keep_checkpoints", "log"})
-        values["data"].pop("workers", None)
+        for name in ("workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row"):
+            values["data"].pop(name, None)
         return values
 
     def toml(self) -> str:

@@ -128,7 +128,7 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Accumulate the autoencoder's gradient for one part; returns its terms and the detached reconstruction."""
         with self._reduction(self.autoencoder, synchronize):
-            output = self.autoencoder(images, noise=self._noise(images, index))
+            output = self.autoencoder(images, noise=self._noise(images, index, count))
             leaf = _wide(output.reconstruction.detach()).requires_grad_()
             with self.accelerator.autocast():
                 image = self.objective.image_terms(leaf, images)
@@ -166,11 +166,11 @@ class Trainer:
         """DDP sums gradients over processes in the last part's backward pass only."""
         return nullcontext() if synchronize else self.accelerator.no_sync(model)
 
-    def _noise(self, images: Tensor, index: int) -> Tensor:
+    def _noise(self, images: Tensor, index: int, count: int) -> Tensor:
         """Posterior noise keyed by position in the global batch, so that any split of a batch sees the same numbers."""
         config, size = self.raw_autoencoder.config, images.shape[0]
         f = config.downsampling
-        first = (index * self.accelerator.num_processes + self.accelerator.process_index) * size
+        first = (self.accelerator.process_index * count + index) * size  # a process owns consecutive samples of the batch
         shape = (size, config.latent_channels, images.shape[2] // f, images.shape[3] // f)
         return keyed_normal(shape, self.recipe.seed, self.state.step, first).to(images.device)
 

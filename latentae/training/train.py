@@ -10,6 +10,8 @@ from latentae.data.folder import find_images
 from latentae.data.index import load_index
 from latentae.data.loader import TrainLoader
 from latentae.data.shards import expand_shards
+from latentae.data.streaming import StreamLoader, streams
+from latentae.data.writing import BAD_SAMPLES
 from latentae.data.writing import shards as write_shards
 from latentae.errors import DataError, OutputError, RecipeError, TrainingError
 from latentae.files import write_text
@@ -78,7 +80,9 @@ def _prepare_data(recipe: Recipe, run: Path) -> Recipe:
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
     """What makes two runs the same job: the recipe's identity and the data's digest."""
-    return {"recipe": recipe.identity(), "data_digest": load_index(expand_shards(str(recipe.data.shards))).digest}
+    paths = expand_shards(str(recipe.data.shards))
+    digest = "" if streams(paths, recipe.data.index) else load_index(paths, recipe.data.index).digest
+    return {"recipe": recipe.identity(), "data_digest": digest}
 
 
 def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
@@ -93,7 +97,7 @@ def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
 
 
 def _train(recipe: Recipe, run: Path, inputs: dict[str, Any], resume: str | Path, accelerator: Accelerator) -> None:
-    loader = build_loader(recipe, accelerator)
+    loader = build_loader(recipe, accelerator, run / BAD_SAMPLES)
     validation = Validation(held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images))
     trainer = Trainer(recipe, accelerator)
     _check_resolution(recipe, trainer)
@@ -114,8 +118,8 @@ def _train(recipe: Recipe, run: Path, inputs: dict[str, Any], resume: str | Path
     on_main(accelerator, lambda: job.finish(images_seen=trainer.state.images_seen, steps=trainer.state.step))
 
 
-def build_loader(recipe: Recipe, accelerator: Accelerator) -> TrainLoader:
-    """This process's share of the data.
+def build_loader(recipe: Recipe, accelerator: Accelerator, bad_log: Path | None = None) -> TrainLoader | StreamLoader:
+    """This process's share of the data: in exact order, or streamed from remote shards that have no index.
 
     Raises:
         RecipeError: the global batch does not divide over processes and accumulation steps.
@@ -126,7 +130,10 @@ def build_loader(recipe: Recipe, accelerator: Accelerator) -> TrainLoader:
             f"batch_size {recipe.batch_size} does not divide over {accelerator.num_processes} processes x "
             f"{recipe.gradient_accumulation} accumulation steps; use a multiple of {parts}"
         )
-    return TrainLoader(recipe.data, recipe.batch_size // parts, recipe.seed, accelerator.process_index, accelerator.num_processes)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if streams(expand_shards(str(recipe.data.shards)), recipe.data.index):
+        return StreamLoader(recipe.data, recipe.batch_size // world_size, recipe.seed, rank)
+    return TrainLoader(recipe.data, recipe.batch_size // world_size, recipe.seed, rank, world_size, bad_log)
 
 
 def _check_resolution(recipe: Recipe, trainer: Trainer) -> None:
@@ -142,12 +149,15 @@ def _check_resolution(recipe: Recipe, trainer: Trainer) -> None:
             )
 
 
-def _announce(recipe: Recipe, trainer: Trainer, loader: TrainLoader, validation: Validation, start: Path | None) -> None:
+def _announce(
+    recipe: Recipe, trainer: Trainer, loader: TrainLoader | StreamLoader, validation: Validation, start: Path | None
+) -> None:
     a, config = trainer.accelerator, trainer.raw_autoencoder.config
     size = sum(p.numel() for p in trainer.raw_autoencoder.parameters())
     f, z, r = config.downsampling, config.latent_channels, recipe.data.resolution
     say(f"model: {size / 1e6:.2f} M parameters, f{f} z{z}: {r} x {r} x 3 -> {r // f} x {r // f} x {z}")
-    say(f"data: {loader.samples} training images, {sum(len(b.keys) for b in validation.batches)} held out for validation")
+    loader.announce()
+    say(f"validation: {sum(len(b.keys) for b in validation.batches)} held-out images")
     weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.objective.effective_weights().items())
     say(f"loss weights per image element: {weights}")
     say(
@@ -174,7 +184,7 @@ def measure_speed(recipe: Recipe, seconds: float = 8.0, warmup_steps: int = 2) -
         trainer, batches = Trainer(recipe, accelerator), iter(build_loader(recipe, accelerator))
         start, steps = time.monotonic(), -warmup_steps
         while steps < 3 or time.monotonic() - start < seconds:
-            trainer.update([next(batches).images for _ in range(recipe.gradient_accumulation)])
+            trainer.update(next(batches).images.chunk(recipe.gradient_accumulation))
             if (steps := steps + 1) == 0:
                 start = time.monotonic()
         if accelerator.device.type == "cuda":

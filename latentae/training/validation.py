@@ -10,6 +10,7 @@ from torch import Tensor
 from latentae.data.loader import Batch, image_batches
 from latentae.data.options import DataOptions
 from latentae.data.shards import expand_shards
+from latentae.data.streaming import streams
 from latentae.data.transforms import to_float, to_uint8
 from latentae.evaluation.images import image_grid
 from latentae.evaluation.metrics import psnr, ssim
@@ -33,7 +34,16 @@ def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[
     auto = options.validation == "auto"
     shards = expand_shards(str(options.shards) if auto else options.validation)
     fraction = options.validation_fraction if auto else None
-    batches = list(image_batches(shards, options.resolution, batch_size, limit=limit, only_held_out=fraction))
+    if auto and streams(shards, options.index):
+        say(
+            "validation: remote shards without an index have no held-out slice; name shards with --data.validation, or index these"
+        )
+        return []
+    index, channels = (options.index if auto else None), options.channels
+    found = image_batches(
+        shards, options.resolution, batch_size, limit=limit, only_held_out=fraction, channels=channels, index=index
+    )
+    batches = list(found)
     if not batches:
         say("validation: the held-out slice is empty, so there is none; name shards with --data.validation or hold out more")
     return batches

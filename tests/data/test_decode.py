@@ -3,23 +3,35 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
-from latentae.data.decode import IMAGE_EXTENSIONS, decode_image, decode_sample, image_extension
+from latentae.data import pixels
+from latentae.data.decode import IMAGE_EXTENSIONS, decode_at_least, decode_image, decode_sample, image_extension
+from latentae.data.transforms import resize_and_center_crop
 from latentae.errors import ImageError
+
+HAS_AVIF = "avif" in features.modules and features.check("avif")
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def photo(name: str = "astronaut.png") -> Image.Image:
+    data = pytest.importorskip("skimage").data_dir
+    with Image.open(Path(data) / name) as image:
+        return image.convert("RGB")
 
 
 def noise(side: int) -> Image.Image:
@@ -88,6 +100,88 @@ def test_exif_turns_the_image_upright(rgb):
     assert decode_image(saved(Image.new("RGB", (30, 20)), "JPEG", exif=exif), "x").shape == (3, 30, 20)
 
 
+@pytest.mark.skipif(not HAS_AVIF, reason="this Pillow has no AVIF")
+def test_avif_is_close_to_its_source():
+    image = photo().resize((128, 96))
+    found = decode_image(saved(image, "AVIF", quality=90), "x").permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", *(["AVIF"] if HAS_AVIF else [])])
+def test_the_first_frame_stands_for_all(kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 3
+    found = decode_image(data, "x")
+    assert found[0].min() > 240
+    assert found[1:].max() < 15
+
+
+def test_the_first_of_several_pictures_in_a_jpeg():
+    data = saved(Image.new("RGB", (8, 8), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    assert decode_image(data, "x")[0].min() > 240
+
+
+# ---- simplejpeg and Pillow
+
+
+JPEGS = [
+    {"subsampling": subsampling, "progressive": progressive, "quality": quality}
+    for subsampling, progressive, quality in [(0, False, 95), (1, False, 90), (2, False, 90), (2, True, 75), (0, True, 30)]
+]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (37, 61), (1, 1), (17, 8)])
+@pytest.mark.parametrize("options", JPEGS, ids=str)
+def test_simplejpeg_gives_pillows_pixels(options, size, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    for mode in ("RGB", "L", "CMYK"):
+        data = saved(photo().resize(size).convert(mode), "JPEG", **options)
+        fast = [decode_image(data, "x"), decode_at_least(data, "x", 12)]
+        with monkeypatch.context() as patch:
+            patch.setattr(pixels, "simplejpeg", None)
+            assert torch.equal(decode_image(data, "x"), fast[0])
+            assert torch.equal(decode_at_least(data, "x", 12), fast[1])
+
+
+def test_what_simplejpeg_does_not_like_goes_to_pillow(monkeypatch):
+    data = saved(photo().resize((32, 32)), "JPEG")
+    expected, asked = decode_image(data, "x"), []
+
+    def refuse(*arguments, **options):
+        asked.append(arguments)
+        raise ValueError("Corrupt JPEG data: bad Huffman code")
+
+    monkeypatch.setattr(pixels, "simplejpeg", types.SimpleNamespace(decode_jpeg=refuse))
+    assert torch.equal(decode_image(data, "x"), expected)
+    assert len(asked) == 1
+    with pytest.raises(ImageError, match="cut short"):
+        decode_image(data[:-20], "x")
+
+
+@pytest.mark.parametrize("short", [1, 40, 63, 64, 65, 128, 200, 500])
+def test_a_large_jpeg_may_come_out_smaller_but_never_too_small(short):
+    data = saved(photo().resize((700, 512)), "JPEG")
+    reduced = decode_at_least(data, "x", short)
+    factor = max(factor for factor in (1, 2, 4, 8) if 512 // factor >= short or factor == 1)
+    assert reduced.shape == (3, 512 // factor, -(-700 // factor))
+    png = saved(photo().resize((700, 512)), "PNG")
+    assert torch.equal(decode_at_least(png, "x", short), decode_image(png, "x"))
+
+
+@pytest.mark.parametrize(("times", "least"), [(4, 50), (2, 42), (1, 34)])
+def test_the_error_of_scaled_decoding_is_what_the_documentation_says(times, least):
+    data = saved(photo(), "JPEG", quality=90)
+    size = 512 // 2 // times
+    full, reduced = (resize_and_center_crop(image, size) for image in (decode_image(data, "x"), decode_at_least(data, "x", 256)))
+    error = (full.float() - reduced.float()).square().mean()
+    assert 0 < error < 255**2 / 10 ** (least / 10)
+
+
+# ---- what is refused
+
+
 def png_of_zeros(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -101,6 +195,31 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
     with pytest.raises(ImageError, match="pixels") as caught:
         decode_image(png_of_zeros(side, side), "bomb.png")
     assert "bomb.png" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "BMP", "TIFF", "PPM"])
+def test_bombs_of_other_kinds(kind):
+    data = saved(Image.new("RGB", (32, 32)), kind)
+    if kind == "JPEG":
+        at = data.find(b"\xff\xc0") + 5
+        data = data[:at] + struct.pack(">HH", 30_000, 30_000) + data[at + 4 :]
+    elif kind == "BMP":
+        data = data[:18] + struct.pack("<ii", 30_000, 30_000) + data[26:]
+    elif kind == "PPM":
+        data = data.replace(b"32 32", b"30000 30000")
+    else:
+        for tag in (256, 257):
+            entry = struct.pack("<HHII", tag, 4, 1, 32)
+            assert entry in data
+            data = data.replace(entry, struct.pack("<HHII", tag, 4, 1, 30_000))
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(data, "x")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "ICO", "PCX", "TGA", "EPS", "PDF", "JPEG2000", "SGI"])
+def test_other_formats_are_refused_whatever_their_name(kind):
+    with pytest.raises(ImageError, match="not an image"):
+        decode_image(saved(noise(16), kind), "photo.jpg")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +246,14 @@ def test_a_truncated_file_is_an_error(kind):
         decode_image(data[: len(data) // 2], "x")
 
 
+def test_a_tiff_whose_strips_do_not_cover_it_is_no_black_image():
+    data = saved(noise(16), "TIFF")
+    height = struct.pack("<HHII", 257, 4, 1, 16)
+    assert height in data
+    with pytest.raises(ImageError, match="cover"):
+        decode_image(data.replace(height, struct.pack("<HHII", 257, 4, 1, 4000)), "x")
+
+
 def test_floating_point_pixels_are_refused():
     with pytest.raises(ImageError, match="range"):
         decode_image(saved(Image.new("F", (2, 2), 0.5), "TIFF"), "x")
@@ -134,18 +261,19 @@ def test_floating_point_pixels_are_refused():
 
 @pytest.mark.filterwarnings("ignore")  # PIL may warn of damaged metadata
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_damaged_bytes_give_an_image_or_an_image_error(data):
-    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"]))
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if HAS_AVIF else [])]))
+    channels, bits = data.draw(st.sampled_from([(3, 8), (1, 8), (4, 16)]))
     content = bytearray(saved(noise(16), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        image = decode_image(bytes(content), "x")
+        image = decode_image(bytes(content), "x", channels=channels, bits=bits)
     except ImageError:
         return
-    assert image.dtype == torch.uint8
-    assert image.shape[0] == 3
+    assert image.dtype == {8: torch.uint8, 16: torch.uint16}[bits]
+    assert image.shape[0] == channels
 
 
 def test_decoding_works_from_many_threads(make_png):
@@ -163,6 +291,7 @@ def test_a_sample_is_decoded_by_its_image_member(make_png):
     sample = decode_sample({"__key__": "a/b", "__url__": "x.tar", "txt": b"caption", "png": make_png(3)})
     assert sample.key == "a/b"
     assert sample.image.shape == (3, 12, 16)
+    assert decode_sample({"__key__": "a", "png": make_png(3)}, channels=4, bits=16).image.dtype == torch.uint16
 
 
 def test_a_sample_that_fails_names_its_key_and_shard():
@@ -175,4 +304,4 @@ def test_a_sample_that_fails_names_its_key_and_shard():
 def test_the_image_member_is_chosen_by_an_allow_list():
     assert image_extension({"__key__": "a", "pkl": b"", "png": b"", "jpg": b""}) == "jpg"
     assert image_extension({"__key__": "a", "json": b""}) is None
-    assert {"jpg", "png", "webp"} <= set(IMAGE_EXTENSIONS)
+    assert {"jpg", "png", "webp", "avif"} <= set(IMAGE_EXTENSIONS)

@@ -59,6 +59,8 @@ def tree(tmp_path, make_png):
         "notes.txt",
         "b/1.txt",
         "b/1.json",
+        "b/1.cls",
+        "b/1.caption",
         "movie.gif",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -69,7 +71,7 @@ def tree(tmp_path, make_png):
 def test_images_are_found_in_sorted_order_with_what_belongs_to_them(tree):
     images = find_images(tree)
     assert [image.key for image in images] == ["a/x", "b/1", "b/2", "c"]
-    assert [side.name for side in images[1].sidecars] == ["1.txt", "1.json"]
+    assert [side.name for side in images[1].sidecars] == ["1.txt", "1.json", "1.cls", "1.caption"]
     assert images[0].sidecars == ()
     assert keys(tree, tree / "b") == ["a/x", "c"]
 

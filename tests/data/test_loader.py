@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from latentae.data.decode import decode_sample
 from latentae.data.loader import Batch, TrainLoader, image_batches, is_held_out
 from latentae.data.options import DataOptions
 from latentae.data.shards import expand_shards
-from latentae.errors import DataError, ImageError, ShardError
+from latentae.errors import DataError, ShardError
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +25,7 @@ def folder(tmp_path_factory, make_shards):
 
 
 def options(folder, **rest) -> DataOptions:
-    return DataOptions(**{"shards": str(folder), "resolution": 8, "validation": "none", "shuffle_buffer": 5, **rest})
+    return DataOptions(**{"shards": str(folder), "resolution": 8, "validation": "none", **rest})
 
 
 def take(loader: TrainLoader, count: int) -> list[Batch]:
@@ -49,33 +47,64 @@ def test_a_batch_is_uint8_channels_last(folder):
     assert len(batch.keys) == 4
 
 
+def stream(
+    settings: DataOptions, batch: int, world_size: int, start: dict | None, steps: int, seed: int = 3
+) -> list[tuple[str, ...]]:
+    """The global batches as all ranks together see them."""
+    ranks = []
+    for rank in range(world_size):
+        loader = TrainLoader(settings, batch // world_size, seed, rank, world_size)
+        if start is not None:
+            loader.load_state_dict(start)
+        ranks.append([b.keys for b in take(loader, steps)])
+    return [tuple(itertools.chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)]
+
+
 @given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= 4),
-    st.integers(1, 4),
-    st.integers(1, 8),
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= 6),
+    st.sampled_from([1, 2, 3, 6]),
+    st.booleans(),
 )
 @settings(max_examples=12, deadline=None)
-def test_every_sample_comes_once_per_epoch_over_all_ranks(tmp_path_factory, make_shards, counts, world_size, buffer):
+def test_every_sample_comes_at_most_once_per_epoch_over_all_ranks(tmp_path_factory, make_shards, counts, world_size, pad):
     folder = make_shards(tmp_path_factory.mktemp("worlds"), counts)
-    everything = Counter(f"s{shard}/{number:03}" for shard, count in enumerate(counts) for number in range(count))
-    total, epochs = sum(counts), [Counter(), Counter()]
-    for rank in range(world_size):
-        share = (rank + 1) * total // world_size - rank * total // world_size
-        keys = [
-            key
-            for batch in take(TrainLoader(options(folder, shuffle_buffer=buffer), 1, 3, rank, world_size), 2 * share)
-            for key in batch.keys
-        ]
-        epochs[0].update(keys[:share])
-        epochs[1].update(keys[share:])
-    assert epochs == [everything, everything]
+    everything = {f"s{shard}/{number:03}" for shard, count in enumerate(counts) for number in range(count)}
+    loader = TrainLoader(options(folder, pad=pad), 6, 3)
+    batches = stream(options(folder, pad=pad), 6, world_size, None, 2 * loader.steps)
+    for epoch in (batches[: loader.steps], batches[loader.steps :]):
+        keys = [key for batch in epoch for key in batch]
+        assert set(keys) <= everything
+        if pad:
+            assert set(keys) == everything
+        else:
+            assert len(set(keys)) == len(keys) == len(everything) - loader.tail
+    assert loader.tail == (0 if pad else len(everything) % 6)
 
 
-def test_every_sample_comes_once_per_epoch_over_workers(folder):
-    batches = take(TrainLoader(options(folder, workers=2), 1, 0), 40)
-    keys = [key for batch in batches for key in batch.keys]
-    assert len(set(keys[:20])) == len(set(keys[20:])) == 20
-    assert keys[:20] != keys[20:]
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (1, 4), (2, 0), (2, 1), (2, 4), (3, 0), (3, 4), (4, 0), (6, 0)])
+def test_any_number_of_ranks_and_workers_sees_the_same_batches(tmp_path_factory, make_shards, world_size, workers):
+    folder = make_shards(tmp_path_factory.mktemp("elastic"), [37, 5, 0, 50])
+    expected = stream(options(folder), 12, 1, None, 9)
+    assert stream(options(folder, workers=workers), 12, world_size, None, 9) == expected
+
+
+@pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 20])
+def test_a_run_goes_on_at_another_world_size(tmp_path_factory, make_shards, stop):
+    folder = make_shards(tmp_path_factory.mktemp("resume"), [37, 5, 0, 50])
+    whole = stream(options(folder), 12, 1, None, 24)
+    loader = TrainLoader(options(folder), 6, 3, 1, 2)
+    take(loader, stop)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert (state["epoch"], state["step"]) == divmod(stop, loader.steps)
+    for world_size, workers in ((1, 2), (3, 0), (4, 0), (6, 0)):
+        assert stream(options(folder, workers=workers), 12, world_size, state, 24 - stop) == whole[stop:]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_share_a_batch_and_its_order(folder):
+    plain, shared = (take(TrainLoader(options(folder, workers=workers), 5, 0), 8) for workers in (0, 3))
+    assert same(plain, shared)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -88,7 +117,7 @@ def test_the_order_and_the_pixels_depend_on_the_seed_alone(folder, workers):
 
 def test_an_image_is_cropped_anew_in_each_epoch(folder):
     crops: dict[str, list[torch.Tensor]] = {}
-    for batch in take(TrainLoader(options(folder, scale_min=0), 4, 0), 10):
+    for batch in take(TrainLoader(options(folder, scale_min=0), 4, 0), 10):  # two epochs of five steps
         for key, image in zip(batch.keys, batch.images, strict=True):
             crops.setdefault(key, []).append(image)
     assert all(len(two) == 2 for two in crops.values())
@@ -103,11 +132,11 @@ def test_a_saved_state_goes_on_exactly(folder, workers, stop):
     first = TrainLoader(settings, 3, 1)
     assert same(take(first, stop), whole[:stop])
     state = json.loads(json.dumps(first.state_dict()))
-    assert state["batches"] == stop  # not what workers made in advance
+    assert state["epoch"] * 6 + state["step"] == stop  # not what workers made in advance
     second = TrainLoader(settings, 3, 1)
     second.load_state_dict(state)
     assert same(take(second, 18 - stop), whole[stop:])
-    assert second.epoch == 18 * 3 // 20
+    assert second.epoch == 18 // 6
     assert same(take(first, 18 - stop), whole[stop:])  # so does the loader itself
 
 
@@ -115,9 +144,9 @@ def test_a_saved_state_goes_on_exactly(folder, workers, stop):
     ("changed", "arguments", "says"),
     [
         ({}, (3, 2, 0, 1), "seed"),
-        ({}, (4, 1, 0, 1), "batch_size"),
-        ({}, (3, 1, 1, 2), "world_size"),
-        ({"workers": 1}, (3, 1, 0, 1), "workers"),
+        ({}, (4, 1, 0, 1), "global_batch"),
+        ({}, (3, 1, 1, 2), "global_batch"),
+        ({"pad": True}, (3, 1, 0, 1), "pad"),
         ({"validation": "auto", "validation_fraction": 0.3}, (3, 1, 0, 1), "samples"),
     ],
 )
@@ -131,7 +160,12 @@ def test_a_state_of_other_data_or_a_damaged_one_is_refused(folder, tmp_path, mak
     loader = TrainLoader(options(folder), 3, 1)
     with pytest.raises(DataError, match="digest"):
         loader.load_state_dict(TrainLoader(options(make_shards(tmp_path, [9])), 3, 1).state_dict())
-    for broken in ({}, {**loader.state_dict(), "batches": None}, {**loader.state_dict(), "format_version": 99}):
+    for broken in (
+        {},
+        {**loader.state_dict(), "step": None},
+        {**loader.state_dict(), "step": 99},
+        {**loader.state_dict(), "format_version": 99},
+    ):
         with pytest.raises(DataError, match="resume"):
             loader.load_state_dict(broken)
 
@@ -139,7 +173,7 @@ def test_a_state_of_other_data_or_a_damaged_one_is_refused(folder, tmp_path, mak
 def test_the_held_out_slice_is_disjoint_and_complete(folder):
     settings = options(folder, validation="auto", validation_fraction=0.3)
     loader = TrainLoader(settings, 2, 0)
-    trained = {key for batch in take(loader, loader.samples) for key in batch.keys}
+    trained = {key for batch in take(loader, 10 * loader.steps) for key in batch.keys}
     shards = expand_shards(folder)
     held_out = {key for batch in image_batches(shards, 8, 4, only_held_out=0.3) for key in batch.keys}
     everything = {key for batch in image_batches(shards, 8, 4) for key in batch.keys}
@@ -177,7 +211,6 @@ def test_evaluation_batches_come_in_order_once(folder):
     [
         ({}, (21, 0), "found 20 training images .*takes 21"),
         ({}, (6, 0, 0, 4), "takes 24"),
-        ({"workers": 11}, (1, 0, 0, 2), "22 workers"),
         ({"validation": "auto", "validation_fraction": 0.999}, (1, 0), "held out"),
         ({"shards": None}, (1, 0), "data.shards"),
         ({}, (0, 0), "batch size 0"),
@@ -197,17 +230,53 @@ def test_validation_shards_must_not_be_trained_on(folder, tmp_path, make_shards)
     assert TrainLoader(options(folder, validation=make_shards(tmp_path, [2])), 1, 0).samples == 20
 
 
-def bad_shards(folder: Path, write_tar, make_png) -> str:
-    write_tar(folder / "bad.tar", [("good.png", make_png(1)), ("page.jpg", b"<html>not found</html>")])
-    return str(folder)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_bad_image_is_replaced_and_listed(tmp_path, write_tar, make_png, workers):
+    members = [(f"{number:02}.png", make_png(number)) for number in range(20)]
+    members[7] = ("07.jpg", b"<html>not found</html>")
+    write_tar(tmp_path / "a.tar", members)
+    log = tmp_path / "bad.jsonl"
+    settings = options(tmp_path, workers=workers, max_bad_share=0.2)
+    batches = take(TrainLoader(settings, 5, 0, bad_log=log), 8)
+    assert all(batch.images.shape[0] == 5 for batch in batches)
+    keys = [key for batch in batches for key in batch.keys]
+    assert "07" not in keys
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(r["key"], r["epoch"]) for r in records] == [("07", 0), ("07", 1)]
+    assert "is not an image" in records[0]["reason"]
+    assert records[0]["replaced_by"] in keys
+    assert take(TrainLoader(options(tmp_path, max_bad_share=0.2), 5, 0), 8)[1].keys == batches[1].keys  # on any worker the same
+
+
+def test_replacements_do_not_depend_on_the_world_size(tmp_path, write_tar, make_png):
+    members = [(f"{n:02}.png", b"" if n % 10 == 3 else make_png(n)) for n in range(40)]
+    write_tar(tmp_path / "a.tar", members)
+    settings = options(tmp_path, max_bad_share=0.5)
+    assert stream(settings, 4, 2, None, 20) == stream(settings, 4, 1, None, 20)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_names_its_key_and_shard_in_one_line(tmp_path, write_tar, make_png, workers):
-    loader = TrainLoader(options(bad_shards(tmp_path, write_tar, make_png), workers=workers), 2, 0)
-    with pytest.raises(ImageError, match=r"page in .*bad\.tar") as caught:
-        take(loader, 1)
+def test_too_many_bad_images_stop_the_run_in_one_line(tmp_path, write_tar, make_png, workers):
+    members = [(f"{n:02}.png", b"damaged" if n % 3 else make_png(n)) for n in range(60)]
+    write_tar(tmp_path / "a.tar", members)
+    loader = TrainLoader(options(tmp_path, workers=workers), 4, 0, bad_log=tmp_path / "bad.jsonl")
+    with pytest.raises(
+        DataError, match=r"images could not be read .*bad\.jsonl; repair the data set or raise data.max_bad_share"
+    ) as caught:
+        take(loader, 15)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_bad_images_stops_the_run(tmp_path, write_tar, make_png):
+    write_tar(tmp_path / "a.tar", [(f"{n:02}.png", make_png(n) if n % 2 else b"damaged") for n in range(40)])
+    with pytest.raises(DataError, match="could not be read"):
+        take(TrainLoader(options(tmp_path, max_bad_share=1, max_bad_in_a_row=3), 1, 0), 40)
+
+
+def test_a_set_without_any_good_image_says_so(tmp_path, write_tar):
+    write_tar(tmp_path / "a.tar", [(f"{n:02}.png", b"damaged") for n in range(40)])
+    with pytest.raises(DataError, match="nor can 16 others drawn in its place"):
+        take(TrainLoader(options(tmp_path), 4, 0), 1)
 
 
 def test_a_shard_that_changes_under_way_is_an_error(tmp_path, make_shards, write_tar):
@@ -230,16 +299,65 @@ def test_workers_end_with_the_iteration(folder):
 def test_a_worker_that_dies_is_an_error_of_ours(folder, monkeypatch):
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the worker does not inherit the fault")
-    monkeypatch.setattr("latentae.data.loader.decode_sample", lambda raw: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("latentae.data.loader.decode_sample", lambda raw, **_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="worker died"):
         take(TrainLoader(options(folder, workers=1), 3, 0), 1)
 
 
 def test_decoded_images_are_kept_up_to_a_limit_of_memory(tmp_path, write_tar, make_png, monkeypatch):
     decoded: list[str] = []
-    monkeypatch.setattr("latentae.data.loader.decode_sample", lambda raw: decoded.append(raw["__key__"]) or decode_sample(raw))
+
+    def counted(raw, **rest):
+        decoded.append(raw["__key__"])
+        return decode_sample(raw, **rest)
+
+    monkeypatch.setattr("latentae.data.loader.decode_sample", counted)
     write_tar(tmp_path / "a.tar", [(f"{number}.png", make_png(number, 500, 500)) for number in range(3)])  # 0.75 MB each
     for megabytes, expected in ((0, 9), (1, 3 + 2 + 2), (3, 3)):
         decoded.clear()
         take(TrainLoader(options(tmp_path, cache_mb=megabytes), 3, 0), 3)
         assert len(decoded) == expected
+
+
+def wide_and_tall(folder, write_tar, make_png, count: int = 40) -> str:
+    sizes = [(40, 80), (80, 40), (64, 64)]
+    write_tar(folder / "a.tar", [(f"{n:02}.png", make_png(n, *sizes[n % 3])) for n in range(count)])
+    return str(folder)
+
+
+def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank(tmp_path, write_tar, make_png):
+    settings = options(wide_and_tall(tmp_path, write_tar, make_png), buckets="auto", bucket_step=8, resolution=24)
+    loader = TrainLoader(settings, 4, 0)
+    batches = take(loader, 2 * loader.steps)
+    shapes = {tuple(batch.images.shape[2:]) for batch in batches}
+    assert len(shapes) == 3
+    assert all(height * width <= 24 * 24 for height, width in shapes)
+    for batch in batches:  # images of one shape share a batch
+        assert len({int(key) % 3 for key in batch.keys}) == 1
+    first = [key for batch in batches[: loader.steps] for key in batch.keys]
+    assert len(set(first)) == len(first) == 40 - loader.tail
+    assert stream(settings, 4, 2, None, 20, seed=0) == stream(settings, 4, 1, None, 20, seed=0)
+
+
+def test_buckets_resume_exactly(tmp_path, write_tar, make_png):
+    settings = options(wide_and_tall(tmp_path, write_tar, make_png), buckets="auto", bucket_step=8, resolution=24)
+    whole = take(TrainLoader(settings, 4, 0), 15)
+    first = TrainLoader(settings, 4, 0)
+    take(first, 6)
+    second = TrainLoader(settings, 4, 0)
+    second.load_state_dict(first.state_dict())
+    assert same(take(second, 9), whole[6:])
+
+
+@pytest.mark.parametrize("crop", ["random", "center", "random-resized"])
+def test_every_crop_is_square_and_keyed(folder, crop):
+    first, again = (take(TrainLoader(options(folder, crop=crop), 4, 0), 3) for _ in range(2))
+    assert same(first, again)
+    assert all(batch.images.shape[2:] == (8, 8) for batch in first)
+
+
+@pytest.mark.parametrize(("channels", "bits", "dtype"), [(1, 8, torch.uint8), (4, 8, torch.uint8), (3, 16, torch.uint16)])
+def test_channels_and_bits_reach_the_batch(folder, channels, bits, dtype):
+    (batch,) = take(TrainLoader(options(folder, channels=channels, bits=bits, workers=2), 4, 0), 1)
+    assert batch.images.shape == (4, channels, 8, 8)
+    assert batch.images.dtype == dtype

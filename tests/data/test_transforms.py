@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentae.data.transforms import random_crop_flip, resize_and_center_crop, to_float, to_uint8
+from latentae.data.transforms import (
+    crop_to_bucket,
+    keyed_flip,
+    random_crop_flip,
+    random_resized_crop_flip,
+    resize_and_center_crop,
+    to_float,
+    to_uint8,
+    to_uint16,
+)
 from latentae.errors import ImageError
 
 
@@ -101,8 +110,145 @@ def test_a_crop_is_the_same_on_every_machine():
     assert crop[0, 0].tolist() == [196, 195, 194, 193, 192, 191, 190, 189]
 
 
+# Side, top, left and mirrored, recorded once for 512 x 683 pixels to 256 with scale (0.5, 1): the data of every saved run.
+BOXES = {0: (258, 61, 47, False), 1: (316, 167, 57, True), 2: (359, 49, 279, False), 2**64 - 1: (301, 152, 157, False)}
+
+
+@pytest.mark.parametrize("seed", BOXES)
+def test_the_random_crop_is_a_recorded_box_and_pils_pixels(seed):
+    image = photo(512, 683)
+    side, top, left, mirrored = BOXES[seed]
+    pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).crop((left, top, left + side, top + side))
+    expected = torch.from_numpy(np.array(pil.resize((256, 256), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    crop = random_crop_flip(image, 256, scale=(0.5, 1), seed=seed)
+    assert difference(crop.flip(2) if mirrored else crop, expected) <= 2
+
+
+# ---- random-resized crops
+
+
+def coordinates(height: int, width: int) -> torch.Tensor:
+    """16 bits: the first channel is the column, the second the row, in steps of 100."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns * 100, rows * 100, rows]).to(torch.uint16)
+
+
+def test_random_resized_crops_are_recorded_boxes():
+    # top, left, height, width of 100 x 120 pixels, recorded once: the data of every saved run.
+    for seed, (top, left, height, width) in {0: (0, 8, 85, 85), 1: (20, 67, 32, 41), 2: (5, 12, 89, 81)}.items():
+        found = random_resized_crop_flip(coordinates(100, 120), 16, seed=seed, flip=False).int() / 100
+        for channel, start, length in ((0, left, width), (1, top, height)):
+            centers = start + (torch.arange(16) + 0.5) * length / 16 - 0.5
+            error = (found[channel] - (centers if channel == 0 else centers[:, None])).abs()
+            assert error[4:12, 4:12].max() < 0.02
+
+
+def test_random_resized_crops_have_the_areas_and_ratios_that_were_asked_for():
+    found = [
+        random_resized_crop_flip(coordinates(90, 120), 32, area=(0.1, 0.5), ratio=(0.5, 2), seed=seed) for seed in range(300)
+    ]
+    sizes = np.array([[float(crop[c].int().max() - crop[c].int().min()) / 100 * 32 / 31 for c in (1, 0)] for crop in found])
+    areas, ratios = sizes.prod(1) / (90 * 120), sizes[:, 1] / sizes[:, 0]
+    assert 0.05 < areas.min() < 0.15
+    assert 0.4 < areas.max() < 0.6
+    assert abs(areas.mean() - 0.3) < 0.03
+    assert ratios.min() < 0.6
+    assert ratios.max() > 1.7
+    assert abs(np.log(ratios).mean()) < 0.1
+    mirrored = sum(bool(crop[0, 0, 0].int() > crop[0, 0, -1].int()) for crop in found)
+    assert 120 < mirrored < 180
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (4, 300)])
+def test_where_no_draw_fits_the_centre_is_taken(height, width):
+    image = coordinates(height, width)
+    crops = [random_resized_crop_flip(image, 8, area=(1, 1), ratio=(0.9, 1.1), seed=seed, flip=False) for seed in range(3)]
+    assert crops[0].shape == (3, 8, 8)
+    assert torch.equal(crops[0], crops[1])
+    assert abs(float(crops[0][0].float().mean()) / 100 - (width - 1) / 2) <= 0.51
+
+
+# ---- buckets and flips
+
+
+@pytest.mark.parametrize("bucket", [(32, 32), (48, 24), (24, 48)])
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 61), (20, 30), (24, 48), (5, 400), (400, 5)])
+def test_an_image_covers_its_bucket(height, width, bucket):
+    image = photo(height, width)
+    centre = crop_to_bucket(image, bucket)
+    assert centre.shape == (3, *bucket)
+    assert torch.equal(centre, crop_to_bucket(image, bucket))
+    if max(height, width) < 100:
+        factor = max(bucket[0] / height, bucket[1] / width)
+        to = (max(int(width * factor + 1e-9), bucket[1]), max(int(height * factor + 1e-9), bucket[0]))
+        left, top = round((to[0] - bucket[1]) / 2), round((to[1] - bucket[0]) / 2)
+        pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize(to, Image.Resampling.BICUBIC)
+        pil = pil.crop((left, top, left + bucket[1], top + bucket[0]))
+        assert difference(centre, torch.from_numpy(np.array(pil)).permute(2, 0, 1)) <= 1
+
+
+def test_random_bucket_crops_reach_both_ends():
+    image = coordinates(64, 100)
+    starts = [int(crop_to_bucket(image, (64, 64), seed=seed)[0, 0, 0]) // 100 for seed in range(200)]
+    assert min(starts) == 0
+    assert max(starts) == 36
+    assert len(set(starts)) > 30
+    assert starts[:8] == [int(crop_to_bucket(image, (64, 64), seed=seed)[0, 0, 0]) // 100 for seed in range(8)]
+
+
+def test_half_of_the_seeds_mirror():
+    image = coordinates(2, 5)
+    found = [keyed_flip(image, seed) for seed in range(400)]
+    mirrored = [not torch.equal(one, image) for one in found]
+    assert 170 < sum(mirrored) < 230
+    assert all(torch.equal(one, image.flip(2)) for one, turned in zip(found, mirrored, strict=True) if turned)
+
+
+# ---- other channels and depths
+
+
+@pytest.mark.parametrize("size", [20, 61, 90])
+def test_gray_and_opaque_rgba_are_resized_as_rgb_is(size):
+    image = photo(61, 80)
+    expected = resize_and_center_crop(image, size)
+    for channel in range(3):
+        assert difference(resize_and_center_crop(image[channel : channel + 1], size)[0], expected[channel]) <= 1
+    rgba = resize_and_center_crop(torch.cat([image, torch.full((1, 61, 80), 255, dtype=torch.uint8)]), size)
+    assert difference(rgba[:3], expected) <= 1
+    assert rgba[3].min() == 255
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bits_are_resized_with_16_bits(channels):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 65536, (channels, 60, 80), dtype=np.uint16))
+    if channels == 4:
+        image[3] = 65535
+    found = resize_and_center_crop(image, 32)
+    assert found.dtype == torch.uint16
+    planes = [Image.fromarray(plane.numpy().astype(np.float32)).resize((42, 32), Image.Resampling.BICUBIC) for plane in image]
+    expected = np.stack([np.asarray(plane.crop((5, 0, 37, 32))) for plane in planes]).clip(0, 65535)
+    assert np.abs(found.numpy() - expected).max() <= 1
+    smooth = (photo(60, 80).to(torch.int32) * 257).to(torch.uint16)
+    assert difference(to_uint8(to_float(resize_and_center_crop(smooth, 32))), resize_and_center_crop(photo(60, 80), 32)) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_invisible_colours_do_not_bleed(dtype):
+    top = torch.iinfo(dtype).max
+    image = torch.zeros(4, 32, 32, dtype=torch.int32)
+    image[0, :, :16], image[3, :, :16] = top, top  # red and opaque on the left
+    image[1, :, 16:] = top  # green and invisible on the right
+    found = resize_and_center_crop(image.to(dtype), 12).int()
+    seen = found[3] > top // 50
+    assert found[1][seen].max() <= top // 50
+    assert found[0][seen].min() >= top - top // 50
+    pil = Image.fromarray(image.clamp(max=255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    expected = torch.from_numpy(np.array(pil.resize((12, 12), Image.Resampling.BICUBIC))).permute(2, 0, 1).int()
+    assert (found[3] * 255 // top - expected[3]).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
-    "image", [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(3, 0, 8, dtype=torch.uint8)]
+    "image", [torch.zeros(3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8), torch.zeros(3, 0, 8, dtype=torch.uint8)]
 )
 def test_what_is_no_decoded_image_is_refused(image):
     with pytest.raises(ImageError, match="uint8"):
@@ -117,6 +263,15 @@ def test_all_levels_survive_the_way_to_float_and_back():
     assert (values.min(), values.max()) == (-1, 1)
     assert torch.equal(to_uint8(values), levels)
     assert torch.equal(to_uint8(values.double()), levels)
+
+
+def test_all_levels_of_16_bits_survive_the_way_to_float_and_back():
+    levels = torch.arange(65536).to(torch.uint16).view(1, 1, 256, 256)
+    values = to_float(levels)
+    assert (values.min(), values.max()) == (-1, 1)
+    assert torch.equal(to_uint16(values), levels)
+    assert torch.equal(to_float(torch.tensor([0, 255], dtype=torch.uint8)), to_float(torch.tensor([0, 65535]).to(torch.uint16)))
+    assert to_uint16(torch.tensor([-9.0, 9.0])).tolist() == [0, 65535]
 
 
 def test_levels_are_rounded_and_clamped():

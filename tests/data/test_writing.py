@@ -6,20 +6,26 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from latentae.data import packing
 from latentae.data.decode import decode_image, decode_sample
 from latentae.data.index import load_index
 from latentae.data.shards import expand_shards, read_shard
-from latentae.data.writing import encode_png, shards, write_shards
+from latentae.data.writing import default_shard_size, encode_png, shards, write_shards
 from latentae.errors import DataError, ImageError, OutputError, ShardError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def samples_of(path: Path) -> list[dict]:
+    return list(read_shard(path))
 
 
 def samples(folder: Path) -> list[dict]:
@@ -36,7 +42,7 @@ def images(tmp_path, make_png) -> Path:
 
 
 def test_photos_come_back_byte_for_byte(photo_folder, tmp_path):
-    index = shards(photo_folder, tmp_path / "out", samples_per_shard=2)
+    index = shards(photo_folder, tmp_path / "out", shard_size=2)
     assert [shard.samples for shard in index.shards] == [2, 2, 1]
     assert index == load_index(expand_shards(tmp_path / "out"))
     found = samples(tmp_path / "out")
@@ -52,7 +58,7 @@ def test_photos_come_back_byte_for_byte(photo_folder, tmp_path):
 
 def test_the_same_images_give_the_same_bytes(images, tmp_path):
     for out in ("one", "two"):
-        shards(images, tmp_path / out, samples_per_shard=3, workers=1 if out == "one" else 4)
+        shards(images, tmp_path / out, shard_size=3, workers=1 if out == "one" else 4)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     with tarfile.open(tmp_path / "one" / "000000.tar") as tar:
         assert {(info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode) for info in tar} == {(0, 0, 0, "", "", 0o644)}
@@ -73,25 +79,106 @@ def test_a_finished_folder_says_so_and_stays(images, tmp_path, capsys):
 
 
 def test_a_shard_missing_from_a_finished_folder_is_not_passed_over(images, tmp_path):
-    shards(images, tmp_path / "out", samples_per_shard=3)
+    shards(images, tmp_path / "out", shard_size=3)
     (tmp_path / "out" / "000001.tar").unlink()
     with pytest.raises(ShardError, match=r"000001\.tar"):
-        shards(images, tmp_path / "out", samples_per_shard=3)
+        shards(images, tmp_path / "out", shard_size=3)
 
 
-def test_other_images_or_settings_or_a_foreign_folder_are_refused(images, tmp_path, make_png):
+def test_other_images_or_settings_are_refused(images, tmp_path, make_png):
     shards(images, tmp_path / "out")
-    with pytest.raises(OutputError, match="samples_per_shard"):
-        shards(images, tmp_path / "out", samples_per_shard=2)
+    with pytest.raises(OutputError, match="shard_size"):
+        shards(images, tmp_path / "out", shard_size=2)
     (images / "new.png").write_bytes(make_png(99))
     with pytest.raises(OutputError, match="files"):
         shards(images, tmp_path / "out")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.doc").write_text("x")
-    with pytest.raises(OutputError, match="thesis"):
-        shards(images, tmp_path / "foreign")
     with pytest.raises(OutputError, match="itself"):
         shards(images, images)
+
+
+def test_files_of_others_in_the_output_folder_stay(images, tmp_path):
+    (tmp_path / "out" / "papers").mkdir(parents=True)
+    (tmp_path / "out" / "papers" / "thesis.doc").write_text("x")
+    (tmp_path / "out" / ".draft.incomplete").write_text("y")
+    index = shards(images, tmp_path / "out", shard_size=3)
+    assert [shard.samples for shard in index.shards] == [3, 3, 1]
+    assert index == shards(images, tmp_path / "out", shard_size=3)
+    assert (tmp_path / "out" / "papers" / "thesis.doc").read_text() == "x"
+    assert (tmp_path / "out" / ".draft.incomplete").read_text() == "y"
+
+
+@pytest.mark.parametrize("name", ["000001.tar", "mine.tar", "000000.tar.index", "index.json"])
+def test_shards_of_others_are_not_mixed_with(images, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"theirs")
+    with pytest.raises(OutputError, match=f"already holds {name}"):
+        shards(images, tmp_path / "out", shard_size=3)
+    assert contents(tmp_path / "out") == {name: b"theirs"}
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 16), (16, 16), (128, 16), (129, 17), (300, 38), (8000, 1000), (10**6, 1000)])
+def test_a_few_hundred_images_give_several_shards(count, size):
+    assert default_shard_size(count) == size
+
+
+def test_the_default_size_is_taken(tmp_path, make_png):
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        (tmp_path / "images" / f"{number}.png").write_bytes(make_png(number, 2, 2))
+    assert [shard.samples for shard in shards(tmp_path / "images", tmp_path / "out").shards] == [16, 16, 8]
+
+
+def test_captions_labels_and_notes_go_along(images, tmp_path):
+    for extension in ("cls", "caption", "json", "txt", "doc"):
+        (images / "a" / f"0.{extension}").write_text(f"of {extension}")
+    shards(images, tmp_path / "out")
+    first = samples(tmp_path / "out")[0]
+    assert {key: first[key] for key in first if not key.startswith("__") and key != "png"} == {
+        "txt": b"of txt",
+        "json": b"of json",
+        "cls": b"of cls",
+        "caption": b"of caption",
+    }
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        assert tar.getnames()[:6] == ["a/0.png", "a/0.txt", "a/0.json", "a/0.cls", "a/0.caption", "a/1.png"]
+
+
+def test_shards_are_indexed_as_they_are_written(images, tmp_path):
+    index = shards(images, tmp_path / "out", shard_size=3)
+    assert load_index(expand_shards(tmp_path / "out"), build=False) == index
+    assert index.table(0).keys() == ["a/0", "a/1", "a/2"]
+    assert all(len(entry.sha256) == 64 for entry in index.shards)
+
+
+def test_several_shards_are_written_at_once(images, tmp_path, monkeypatch):
+    together = threading.Barrier(3, timeout=20)  # opens only when three shards have been begun
+    fill = packing.fill_tar
+
+    def wait_for_others(path, members):
+        together.wait()
+        fill(path, members)
+
+    monkeypatch.setattr(packing, "fill_tar", wait_for_others)
+    assert shards(images, tmp_path / "out", shard_size=3, workers=3).samples == 7
+
+
+def test_larger_images_are_shrunk_and_smaller_ones_kept(tmp_path, make_png):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "large.png").write_bytes(make_png(1, 60, 90))
+    (tmp_path / "images" / "small.png").write_bytes(make_png(2, 20, 90))
+    (tmp_path / "images" / "large.txt").write_text("a caption")
+    shards(tmp_path / "images", tmp_path / "png", resize=20)
+    shards(tmp_path / "images", tmp_path / "jpg", resize=20, quality=90)
+    large, small = samples(tmp_path / "png")
+    assert decode_sample(large).image.shape == (3, 20, 30)
+    assert large["txt"] == b"a caption"
+    assert small["png"] == (tmp_path / "images" / "small.png").read_bytes()
+    large, small = samples(tmp_path / "jpg")
+    assert large["jpg"].startswith(b"\xff\xd8")
+    assert "png" not in large
+    assert small["png"] == (tmp_path / "images" / "small.png").read_bytes()
+    with pytest.raises(OutputError, match="resize is 20 there and 30 here"):
+        shards(tmp_path / "images", tmp_path / "png", resize=30)
 
 
 def test_output_inside_the_input_is_not_taken_for_input(images, make_png):
@@ -104,17 +191,19 @@ def test_an_unreadable_image_stops_and_leaves_nothing_that_looks_complete(images
     data = (images / "b" / "5.png").read_bytes()
     (images / "b" / "5.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ImageError, match=r"5\.png") as caught:
-        shards(images, tmp_path / "out", samples_per_shard=3)
+        shards(images, tmp_path / "out", shard_size=3)
     assert "\n" not in str(caught.value)
-    assert sorted(contents(tmp_path / "out")) == ["000000.tar", "latentae.json"]  # whole shards and an unfinished record
+    left = contents(tmp_path / "out")  # whole shards with their indexes, and an unfinished record
+    assert "latentae.json" in left
+    assert set(left) <= {"000000.tar", "000000.tar.index", "000002.tar", "000002.tar.index", "latentae.json"}
 
 
 def test_bad_images_can_be_skipped_and_are_on_record(images, tmp_path):
     (images / "a" / "0.png").write_bytes(b"")
     (images / "b" / "5.png").write_bytes(b"<html>404</html>")
     with pytest.raises(ImageError):
-        shards(images, tmp_path / "out", samples_per_shard=3)
-    index = shards(images, tmp_path / "out", samples_per_shard=3, skip_bad=True)  # the same job goes on
+        shards(images, tmp_path / "out", shard_size=3)
+    index = shards(images, tmp_path / "out", shard_size=3, skip_bad=True)  # the same job goes on
     assert [shard.samples for shard in index.shards] == [2, 2, 1]
     records = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
     assert [(record["file"], record["key"], record["shard"]) for record in records] == [
@@ -122,13 +211,13 @@ def test_bad_images_can_be_skipped_and_are_on_record(images, tmp_path):
         ("b/5.png", "b/5", "000001.tar"),
     ]
     assert all(record["reason"] for record in records)
-    assert shards(images, tmp_path / "out", samples_per_shard=3, skip_bad=True) == index
+    assert shards(images, tmp_path / "out", shard_size=3, skip_bad=True) == index
 
 
 def test_a_shard_of_bad_images_only_is_left_out(images, tmp_path):
     for number in (0, 1):
         (images / "a" / f"{number}.png").write_bytes(b"x")
-    index = shards(images, tmp_path / "out", samples_per_shard=2, skip_bad=True)
+    index = shards(images, tmp_path / "out", shard_size=2, skip_bad=True)
     assert [shard.name for shard in index.shards] == ["000001.tar", "000002.tar", "000003.tar"]
     assert index == load_index(expand_shards(tmp_path / "out"))
     for path in images.rglob("*.png"):
@@ -140,34 +229,47 @@ def test_a_shard_of_bad_images_only_is_left_out(images, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from latentae.data import writing
-decode, seen = writing.decode_image, []
-def die(data, name):
-    seen.append(name)
-    if len(seen) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return decode(data, name)
-writing.decode_image = die
-writing.shards(sys.argv[1], sys.argv[2], samples_per_shard=2, workers=1)
+from pathlib import Path
+from latentae.data import packing, writing
+what, when, seen = sys.argv[3], int(sys.argv[4]), []
+def dying(function):
+    def call(*arguments):
+        seen.append(arguments)
+        if len(seen) == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return call
+if what == "decoding":
+    packing.decode_image = dying(packing.decode_image)
+elif what == "naming":  # the record of the job, then shards, indexes, the manifest and the record again take their names
+    Path.replace = dying(Path.replace)
+else:
+    packing.scan_shard = dying(packing.scan_shard)
+writing.shards(sys.argv[1], sys.argv[2], shard_size=2, skip_bad=True, workers=int(sys.argv[5]))
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images, tmp_path):
-    shards(images, tmp_path / "whole", samples_per_shard=2)
-    code = subprocess.run(
-        [sys.executable, "-c", KILLED, str(images), str(tmp_path / "out")], capture_output=True, check=False
-    ).returncode
+@pytest.mark.parametrize(
+    ("what", "when", "workers"), [("decoding", 4, 1), ("decoding", 7, 4), ("naming", 2, 4), ("naming", 11, 2), ("indexing", 2, 2)]
+)
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images, tmp_path, what, when, workers):
+    (images / "a" / "2.png").write_bytes(b"bad")
+    (images / "b" / "6.png").write_bytes(b"bad")  # the only one of its shard
+    shards(images, tmp_path / "whole", shard_size=2, skip_bad=True)
+    arguments = [sys.executable, "-c", KILLED, str(images), str(tmp_path / "out"), what, str(when), str(workers)]
+    code = subprocess.run(arguments, capture_output=True, check=False).returncode
     assert code == -signal.SIGKILL
     left = contents(tmp_path / "out")
-    assert "index.json" not in left
-    assert [name for name in left if name.endswith(".tar")]
-    assert [name for name in left if name.endswith(".incomplete")]
-    assert all(list(read_shard(tmp_path / "out" / name)) for name in left if name.endswith(".tar"))
-    kept = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns
-    shards(images, tmp_path / "out", samples_per_shard=2)
+    assert '"finished": true' not in left["latentae.json"].decode()
+    whole = [name for name in left if name.endswith(".tar")]
+    if (what, workers) == ("decoding", 1):
+        assert whole == ["000000.tar"]
+        assert [name for name in left if name.endswith(".incomplete")]
+    kept = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in whole if samples_of(tmp_path / "out" / name)}
+    shards(images, tmp_path / "out", shard_size=2, skip_bad=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == kept
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_no_space_is_one_line_and_leaves_no_shard(images, tmp_path, monkeypatch):
@@ -193,16 +295,27 @@ def test_an_image_that_vanishes_is_an_image_error(images, tmp_path, monkeypatch)
         shards(images, tmp_path / "out")
 
 
-@pytest.mark.parametrize("values", [{"samples_per_shard": 0}, {"max_shard_mb": 0}])
-def test_impossible_settings_are_refused(images, tmp_path, values):
-    with pytest.raises(DataError, match="above zero"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shard_size": 0}, "shard_size is 0; it must be above zero"),
+        ({"max_shard_mb": 0}, "above zero"),
+        ({"resize": -1}, "above zero"),
+        ({"workers": 0}, "above zero"),
+        ({"resize": 8, "quality": 0}, "from 1 to 100"),
+        ({"quality": 90}, "give resize too"),
+    ],
+)
+def test_impossible_settings_are_refused(images, tmp_path, values, message):
+    with pytest.raises(DataError, match=message):
         shards(images, tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()
 
 
 def test_samples_from_memory_are_written_as_they_come(tmp_path):
     tiles = torch.randint(0, 256, (5, 3, 16, 24), dtype=torch.uint8)
     given = ({"__key__": f"astronaut/{number:05}", "png": encode_png(tile)} for number, tile in enumerate(tiles))
-    index = write_shards(given, tmp_path / "out", samples_per_shard=2)
+    index = write_shards(given, tmp_path / "out", shard_size=2)
     assert [shard.samples for shard in index.shards] == [2, 2, 1]
     found = samples(tmp_path / "out")
     assert [sample["__key__"] for sample in found] == [f"astronaut/{number:05}" for number in range(5)]

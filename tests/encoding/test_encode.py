@@ -22,7 +22,7 @@ from latentae.data.decode import decode_image
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.encoding.encode import ModelEncoder
 from latentae.encoding.latents import LatentDataset
-from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
+from latentae.errors import DataError, ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json, sha256
 
 OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu"}
@@ -430,3 +430,8 @@ def test_grayscale_and_transparent_images_encode(model, write_tar, tmp_path):
         members[f"{mode.replace(';', '')}.png"] = buffer.getvalue()
     write_tar(tmp_path / "in/a.tar", members)
     assert encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)["samples"] == 4
+
+
+def test_remote_shards_are_refused_by_name(tmp_path, model):
+    with pytest.raises(DataError, match=r"encode reads local shards only so far, found memory://nowhere/0\.tar"):
+        encode(model, "memory://nowhere/0.tar", tmp_path / "out")

@@ -65,5 +65,5 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluation")
     tiny_model().save_pretrained(root / "model")
     shards(write_images(root / "held <b>&", smooth_images(5, 48)), root / "held_out")
-    shards(write_images(root / "seen", smooth_images(20, 48, seed=1)), root / "training", samples_per_shard=10)
+    shards(write_images(root / "seen", smooth_images(20, 48, seed=1)), root / "training", shard_size=10)
     return root

@@ -19,7 +19,7 @@ def shards(tmp_path_factory):
             image = torch.nn.functional.interpolate(coarse, size=(40, 48), mode="bilinear")[0]
             yield {"__key__": f"photo{index:02}", "png": encode_png((image * 255).to(torch.uint8))}
 
-    write_shards(samples(), out, samples_per_shard=12)
+    write_shards(samples(), out, shard_size=12)
     return out
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,6 +70,22 @@ def test_an_interrupted_run_goes_on_bitwise(small, tmp_path):
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     steps = [line["step"] for line in lines(tmp_path / "cut")]
     assert steps == sorted(set(steps)), "lines of the lost steps are not kept twice"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(small, tmp_path):
+    """The same batches and noise, so the same weights but for the order in which two processes add up."""
+    latentae.train(small(), tmp_path / "whole")
+    latentae.train(small(images=8), tmp_path / "begun")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small(**{"data.workers": 1}).toml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "latentae", "train"]
+    command += [str(recipe), "--output", str(tmp_path / "on"), "--resume", str(tmp_path / "begun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "at image 8 of 24" in done.stderr
+    found, expected = (load_file(find_checkpoint(tmp_path / name) / "autoencoder.safetensors") for name in ("on", "whole"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-4, msg=name)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path):

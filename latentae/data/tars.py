@@ -1,0 +1,373 @@
+"""A strict walk over a tar: every member and where it lies, or an error that names the damaged byte.
+
+Plain (V7), ustar, GNU and PAX headers, long names included. Unlike Python's tarfile, which stops in silence at a header it can't
+read, the walk ends only at the end-of-archive block with nothing but zeros after it. It never writes and never follows a link.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from latentae.errors import ShardError
+
+__all__ = ["BLOCK", "DamagedTar", "Member", "Problem", "Reader", "Sample", "group", "walk"]
+
+BLOCK = 512
+MAX_EXTENDED = 1 << 20  # bytes of a long name or PAX header; names end far below, and a damaged size must not fill the memory
+
+_ZEROS = bytes(BLOCK)
+_KINDS = {
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"1": "hard link",
+    b"2": "symbolic link",
+    b"3": "device",
+    b"4": "device",
+    b"5": "folder",
+    b"6": "fifo",
+    b"S": "sparse file",
+}
+_NO_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # whatever their size field says, POSIX ustar
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+}
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
+_SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's base_plus_ext, for names of one line
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
+
+class DamagedTar(ShardError):
+    """A file that was read, but is no whole tar."""
+
+
+class Member(NamedTuple):
+    """One entry of a tar."""
+
+    name: str
+    kind: str
+    """`file`, or what else it is."""
+    start: int
+    """First byte of its first header."""
+    offset: int
+    """First byte of its data."""
+    size: int
+    """Bytes of data."""
+    end: int
+    """First byte after the padding of its data."""
+
+
+class Sample(NamedTuple):
+    """Members side by side that share a key."""
+
+    key: str
+    start: int
+    end: int
+    members: list[tuple[str, int, int]]
+    """Extension (lower case, no dot), first byte of the data, bytes of data; in tar order."""
+
+
+class Problem(NamedTuple):
+    """Something in a shard that is not used.
+
+    Attributes:
+        code: `twice`, `outside`, `name` (damaged samples); `image` (a sample that stays, though its image can't be read by its
+            header); `left_out` (no part of any sample: links, hidden files, samples without an image).
+    """
+
+    code: str
+    byte: int
+    name: str
+    reason: str
+
+
+class Reader:
+    """The bytes of a file in order, fetched in chunks; jumps over what is skipped unless someone observes every byte.
+
+    Args:
+        fetch: `fetch(start, stop)` returns exactly these bytes; called with rising, touching ranges when `observe` is given.
+        stop: where the file, or the part to read, ends.
+        start: where to begin.
+        chunk: bytes to fetch at once.
+        observe: called with every byte from `start` to `stop`, in order.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[int, int], bytes],
+        stop: int,
+        *,
+        start: int = 0,
+        chunk: int = 1 << 20,
+        observe: Callable[[bytes], object] | None = None,
+    ) -> None:
+        self.position, self.stop = start, stop
+        self._fetch, self._chunk, self._observe = fetch, chunk, observe
+        self._buffer, self._base = b"", start
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes; fewer only where the file ends."""
+        begin = self.position - self._base
+        if begin + count > len(self._buffer):
+            self._fill(min(self.position + count, self.stop))
+            begin = self.position - self._base
+        found = self._buffer[begin : begin + count]
+        self.position += len(found)
+        return found
+
+    def skip_to(self, position: int) -> None:
+        """Go on at `position`, which is not before this one."""
+        position = min(position, self.stop)
+        if self._observe is not None:
+            while self._base + len(self._buffer) < position:
+                self._base += len(self._buffer)
+                self._buffer = b""
+                self._load(self._base, min(self._base + self._chunk, self.stop))
+        self.position = position
+
+    def _fill(self, stop: int) -> None:
+        """Make the buffer hold everything from the position to `stop`."""
+        have = self._base + len(self._buffer)
+        kept = self._buffer[self.position - self._base :] if self.position < have else b""
+        self._base = self.position
+        self._buffer = kept
+        begin = max(self.position + len(kept), have if self._observe is not None else 0)
+        self._load(begin, min(max(stop, begin + self._chunk), self.stop))
+
+    def _load(self, start: int, stop: int) -> None:
+        if start < stop:
+            data = self._fetch(start, stop)
+            if self._observe is not None:
+                self._observe(data)
+            self._buffer = self._buffer + data if self._buffer else data
+
+
+def walk(reader: Reader, shard: str, *, whole: bool = True) -> Iterator[Member]:
+    """Yield the members of a tar in order; between two of them the reader may be used to read the data of the first.
+
+    Args:
+        reader: stands at the first header.
+        shard: what error messages call it.
+        whole: the tar must end with an end-of-archive block and nothing after it; else the part that `reader` covers must hold
+            whole members.
+
+    Raises:
+        DamagedTar: cut short, damaged, compressed or no tar at all; the message names the byte.
+    """
+    if whole and reader.stop == 0:
+        raise DamagedTar(f"shard {shard} is an empty file; fetch or write it again")
+    position = reader.position
+    first, name, size = -1, None, None  # what headers before the current one said of it
+    sparse = False
+    while True:
+        if not whole and position == reader.stop and first < 0:
+            return
+        header = reader.take(BLOCK)
+        if len(header) < BLOCK:
+            if whole and position == 0:
+                raise _no_tar(header, shard)
+            raise _damaged(shard, position, "it ends without an end-of-archive block")
+        if header == _ZEROS and whole and first < 0:
+            _check_tail(reader, shard)
+            return
+        kind, stored_name, stored_size = _parse(header, shard, position)
+        first = position if first < 0 else first
+        data = position + BLOCK
+        if kind in b"LKxXg":
+            extended = _extended(reader, shard, position, stored_size)
+            position = data + _padded(stored_size)
+            if kind == b"L":
+                name = extended.split(b"\0", 1)[0]
+            elif kind != b"K":
+                fields = _pax(extended, shard, position)
+                if kind == b"g" and not fields.keys().isdisjoint((b"path", b"size")):
+                    raise _damaged(shard, position, "a global header names a path or a size")
+                name, size = fields.get(b"path", name), _pax_size(fields, size, shard, position)
+                sparse = sparse or any(field.startswith(b"GNU.sparse") for field in fields)
+            continue
+        length = stored_size if size is None else size
+        if kind == b"S":
+            data = _after_sparse_map(reader, header, data)
+        end = data + (0 if kind in _NO_DATA else _padded(length))
+        if end > reader.stop:
+            raise _damaged(shard, position, f"a member of {length} bytes goes on past the end of the file")
+        full = stored_name if name is None else name
+        what = _KINDS.get(kind, f"member of type {kind!r}")
+        if sparse:
+            what = "sparse file"
+        elif kind == b"\0" and full.endswith(b"/") and not length:  # the V7 way to say folder
+            what = "folder"
+        yield Member(full.decode("utf-8", "surrogateescape"), what, first, data, 0 if kind in _NO_DATA else length, end)
+        reader.skip_to(end)
+        position, first, name, size, sparse = end, -1, None, None, False
+
+
+def _padded(size: int) -> int:
+    return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _damaged(shard: str, position: int, reason: str) -> DamagedTar:
+    return DamagedTar(f"shard {shard} is cut short or damaged at byte {position} ({reason}); fetch or write it again")
+
+
+def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]:
+    """Type, name and size of a header block whose checksum holds."""
+    stored = header[148:156]
+    total = sum(header) - sum(stored) + 8 * 32  # the checksum counts its own field as spaces
+    expected = _octal(stored)
+    # Some old writers summed signed bytes.
+    if expected != total and expected != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
+        if position == 0:
+            raise _no_tar(header, shard)
+        raise _damaged(shard, position, "the checksum of a header is wrong")
+    size = _size(header[124:136])
+    if size is None:
+        raise _damaged(shard, position, "a header has no valid size")
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:  # GNU headers keep other things in the prefix field
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return header[156:157], name, size
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.split(b"\0", 1)[0].strip()
+    try:
+        return int(digits, 8) if digits.isdigit() else 0 if not digits else None
+    except ValueError:
+        return None
+
+
+def _size(field: bytes) -> int | None:
+    if field[0] == 0x80:  # base 256, GNU's way beyond 8 GiB
+        return int.from_bytes(field[1:], "big")
+    return _octal(field)
+
+
+def _no_tar(header: bytes, shard: str) -> DamagedTar:
+    kind = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
+    if kind:
+        return DamagedTar(f"shard {shard} is compressed with {kind}; unpack it to a plain tar, in which samples can be found")
+    return DamagedTar(
+        f"shard {shard} is not a whole, uncompressed tar (it begins with {header[:12]!r}...); fetch or write it again"
+    )
+
+
+def _extended(reader: Reader, shard: str, position: int, size: int) -> bytes:
+    if size > MAX_EXTENDED:
+        raise _damaged(shard, position, f"a name or PAX header of {size} bytes, expected at most {MAX_EXTENDED}")
+    data = reader.take(_padded(size))
+    if len(data) < _padded(size):
+        raise _damaged(shard, position, "it ends inside a long name")
+    return data[:size]
+
+
+def _pax(data: bytes, shard: str, position: int) -> dict[bytes, bytes]:
+    """The records of a PAX header, each `LENGTH KEY=VALUE\\n` (POSIX pax, extended header)."""
+    fields: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(data) and data[at]:
+        space = data.find(b" ", at, at + 20)
+        digits = data[at:space] if space > at else b""
+        length = int(digits) if digits.isdigit() else 0
+        record = data[space + 1 : at + length]
+        key, equals, value = record.partition(b"=")
+        if length <= len(digits) + 1 or at + length > len(data) or not equals or not record.endswith(b"\n"):
+            raise _damaged(shard, position, "a PAX header can't be read")
+        fields[key] = value[:-1].rstrip(b"/") if key == b"path" else value[:-1]
+        at += length
+    return fields
+
+
+def _pax_size(fields: dict[bytes, bytes], size: int | None, shard: str, position: int) -> int | None:
+    if b"size" not in fields:
+        return size
+    if not fields[b"size"].isdigit() or len(fields[b"size"]) > 19:
+        raise _damaged(shard, position, "a PAX header has no valid size")
+    return int(fields[b"size"])
+
+
+def _after_sparse_map(reader: Reader, header: bytes, data: int) -> int:
+    """Where the data of an old GNU sparse file begins: after the blocks that go on with its map."""
+    more = header[482]
+    while more:
+        block = reader.take(BLOCK)
+        data += BLOCK
+        more = len(block) == BLOCK and block[504]
+    return data
+
+
+def _check_tail(reader: Reader, shard: str) -> None:
+    """After the end-of-archive block only zeros may follow; another tar there would be lost in silence."""
+    while reader.position < reader.stop:
+        position = reader.position
+        tail = reader.take(min(1 << 16, reader.stop - position))
+        if tail.count(0) != len(tail):
+            raise _damaged(shard, position - BLOCK, "a zero block is followed by more data: a damaged header, or two tars joined")
+
+
+def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Iterator[Sample]:
+    """Group members into samples the WebDataset way: the first dot of the base name splits key and extension.
+
+    The first sample of a key stays, and so does the first member of an extension. Whatever else is not used is reported; only
+    folders, which hold nothing, are not.
+    """
+    seen: set[str] = set()
+    current: Sample | None = None
+    extensions: set[str] = set()
+    for member in members:
+        split = _split(member, report)
+        if split is None:
+            continue
+        key, extension = split
+        if current is None or key != current.key:
+            if current is not None:
+                yield from _finished(current, seen, report)
+            current, extensions = Sample(key, member.start, member.end, []), set()
+        if extension in extensions:
+            report(Problem("twice", member.start, member.name, "a member of this name came before in the same sample"))
+            continue
+        extensions.add(extension)
+        current.members.append((extension, member.offset, member.size))
+        current = current._replace(end=member.end)
+    if current is not None:
+        yield from _finished(current, seen, report)
+
+
+def _finished(sample: Sample, seen: set[str], report: Callable[[Problem], object]) -> Iterator[Sample]:
+    if sample.key in seen:
+        report(Problem("twice", sample.start, sample.key, "a sample of this key came before, and not side by side"))
+        return
+    seen.add(sample.key)
+    yield sample
+
+
+def _split(member: Member, report: Callable[[Problem], object]) -> tuple[str, str] | None:
+    """Key and extension of a member; None, reported, for what is no part of a sample."""
+    name = member.name
+    if member.kind == "folder":
+        return None
+    if name.startswith("/") or ".." in name.split("/"):
+        report(Problem("outside", member.start, name, "its name points outside"))
+        return None
+    if member.kind != "file":
+        report(Problem("left_out", member.start, name, f"it is no plain file but a {member.kind}"))
+        return None
+    if _META.match(name) or name.rpartition("/")[2].startswith("."):
+        report(Problem("left_out", member.start, name, "a hidden or metadata file"))
+        return None
+    match = _SPLIT.fullmatch(name)
+    if match is None:
+        report(Problem("left_out", member.start, name, "its name has no extension"))
+        return None
+    key, extension = match.group(1), match.group(2).lower()
+    if _CONTROL.search(name) or extension.startswith("__"):
+        report(Problem("name", member.start, name, "its name has control characters or a reserved extension"))
+        return None
+    return key, extension

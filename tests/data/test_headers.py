@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, features
+
+from latentae.data import decode, headers
+from latentae.data.headers import image_size
+
+KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if features.check("avif") else [])]
+
+
+def saved(kind: str, height: int = 40, width: int = 60, mode: str = "RGB", **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def size(data: bytes) -> tuple[int, int] | None:
+    return image_size(io.BytesIO(data).read, len(data))
+
+
+def bomb(height: int, width: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_sizes_are_those_of_the_upright_image(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+    assert size(data) == (upright.height, upright.width) == tuple(decode.decode_image(data, "x").shape[1:])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved("JPEG", progressive=True),
+        saved("JPEG", mode="L"),
+        saved("JPEG", icc_profile=bytes(100_000)),  # the frame header comes after several segments
+        saved("PNG", mode="RGBA"),
+        saved("PNG", icc_profile=bytes(100_000)),
+        saved("WEBP", lossless=True),
+        saved("WEBP", mode="RGBA"),
+        saved("TIFF", compression="tiff_lzw"),
+        saved("JPEG", exif=b"Exif\0\0" + b"damaged"),
+    ],
+    ids=lambda data: str(len(data)),
+)
+def test_variants_have_their_size(data):
+    assert size(data) == (40, 60)
+
+
+def test_the_smallest_and_the_largest_are_measured_without_being_decoded():
+    assert size(saved("PNG", 1, 1)) == (1, 1)
+    assert size(saved("JPEG", 1, 1)) == (1, 1)
+    assert size(bomb(30_000, 30_000)) == (30_000, 30_000)
+    assert size(bomb(0, 5)) is None
+    assert size(bomb((1 << 32) - 1, 5)) is None
+    turned = bytearray(saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"))
+    frame = turned.index(b"\xff\xc0")
+    turned[frame + 5 : frame + 9] = struct.pack(">HH", 30_000, 20_000)
+    assert size(bytes(turned)) == (20_000, 30_000)  # through PIL, which would refuse to open a bomb
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff", b"II*\0" + bytes(9)]
+)
+def test_what_is_no_image_has_no_size(data):
+    assert size(data) is None
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_damaged_headers_have_a_size_or_none(data):
+    content = bytearray(saved(data.draw(st.sampled_from(KINDS)), 8, 9))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(len(content) - 1, 200)))] = data.draw(st.integers(0, 255))
+    found = size(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    assert found is None or min(found) > 0
+
+
+def test_a_header_is_enough():
+    data, taken = saved("JPEG", 400, 600), []
+
+    def take(count: int) -> bytes:
+        taken.append(count)
+        return data[sum(taken) - count : sum(taken)]
+
+    assert image_size(take, len(data)) == (400, 600)
+    assert sum(taken) <= 4096 < len(data)
+
+
+def test_decoding_and_measuring_choose_the_same_member():
+    assert headers.IMAGE_EXTENSIONS == decode.IMAGE_EXTENSIONS

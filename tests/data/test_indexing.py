@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from flaky_server import FlakyServer, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentae import cli
+from latentae.data import index as index_module
+from latentae.data import indexing, remote
+from latentae.data.index import SUFFIX, load_index, read_samples
+from latentae.data.indexing import index
+from latentae.data.remote import Patience
+from latentae.data.shards import expand_shards
+from latentae.errors import LatentAEError, OutputError, ShardError
+
+
+@pytest.fixture
+def folder(tmp_path, make_shards):
+    return Path(make_shards(tmp_path / "shards", [3, 0, 2, 4]))
+
+
+@pytest.fixture
+def mixed(folder, write_tar, make_png):
+    """Whole shards, a cut one, one that is a web page, and one with all that a sample can suffer."""
+    (folder / "cut.tar").write_bytes((folder / "003.tar").read_bytes()[:3000])
+    (folder / "page.tar").write_text("<html>not found</html>")
+    files = [("a.png", make_png(1)), ("a.png", b"x"), ("b.jpg", b"<html>not found</html>"), ("../c.jpg", b"x"), ("d.txt", b"x")]
+    write_tar(folder / "odd.tar", [*files, ("e.jpg", b""), ("f.png", make_png(2)), ("a.txt", b"again")])
+    return folder
+
+
+def samples(summary) -> int:
+    return sum(shard.samples for shard in summary.index.shards)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_shard_gets_its_index_and_its_hash(folder, capsys):
+    summary = index(folder)
+    assert (summary.damaged, samples(summary), len(summary.index.shards)) == (0, 9, 4)
+    assert "4 shards indexed, 9 samples" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.glob("*.index")) == [f"00{number}.tar.index" for number in range(4)]
+    loaded = load_index(expand_shards(folder), build=False)
+    assert loaded == summary.index
+    assert [shard.sha256 for shard in loaded.shards] == [indexing_sha256(shard.path) for shard in loaded.shards]
+    assert list(summary.index.table(0).height) == [12, 12, 12]
+
+
+def indexing_sha256(path: str) -> str:
+    from latentae.files import sha256
+
+    return sha256(path)
+
+
+def test_damage_is_listed_and_the_rest_is_indexed(mixed, tmp_path, capsys):
+    out = tmp_path / "indexes"
+    summary = index(mixed, out, workers=2)
+    rows = [json.loads(line) for line in (out / "damaged.jsonl").read_text().splitlines()]
+    assert [(Path(row["shard"]).name, row["level"], row["name"]) for row in rows] == [
+        ("cut.tar", "damaged shard", ""),
+        ("odd.tar", "damaged sample", "a.png"),
+        ("odd.tar", "damaged sample", "../c.jpg"),
+        ("odd.tar", "bad image", "b"),
+        ("odd.tar", "left out", "d"),
+        ("odd.tar", "bad image", "e"),
+        ("odd.tar", "damaged sample", "a"),
+        ("page.tar", "damaged shard", ""),
+    ]
+    assert all(row["reason"] for row in rows)
+    assert summary.counts == {"damaged shard": 2, "damaged sample": 3, "bad image": 2, "left out": 1}
+    assert summary.damaged == 7
+    assert [shard.name for shard in summary.index.shards] == ["000.tar", "001.tar", "002.tar", "003.tar", "odd.tar"]
+    assert summary.index.table(4).keys() == ["a", "b", "e", "f"]
+    manifest = json.loads((out / "index.json").read_text())
+    assert (manifest["digest"], manifest["samples"]) == (summary.index.digest, 13)
+    assert [row["name"] for row in manifest["shards"]] == [shard.name for shard in summary.index.shards]
+    printed = capsys.readouterr().err
+    assert "cut short" in printed
+    assert "'../c.jpg'" in printed
+    # what was listed may be used: the samples that are whole
+    usable = [path for path in expand_shards(mixed) if Path(path).name not in ("cut.tar", "page.tar")]
+    assert load_index(usable, out, build=False) == summary.index
+
+
+def test_the_command_fails_where_something_is_damaged(mixed, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["index", str(mixed), str(tmp_path / "out"), "--workers", "1"])
+    assert stop.value.code == 1
+    assert "error: damage found: 5 shards indexed" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["index", f"{mixed}/00*.tar"])
+    assert not stop.value.code
+
+
+def test_a_second_run_reads_nothing_and_reports_the_same(mixed, tmp_path, monkeypatch):
+    first = index(mixed, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    scanned: list[str] = []
+    scan = indexing.scan
+    monkeypatch.setattr(indexing, "scan", lambda path, **rest: scanned.append(Path(path).name) or scan(path, **rest))
+    again = index(mixed, tmp_path / "out")
+    assert (again.findings, again.counts, again.index) == (first.findings, first.counts, first.index)
+    assert sorted(scanned) == ["cut.tar", "page.tar"]
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_number_of_workers_changes_nothing(mixed, tmp_path):
+    for workers in (1, 3):
+        index(mixed, tmp_path / str(workers), workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    with pytest.raises(OutputError, match="workers"):
+        index(mixed, workers=0)
+
+
+def test_an_index_by_headers_alone_is_completed(folder):
+    quick = load_index(expand_shards(folder))
+    assert quick.shards[0].sha256 == ""
+    full = index(folder).index
+    assert full == quick  # the order of training does not change
+    assert len(full.shards[0].sha256) == 64
+
+
+def test_verify_finds_one_changed_byte(folder, capsys):
+    index(folder)
+    path = folder / "003.tar"
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+    assert index(folder).damaged == 0  # headers and size fit
+    before = contents(folder)
+    summary = index(folder, verify=True)
+    assert summary.counts == {"changed shard": 1}
+    assert "003.tar" in summary.findings[0].shard
+    assert contents(folder) == before
+    assert "SHA-256" in capsys.readouterr().err
+    Path(f"{path}{SUFFIX}").unlink()
+    assert index(folder, verify=True).damaged == 0
+
+
+def test_a_shard_that_was_written_anew_is_indexed_anew(folder, make_shards, capsys):
+    index(folder)
+    (folder / "000.tar").write_bytes((folder / "003.tar").read_bytes())
+    assert samples(index(folder)) == 10
+    assert "000.tar no longer fits" in capsys.readouterr().err
+
+
+def test_more_than_a_screen_of_findings_is_cut_and_counted(tmp_path, write_tar, capsys):
+    write_tar(tmp_path / "x.tar", [(f"{number}.jpg", b"no image") for number in range(1200)])
+    summary = index(tmp_path, tmp_path / "out")
+    assert summary.counts == {"bad image": 1200}
+    assert len(summary.findings) == 1000
+    printed = capsys.readouterr().err
+    assert printed.count("bad image '") == 20
+    assert "1200 bad images" in printed
+
+
+KILLED = """
+import sys, time
+from latentae.data import scanning, indexing
+slow = scanning.image_size
+def image_size(take, size):
+    time.sleep(0.02)
+    return slow(take, size)
+scanning.image_size = image_size
+indexing.index(sys.argv[1], sys.argv[2], workers=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_indexer_goes_on_where_it_was(tmp_path, make_shards, monkeypatch):
+    folder = make_shards(tmp_path / "shards", [5] * 12)
+    out = tmp_path / "out"
+    for _ in range(2):
+        there = len(list(out.glob("*.index")))
+        process = subprocess.Popen([sys.executable, "-c", KILLED, folder, str(out)], stderr=subprocess.DEVNULL)
+        wait_for(lambda there=there: len(list(out.glob("*.index"))) >= there + 3, 30)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.index")}
+    assert 6 <= len(done) < 12
+    for leftover in out.glob(".*.incomplete"):
+        leftover.unlink()
+    (out / ".x.tar.index.host.1.incomplete").write_text("old")
+    monkeypatch.setattr(indexing, "_STALE", -1.0)
+    assert samples(index(folder, out)) == 60
+    index(folder, tmp_path / "clean")
+    assert contents(out) == contents(tmp_path / "clean")
+    assert {name: (out / name).stat().st_mtime_ns for name in done} == done
+
+
+def test_ctrl_c_ends_it_soon_and_keeps_what_is_done(folder, monkeypatch):
+    started = threading.Event()
+    scan = indexing.scan
+
+    def slow(path, *, stop, **rest):
+        started.set()
+        stop.wait(20)
+        return scan(path, stop=stop, **rest)
+
+    monkeypatch.setattr(indexing, "scan", slow)
+    monkeypatch.setattr(indexing, "wait", lambda *arguments, **rest: started.wait(5) and (_ for _ in ()).throw(KeyboardInterrupt))
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        index(folder, workers=1)
+    assert time.monotonic() - start < 5
+    assert not list(folder.glob("*.index"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(remote, "patience", Patience(seconds=3, first=0.01, longest=0.05, silence=0.4, slowest=1e9))
+    running = FlakyServer()
+    yield running
+    running.close()
+
+
+def test_shards_on_a_failing_server_are_indexed_and_read(server, folder, tmp_path):
+    server.files = {f"/s/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
+    spec = f"{server.url}/s/{{000..003}}.tar"
+    with pytest.raises(OutputError, match="latentae index SHARDS OUT"):
+        index(spec)
+    server.faults.extend([503, None, ("cut", 700), ("stall", 100), 500, None, ("cut", 0)] * 2)
+    summary = index(spec, tmp_path / "out", workers=2)
+    local = index(folder).index
+    assert summary.damaged == 0
+    assert summary.index.digest == local.digest
+    assert [shard.sha256 for shard in summary.index.shards] == [shard.sha256 for shard in local.shards]
+    loaded = load_index(expand_shards(spec), tmp_path / "out", build=False)
+    server.faults.extend([502, ("cut", 900), "whole"])
+    for number in range(4):
+        rows = list(range(loaded.shards[number].samples))
+        found = [{**raw, "__url__": ""} for raw in read_samples(loaded, number, rows)]
+        assert found == [{**raw, "__url__": ""} for raw in read_samples(local, number, rows)]
+
+
+def test_a_shard_that_can_not_be_had_is_no_damaged_shard(server, folder, tmp_path):
+    server.files = {f"/s/{path.name}": path.read_bytes() for path in folder.glob("*.tar")} | {"/s/cut.tar": b"x" * 2000}
+    urls = [f"{server.url}/s/{name}.tar" for name in ("000", "none", "cut")]
+    summary = index(urls, tmp_path / "out")
+    assert summary.counts == {"unread shard": 1, "damaged shard": 1}
+    assert len(summary.index.shards) == 1
+
+
+def test_a_remote_shard_that_changes_is_noticed(server, folder, tmp_path, write_tar):
+    server.files["/s/x.tar"] = (folder / "003.tar").read_bytes()
+    url = f"{server.url}/s/x.tar"
+    loaded = index(url, tmp_path / "out").index
+    changed = bytearray(server.files["/s/x.tar"])
+    changed[0:4] = b"s7/0"
+    server.files["/s/x.tar"] = bytes(changed)
+    with pytest.raises(ShardError, match="has changed"):
+        list(read_samples(loaded, 0, [0]))
+    server.files["/s/x.tar"] = (folder / "000.tar").read_bytes() + bytes(10240)
+    with pytest.raises(ShardError, match="no index that fits"):
+        load_index([url], tmp_path / "out", build=False)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+names = st.one_of(
+    st.sampled_from(
+        [
+            "a.jpg",
+            "a.png",
+            "b.jpg",
+            "c.png",
+            "d/e.jpg",
+            "a.pyd",
+            "a.pth",
+            "b.pkl",
+            "a.txt",
+            "../x.jpg",
+            "/etc/x.jpg",
+            ".jpg",
+            "README",
+        ]
+    ),
+    st.text("ab./_\n", min_size=1, max_size=6),
+)
+
+
+class Tar(bytes):
+    def __repr__(self) -> str:
+        return f"{len(self)} bytes of tar"
+
+
+@st.composite
+def tars(draw, make_png) -> Tar:
+    """A tar as chance makes it, cut, tampered with or joined to another one now and then."""
+    bodies = st.sampled_from([b"", b"<html>not found</html>", pickle.dumps(Bomb()), make_png(1), make_png(2, 1, 1)])
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=draw(st.sampled_from([0, 1, 2]))) as archive:
+        for name in draw(st.lists(names, max_size=8)):
+            info = tarfile.TarInfo(name)
+            kind = draw(
+                st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+            )
+            info.type, info.linkname = kind, "/etc/passwd"
+            body = draw(bodies) if kind == tarfile.REGTYPE else b""
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    content = bytearray(file.getvalue())
+    fault = draw(st.sampled_from(["none", "none", "cut", "flip", "join"]))
+    if fault == "cut":
+        del content[draw(st.integers(0, len(content))) :]
+    elif fault == "flip":
+        content[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
+    elif fault == "join":
+        content *= 2
+    return Tar(content)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_shard_holds_nothing_crashes_runs_or_gets_lost(tmp_path_factory, make_png, monkeypatch_module, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    folder.mkdir(exist_ok=True)
+    monkeypatch_module.chdir(folder)
+    path = folder / "x.tar"
+    path.write_bytes(data.draw(tars(make_png)))
+    Path(f"{path}{SUFFIX}").unlink(missing_ok=True)
+    summary = index(str(path))
+    assert not (folder / "executed").exists()
+    if summary.index is None:
+        assert [finding.level for finding in summary.findings] == ["damaged shard"]
+        with pytest.raises(ShardError):
+            load_index([str(path)])
+        return
+    table = summary.index.table(0)
+    read = list(read_samples(summary.index, 0, range(table.samples)))
+    assert [raw["__key__"] for raw in read] == table.keys()
+    assert len(set(table.keys())) == table.samples
+    assert not any({"pyd", "pth", "pkl"} & raw.keys() for raw in read)
+    # every member but folders is in a sample, or listed, or in a sample that is listed
+    listed = {finding.name for finding in summary.findings if finding.level != "bad image"}
+    used = {f"{table.key(row)}.{extension}" for row in range(table.samples) for extension, _, _ in table.members(row)}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            key = member.name.rpartition("/")[0] + "/" * ("/" in member.name) + member.name.rpartition("/")[2].partition(".")[0]
+            assert member.isdir() or member.name in used or member.name in listed or key in listed, member.name
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def test_the_pickles_in_fuzzed_tars_would_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "executed").exists()
+
+
+def test_indexing_does_not_wait_for_torch():
+    code = (
+        "import sys, latentae.data.indexing; print([name for name in ('torch', 'fsspec', 'webdataset') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_training_on_a_damaged_shard_is_an_error_of_ours(mixed):
+    with pytest.raises(LatentAEError):
+        load_index(expand_shards(mixed))
+    assert index_module.SUFFIX == ".index"
