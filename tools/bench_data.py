@@ -40,6 +40,7 @@ from torch import Tensor
 
 from latentae.data import pixels
 from latentae.data.decode import decode_image
+from latentae.data.index import load_index
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
 from latentae.data.order import derive_seed
@@ -338,6 +339,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_tars(folder / "warm-up", photos, 2 * options.batch, options.batch)
     sizes = write_tars(folder / "data", photos, options.images, options.shard_size)
     data, warm = (tuple(sorted(map(str, (folder / name).glob("*.tar")))) for name in ("data", "warm-up"))
+    load_index(data)  # written beside the shards, once for all runs
     job, warm_up = Job(BASELINE, data, options.batch, 0), Job(BASELINE, warm, options.batch, 0)
     loaders = [BASELINE, OURS_PILLOW, *([OURS] if pixels.simplejpeg else [])]
     rows = stages([jpeg(photos, number) for number in range(min(options.images, 60))], loaders, options.repeats)
