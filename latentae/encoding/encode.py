@@ -89,14 +89,7 @@ def encode(
     index = load_index(_local(expand_shards(shards)))
     plan = plan_shards(index, out)
 
-    identity = {
-        "model": source.fingerprint,
-        "resolution": side,
-        "preprocessing": PREPROCESSING,
-        "compute": "bf16" if where.type == "cuda" else "fp32",
-        "dtype": dtype,
-        "keep_images": keep_images,
-    }
+    identity = _identity(source, side, where, dtype, keep_images)
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()
     settings = ShardSettings(side, dtype, batch_size, keep_images, source.config.latent_channels, fingerprint)
     inputs = {**identity, "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}}
@@ -109,6 +102,18 @@ def encode(
         encoder = ModelEncoder(autoencoder, where, identity["compute"])
         _run(encoder, pending, sum(shard.samples for shard in mine), settings)
     return _conclude(job, plan, settings, source, f"task {task} of {tasks}" if tasks > 1 else "", bool(pending))
+
+
+def _identity(source: ModelSource, side: int, device: torch.device, dtype: str, keep_images: bool) -> dict[str, Any]:
+    """What decides the bytes of a latent shard, besides the images."""
+    return {
+        "model": source.fingerprint,
+        "resolution": side,
+        "preprocessing": PREPROCESSING,
+        "compute": "bf16" if device.type == "cuda" else "fp32",
+        "dtype": dtype,
+        "keep_images": keep_images,
+    }
 
 
 def _local(shards: list[str]) -> list[str]:
