@@ -18,7 +18,7 @@ _HOME = {
     "DiagonalGaussian": "latentae.models.posterior",
     "LatentAEError": "latentae.errors",
     "LatentDataset": "latentae.encoding.latents",
-    "config": "latentae.training.recipe",
+    "config": "latentae.training.plan",
     "encode": "latentae.encoding.encode",
     "evaluate": "latentae.evaluation.evaluate",
     "export": "latentae.exporting.export",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from latentae.models.config import AutoencoderKLConfig
     from latentae.models.fuse import fuse
     from latentae.models.posterior import DiagonalGaussian
-    from latentae.training.recipe import config
+    from latentae.training.plan import config
     from latentae.training.train import train
 
 

@@ -150,22 +150,38 @@ def index(
 @app.command(**_RECIPE)
 def train(
     words: Words,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The run folder.")] = None,
     resume: Annotated[
         str, typer.Option(help="auto (go on where this run stopped), never, or a run or checkpoint to go on from.")
     ] = "auto",
+    init_from: Annotated[
+        str | None, typer.Option(help="Weights to begin with: a run, checkpoint, diffusers folder, safetensors or LDM file.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take a few real steps, print speed, memory and total time, and write nothing.")
+    ] = False,
 ) -> None:
     """Train an autoencoder; the same command goes on where it stopped."""
     import latentae
 
-    recipe, overrides = _split(words)
-    latentae.train(recipe, output, resume=resume, **overrides)
+    recipe, words_of_recipe = _split(words)
+    overrides: dict[str, Any] = dict(words_of_recipe)
+    if init_from is not None:
+        overrides["model.init_from"] = init_from
+    if dry_run:
+        from latentae.training.rehearsal import rehearse
+
+        rehearse(recipe, **overrides)
+    elif output is None:
+        raise RecipeError("no run folder: give --output FOLDER (or --dry-run to write nothing)")
+    else:
+        latentae.train(recipe, output, resume=resume, **overrides)
 
 
 @app.command(**_RECIPE)
 def config(words: Words) -> None:
-    """Print a recipe with every option resolved, as TOML."""
-    from latentae.training.recipe import config as resolved
+    """Print a recipe with every option resolved, as TOML, headed by what each phase amounts to."""
+    from latentae.training.plan import config as resolved
 
     recipe, overrides = _split(words)
     typer.echo(resolved(recipe, **overrides), nl=False)

@@ -10,7 +10,7 @@
     |-- OutputError             an output folder that can't be written or holds something else
     |-- TrainingError           a run that can't go on
     |-- MissingDependencyError  an optional package that this step needs
-    `-- Interrupted             Ctrl-C or SIGTERM, after the state was saved
+    `-- Interrupted             Ctrl-C, SIGTERM or SIGUSR1, after the state was saved
 
 Messages are one line: what was found, what was expected, what to do.
 """
@@ -77,6 +77,16 @@ class MissingDependencyError(LatentAEError):
 
 
 class Interrupted(LatentAEError):
-    """Stopped by a signal after the state was saved; 128 + SIGINT, as shells expect."""
+    """Stopped by a signal after the state was saved, or before there was anything to save.
 
-    exit_code = 130
+    Args:
+        message: where it stopped.
+        exit_code: `SIGINT` for Ctrl-C, `REQUEUE` where a scheduler asked for the end.
+    """
+
+    SIGINT = 130  # 128 + SIGINT, as shells expect
+    REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
+
+    def __init__(self, message: str, exit_code: int = SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

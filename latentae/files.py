@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from latentae.errors import OutputError
+from latentae.errors import LatentAEError, OutputError
 
 __all__ = ["atomic_file", "read_json", "sha256", "staged_folder", "write_json", "write_text"]
 
@@ -33,20 +34,32 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    """A failed write as one line. safetensors, written in Rust, has an error of its own that ends in "(os error 28)"."""
+    try:
+        yield
+    except LatentAEError:
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not isinstance(error, OSError) and not number:
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else os.strerror(int(number[1])) if number else None) or error
+        raise OutputError(f"could not write {path}: {reason}; free the space or choose another folder") from error
+
+
+@contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
     path = Path(path)
     temporary = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"could not write {path}: {error.strerror or error}; free the space or choose another folder"
-        ) from error
+        with _as_output_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(path)
+            _fsync(path.parent)
     finally:
         with suppress(OSError):  # a parent that is a file: the error on its way says so better
             temporary.unlink(missing_ok=True)
@@ -63,18 +76,16 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"{path} already exists and is not an empty folder; choose another output")
     staging = _beside(path)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        for file in sorted(p for p in staging.rglob("*") if p.is_file()):
-            _fsync(file)
-        if path.exists():
-            path.rmdir()
-        staging.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"could not write {path}: {error.strerror or error}; free the space or choose another folder"
-        ) from error
+        with _as_output_error(path):
+            staging.mkdir(parents=True)
+            yield staging
+            for entry in sorted(staging.rglob("*")):
+                _fsync(entry)
+            _fsync(staging)  # the names in it, too, before it gets its own
+            if path.exists():
+                path.rmdir()
+            staging.replace(path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -3,9 +3,10 @@
     python tools/bench_training.py [--recipe kl-f8] [--batch 8] [--resolution 256] [--repeats 20] [--out FILE.json]
 
 The step is latentae's own for every variant (objective, discriminator, both optimizers, average of weights); only the autoencoder
-differs: ours, ours without the fused kernels, diffusers' class, and diffusers' class under torch.compile. The discriminator plays from the
-first image. Variants take turns; medians of seconds a step. On a GPU peak memory is that of one step above the state that stays (weights,
-optimizer, average). VGG's weights are random: they change no speed. `tools/bench_autoencoder.py` times encode and decode.
+differs: ours, ours without the fused kernels, diffusers' class, and diffusers' class under torch.compile. The discriminator plays from
+the first image, with a constant weight. Variants take turns; medians of seconds a step. On a GPU peak memory is that of one step above
+the state that stays (weights, optimizer, average). VGG's weights are random: they change no speed. `tools/bench_autoencoder.py` times
+encode and decode, `tools/equal_time.py` what our trainer and a plain loop reach in the same time.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ class DiffusersAutoencoder(nn.Module):
         if compiled:
             self.parts = [torch.compile(part) for part in self.parts]
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True) -> AutoencoderOutput:
-        """As `AutoencoderKL.forward`."""
+    def forward(self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True, **unused: Any) -> AutoencoderOutput:
+        """As `AutoencoderKL.forward`, without what needs its insides (adaptive weights, an alignment)."""
         encode, decode = self.parts
         posterior = DiagonalGaussian(encode(x))
         latent = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
-        return AutoencoderOutput(decode(latent.to(x.dtype)), posterior, latent)
+        return AutoencoderOutput(decode(latent.to(x.dtype)), posterior, latent, latent)
 
 
 def build_trainer(variant: str, recipe: Recipe, accelerator: Any) -> Trainer:
@@ -88,6 +89,7 @@ def benchmark_recipe(options: argparse.Namespace, weights: Path) -> Recipe:
     overrides: dict[str, Any] = {
         "batch_size": options.batch,
         "loss.adversarial.start_images": 0,
+        "loss.adversarial.adaptive": False,  # its ratio is read from inside of our model
         "data.resolution": options.resolution,
     }
     recipe = load_recipe(options.recipe, overrides)

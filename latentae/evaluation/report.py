@@ -34,6 +34,7 @@ __all__ = [
     "Paragraph",
     "Picture",
     "Section",
+    "Strip",
     "Tiles",
     "build_report",
 ]
@@ -154,6 +155,17 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """A picture made of many, such as a grid of images, as wide as the page; on a phone it is moved sideways."""
+
+    picture: Picture
+
+    def html(self) -> str:
+        """As HTML."""
+        return f'<div class="strip">{self.picture.html()}</div>'
+
+
+@dataclass(frozen=True)
 class DataTable:
     """A table; on a phone every row becomes a card, unless it is dense.
 
@@ -226,7 +238,7 @@ class Links:
         return f'<ul class="links">{"".join(items)}</ul>'
 
 
-Block = Paragraph | Code | Tiles | Facts | Notices | Gallery | DataTable | Charts | Links
+Block = Paragraph | Code | Tiles | Facts | Notices | Gallery | Strip | DataTable | Charts | Links
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.progress import say
 from latentae.training.recipe import Recipe, load_recipe
-from latentae.training.train import measure_speed, train
+from latentae.training.rehearsal import measure_speed
+from latentae.training.train import train
 
 __all__ = ["quickstart"]
 

@@ -1,18 +1,111 @@
-"""The hinge game between autoencoder and discriminator (Lim & Ye 2017, "Geometric GAN"; Miyato et al. 2018, eq. 17 and 18)."""
+"""The game between autoencoder and discriminator. Logits come as maps [B, 1, h, w], as discriminators give them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["hinge_discriminator", "hinge_generator"]
+from latentae.losses.options import GanLoss
+
+__all__ = ["LeCam", "discriminator_loss", "generator_loss", "gradient_penalty", "mean_logit", "twice_differentiable"]
+
+Maps = Sequence[Tensor]
 
 
-def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """1/2 (relu(1 - D(x)) + relu(1 + D(x'))) averaged over each image's patches, logits [B, 1, h, w] x 2 -> [B]."""
-    return 0.5 * (F.relu(1.0 - real) + F.relu(1.0 + fake)).flatten(1).mean(dim=1)
+def mean_logit(maps: Maps) -> Tensor:
+    """Mean over each map, then over the maps, one value an image: maps [B, 1, h, w] -> [B], in at least fp32."""
+    return torch.stack([_wide(map_).flatten(1).mean(dim=1) for map_ in maps]).mean(dim=0)
 
 
-def hinge_generator(fake: Tensor) -> Tensor:
-    """-D(x') averaged over each image's patches, logits [B, 1, h, w] -> [B]."""
-    return -fake.flatten(1).mean(dim=1)
+def discriminator_loss(kind: GanLoss, real: Maps, fake: Maps) -> Tensor:
+    """What the discriminator minimizes, averaged over each map and then over the maps, [B].
+
+    hinge: 1/2 (relu(1 - D(x)) + relu(1 + D(x'))) (Lim & Ye 2017, "Geometric GAN"; Miyato et al. 2018, eq. 17; LDM's half).
+    vanilla: 1/2 (softplus(-D(x)) + softplus(D(x'))) (Esser et al. 2021, the VQGAN code that LDM uses).
+    non-saturating: softplus(-D(x)) + softplus(D(x')), the cross entropy -log s(D(x)) - log(1 - s(D(x'))) of
+        Goodfellow et al. 2014, eq. 1, for logits.
+    """
+    if kind == "hinge":
+        return 0.5 * (_mean(lambda d: F.relu(1.0 - d), real) + _mean(lambda d: F.relu(1.0 + d), fake))
+    cross_entropy = _mean(lambda d: F.softplus(-d), real) + _mean(F.softplus, fake)
+    return 0.5 * cross_entropy if kind == "vanilla" else cross_entropy
+
+
+def generator_loss(kind: GanLoss, fake: Maps) -> Tensor:
+    """What the autoencoder minimizes, averaged over each map and then over the maps, [B].
+
+    hinge, vanilla: -D(x') (Miyato et al. 2018, eq. 18; the VQGAN code takes it for both).
+    non-saturating: softplus(-D(x')) = -log s(D(x')) (Goodfellow et al. 2014, section 3).
+    """
+    return _mean(lambda d: F.softplus(-d), fake) if kind == "non-saturating" else -mean_logit(fake)
+
+
+def gradient_penalty(maps: Maps, images: Tensor) -> Tensor:
+    """Squared norm of the gradient of the summed logits at each image, [B], with a graph: gamma / 2 times it is R1 or R2.
+
+    Source: Mescheder et al. 2018, eq. 9 (R1, on real images) and eq. 10 (R2, on reconstructions). Theirs is one logit an image; all
+    logits of an image are added up here, so that gamma weighs more the more places a discriminator judges.
+
+    Args:
+        maps: logits [B, 1, h, w] of `images`, computed inside `twice_differentiable()`.
+        images: [B, C, H, W], requiring a gradient.
+    """
+    total = torch.stack([_wide(map_).sum() for map_ in maps]).sum()
+    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
+    return _wide(gradient).square().flatten(1).sum(dim=1)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Attention from plain operators: the fused ones have no second derivative, which a gradient penalty on a transformer needs."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class LeCam(nn.Module):
+    """LeCAM regularization of the discriminator (Tseng et al. 2021, arXiv 2104.03310), in the form of the authors' code.
+
+    relu(D(x) - ema_fake)^2 + relu(ema_real - D(x'))^2, averaged over each map and then over the maps; the averages are buffers
+    that a checkpoint keeps.
+
+    Args:
+        decay: share of the averages that an update keeps; the first one sets them.
+    """
+
+    real: Tensor
+    fake: Tensor
+    count: Tensor
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, real: Maps, fake: Maps) -> Tensor:
+        """Logit maps of images and of reconstructions -> [B]; zero before the first update."""
+        penalty = _mean(lambda d: F.relu(d - self.fake).square(), real) + _mean(lambda d: F.relu(self.real - d).square(), fake)
+        return torch.where(self.count > 0, penalty, torch.zeros_like(penalty))
+
+    @torch.no_grad()
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Move the averages by mean logits (scalars, already averaged over all processes, so that these agree)."""
+        kept = self.decay * (self.count > 0).to(self.real.dtype)  # no value leaves the device
+        for average, value in ((self.real, real_mean), (self.fake, fake_mean)):
+            average.copy_(kept * average + (1.0 - kept) * value.detach())
+        self.count += 1
+
+
+def _mean(function: Callable[[Tensor], Tensor], maps: Maps) -> Tensor:
+    return mean_logit([function(_wide(map_)) for map_ in maps])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision to fp32: logits are few, and their averages deserve it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

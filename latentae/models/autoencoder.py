@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,22 @@ __all__ = ["AutoencoderKL", "AutoencoderOutput"]
 
 @dataclass(frozen=True)
 class AutoencoderOutput:
-    """What one pass gives: `reconstruction` [B, C, H, W] in about [-1, 1], `posterior`, and the `latent` [B, z, h, w] decoded."""
+    """What one pass gives."""
 
     reconstruction: Tensor
+    """[B, C, H, W] in about [-1, 1]."""
     posterior: DiagonalGaussian
     latent: Tensor
+    """[B, z, h, w], a sample of the posterior or its mean; with the encoder's graph."""
+    decoded: Tensor
+    """[B, z, h, w], what the decoder was given."""
+    leaf: Tensor | None = None
+    """Where the decoder's graph ends if `cut_latent`: the decoder's backward pass leaves its gradient here, and
+    `latent.backward(leaf.grad)` goes on through the encoder. None where nothing in front of the latent learns."""
+    decoder_features: Tensor | None = None
+    """Input of the decoder's last normalization, detached, if `keep_features`; for `last_layer.decoder_weight_gradient`."""
+    encoder_features: Tensor | None = None
+    """The same of the encoder, for `last_layer.encoder_weight_gradient`."""
 
 
 class AutoencoderKL(nn.Module):
@@ -30,12 +43,17 @@ class AutoencoderKL(nn.Module):
 
     Images are float in [-1, 1], [B, C, H, W], with H and W multiples of `config.downsampling`. Latents are raw: scaling
     belongs to the pipeline that uses them.
+
+    Attributes:
+        gradient_checkpointing: whether training keeps the input of each block only and recomputes the rest. Outputs and gradients
+            stay the same.
     """
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         z = config.latent_channels
         self.config = config
+        self.gradient_checkpointing = False
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
@@ -48,9 +66,7 @@ class AutoencoderKL(nn.Module):
         Raises:
             ImageError: wrong number of channels, or a side that f does not divide.
         """
-        self._check_image(x)
-        moments = self.encoder(x)
-        return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments))
+        return self._encode(x, False)[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """Raw latents [B, z, h, w] -> images [B, C, f*h, f*w], about [-1, 1] (not clamped).
@@ -58,21 +74,60 @@ class AutoencoderKL(nn.Module):
         Raises:
             ModelError: wrong number of latent channels.
         """
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ModelError(f"latent has shape {tuple(z.shape)}, expected [B, {self.config.latent_channels}, h, w]")
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return self._decode(z, False)[0]
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True) -> AutoencoderOutput:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor | None = None,
+        sample_posterior: bool = True,
+        *,
+        latent_transform: Callable[[Tensor], Tensor] | None = None,
+        cut_latent: bool = False,
+        keep_features: bool = False,
+    ) -> AutoencoderOutput:
         """Encode, sample (the mean when not `sample_posterior`) and decode.
 
         Args:
             x: images [B, C, H, W] in [-1, 1].
             noise: standard normal [B, z, H/f, W/f] for the sample; drawn from torch's generator when not given.
             sample_posterior: whether to sample or take the mean.
+            latent_transform: [B, z, h, w] -> the same shape, what is done to a latent before it is decoded (noise, a mask).
+            cut_latent: end the decoder's graph at a leaf, so that the gradient at the latent can be looked at, and changed, on its way.
+            keep_features: also return what the last normalizations read.
         """
-        posterior = self.encode(x)
+        posterior, encoder_features = self._encode(x, keep_features)
         latent = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
-        return AutoencoderOutput(self.decode(latent.to(x.dtype)), posterior, latent)
+        leaf = latent.detach().requires_grad_() if cut_latent and latent.requires_grad else None
+        decoded = latent if leaf is None else leaf
+        if latent_transform is not None:
+            decoded = latent_transform(decoded)
+        decoded = decoded.to(x.dtype)
+        reconstruction, decoder_features = self._decode(decoded, keep_features)
+        return AutoencoderOutput(reconstruction, posterior, latent, decoded, leaf, decoder_features, encoder_features)
+
+    def compile_coders(self, **options: Any) -> None:
+        """`torch.compile` encoder and decoder in place, each for itself; state-dict keys stay as they are.
+
+        One graph for both could not be differentiated in two pieces, as `cut_latent` needs. Second derivatives (R1 on the
+        reconstruction, Jacobian penalties) are beyond `torch.compile`: models that need them stay as they are.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        self.encoder.compile(**options)
+        self.decoder.compile(**options)
+
+    def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
+        self._check_image(x)
+        moments, features = self.encoder(x, keep_features, self.gradient_checkpointing)
+        return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments)), features
+
+    def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ModelError(f"latent has shape {tuple(z.shape)}, expected [B, {self.config.latent_channels}, h, w]")
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder(z, keep_features, self.gradient_checkpointing)
 
     def _check_image(self, x: Tensor) -> None:
         f, channels = self.config.downsampling, self.config.in_channels

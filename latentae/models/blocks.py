@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentae.models.pending import Pending, attend, convolve, residual_step, upsample_convolve
 
-__all__ = ["Attention", "Downsample", "MidBlock", "ResnetBlock", "Upsample", "group_norm"]
+__all__ = ["Attention", "Downsample", "MidBlock", "ResnetBlock", "Upsample", "group_norm", "recomputed", "run_block"]
+
+
+def run_block(block: nn.Module, x: Pending, checkpointing: bool) -> Pending:
+    """Call a block with the least memory that its gradient needs.
+
+    A block that doesn't learn, and behind which nothing does, runs as in inference: no graph, additions in place. With
+    `checkpointing` the others keep their input only (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
+    if not torch.is_grad_enabled():
+        return block(x)
+    if not any(t is not None and t.requires_grad for t in x) and not any(p.requires_grad for p in block.parameters()):
+        with torch.no_grad():
+            return block(x)
+    return recomputed(block, x) if checkpointing else block(x)
+
+
+def recomputed(step: Callable[[Pending], Pending], x: Pending) -> Pending:
+    """`step(x)`, run once more in the backward pass instead of remembered.
+
+    Pending additions are made first: one sum is less to keep than its parts. Nothing here draws random numbers, so no state of a
+    generator is kept.
+    """
+
+    def plain(value: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(step(Pending(value)))
+
+    return Pending(*checkpoint(plain, x.value(), use_reentrant=False, preserve_rng_state=False))  # pyright: ignore
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -54,9 +85,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Pending:
+    def forward(self, x: Pending) -> Pending:
         """[B, C, H, W] -> [B, C, H/2, W/2]."""
-        return convolve(self.conv, F.pad(x, (0, 1, 0, 1)))
+        return convolve(self.conv, F.pad(x.value(), (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -66,9 +97,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Pending:
+    def forward(self, x: Pending) -> Pending:
         """[B, C, H, W] -> [B, C, 2H, 2W]."""
-        return upsample_convolve(self.conv, x)
+        return upsample_convolve(self.conv, x.value())
 
 
 class MidBlock(nn.Module):
@@ -79,9 +110,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
-    def forward(self, x: Pending) -> Pending:
+    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
         """[B, C, H, W] -> the same shape."""
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        for block in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = run_block(block, x, checkpointing)
+        return x

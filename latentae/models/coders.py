@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from latentae.models.blocks import Attention, Downsample, MidBlock, ResnetBlock, Upsample, group_norm
+from latentae.models.blocks import (
+    Attention,
+    Downsample,
+    MidBlock,
+    ResnetBlock,
+    Upsample,
+    group_norm,
+    recomputed,
+    run_block,
+)
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.pending import Pending, convolve, normalize_convolve
 
@@ -23,12 +33,12 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(width, out_channels, groups) for width in widths])
         self.attentions = nn.ModuleList([Attention(out_channels, groups) for _ in range(layers)] if attention else [])
 
-    def forward(self, x: Pending) -> Pending:
+    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
         """[B, C_in, H, W] -> [B, C_out, H, W]."""
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x)
+            x = run_block(resnet, x, checkpointing)
             if self.attentions:
-                x = self.attentions[index](x)
+                x = run_block(self.attentions[index], x, checkpointing)
         return x
 
 
@@ -39,11 +49,11 @@ class DownLevel(Level):
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
-    def forward(self, x: Pending) -> Pending:
+    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
         """[B, C_in, H, W] -> [B, C_out, H/2, W/2], or the same size in the last level."""
-        x = super().forward(x)
+        x = super().forward(x, checkpointing)
         for downsample in self.downsamplers:
-            x = downsample(x.value())
+            x = run_block(downsample, x, checkpointing)
         return x
 
 
@@ -54,15 +64,31 @@ class UpLevel(Level):
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
-    def forward(self, x: Pending) -> Pending:
+    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W], or the same size in the last level."""
-        x = super().forward(x)
+        x = super().forward(x, checkpointing)
         for upsample in self.upsamplers:
-            x = upsample(x.value())
+            x = run_block(upsample, x, checkpointing)
         return x
 
 
-class Encoder(nn.Module):
+class Coder(nn.Module):
+    """What encoder and decoder share: their last layers."""
+
+    conv_norm_out: nn.GroupNorm
+    conv_out: nn.Conv2d
+
+    def _finish(self, h: Pending, keep_features: bool, checkpointing: bool) -> tuple[Tensor, Tensor | None]:
+        """The output, and the detached input of the last normalization where it is asked for."""
+        if checkpointing and torch.is_grad_enabled():
+            h = Pending(h.value())
+            out = recomputed(lambda h: normalize_convolve(self.conv_norm_out, self.conv_out, h)[0], h)
+            return out.value(), h.x.detach() if keep_features else None
+        out, total = normalize_convolve(self.conv_norm_out, self.conv_out, h)
+        return out.value(), total.value().detach() if keep_features else None
+
+
+class Encoder(Coder):
     """Image [B, C, H, W] -> moments before the 1x1 convolution, [B, 2z, H/f, W/f]."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
@@ -78,15 +104,15 @@ class Encoder(nn.Module):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 2z, H/f, W/f]."""
+    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, C, H, W] -> [B, 2z, H/f, W/f], and what the last normalization read if `keep_features`."""
         h = convolve(self.conv_in, x)
         for level in self.down_blocks:
-            h = level(h)
-        return normalize_convolve(self.conv_norm_out, self.conv_out, self.mid_block(h))[0].value()
+            h = level(h, checkpointing)
+        return self._finish(self.mid_block(h, checkpointing), keep_features, checkpointing)
 
 
-class Decoder(nn.Module):
+class Decoder(Coder):
     """Latent [B, z, h, w] -> image [B, C, f*h, f*w]."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
@@ -102,9 +128,9 @@ class Decoder(nn.Module):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """[B, z, h, w] -> [B, C, f*h, f*w]."""
-        h = self.mid_block(convolve(self.conv_in, z))
+    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, z, h, w] -> [B, C, f*h, f*w], and what the last normalization read if `keep_features`."""
+        h = self.mid_block(convolve(self.conv_in, z), checkpointing)
         for level in self.up_blocks:
-            h = level(h)
-        return normalize_convolve(self.conv_norm_out, self.conv_out, h)[0].value()
+            h = level(h, checkpointing)
+        return self._finish(h, keep_features, checkpointing)

@@ -1,12 +1,23 @@
-"""Discriminators: networks that tell reconstructions from photos, patch by patch."""
+"""Discriminators: networks that tell reconstructions from photos: patch by patch, pixel by pixel, or by pretrained features.
+
+Each maps images [B, C, H, W] in [-1, 1] to a tuple of logit maps [B, 1, h, w], is twice differentiable (gradient penalties), and
+judges an image without its batch mates. Spectral normalization is not offered: its power iteration moves at every forward pass, so
+that weights would depend on how a batch was cut into parts. Batch statistics are not offered: they leak between the samples of a
+batch and differ between ranks.
+"""
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PatchDiscriminator"]
+from latentae.models.backbone import FrozenBackbone
+
+__all__ = ["FeatureDiscriminator", "Norm", "PatchDiscriminator", "UNetDiscriminator"]
 
 Norm = Literal["none", "group", "instance"]
 
@@ -18,8 +29,7 @@ class PatchDiscriminator(nn.Module):
         in_channels: image channels.
         channels: filters of the first layer; doubled per layer up to eight times.
         layers: strided layers; 3 gives 70-pixel patches.
-        norm: normalization of the inner layers. Batch statistics are not offered: they leak between the samples of a batch
-            and differ between ranks.
+        norm: normalization of the inner layers.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group") -> None:
@@ -39,18 +49,116 @@ class PatchDiscriminator(nn.Module):
         self.minimum_size = 2 ** (layers + 1) + 2**layers  # smaller images leave no patch after the two stride-1 layers
         self.apply(_initialize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] -> logits [B, 1, h, w], one a patch."""
-        return self.layers(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] in [-1, 1] -> one map of logits [B, 1, h, w], one a patch."""
+        return (self.layers(x),)
+
+
+class UNetDiscriminator(nn.Module):
+    """U-Net GAN's discriminator (Schonfeld et al. 2020, section 3.1) from PatchGAN's layers.
+
+    The encoder judges at its bottleneck, here a map with one logit a patch rather than one an image, so that any size is taken; the
+    decoder, with skip connections, gives one logit a pixel.
+
+    Args:
+        in_channels: image channels.
+        channels: filters of the first layer; doubled per layer up to eight times.
+        layers: strided layers of the encoder.
+        norm: normalization of the inner layers.
+    """
+
+    def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group") -> None:
+        super().__init__()
+        widths = [in_channels, *(channels * min(2**index, 8) for index in range(layers))]
+        self.down = nn.ModuleList(
+            _layer(before, after, 4, 2, norm if index else "none")
+            for index, (before, after) in enumerate(itertools.pairwise(widths))
+        )
+        self.bottleneck = nn.Conv2d(widths[-1], 1, 1)
+        self.up = nn.ModuleList(
+            _layer(widths[index] + widths[index - 1], widths[index - 1] if index > 1 else channels, 3, 1, norm)
+            for index in range(layers, 0, -1)
+        )
+        self.pixels = nn.Conv2d(channels, 1, 1)
+        self.minimum_size = 2**layers * _places(norm)
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] in [-1, 1] -> logits of patches [B, 1, h, w] and of pixels [B, 1, H, W]."""
+        maps = [x]
+        for layer in self.down:
+            maps.append(layer(maps[-1]))
+        h = maps.pop()
+        patches = self.bottleneck(h)
+        for layer in self.up:
+            skip = maps.pop()
+            h = F.interpolate(h, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            h = layer(torch.cat([h, skip], dim=1))
+        return patches, self.pixels(h)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Small heads on the feature maps of a frozen backbone (Sauer et al. 2021, "Projected GANs"; with DINO: StyleGAN-T, 2023).
+
+    Only the heads are trained, and only they are in state_dict(). Each is a 1x1 convolution, a residual 3x3 one and a logit a place;
+    the published ones use spectral norm and batch statistics, which are left out.
+
+    Args:
+        backbone: in evaluation mode, without gradients of its own.
+        channels: width of the heads.
+        norm: normalization inside them.
+        maps: how many feature maps, evenly spread over depth, have a head; all of them if the backbone has fewer.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, channels: int = 64, norm: Norm = "group", maps: int = 4) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.maps = min(maps, len(backbone.channels))
+        self.heads = nn.ModuleList(_Head(width, channels, norm) for width in backbone.feature_channels(self.maps))
+        self.minimum_size = backbone.minimum_size * _places(norm)
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, 3, H, W] in [-1, 1] -> one map of logits [B, 1, h, w] for each feature map, from fine to coarse."""
+        features = self.backbone.features(x, self.maps)
+        return tuple(head(map_) for head, map_ in zip(self.heads, features, strict=True))
+
+
+class _Head(nn.Module):
+    def __init__(self, in_channels: int, channels: int, norm: Norm) -> None:
+        super().__init__()
+        bias = norm == "none"
+        self.enter = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2))
+        self.residual = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2)
+        )
+        self.logit = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        h = self.enter(features)
+        return self.logit(h + self.residual(h))
+
+
+def _layer(before: int, after: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:
+    convolution = nn.Conv2d(before, after, kernel, stride=stride, padding=1, bias=norm == "none")
+    return nn.Sequential(convolution, *_norm(norm, after), nn.LeakyReLU(0.2))
+
+
+def _places(norm: Norm) -> int:
+    """Shortest side of the coarsest map: one place has no variance that instance norm could divide by."""
+    return 2 if norm == "instance" else 1
 
 
 def _norm(norm: Norm, channels: int) -> list[nn.Module]:
+    """The normalization of a convolution's output, or nothing; groups have at least four channels."""
     if norm == "group":
-        return [nn.GroupNorm(min(32, channels // 4), channels)]
+        groups = max(count for count in range(1, min(32, channels // 4) + 1) if channels % count == 0)
+        return [nn.GroupNorm(groups, channels)]
     return [nn.InstanceNorm2d(channels, affine=True)] if norm == "instance" else []
 
 
 def _initialize(module: nn.Module) -> None:
+    """DCGAN's start (Radford et al. 2016): convolutions from N(0, 0.02), norms from N(1, 0.02), biases zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

@@ -3,11 +3,14 @@
 exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names)
 checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
 run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
+file              diffusers' names with a config.json beside it, or LDM's names with or without
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +24,7 @@ from latentae.errors import ModelError
 from latentae.files import atomic_file, read_json, sha256, write_json
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
+from latentae.models.ldm import from_ldm, infer_config, ldm_prefix
 
 __all__ = [
     "CHECKPOINTS",
@@ -30,11 +34,15 @@ __all__ = [
     "METRICS_LOG",
     "WEIGHTS",
     "ModelSource",
+    "fitting_state",
+    "ldm_config",
     "load_model",
     "load_weights",
+    "read_tensors",
     "resolve_model",
     "save_model",
     "save_weights",
+    "weights_fingerprint",
 ]
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -70,7 +78,7 @@ class ModelSource:
 
 
 def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
-    """Find config and weights behind a run folder, checkpoint, exported folder or safetensors file.
+    """Find config and weights behind a run folder, checkpoint, exported folder or safetensors file (diffusers' or LDM's).
 
     Raises:
         ModelError: `path` is none of these, or a part is missing.
@@ -82,7 +90,7 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
         raise ModelError(f"{path} does not exist; give a run folder, a checkpoint, an exported folder or a safetensors file")
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ModelError(f"{path} is not a .safetensors file; pickled weights are not read, convert them first")
+            raise ModelError(f"{path} is not a .safetensors file; pickled weights are not read here, convert them first")
         return _source(path, path, path.with_name(CONFIG), "file")
     latest = path / CHECKPOINTS / LATEST
     if latest.is_file():
@@ -109,7 +117,10 @@ def _source(
 ) -> ModelSource:
     if not weights_file.is_file():
         raise ModelError(f"{path} has no {weights_file.name}; the {kind} is incomplete, use another one")
-    config = AutoencoderKLConfig.from_json(config_file)
+    if kind == "file" and not config_file.exists():
+        config = ldm_config(weights_file, read_tensors(weights_file))
+    else:
+        config = AutoencoderKLConfig.from_json(config_file)
     size = config.sample_size
     resolution = size if isinstance(size, int) else min(size)
     if kind in ("run", "checkpoint"):
@@ -117,21 +128,50 @@ def _source(
     elif kind == "folder" and (weights_file.with_name(PROVENANCE)).is_file():
         # an export's sample_size is diffusers' tile size, not what the model was trained at
         resolution = int(read_json(weights_file.with_name(PROVENANCE)).get("inputs", {}).get("resolution", resolution))
-    fingerprint = hashlib.sha256((sha256(weights_file) + config.model_dump_json()).encode()).hexdigest()
-    return ModelSource(path, weights_file, config, kind, resolution, fingerprint, log)
+    return ModelSource(path, weights_file, config, kind, resolution, weights_fingerprint(weights_file, config), log)
 
 
-def load_weights(model: AutoencoderKL, file: str | Path) -> None:
-    """Copy a safetensors file into `model`.
+def weights_fingerprint(file: Path, config: AutoencoderKLConfig) -> str:
+    """Hex digest of a file of weights and the config it is read with."""
+    return hashlib.sha256((sha256(file) + config.model_dump_json()).encode()).hexdigest()
+
+
+def ldm_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
+    """The shape of the autoencoder in an LDM file, from its tensors.
+
+    Raises:
+        ModelError: `tensors` are not those of an LDM autoencoder that this library has.
+    """
+    if ldm_prefix(tensors) is None:
+        raise ModelError(f"{file} has no {CONFIG} beside it, which weights need that are not under LDM's names; put it there")
+    with _naming(file):
+        return infer_config(tensors)
+
+
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
+    """Everything in a safetensors file.
+
+    Raises:
+        ModelError: it is damaged or can't be read.
+    """
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"could not read {file} ({error}); the file is damaged, use another copy") from error
+
+
+def fitting_state(model: AutoencoderKL, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
+    """The content of `file` as a state dict of `model` (which may be on the meta device: only shapes are read).
+
+    Names may be LDM's, or those that diffusers used until 2023.
 
     Raises:
         ModelError: a key or shape does not fit; the first one is named.
     """
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"could not read {file} ({error}); the file is damaged, use another copy") from error
-    state = {_current_name(key): _as_current(key, value) for key, value in state.items()}
+    if ldm_prefix(tensors) is not None:
+        with _naming(file):
+            return from_ldm(tensors, model.config)
+    state = {_current_name(key): _as_current(key, value) for key, value in tensors.items()}
     expected = model.state_dict()
     wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     if wrong:
@@ -148,7 +188,24 @@ def load_weights(model: AutoencoderKL, file: str | Path) -> None:
             else f"has unknown {unknown[0]} (and {len(unknown) - 1} more)"
         )
         raise ModelError(f"{file} {what}; the weights and config.json belong to different models")
-    model.load_state_dict(state)
+    return state
+
+
+def load_weights(model: AutoencoderKL, file: str | Path) -> None:
+    """Copy a safetensors file into `model`.
+
+    Raises:
+        ModelError: the file is damaged, or a key or shape does not fit.
+    """
+    model.load_state_dict(fitting_state(model, read_tensors(file), file))
+
+
+@contextmanager
+def _naming(file: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from error
 
 
 def _current_name(key: str) -> str:

@@ -43,6 +43,14 @@ class Ema:
         return self.weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore averaged weights."""
+        """Restore averaged weights, copied to where the average lies.
+
+        Raises:
+            ValueError: a name or a shape differs.
+        """
+        for name in self.weights.keys() ^ state.keys():
+            raise ValueError(f"the average {'lacks' if name in self.weights else 'has unknown'} {name}")
         for name, value in self.weights.items():
+            if state[name].shape != value.shape:
+                raise ValueError(f"the average of {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}")
             value.copy_(state[name])

@@ -1,9 +1,12 @@
-"""Processes and devices: one Accelerator, and work that only the first process does."""
+"""Processes and devices: one Accelerator, what processes agree on, and what happens when one is gone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,36 +16,58 @@ from latentae.errors import LatentAEError, TrainingError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["build_accelerator", "close_accelerator", "on_main"]
+__all__ = ["agree", "build_accelerator", "close_accelerator", "in_contact", "on_main"]
 
 T = TypeVar("T")
+
+# How long one process may work alone (a validation, a copy of a checkpoint) while the others wait for it.
+TIMEOUT = timedelta(minutes=30)
+
+_SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+
+# What gloo says when the other end is gone or silent; a collective whose shapes differ over processes, a bug, reads otherwise.
+_LOST = re.compile(
+    r"closed by (remote )?peer|connection (was )?(closed|reset|refused|aborted)|broken pipe|socket closed|pair closure|"
+    r"timed out|read error|remote process exited|communicator was aborted",
+    re.IGNORECASE,
+)
 
 
 def build_accelerator(precision: str) -> Accelerator:
     """The Accelerator of this process, under `accelerate launch`, torchrun or nothing.
 
     Raises:
-        TrainingError: the launcher started more processes than Accelerate sees, or the device has no bf16.
+        TrainingError: the launcher shards models (FSDP, DeepSpeed, Megatron-LM), or started processes that do not find each other.
     """
+    for key, name in _SHARDED.items():
+        if os.environ.get(f"ACCELERATE_USE_{key}", "false").lower() in ("true", "1", "yes"):
+            raise TrainingError(
+                f"the launcher asks for {name}, which takes one model, but two train side by side here (the autoencoder and its "
+                "discriminator) and both fit on one device; start with torchrun, or `accelerate launch --multi_gpu`"
+            )
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Without cpu=True a CPU process under torchrun believes that it is alone: two silent trainings in one folder.
-    accelerator = Accelerator(
-        cpu=not gpu and not torch.backends.mps.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
-    )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    advice = "start with `accelerate launch -m latentae train ...` or `torchrun -m latentae train ...`"
+    try:
+        accelerator = Accelerator(
+            cpu=not gpu and not torch.backends.mps.is_available(),
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )
+    except ValueError as error:
+        raise TrainingError(
+            f"the launcher's environment does not say how {world_size} processes meet ({error}); {advice}"
+        ) from error
     if world_size != accelerator.num_processes:
         raise TrainingError(
-            f"the launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}; "
-            "start with `accelerate launch -m latentae train ...` or `torchrun -m latentae train ...`"
+            f"the launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}; {advice}"
         )
-    kind = str(accelerator.distributed_type)
-    if kind.endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
-        raise TrainingError(f"training under {kind} is not supported: two models train side by side; use plain multi-GPU (DDP)")
     return accelerator
 
 
@@ -74,3 +99,35 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def agree(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any process: all must take the same branch at the same step."""
+    if accelerator.num_processes == 1:
+        return flags
+    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return tuple(count > 0 for count in accelerator.reduce(counts, "sum").tolist())  # pyright: ignore
+
+
+@contextmanager
+def in_contact(accelerator: Accelerator) -> Iterator[None]:
+    """Work together with other processes: when one of them is gone, what the collectives say becomes one line.
+
+    Raises:
+        TrainingError: another process died or went silent. Anything else, such as a bug, passes as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # DistBackendError and its kin are RuntimeErrors
+        if accelerator.num_processes == 1 or not _lost_peer(error):
+            raise
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error)).splitlines()[0].partition(". ")[0]  # without the place in gloo's sources
+        raise TrainingError(
+            f"lost contact with another process ({reason}); see its own message; the run goes on from the last checkpoint with the "
+            "same command"
+        ) from error
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    of_collectives = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return of_collectives and _LOST.search(str(error)) is not None

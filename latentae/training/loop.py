@@ -1,10 +1,9 @@
-"""The loop around the training step: data in; metrics, pictures and checkpoints out; clean stops."""
+"""The loop around the training step: data in; metrics, pictures and checkpoints out; clean stops and returns from bad numbers."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,16 +11,17 @@ from torch import Tensor
 
 from latentae.data.loader import Batch, TrainLoader
 from latentae.data.streaming import StreamLoader
-from latentae.errors import Interrupted, TrainingError
 from latentae.evaluation.images import pil_image, write_png
 from latentae.progress import Progress, say
-from latentae.training.checkpoint import save_checkpoint
-from latentae.training.reporting import MetricsLog
+from latentae.training.health import Watchdog
+from latentae.training.launch import agree
+from latentae.training.recovery import roll_back
+from latentae.training.reporting import MetricsLog, peak_memory_gb
 from latentae.training.signals import StopFlag
-from latentae.training.steps import Trainer
+from latentae.training.steps import Trainer, TrainState
 from latentae.training.validation import Validation
 
-__all__ = ["run_loop"]
+__all__ = ["PhaseLoop"]
 
 
 class Clock:
@@ -33,52 +33,6 @@ class Clock:
     def due(self, before: int, now: int) -> bool:
         """Whether a multiple of `every` lies in (before, now]."""
         return now // self.every > before // self.every
-
-
-def run_loop(
-    trainer: Trainer, loader: TrainLoader | StreamLoader, run: Path, validation: Validation, log: MetricsLog | None
-) -> None:
-    """Train until the recipe's images have been seen, then save the last state.
-
-    Args:
-        trainer: networks, with a restored state where a run goes on.
-        loader: this process's data, at the matching position.
-        run: the run folder.
-        validation: held-out images (may be none).
-        log: where metrics go; None on all processes but the first.
-
-    Raises:
-        Interrupted: a signal came; the state was saved first.
-        TrainingError: a loss became NaN or infinite.
-    """
-    recipe, state = trainer.recipe, trainer.state
-    checkpoints = Clock(recipe.checkpoint_every_images)
-    metrics = Clock(recipe.log.metrics_every_images or -(-recipe.images // 200))
-    validations = Clock(recipe.log.validation_every_images or -(-recipe.images // 10))
-    main = trainer.accelerator.is_main_process
-    batches = iter(loader)
-    with (
-        StopFlag(announce=main) as stop,
-        Progress("training", recipe.images, initial=min(state.images_seen, recipe.images), quiet=not main) as progress,
-    ):
-        timer = Timer()
-        while not trainer.finished:
-            before = state.images_seen
-            terms = trainer.update(_parts(batches, recipe.gradient_accumulation, timer))
-            progress.advance(min(recipe.batch_size, recipe.images - before))
-            if metrics.due(before, state.images_seen) or state.step == 1:
-                values = _report(trainer, terms, timer, log)
-                progress.advance(0, note=f"loss {values['loss/total']:.4f}")
-            if validations.due(before, state.images_seen) and not trainer.finished:
-                _validate(trainer, validation, run, log)
-                timer.restart()
-            stopping = _agreed(trainer, stop.requested)
-            if stopping or checkpoints.due(before, state.images_seen) or trainer.finished:
-                _checkpoint(trainer, run, loader)
-                timer.restart()
-            if stopping and not trainer.finished:
-                raise Interrupted(f"stopped at image {state.images_seen} of {recipe.images}; the same command goes on from there")
-        _validate(trainer, validation, run, log)
 
 
 class Timer:
@@ -99,59 +53,151 @@ class Timer:
         return values
 
 
-def _parts(batches: Iterator[Batch], count: int, timer: Timer) -> tuple[Tensor, ...]:
-    """This process's share of a global batch, cut into accumulation steps."""
-    start = time.monotonic()
-    images = next(batches).images
-    timer.waited += time.monotonic() - start
-    timer.images += len(images)
-    return images.chunk(count)
+class PhaseLoop:
+    """Trains one phase to its end.
 
+    Args:
+        trainer: networks, with a restored state where a run goes on.
+        loader: this process's data, at the matching position.
+        run: the run folder.
+        validation: held-out images (may be none).
+        save: writes a checkpoint of the present state, on all processes at once.
+        log: where metrics go; None on all processes but the first.
+        progress: counts the images of the whole run.
+        stop: set by signals.
+    """
 
-def _agreed(trainer: Trainer, requested: bool) -> bool:
-    """Whether any process was asked to stop: all must leave the loop at the same step."""
-    if trainer.accelerator.num_processes == 1:
-        return requested
-    flag = torch.tensor(float(requested), device=trainer.accelerator.device)
-    return bool(trainer.accelerator.reduce(flag, "sum").item() > 0)  # pyright: ignore
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: TrainLoader | StreamLoader,
+        run: Path,
+        validation: Validation,
+        save: Callable[[], None],
+        log: MetricsLog | None,
+        progress: Progress,
+        stop: StopFlag,
+    ) -> None:
+        self.trainer, self.loader, self.run, self.validation = trainer, loader, run, validation
+        self.save, self.log, self.progress, self.stop = save, log, progress, stop
+        recipe = trainer.recipe
+        self.checkpoints = Clock(recipe.checkpoint_every_images)
+        self.metrics = Clock(recipe.log.metrics_every_images or -(-recipe.images // 200))
+        self.validations = Clock(recipe.log.validation_every_images or -(-recipe.images // 10))
+        self.watchdog = Watchdog(recipe)
+        self.timer, self.bad_samples = Timer(), 0
+        begin = trainer.state.images_seen - trainer.state.phase_images
+        for line in log.kept if log is not None else ():  # what a resumed phase has been through
+            if line["images"] > begin:
+                self.watchdog.check(line["images"], line)
 
+    @property
+    def state(self) -> TrainState:
+        """The counters, which a return to a checkpoint replaces."""
+        return self.trainer.state
 
-def _report(trainer: Trainer, terms: dict[str, Tensor], timer: Timer, log: MetricsLog | None) -> dict[str, float]:
-    """Average the terms over processes, write them, and stop a run whose loss is no number."""
-    stacked = torch.stack([value.float() for value in terms.values()])
-    if trainer.accelerator.num_processes > 1:
-        stacked = trainer.accelerator.reduce(stacked, "mean")
-    values = dict(zip(terms, stacked.tolist(), strict=True))  # pyright: ignore
-    values |= timer.read(trainer.accelerator.num_processes)
-    values["lr"] = trainer.optimizer.param_groups[0]["lr"]
-    values["time"] = time.time()
-    if trainer.accelerator.device.type == "cuda":
-        values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if log is not None:
-        log.write(trainer.state.step, trainer.state.images_seen, values)
-    bad = [name for name, value in values.items() if name.startswith(("loss/", "gradient_norm/")) and not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{bad[0]} is not finite at step {trainer.state.step}; lower --optimizer.lr (now {values['lr']:.3g}) or check the data, "
-            "then resume from the last checkpoint"
-        )
-    return values
+    def train(self) -> None:
+        """Train until the phase's images have been seen; its last state is saved and validated.
 
+        Raises:
+            Interrupted: a signal came; the state was saved first.
+            TrainingError: losses were not finite for too long, or there is no checkpoint to return to.
+        """
+        batches = iter(self.loader)
+        self._warm_up(batches)
+        self.timer.restart()
+        while not self.trainer.finished:
+            before = self.state.images_seen
+            self._step(batches)
+            now = self.state.images_seen
+            if self.validations.due(before, now) and not self.trainer.finished:
+                self.validate()
+            (stopping,) = agree(self.trainer.accelerator, self.stop.requested)
+            if stopping or self.checkpoints.due(before, now) or self.trainer.finished:
+                self.save()
+                self.timer.restart()
+            if stopping and not self.trainer.finished:
+                raise self.stop.interrupted(f"stopped after {now} images; the same command goes on from there")
+        self.validate()
 
-def _validate(trainer: Trainer, validation: Validation, run: Path, log: MetricsLog | None) -> None:
-    """Measure on the first process; the others wait."""
-    if log is not None and validation.batches:
-        values, picture = validation.run(trainer)
-        log.write(trainer.state.step, trainer.state.images_seen, values)
-        write_png(run / "samples" / f"{trainer.state.images_seen:09}.png", picture)
-        log.picture(trainer.state.images_seen, pil_image(picture))
-        quality = f"PSNR {values['validation/psnr']:.2f} dB, SSIM {values['validation/ssim']:.3f}"
-        say(f"held out, {trainer.state.images_seen} images seen: {quality}")
-    trainer.accelerator.wait_for_everyone()
+    def _warm_up(self, batches: Iterator[Batch]) -> None:
+        """The first step: torch.compile may take minutes here, with nothing to save yet, so a signal ends it at once."""
+        if self.trainer.recipe.compile and not self.trainer.finished:
+            say("compiling; the first step takes a while")
+            with self.stop.at_once("before the first step"):
+                self._step(batches)
 
+    def _step(self, batches: Iterator[Batch]) -> None:
+        recipe, state = self.trainer.recipe, self.state
+        skipped, remaining = state.skipped, recipe.images - state.phase_images
+        report = self.metrics.due(state.images_seen, state.images_seen + recipe.batch_size) or state.step == 0
+        terms = self.trainer.update(self._parts(batches), report)
+        self.progress.advance(min(recipe.batch_size, remaining))
+        if state.skipped > skipped:
+            self._skipped(terms)
+        elif report:
+            values = self._report(terms)
+            self.progress.advance(0, note=f"loss {values['loss/total']:.4f}")
 
-def _checkpoint(trainer: Trainer, run: Path, loader: TrainLoader | StreamLoader) -> None:
-    """The first process writes; its error reaches all."""
-    from latentae.training.launch import on_main
+    def _parts(self, batches: Iterator[Batch]) -> tuple[Tensor, ...]:
+        """This process's share of a global batch, cut into accumulation steps."""
+        start = time.monotonic()
+        batch = next(batches)
+        self.timer.waited += time.monotonic() - start
+        self.timer.images += len(batch.images)
+        self.bad_samples += len(batch.bad)
+        return batch.images.chunk(self.trainer.recipe.gradient_accumulation)
 
-    on_main(trainer.accelerator, lambda: save_checkpoint(trainer, run, loader.state_dict()) and None)
+    def _skipped(self, terms: dict[str, Tensor]) -> None:
+        """Say that a step was left out; too many in a row, and the weights return to the last checkpoint."""
+        state, limits = self.state, self.trainer.recipe.failure
+        names = [name for name, value in terms.items() if not torch.isfinite(value)]
+        what = f"step {state.step} left out: {names[0] if names else 'a term of another process'} is not finite"
+        self._event("skipped", what)
+        if state.skipped_in_a_row >= limits.max_skipped_in_a_row:
+            message = roll_back(self.trainer, self.run)
+            self._event("rollback", message)
+            self.save()
+            self.timer.restart()
+
+    def _report(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Average the terms over processes and write them, with the speed."""
+        accelerator, state = self.trainer.accelerator, self.state
+        stacked = torch.stack([value.float() for value in terms.values()])
+        if accelerator.num_processes > 1:
+            stacked = accelerator.reduce(stacked, "mean")
+        values = dict(zip(terms, stacked.tolist(), strict=True))  # pyright: ignore
+        values |= self.timer.read(accelerator.num_processes)
+        values |= {
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "time": time.time(),
+            "memory_gb": peak_memory_gb(accelerator.device),
+        }
+        values |= {"skipped_steps": state.skipped, "bad_samples": self.bad_samples, "phase": state.phase}
+        if self.log is not None:
+            self.log.write(state.step, state.images_seen, values)
+            self._warn(values)
+        return values
+
+    def validate(self) -> None:
+        """Measure on the first process; the others wait. Nothing is written where a signal cut it short."""
+        trainer, log, seen = self.trainer, self.log, self.state.images_seen
+        found = self.validation.run(trainer, lambda: self.stop.requested) if log is not None and self.validation.batches else None
+        if found is not None and log is not None:
+            values, picture = found
+            log.write(self.state.step, seen, values)
+            write_png(self.run / "samples" / f"{seen:09}.png", picture)
+            log.picture(seen, pil_image(picture))
+            say(f"held out, {seen} images seen: PSNR {values['validation/psnr']:.2f} dB, SSIM {values['validation/ssim']:.3f}")
+            self._warn(values)
+        trainer.accelerator.wait_for_everyone()
+        self.timer.restart()
+
+    def _warn(self, values: dict[str, float]) -> None:
+        for warning in self.watchdog.check(self.state.images_seen, values):
+            self._event("warning", warning)
+
+    def _event(self, kind: str, message: str) -> None:
+        if self.log is not None:
+            say(f"{kind}: {message}")
+            self.log.event(self.state.step, self.state.images_seen, kind, message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +15,26 @@ __all__ = ["build_optimizer", "learning_rate_scale", "set_learning_rate"]
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over `parameters`; its rate is set before every step."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    """AdamW (Loshchilov & Hutter 2019); its rate is set before every step.
+
+    Args:
+        parameters: of the network.
+        lr: peak learning rate.
+        betas: decay of the two moments.
+        weight_decay: decoupled, of `parameters`.
+        undecayed: parameters without weight decay, such as those that belong to a loss.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters), "weight_decay": weight_decay}]
+    rest = list(undecayed)
+    if rest:
+        groups.append({"params": rest, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate_scale(options: OptimizerOptions, images_seen: int, images: int, start: int = 0) -> float:

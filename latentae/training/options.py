@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["EmaOptions", "LogOptions", "ModelOptions", "OptimizerOptions"]
+__all__ = ["EmaOptions", "FailureOptions", "LogOptions", "ModelOptions", "OptimizerOptions"]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -15,7 +15,30 @@ class ModelOptions(BaseModel):
     """The autoencoder: a preset, with single values replaced."""
 
     model_config = _STRICT
-    preset: str = Field(default="kl-f8", description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32 or tiny.")
+    preset: str = Field(
+        default="kl-f8",
+        description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32 or tiny; 'init' takes that of init_from.",
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="Weights to begin with: a run, checkpoint, diffusers folder, or a safetensors or LDM file.",
+    )
+    init_discriminator: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="Whether init_from gives the discriminator too: if it has one that fits, always, or never."
+    )
+    train: Literal["all", "decoder", "decoder-head", "encoder", "latent"] = Field(
+        default="all",
+        description="What is trained: all; the decoder or its last level only (the latent stays as it is); the encoder only; "
+        "or the coarsest levels of both around the latent.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute residual blocks in the backward pass: less memory, about a third more time."
+    )
+    latent_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="Standard deviation of noise mixed into the latent, z' = (1 - t) z + t noise with t uniform (l-DeTok: 3).",
+    )
     latent_channels: int | None = Field(default=None, ge=1, description="Channels of the latent instead of the preset's.")
     block_out_channels: tuple[int, ...] | None = Field(
         default=None, description="Channels of each level instead of the preset's."
@@ -71,3 +94,14 @@ class LogOptions(BaseModel):
     validation_every_images: int = Field(default=0, ge=0, description="Images between validations with a picture; 0: 10 in all.")
     validation_images: int = Field(default=64, ge=1, description="Held-out images per validation.")
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
+    wandb: str | None = Field(default=None, description="Also log to this Weights & Biases project (needs the package wandb).")
+
+
+class FailureOptions(BaseModel):
+    """What happens when a loss or gradient is not finite."""
+
+    model_config = _STRICT
+    max_skipped_in_a_row: int = Field(
+        default=10, ge=1, description="Steps with a non-finite loss or gradient that are skipped before the run rolls back."
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="Returns to the last checkpoint before the run stops.")

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from latentae.data.options import DataOptions
 from latentae.errors import RecipeError
 from latentae.losses.options import LossOptions
 from latentae.models.config import AutoencoderKLConfig, preset
-from latentae.training.options import EmaOptions, LogOptions, ModelOptions, OptimizerOptions
+from latentae.training.options import EmaOptions, FailureOptions, LogOptions, ModelOptions, OptimizerOptions
 
-__all__ = ["Recipe", "config", "load_recipe", "recipe_options", "shipped_recipes"]
+__all__ = ["Recipe", "load_recipe", "recipe_options", "shipped_recipes"]
+
+# What a phase may replace; the rest, above all the shape of the model, is that of the whole run.
+_PHASE_KEYS = ("name", "images", "batch_size", "gradient_accumulation", "model", "data", "loss", "optimizer", "ema")
+_PHASE_MODEL_KEYS = ("train", "latent_noise", "gradient_checkpointing")
+# Options of ModelOptions that are not keys of the autoencoder's config.
+_NOT_SHAPE = {
+    "preset",
+    "initialization",
+    "initial_logvar",
+    "init_from",
+    "init_discriminator",
+    "train",
+    "gradient_checkpointing",
+    "latent_noise",
+}
+# What may differ between two halves of one run: the weights do not depend on it, or by rounding only.
+_NOT_IDENTITY = {
+    "description",
+    "checkpoint_every_images",
+    "keep_checkpoints",
+    "checkpoint_url",
+    "compile",
+    "gradient_accumulation",
+    "failure",
+    "log",
+}
+_NOT_IDENTITY_OF_DATA = ("workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row")
 
 
 class Recipe(BaseModel):
@@ -28,34 +56,95 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: str = Field(default="", description="One sentence for people.")
-    images: int = Field(default=10_000_000, ge=1, description="Images to see in all.")
+    images: int = Field(default=10_000_000, ge=1, description="Images to see in all; with phases, the sum of theirs.")
     batch_size: int = Field(default=16, ge=1, description="Images per optimizer step, over all processes and accumulation steps.")
     gradient_accumulation: int = Field(default=1, ge=1, description="Parts each process cuts its share of a batch into.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Compute type; auto is bf16 on a GPU that has it, else fp32."
     )
+    compile: bool = Field(default=False, description="torch.compile encoder, decoder and discriminator; R1 and R2 need eager.")
     seed: int = Field(default=0, ge=0, description="Seed of weights, data order, augmentation and posterior noise.")
     checkpoint_every_images: int = Field(
         default=100_000, ge=1, description="Images between checkpoints; the last state is always saved."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
+    checkpoint_url: str | None = Field(
+        default=None,
+        description="Copy every checkpoint there too, and go on from there: any fsspec URL, such as s3://bucket/run.",
+    )
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
     loss: LossOptions = LossOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     ema: EmaOptions = EmaOptions()
     log: LogOptions = LogOptions()
+    failure: FailureOptions = FailureOptions()
+    phases: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        description="Tables of what differs in each phase, with its images: one after the other on the same weights.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _images_of_phases(cls, values: Any) -> Any:
+        phases = values.get("phases") if isinstance(values, dict) else None
+        if not phases:
+            return values
+        for index, phase in enumerate(phases):
+            _check_phase(index, phase)
+        images = sum(phase["images"] for phase in phases)
+        if values.get("images", images) != images:
+            raise ValueError(f"images is {values['images']}, but the phases see {images}; set phases.N.images")
+        return {**values, "images": images}
+
+    @model_validator(mode="after")
+    def _eager_penalties(self) -> Self:
+        phases = self.phase_recipes()
+        if self.compile and any(phase.loss.adversarial.r1 or phase.loss.adversarial.r2 for phase in phases):
+            raise ValueError("loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; set compile = false")
+        for index, phase in enumerate(phases):
+            if phase.model.train not in ("all", "encoder", "latent") and phase.loss.alignment.weight:
+                where = f"phases.{index}." if self.phases else ""
+                raise ValueError(f"{where}loss.alignment moves the encoder, but model.train is {phase.model.train!r}; drop one")
+        return self
+
+    def phase_recipes(self) -> tuple[Recipe, ...]:
+        """The recipe of each phase, with `images` of its own and its name as description; without phases, this one."""
+        if not self.phases:
+            return (self,)
+        base = self.model_dump(mode="json", exclude={"phases"})
+        return tuple(self._phase(base, index, phase) for index, phase in enumerate(self.phases))
+
+    @staticmethod
+    def _phase(base: dict[str, Any], index: int, phase: dict[str, Any]) -> Recipe:
+        values = _merged(base, {key: value for key, value in phase.items() if key != "name"})
+        name = phase.get("name", f"phase {index + 1}")
+        # another seed: the same data in the same order and with the same crops would come again
+        try:
+            return Recipe(**{**values, "description": name, "seed": base["seed"] + index})
+        except ValidationError as error:
+            raise ValueError(_explain(f"phases.{index}", error)) from error
 
     def autoencoder_config(self) -> AutoencoderKLConfig:
-        """The shape of the model; its sample_size is the training resolution."""
-        replaced = self.model.model_dump(exclude={"preset", "initialization", "initial_logvar"}, exclude_none=True)
+        """The shape of the model; its sample_size is the training resolution, unless the shape is that of `model.init_from`.
+
+        Raises:
+            RecipeError: the shape is that of `model.init_from`, which is not set.
+            ModelError: no such preset, or a model that can't be read.
+        """
+        replaced = self.model.model_dump(exclude=_NOT_SHAPE, exclude_none=True)
+        if self.model.preset == "init":
+            if self.model.init_from is None:
+                raise RecipeError("the model is to be that of --init-from, which is not given; name a run, a folder or a file")
+            return _initial_config(str(self.model.init_from)).model_copy(update=replaced)
         return preset(self.model.preset, sample_size=self.data.resolution, **replaced)
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights: what two runs must share to be the same job."""
-        values = self.model_dump(mode="json", exclude={"description", "checkpoint_every_images", "keep_checkpoints", "log"})
-        for name in ("workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row"):
-            values["data"].pop(name, None)
+        values = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        values["model"].pop("gradient_checkpointing")
+        for name in _NOT_IDENTITY_OF_DATA:
+            values["data"].pop(name)
         return values
 
     def toml(self) -> str:
@@ -63,6 +152,37 @@ class Recipe(BaseModel):
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _check_phase(index: int, phase: Any) -> None:
+    where = f"phases.{index}"
+    if not isinstance(phase, dict):
+        raise ValueError(f"{where} is {phase!r}, expected a table")
+    for key in phase:
+        if key not in _PHASE_KEYS:
+            raise ValueError(f"{where}.{key} can't differ between phases; a phase may set {', '.join(_PHASE_KEYS)}")
+    for key in phase.get("model", {}):
+        if key not in _PHASE_MODEL_KEYS:
+            raise ValueError(f"{where}.model.{key} can't differ between phases; {', '.join(_PHASE_MODEL_KEYS)} may")
+    if not isinstance(phase.get("images"), int) or phase["images"] < 1:
+        raise ValueError(f"{where}.images is {phase.get('images')!r}, expected how many images it sees")
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **base,
+        **{
+            key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+            for key, value in changes.items()
+        },
+    }
+
+
+@cache
+def _initial_config(path: str) -> AutoencoderKLConfig:
+    from latentae.models.initial import load_initial
+
+    return load_initial(path).config
 
 
 def shipped_recipes() -> list[str]:
@@ -89,7 +209,8 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None
         _replace(values, key, value, name)
     try:
         result = Recipe(**values)
-        result.autoencoder_config()
+        if result.model.preset != "init":
+            result.autoencoder_config()
     except ValidationError as error:
         raise RecipeError(_explain(name, error)) from error
     return result
@@ -126,6 +247,13 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _replace(values: dict[str, Any], key: str, value: Any, name: str) -> None:
+    of_phase = re.fullmatch(r"phases\.(\d+)\.(.+)", key)
+    if of_phase:
+        number, key = int(of_phase[1]), of_phase[2]
+        if number >= len(values.get("phases", ())):
+            raise RecipeError(f"{name}: there is no phase {number}; it has {len(values.get('phases', ()))}, counted from 0")
+        values.pop("images", None)  # the sum of the phases': it may change now
+        values = values["phases"][number]
     if key not in recipe_options():
         raise RecipeError(f"{name}: unknown option {key}; {_nearest(key)}")
     *path, last = key.split(".")
@@ -159,6 +287,8 @@ def _explain(name: str, error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{name}: unknown key {key}; {_nearest(key)}"
+    if first["type"] == "value_error":  # a check of ours over several options, which it names
+        return f"{name}: {first['msg'].removeprefix('Value error, ')}"
     return f"{name}: {key} is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
 
 
@@ -174,12 +304,3 @@ def _options(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldIn
             yield from _options(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
-
-
-def config(recipe: str | Path, **overrides: Any) -> str:
-    """The resolved recipe as TOML text; a nested option is a nested mapping, `config("kl-f8", optimizer={"lr": 2e-4})`.
-
-    Raises:
-        RecipeError: see `load_recipe`.
-    """
-    return load_recipe(recipe, overrides).toml()

@@ -1,195 +1,337 @@
 """One optimizer step of the autoencoder and, once it plays, of the discriminator.
 
 The adversarial and image losses are differentiated down to the reconstruction only (a leaf), and their gradient is then sent
-through the autoencoder in a single backward pass. The discriminator's parameters get no gradient from the autoencoder's loss,
-nothing needs freezing, and no graph is kept.
+through the autoencoder in a single backward pass. The discriminator's parameters get no gradient from the autoencoder's loss, and no
+graph is kept. An adaptive weight compares gradients at the decoder's last layer, from that layer's own input; an alignment of the
+latent stops the backward pass at the latent for the same comparison at the encoder's last layer, and goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from latentae.data.transforms import to_float
-from latentae.losses.adversarial import hinge_discriminator, hinge_generator
-from latentae.losses.objective import Objective
-from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.discriminator import PatchDiscriminator
-from latentae.models.initialization import set_initial_logvar, start_linear
+from latentae.losses.objective import LossTerms, Objective
+from latentae.models.autoencoder import AutoencoderOutput
+from latentae.models.corruptions import mix_noise
+from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
+from latentae.training.adversary import Adversary, reduction, wide
 from latentae.training.ema import Ema
-from latentae.training.keyed import keyed_normal
+from latentae.training.keyed import keyed_normal, keyed_uniform
+from latentae.training.launch import agree
+from latentae.training.networks import build_autoencoder, build_discriminator
 from latentae.training.optim import build_optimizer, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["TrainState", "Trainer", "build_autoencoder", "build_discriminator"]
+__all__ = ["TrainState", "Trainer"]
+
+RATIO_EPS = 1e-4  # VQGAN (Esser et al. 2021), eq. 7, as LDM's code has it
 
 
 @dataclass
 class TrainState:
-    """How far a run is."""
+    """How far a run is.
+
+    Attributes:
+        step: steps of the run, the skipped ones too.
+        images_seen: images of the run.
+        phase: index of the recipe's phase, from 0.
+        phase_images: images of this phase.
+        skipped: steps left out because a loss or gradient was not finite.
+        skipped_in_a_row: how many of them were the last ones.
+        rollbacks: returns to an earlier checkpoint.
+    """
 
     step: int = 0
     images_seen: int = 0
+    phase: int = 0
+    phase_images: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
 
 
-def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
-    """The recipe's autoencoder with the weights its seed gives."""
-    torch.manual_seed(recipe.seed)
-    model = AutoencoderKL(recipe.autoencoder_config())
-    if recipe.model.initialization == "linear":
-        start_linear(model)
-    set_initial_logvar(model, recipe.model.initial_logvar)
-    return model
+@dataclass(frozen=True)
+class Part:
+    """One accumulation step: its images [b, C, H, W] in [-1, 1], its number of how many, and what is asked of it."""
 
+    images: Tensor
+    index: int = 0
+    count: int = 1
+    adversarial: bool = False
+    report: bool = False
 
-def build_discriminator(recipe: Recipe) -> PatchDiscriminator | None:
-    """The recipe's discriminator, or None where no adversarial term is asked for."""
-    options = recipe.loss.adversarial
-    if not options.weight:
-        return None
-    torch.manual_seed(recipe.seed + 1)
-    channels = recipe.autoencoder_config().out_channels
-    model = PatchDiscriminator(channels, options.channels, options.layers, options.norm)
-    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    @property
+    def last(self) -> bool:
+        """Whether gradients are reduced over processes in its backward pass."""
+        return self.index == self.count - 1
 
 
 class Trainer:
-    """The networks of a run, their optimizers and their average, and the step that moves them.
+    """The networks of one phase, their optimizers and their average, and the step that moves them.
 
-    Trainable networks are called only through what `accelerator.prepare` returned, so that gradients are reduced.
+    Trainable networks are called only through what `accelerator.prepare` returned, so that gradients are reduced; parameters that belong
+    to a loss are reduced here.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator = recipe, accelerator
-        o = recipe.optimizer
-        self.objective = Objective(recipe.loss).to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.raw_autoencoder = build_autoencoder(recipe).to(accelerator.device)
+        o, device = recipe.optimizer, accelerator.device
+        self.raw_autoencoder = build_autoencoder(recipe).to(device)
+        latent_channels = self.raw_autoencoder.config.latent_channels
+        self.objective = Objective(recipe.loss, latent_channels).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = Ema(self.raw_autoencoder, recipe.ema.half_life_images)
-        optimizer = build_optimizer(self.raw_autoencoder.parameters(), o.lr, o.betas, o.weight_decay)
+        if recipe.compile:
+            self.raw_autoencoder.compile_coders()
+        self.trained = [p for p in self.raw_autoencoder.parameters() if p.requires_grad]
+        self.owned = [p for p in self.objective.parameters() if p.requires_grad]  # by the losses
+        optimizer = build_optimizer(self.trained, o.lr, o.betas, o.weight_decay, undecayed=self.owned)
         self.autoencoder, self.optimizer = accelerator.prepare(self.raw_autoencoder, optimizer)
-        self.raw_discriminator = build_discriminator(recipe)
-        self.discriminator: nn.Module | None = None
-        self.discriminator_optimizer: torch.optim.Optimizer | None = None
-        if self.raw_discriminator is not None:
-            self.raw_discriminator.to(accelerator.device)
-            d_lr = o.discriminator_lr or o.lr
-            d_optimizer = build_optimizer(self.raw_discriminator.parameters(), d_lr, o.discriminator_betas, 0.0)
-            self.discriminator, self.discriminator_optimizer = accelerator.prepare(self.raw_discriminator, d_optimizer)
+        network = build_discriminator(recipe)
+        self.adversary = None if network is None else Adversary(recipe, accelerator, network)
         self.state = TrainState()
 
     @property
+    def raw_discriminator(self) -> nn.Module | None:
+        """The bare discriminator, if there is one."""
+        return None if self.adversary is None else self.adversary.raw
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """Everything with a state that a checkpoint keeps, by name, but for the optimizers."""
+        parts = {"autoencoder": self.raw_autoencoder, "ema": self.ema, "objective": self.objective}
+        if self.adversary is not None:
+            parts["discriminator"] = self.adversary.raw
+            if self.adversary.lecam is not None:
+                parts["lecam"] = self.adversary.lecam
+        return parts
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by name."""
+        found = {"autoencoder": self.optimizer}
+        return found if self.adversary is None else {**found, "discriminator": self.adversary.optimizer}
+
+    @property
     def finished(self) -> bool:
-        """Whether the recipe's images have been seen."""
-        return self.state.images_seen >= self.recipe.images
+        """Whether the phase's images have been seen."""
+        return self.state.phase_images >= self.recipe.images
 
     @property
     def adversarial(self) -> bool:
         """Whether the discriminator plays at this step."""
-        return self.discriminator is not None and self.state.images_seen >= self.recipe.loss.adversarial.start_images
+        return self.adversary is not None and self.adversary.plays(self.state.phase_images)
 
-    def update(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    def update(self, parts: Sequence[Tensor], report: bool = False) -> dict[str, Tensor]:
         """One step of all networks on this process's share of a global batch.
+
+        A step whose loss or gradient is not finite on any process is left out on all; the state counts it.
 
         Args:
             parts: uint8 images [b, C, H, W] per accumulation step, equal in size on all processes.
+            report: also measure each term's gradient norm, at the reconstruction or the latent it is computed from.
 
         Returns:
             Means over this process's share of every term, unweighted, and gradient norms; detached scalars.
         """
+        adversary = self.adversary if self.adversarial else None
         self._set_learning_rates()
-        adversarial = self.adversarial
         sums: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             images = to_float(part.to(self.accelerator.device, non_blocking=True))
-            synchronize = index == len(parts) - 1
-            scalars, fake = self._autoencoder_backward(images, index, len(parts), adversarial, synchronize)
-            if adversarial:
-                scalars |= self._discriminator_backward(images, fake, len(parts), synchronize)
+            part = Part(images, index, len(parts), adversary is not None, report)
+            scalars, fake = self._autoencoder_backward(part)
+            if adversary is not None:
+                scalars |= adversary.backward(images, fake, part.count, part.last, self.state.step)
             for name, value in scalars.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / len(parts)
-        sums["gradient_norm/autoencoder"] = self._optimizer_step(self.raw_autoencoder, self.optimizer)
-        if adversarial and self.raw_discriminator is not None and self.discriminator_optimizer is not None:
-            sums["gradient_norm/discriminator"] = self._optimizer_step(self.raw_discriminator, self.discriminator_optimizer)
-        self.state.step += 1
-        self.state.images_seen += self.recipe.batch_size
-        self.ema.update(self.raw_autoencoder, self.state.images_seen, self.recipe.batch_size)
-        return sums
+        self._reduce_owned()
+        norms = {"autoencoder": self._clip([*self.trained, *self.owned])}
+        if adversary is not None:
+            norms["discriminator"] = self._clip(adversary.parameters)
+        (bad,) = agree(self.accelerator, not torch.isfinite(torch.stack([sums["loss/total"], *norms.values()])).all().item())
+        self._finish_step(adversary, apply=not bad)
+        return sums | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
 
-    def _autoencoder_backward(
-        self, images: Tensor, index: int, count: int, adversarial: bool, synchronize: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _finish_step(self, adversary: Adversary | None, apply: bool) -> None:
+        if apply:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if adversary is not None:
+            adversary.finish_step(apply)
+        state, size = self.state, self.recipe.batch_size
+        state.step += 1
+        state.images_seen += size
+        state.phase_images += size
+        state.skipped += not apply
+        state.skipped_in_a_row = 0 if apply else state.skipped_in_a_row + 1
+        if apply:
+            self.ema.update(self.raw_autoencoder, state.images_seen, size)
+
+    def _autoencoder_backward(self, part: Part) -> tuple[dict[str, Tensor], Tensor]:
         """Accumulate the autoencoder's gradient for one part; returns its terms and the detached reconstruction."""
-        with self._reduction(self.autoencoder, synchronize):
-            output = self.autoencoder(images, noise=self._noise(images, index, count))
-            leaf = _wide(output.reconstruction.detach()).requires_grad_()
-            with self.accelerator.autocast():
-                image = self.objective.image_terms(leaf, images)
-                latent = self.objective.latent_terms(output.posterior, images)
-                generator = (
-                    hinge_generator(self.raw_discriminator(leaf)).mean() if adversarial and self.raw_discriminator else None
-                )
-            image_loss = image.total if generator is None else image.total + self.recipe.loss.adversarial.weight * generator
-            (gradient,) = torch.autograd.grad(image_loss, leaf)
-            torch.autograd.backward(
-                [output.reconstruction, latent.total],
-                [gradient.to(output.reconstruction.dtype) / count, torch.full_like(latent.total, 1 / count)],
+        images, objective = part.images, self.objective
+        adaptive = part.adversarial and self.recipe.loss.adversarial.adaptive
+        aligned = objective.alignment is not None
+        noise = self._noise(part)
+        with reduction(self.accelerator, self.autoencoder, part.last):
+            output = self.autoencoder(
+                images,
+                noise=noise,
+                latent_transform=self._latent_transform(part),
+                cut_latent=aligned,
+                keep_features=adaptive or aligned,
             )
-        scalars = {f"loss/{name}": value for name, value in (image.scalars | latent.scalars).items()}
-        if generator is not None:
-            scalars["loss/adversarial"] = generator.detach()
-        scalars["loss/total"] = (image_loss + latent.total).detach()
+            leaf = wide(output.reconstruction.detach()).requires_grad_()
+            with self.accelerator.autocast():
+                image = objective.image_terms(leaf, images)
+                latent = objective.latent_terms(output.posterior, images)
+            scalars = {f"loss/{name}": value for name, value in (image.scalars | latent.scalars).items()}
+            if part.report:
+                scalars |= _norms(image, [leaf]) | _norms(latent, [output.posterior.mean, output.posterior.logvar])
+            gradient, total = self._image_gradient(part, output, leaf, image, scalars)
+            gradient = gradient.to(output.reconstruction.dtype) / part.count
+            roots, gradients = [output.reconstruction], [gradient]
+            if aligned:
+                torch.autograd.backward(output.reconstruction, gradient)
+                value, at_latent = self._align(part, output, noise, scalars)
+                total = total + value
+                roots, gradients = [output.latent], [at_latent]
+            if latent.total.requires_grad:  # not where the encoder is frozen
+                roots.append(latent.total)
+                gradients.append(torch.full_like(latent.total, 1 / part.count))
+            torch.autograd.backward(roots, gradients)
+        scalars["loss/total"] = (total + latent.total).detach()
         return scalars, leaf.detach()
 
-    def _discriminator_backward(self, real: Tensor, fake: Tensor, count: int, synchronize: bool) -> dict[str, Tensor]:
-        """Accumulate the discriminator's gradient for one part, real and fake in one forward pass."""
-        assert self.discriminator is not None
-        with self._reduction(self.discriminator, synchronize):
-            logits = _wide(self.discriminator(torch.cat([real, fake])))
-            on_real, on_fake = logits.chunk(2)
-            loss = hinge_discriminator(on_real, on_fake).mean()
-            (loss / count).backward()
-        return {
-            "loss/discriminator": loss.detach(),
-            "discriminator/logits_real": on_real.detach().mean(),
-            "discriminator/logits_fake": on_fake.detach().mean(),
-        }
+    def _image_gradient(
+        self, part: Part, output: AutoencoderOutput, leaf: Tensor, image: LossTerms, scalars: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of all losses on the image at the reconstruction, and their weighted sum; adds to `scalars`."""
+        gradient, *owned = torch.autograd.grad(image.total, [leaf, *self.owned], allow_unused=True)
+        _accumulate(self.owned, owned, 1 / part.count)
+        if not part.adversarial or self.adversary is None:
+            return gradient, image.total.detach()
+        options = self.recipe.loss.adversarial
+        with self.accelerator.autocast():
+            loss = self.adversary.generator_loss(leaf)
+        (adversarial,) = torch.autograd.grad(loss, leaf)
+        weight = torch.full((), options.weight, device=leaf.device, dtype=leaf.dtype)
+        if options.adaptive:
+            assert output.decoder_features is not None
+            both = torch.cat([gradient, adversarial], dim=1)
+            pair = decoder_weight_gradient(self.raw_autoencoder, output.decoder_features, both).chunk(2)
+            ratio = self._ratio(pair, options.max_ratio)
+            weight = weight * ratio
+            scalars["adversarial/ratio"] = ratio
+        scalars["loss/adversarial"] = loss.detach()
+        if part.report:
+            scalars["gradient_norm/adversarial"] = weight * torch.linalg.vector_norm(adversarial)
+        return gradient + weight * adversarial, (image.total + weight * loss).detach()
 
-    def _reduction(self, model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
-        """DDP sums gradients over processes in the last part's backward pass only."""
-        return nullcontext() if synchronize else self.accelerator.no_sync(model)
+    def _align(self, part: Part, output: AutoencoderOutput, noise: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Add the alignment's gradient at the latent to what came back through the decoder; returns its weighted value too."""
+        options = self.recipe.loss.alignment
+        leaf = wide(output.latent.detach()).requires_grad_()
+        with self.accelerator.autocast():
+            terms = self.objective.alignment_terms(leaf, part.images)
+        gradient, *owned = torch.autograd.grad(terms.total, [leaf, *self.owned], allow_unused=True)
+        assert output.leaf is not None
+        assert output.leaf.grad is not None
+        through_decoder = output.leaf.grad
+        weight = torch.full((), options.weight, device=leaf.device, dtype=leaf.dtype)
+        if options.adaptive:
+            assert output.encoder_features is not None
+            features = output.encoder_features
+            # gradients of the part's own mean, so that the ratio does not depend on the number of parts
+            pair = [
+                encoder_weight_gradient(self.raw_autoencoder, features, noise, g)
+                for g in (through_decoder * part.count, gradient)
+            ]
+            ratio = self._ratio(pair, float("inf"))
+            weight = weight * ratio
+            scalars["alignment/ratio"] = ratio
+        _accumulate(self.owned, owned, weight / part.count)
+        scalars |= {f"loss/{name}": value for name, value in terms.scalars.items()}
+        if part.report:
+            scalars["gradient_norm/alignment"] = weight * torch.linalg.vector_norm(gradient)
+            scalars["gradient_norm/through_decoder"] = torch.linalg.vector_norm(through_decoder) * part.count
+        at_latent = through_decoder + (weight / part.count * gradient).to(through_decoder.dtype)
+        return (weight * terms.total).detach(), at_latent
 
-    def _noise(self, images: Tensor, index: int, count: int) -> Tensor:
+    def _ratio(self, gradients: Sequence[Tensor], limit: float) -> Tensor:
+        """|first| / (|second| + eps), clamped; the gradients [2 x weight] are those of the whole batch of all processes."""
+        pair = torch.stack(list(gradients))
+        if self.accelerator.num_processes > 1:
+            pair = self.accelerator.reduce(pair, "mean")
+        reference, other = pair.flatten(1).norm(dim=1)  # pyright: ignore
+        return (reference / (other + RATIO_EPS)).clamp(0.0, limit).detach()
+
+    def _noise(self, part: Part) -> Tensor:
         """Posterior noise keyed by position in the global batch, so that any split of a batch sees the same numbers."""
-        config, size = self.raw_autoencoder.config, images.shape[0]
-        f = config.downsampling
-        first = (self.accelerator.process_index * count + index) * size  # a process owns consecutive samples of the batch
-        shape = (size, config.latent_channels, images.shape[2] // f, images.shape[3] // f)
-        return keyed_normal(shape, self.recipe.seed, self.state.step, first).to(images.device)
+        return keyed_normal(self._latent_shape(part), self.recipe.seed, self.state.step, self._first(part)).to(part.images.device)
+
+    def _latent_transform(self, part: Part) -> Callable[[Tensor], Tensor] | None:
+        """Noise mixed into what the decoder gets, where the recipe asks for it."""
+        scale = self.recipe.model.latent_noise
+        if not scale:
+            return None
+        key = (self.recipe.seed, self.state.step, self._first(part))
+        shape, device = self._latent_shape(part), part.images.device
+        noise = (scale * keyed_normal(shape, *key, "latent noise")).to(device)
+        share = keyed_uniform(shape[0], *key, "latent noise share").to(device)
+        return lambda latent: mix_noise(latent, noise, share)
+
+    def _first(self, part: Part) -> int:
+        """Position of the part's first sample in the global batch; a process owns consecutive samples of it."""
+        return (self.accelerator.process_index * part.count + part.index) * len(part.images)
+
+    def _latent_shape(self, part: Part) -> tuple[int, int, int, int]:
+        config, (size, _, height, width) = self.raw_autoencoder.config, part.images.shape
+        return size, config.latent_channels, height // config.downsampling, width // config.downsampling
 
     def _set_learning_rates(self) -> None:
-        o, seen, images = self.recipe.optimizer, self.state.images_seen, self.recipe.images
-        set_learning_rate(self.optimizer, o.lr * learning_rate_scale(o, seen, images))
-        if self.discriminator_optimizer is not None:
-            start = self.recipe.loss.adversarial.start_images
-            scale = learning_rate_scale(o, seen, images, start) if self.adversarial else 0.0
-            set_learning_rate(self.discriminator_optimizer, (o.discriminator_lr or o.lr) * scale)
+        o, seen = self.recipe.optimizer, self.state.phase_images
+        set_learning_rate(self.optimizer, o.lr * learning_rate_scale(o, seen, self.recipe.images))
+        if self.adversary is not None:
+            self.adversary.set_learning_rate(seen)
 
-    def _optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _reduce_owned(self) -> None:
+        """Average the gradients of the losses' own parameters, which no DDP wraps, over processes."""
+        if self.accelerator.num_processes == 1 or not self.owned:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.owned]
+        reduced = self.accelerator.reduce(gradients, "mean")
+        for parameter, gradient in zip(self.owned, reduced, strict=True):  # pyright: ignore
+            parameter.grad = gradient
+
+    def _clip(self, parameters: Iterable[Tensor]) -> Tensor:
         limit = self.recipe.optimizer.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision to fp32; losses and their gradients are computed in at least that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], scale: float | Tensor) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient * scale if parameter.grad is None else parameter.grad + gradient * scale
+
+
+def _norms(terms: LossTerms, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Norm of every weighted term's gradient at `inputs`, for the log; the graph stays for the step itself."""
+    inputs = [x for x in inputs if x.requires_grad]
+    norms = {}
+    for name, term in terms.weighted.items():
+        if inputs and term.requires_grad:
+            gradients = torch.autograd.grad(term, inputs, retain_graph=True, allow_unused=True)
+            parts = [torch.linalg.vector_norm(g) for g in gradients if g is not None]
+            if parts:
+                norms[f"gradient_norm/{name}"] = torch.stack(parts).norm()
+    return norms

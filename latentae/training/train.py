@@ -6,32 +6,38 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentae.data.folder import find_images
-from latentae.data.index import load_index
-from latentae.data.loader import TrainLoader
-from latentae.data.shards import expand_shards
-from latentae.data.streaming import StreamLoader, streams
 from latentae.data.writing import BAD_SAMPLES
-from latentae.data.writing import shards as write_shards
-from latentae.errors import DataError, OutputError, RecipeError, TrainingError
+from latentae.errors import Interrupted, OutputError, TrainingError
 from latentae.files import write_text
 from latentae.jobs import RECORD, Job
-from latentae.progress import say
-from latentae.training.checkpoint import find_checkpoint, load_checkpoint
-from latentae.training.launch import build_accelerator, close_accelerator, on_main
-from latentae.training.loop import run_loop
+from latentae.progress import Progress, say
+from latentae.training.checkpoint import find_checkpoint, read_state, save_checkpoint
+from latentae.training.launch import build_accelerator, close_accelerator, in_contact, on_main
+from latentae.training.loop import PhaseLoop
+from latentae.training.mirror import Mirror
+from latentae.training.plan import describe_phases
+from latentae.training.preparation import build_loader, build_validation, check_sizes, job_inputs, make_shards
 from latentae.training.recipe import Recipe, load_recipe
-from latentae.training.reporting import MetricsLog
+from latentae.training.recovery import restore
+from latentae.training.reporting import MetricsLog, check_wandb, devices
+from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer
-from latentae.training.validation import Validation, held_out_batches
+from latentae.training.summary import write_summary
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["measure_speed", "train"]
+__all__ = ["train"]
 
 
-def train(recipe: str | Path | Recipe, output: str | Path, *, resume: str | Path = "auto", **overrides: Any) -> Path:
+def train(
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    *,
+    resume: str | Path = "auto",
+    init_from: str | Path | None = None,
+    **overrides: Any,
+) -> Path:
     """Train an autoencoder; run again, it goes on where it stopped.
 
     Args:
@@ -39,6 +45,8 @@ def train(recipe: str | Path | Recipe, output: str | Path, *, resume: str | Path
         output: the run folder.
         resume: "auto" (go on if `output` holds this run), "never" (refuse a folder that holds a run), or the path of a run or
             checkpoint to go on from in a new folder.
+        init_from: weights to begin a new run with: a run, checkpoint, diffusers folder, or a safetensors or LDM file (the recipe's
+            `model.init_from`).
         **overrides: options of the recipe: `images=1000`, `data={"shards": "photos"}`, `**{"optimizer.lr": 1e-3}`.
 
     Returns:
@@ -48,41 +56,23 @@ def train(recipe: str | Path | Recipe, output: str | Path, *, resume: str | Path
         RecipeError, DataError, OutputError, ModelError, WeightsError, TrainingError: one line each, nothing half-written.
         Interrupted: stopped by a signal, after the state was saved.
     """
+    if init_from is not None:
+        overrides["model.init_from"] = str(init_from)
     resolved, run = load_recipe(recipe, overrides), Path(output)
+    check_wandb(resolved.log)
+    resolved.autoencoder_config()
     accelerator = build_accelerator(resolved.precision)
     try:
-        resolved = on_main(accelerator, lambda: _prepare_data(resolved, run))
-        inputs = _inputs(resolved)
-        if on_main(accelerator, lambda: _already_finished(run, inputs, str(resume))):
-            say(f"{run} is finished: {resolved.images} images seen; nothing to do")
-            return run
-        _train(resolved, run, inputs, resume, accelerator)
+        with StopFlag(announce=accelerator.is_main_process) as stop, in_contact(accelerator):
+            resolved = on_main(accelerator, lambda: make_shards(resolved, run))
+            inputs = job_inputs(resolved)
+            if on_main(accelerator, lambda: _already_finished(run, inputs, str(resume))):
+                say(f"{run} is finished: {resolved.images} images seen; nothing to do")
+                return run
+            _Run(resolved, run, inputs, accelerator, stop).train(resume)
     finally:
         close_accelerator(accelerator)
     return run
-
-
-def _prepare_data(recipe: Recipe, run: Path) -> Recipe:
-    """Make shards first where the data is a folder of images; returns the recipe with shards in it."""
-    shards = recipe.data.shards
-    if shards is None:
-        raise RecipeError("no training data: give --data.shards SHARDS (or a folder of images)")
-    if not Path(shards).is_dir() or any(Path(shards).glob("*.tar")):
-        return recipe
-    try:
-        find_images(shards)
-    except DataError as error:
-        raise DataError(f"data.shards: {shards} holds neither .tar shards nor images; name a folder of either") from error
-    made = run.with_name(run.name + "-shards")
-    write_shards(shards, made)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": str(made)})})
-
-
-def _inputs(recipe: Recipe) -> dict[str, Any]:
-    """What makes two runs the same job: the recipe's identity and the data's digest."""
-    paths = expand_shards(str(recipe.data.shards))
-    digest = "" if streams(paths, recipe.data.index) else load_index(paths, recipe.data.index).digest
-    return {"recipe": recipe.identity(), "data_digest": digest}
 
 
 def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
@@ -96,99 +86,115 @@ def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
     return Job.open(run, "train", inputs).state == "finished"
 
 
-def _train(recipe: Recipe, run: Path, inputs: dict[str, Any], resume: str | Path, accelerator: Accelerator) -> None:
-    loader = build_loader(recipe, accelerator, run / BAD_SAMPLES)
-    validation = Validation(held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images))
-    trainer = Trainer(recipe, accelerator)
-    _check_resolution(recipe, trainer)
-    start = find_checkpoint(run if resume in ("auto", "never") else Path(resume))
-    if start is None and resume not in ("auto", "never"):
-        raise TrainingError(f"--resume {resume} holds no checkpoint; give a run folder or one of its checkpoints")
-    if start is not None:
-        loader.load_state_dict(load_checkpoint(trainer, start))
-    job = on_main(accelerator, lambda: Job.open(run, "train", inputs))
-    if accelerator.is_main_process:
-        write_text(run / "recipe.toml", recipe.toml())
-        _announce(recipe, trainer, loader, validation, start)
-        log = MetricsLog(run, trainer.state.step, recipe.log.tensorboard)
-    else:
-        log = None
-    with log or nullcontext():
-        run_loop(trainer, loader, run, validation, log)
-    on_main(accelerator, lambda: job.finish(images_seen=trainer.state.images_seen, steps=trainer.state.step))
+class _Run:
+    """One run: its phases one after the other, from wherever its last checkpoint stands."""
 
+    def __init__(self, recipe: Recipe, folder: Path, inputs: dict[str, Any], accelerator: Accelerator, stop: StopFlag) -> None:
+        self.recipe, self.folder, self.inputs, self.accelerator, self.stop = recipe, folder, inputs, accelerator, stop
+        self.phases, self.main = recipe.phase_recipes(), accelerator.is_main_process
+        self.mirror: Mirror | None = None
 
-def build_loader(recipe: Recipe, accelerator: Accelerator, bad_log: Path | None = None) -> TrainLoader | StreamLoader:
-    """This process's share of the data: in exact order, or streamed from remote shards that have no index.
+    def train(self, resume: str | Path) -> None:
+        """Train what is left of it."""
+        with self.stop.at_once("before the first step"):
+            start = on_main(self.accelerator, lambda: self._starting_point(resume))
+            first = 0 if start is None else self._phase_after(start)
+            self._enter(first, start)
+            job = on_main(self.accelerator, lambda: Job.open(self.folder, "train", self.inputs))
+            log = self._open_log(start) if self.main else None
+        seen = min(self.trainer.state.images_seen, self.recipe.images)
+        try:
+            with log or nullcontext(), Progress("training", self.recipe.images, initial=seen, quiet=not self.main) as progress:
+                for phase in range(first, len(self.phases)):
+                    if phase > first:
+                        self._next(phase)
+                    PhaseLoop(
+                        self.trainer, self.loader, self.folder, self.validation, self._save, log, progress, self.stop
+                    ).train()
+            state = self.trainer.state
+            on_main(self.accelerator, lambda: job.finish(images_seen=state.images_seen, steps=state.step))
+        except Interrupted:
+            if not self.stop.requeue:  # a scheduler that asked for the end does not wait for a page
+                self._summarize()
+            raise
+        self._summarize()
 
-    Raises:
-        RecipeError: the global batch does not divide over processes and accumulation steps.
-    """
-    parts = accelerator.num_processes * recipe.gradient_accumulation
-    if recipe.batch_size % parts:
-        raise RecipeError(
-            f"batch_size {recipe.batch_size} does not divide over {accelerator.num_processes} processes x "
-            f"{recipe.gradient_accumulation} accumulation steps; use a multiple of {parts}"
-        )
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    if streams(expand_shards(str(recipe.data.shards)), recipe.data.index):
-        return StreamLoader(recipe.data, recipe.batch_size // world_size, recipe.seed, rank)
-    return TrainLoader(recipe.data, recipe.batch_size // world_size, recipe.seed, rank, world_size, bad_log)
+    def _summarize(self) -> None:
+        if self.main:
+            say(f"summary: {write_summary(self.folder)}")
 
-
-def _check_resolution(recipe: Recipe, trainer: Trainer) -> None:
-    resolution, f = recipe.data.resolution, trainer.raw_autoencoder.config.downsampling
-    if resolution % f:
-        raise RecipeError(
-            f"data.resolution {resolution} is not a multiple of the model's downsampling {f}; use {resolution // f * f or f}"
-        )
-    for part in (trainer.raw_discriminator, trainer.objective.perceptual):
-        if part is not None and resolution < part.minimum_size:
-            raise RecipeError(
-                f"data.resolution {resolution} is below the {part.minimum_size} pixels that {type(part).__name__} needs"
+    def _starting_point(self, resume: str | Path) -> Path | None:
+        """The checkpoint to go on from, fetched first if it is only at the recipe's `checkpoint_url`; on the first process."""
+        if self.recipe.checkpoint_url is not None:
+            self.mirror = Mirror(
+                self.recipe.checkpoint_url, self.inputs, self.recipe.keep_checkpoints, lambda: self.stop.requested
             )
+            self.mirror.claim()
+            if resume == "auto":
+                Job.open(self.folder, "train", self.inputs)  # the folder must be ours before a checkpoint is put into it
+                return self.mirror.newest(self.folder)
+        found = find_checkpoint(self.folder if resume in ("auto", "never") else Path(resume))
+        if found is None and resume not in ("auto", "never"):
+            raise TrainingError(f"--resume {resume} holds no checkpoint; give a run folder or one of its checkpoints")
+        return found
 
+    def _phase_after(self, checkpoint: Path) -> int:
+        """The phase that a checkpoint stands in, or the next one where it ended one."""
+        state = read_state(checkpoint)
+        if state.phase >= len(self.phases):
+            raise TrainingError(
+                f"{checkpoint} stands in phase {state.phase}, but the recipe has {len(self.phases)}, counted from 0"
+            )
+        ended = state.phase_images >= self.phases[state.phase].images
+        return min(state.phase + ended, len(self.phases) - 1)
 
-def _announce(
-    recipe: Recipe, trainer: Trainer, loader: TrainLoader | StreamLoader, validation: Validation, start: Path | None
-) -> None:
-    a, config = trainer.accelerator, trainer.raw_autoencoder.config
-    size = sum(p.numel() for p in trainer.raw_autoencoder.parameters())
-    f, z, r = config.downsampling, config.latent_channels, recipe.data.resolution
-    say(f"model: {size / 1e6:.2f} M parameters, f{f} z{z}: {r} x {r} x 3 -> {r // f} x {r // f} x {z}")
-    loader.announce()
-    say(f"validation: {sum(len(b.keys) for b in validation.batches)} held-out images")
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.objective.effective_weights().items())
-    say(f"loss weights per image element: {weights}")
-    say(
-        f"{a.num_processes} process(es) on {a.device.type}, {a.mixed_precision.replace('no', 'fp32')}, global batch {recipe.batch_size}"
-    )
-    if start is not None:
-        say(f"resuming {start} at image {trainer.state.images_seen} of {recipe.images}")
+    def _enter(self, phase: int, checkpoint: Path | None) -> None:
+        """Build networks and data of a phase, with the state of a checkpoint of it or of an earlier one."""
+        recipe = self.phases[phase]
+        self.loader = build_loader(recipe, self.accelerator, self.folder / BAD_SAMPLES)
+        self.validation = build_validation(recipe, self.accelerator)
+        self.trainer = Trainer(recipe, self.accelerator)
+        check_sizes(recipe, self.trainer)
+        if checkpoint is None:
+            return
+        position = restore(self.trainer, checkpoint, phase)
+        if position is not None:
+            self.loader.load_state_dict(position)
 
+    def _next(self, phase: int) -> None:
+        """Go on with the next phase on the weights that the last one saved."""
+        end = find_checkpoint(self.folder)
+        del self.trainer, self.loader, self.validation
+        self.accelerator.free_memory()
+        with self.stop.at_once(f"before phase {phase}"):
+            self._enter(phase, end)
+        if self.main:
+            say(f"phase {phase} of {len(self.phases)}, counted from 0: {self.phases[phase].description}")
+            self.loader.announce()
 
-def measure_speed(recipe: Recipe, seconds: float = 8.0, warmup_steps: int = 2) -> float:
-    """Images per second that training this recipe reaches here, from real steps on its data, which are then thrown away.
+    def _save(self) -> None:
+        """The first process writes a checkpoint; its error reaches all."""
+        position = self.loader.state_dict()
+        on_main(self.accelerator, lambda: save_checkpoint(self.trainer, self.folder, position, self.inputs, self.mirror) and None)
 
-    Args:
-        recipe: with its data in place; a discriminator, if any, takes part from the first step.
-        seconds: how long to measure, after the warm-up.
-        warmup_steps: steps that do not count.
-    """
-    import time
+    def _open_log(self, start: Path | None) -> MetricsLog:
+        write_text(self.folder / "recipe.toml", self.recipe.toml())
+        self._announce(start)
+        state = self.trainer.state
+        log = MetricsLog(self.folder, state.step, self.recipe.log, self.recipe)
+        log.event(state.step, state.images_seen, "start", devices(self.accelerator))
+        return log
 
-    adversarial = recipe.loss.adversarial.model_copy(update={"start_images": 0})
-    recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"adversarial": adversarial})})
-    accelerator = build_accelerator(recipe.precision)
-    try:
-        trainer, batches = Trainer(recipe, accelerator), iter(build_loader(recipe, accelerator))
-        start, steps = time.monotonic(), -warmup_steps
-        while steps < 3 or time.monotonic() - start < seconds:
-            trainer.update(next(batches).images.chunk(recipe.gradient_accumulation))
-            if (steps := steps + 1) == 0:
-                start = time.monotonic()
-        if accelerator.device.type == "cuda":
-            float(next(trainer.raw_autoencoder.parameters()).sum())  # the device may still be working
-        return steps * recipe.batch_size / (time.monotonic() - start)
-    finally:
-        close_accelerator(accelerator)
+    def _announce(self, start: Path | None) -> None:
+        a, config = self.accelerator, self.trainer.raw_autoencoder.config
+        size = sum(p.numel() for p in self.trainer.raw_autoencoder.parameters())
+        f, z, r, c = config.downsampling, config.latent_channels, self.trainer.recipe.data.resolution, config.in_channels
+        say(f"model: {size / 1e6:.2f} M parameters, f{f} z{z}: {r} x {r} x {c} -> {r // f} x {r // f} x {z}")
+        self.loader.announce()
+        say(f"validation: {sum(len(b.keys) for b in self.validation.batches)} held-out images")
+        for line in describe_phases(self.recipe):
+            say(line)
+        precision = a.mixed_precision.replace("no", "fp32")
+        say(f"{a.num_processes} process(es) on {a.device.type}, {precision}, global batch {self.trainer.recipe.batch_size}")
+        if start is not None:
+            say(f"resuming {start} at image {self.trainer.state.images_seen} of {self.recipe.images}")

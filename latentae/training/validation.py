@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,16 @@ from latentae.training.steps import Trainer
 __all__ = ["Validation", "held_out_batches"]
 
 PICTURES = 8
+LARGEST_BATCH = 8  # one process measures, and a global batch is cut over many; eight fill a device well enough
 
 
 def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[Batch]:
     """The held-out images of a recipe, resized and centre-cropped; empty where there are none.
+
+    Args:
+        options: the `[data]` table of the phase.
+        batch_size: images of a batch, at most; no more than `LARGEST_BATCH` are.
+        limit: images in all.
 
     Raises:
         DataError: the shards that were named can't be read.
@@ -41,7 +48,13 @@ def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[
         return []
     index, channels = (options.index if auto else None), options.channels
     found = image_batches(
-        shards, options.resolution, batch_size, limit=limit, only_held_out=fraction, channels=channels, index=index
+        shards,
+        options.resolution,
+        min(batch_size, LARGEST_BATCH),
+        limit=limit,
+        only_held_out=fraction,
+        channels=channels,
+        index=index,
     )
     batches = list(found)
     if not batches:
@@ -60,27 +73,45 @@ class Validation:
     batches: list[Batch]
 
     @torch.inference_mode()
-    def run(self, trainer: Trainer) -> tuple[dict[str, float], Tensor]:
-        """Reconstruct with the EMA weights and the posterior's mode.
+    def run(self, trainer: Trainer, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], Tensor] | None:
+        """Reconstruct with the EMA weights and the posterior's mode. The weights in training are not measured: it would take twice
+        the time, and nobody uses them.
+
+        Args:
+            trainer: of the phase.
+            stop: asked before each batch.
 
         Returns:
             `validation/psnr` (dB), `validation/ssim` and, with a perceptual loss, `validation/perceptual`; means over images. And
-            a picture, uint8 [3, H, W], originals over reconstructions.
+            a picture, uint8 [3, H, W], originals over reconstructions. None where `stop` said so: half a set is no measurement.
         """
-        model = AutoencoderKL(trainer.raw_autoencoder.config)
-        model.load_state_dict(trainer.ema.state_dict())
-        model.to(trainer.accelerator.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+        model = _averaged(trainer)
         columns: dict[str, list[Tensor]] = {}
         pairs: list[tuple[Tensor, Tensor]] = []
         for batch in self.batches:
-            images = to_float(batch.images.to(trainer.accelerator.device))
+            if stop():
+                return None
+            source = batch.images.to(trainer.accelerator.device)
+            images = to_float(source)
             made = to_uint8(model(images, sample_posterior=False).reconstruction)
-            source = batch.images.to(made.device)
             columns.setdefault("psnr", []).append(psnr(source, made))
             columns.setdefault("ssim", []).append(ssim(source, made))
             if trainer.objective.perceptual is not None:
                 columns.setdefault("perceptual", []).append(trainer.objective.perceptual(images, to_float(made)))
-            pairs += zip(source.cpu(), made.cpu(), strict=True)
+            pairs += zip(batch.images, made.cpu(), strict=True)
         values = {f"validation/{name}": torch.cat(parts).double().mean().item() for name, parts in columns.items()}
         shown = pairs[:: max(1, -(-len(pairs) // PICTURES))]  # evenly spaced: neighbours often come from one source
-        return values, image_grid([[a for a, _ in shown], [b for _, b in shown]])
+        return values, image_grid([[_rgb(a) for a, _ in shown], [_rgb(b) for _, b in shown]])
+
+
+def _averaged(trainer: Trainer) -> AutoencoderKL:
+    """A model on the EMA weights, which it borrows where they lie; made without drawing random numbers."""
+    with torch.device("meta"):
+        model = AutoencoderKL(trainer.raw_autoencoder.config)
+    model.load_state_dict(trainer.ema.state_dict(), assign=True)
+    return model.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """A image [1, 3 or 4 channels, H, W] as a picture can show it: gray three times, without alpha."""
+    return image.expand(3, -1, -1) if len(image) == 1 else image[:3]

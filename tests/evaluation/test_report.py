@@ -21,6 +21,7 @@ from latentae.evaluation.report import (
     Paragraph,
     Picture,
     Section,
+    Strip,
     Tiles,
     build_report,
 )
@@ -60,6 +61,7 @@ def page() -> str:
         Facts([(EVIL, EVIL)]),
         Notices([("bad", EVIL)]),
         Gallery([GalleryRow(EVIL, [picture, picture])], EVIL),
+        Strip(picture),
         DataTable([EVIL, "b"], [[(EVIL, EVIL), ("1", "")]], frozenset({(0, 1)}), EVIL),
         Charts([Chart(line_chart([(0, 1), (1, 2)], EVIL), EVIL)], EVIL),
         Links([(EVIL, 'a "b"/c d.json')]),

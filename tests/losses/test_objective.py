@@ -1,12 +1,28 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from latentae.losses.objective import Objective
+from latentae.losses.gram import gram_distance
+from latentae.losses.objective import LossTerms, Objective
 from latentae.losses.options import LossOptions
+from latentae.losses.reconstruction import charbonnier, l1, l2
+from latentae.losses.wavelet import wavelet
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import preset
+
+EVERYTHING = {
+    "l1": 1.0,
+    "wavelet": 0.1,
+    "kl": 1e-6,
+    "learn_logvar": True,
+    "perceptual": {"net": "efficientnet-lite0", "weight": 1.0, "gram": 2.0},
+    "classifier": {"weight": 0.1, "backbone": "efficientnet-lite0"},
+    "adversarial": {"weight": 0.5, "adaptive": True, "max_ratio": 0.05, "loss": "vanilla", "r1": 10.0, "lecam": 0.01},
+    "alignment": {"weight": 0.1, "backbone": "efficientnet-lite0"},
+}
 
 
 def small() -> AutoencoderKL:
@@ -17,37 +33,158 @@ def options(**values) -> LossOptions:
     return LossOptions(**{"l1": 0.0, "kl": 0.0, "perceptual": {"net": "none"}, **values})
 
 
+def objective(**values) -> Objective:
+    return Objective(options(**values), latent_channels=4)
+
+
+def pair(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(2, 3, size, size) * 2 - 1, torch.rand(2, 3, size, size) * 2 - 1
+
+
 def test_total_is_the_weighted_sum_of_the_named_means():
-    x, y = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
-    terms = Objective(options(l1=0.5, l2=2.0, charbonnier=0.1)).image_terms(x, y)
-    assert set(terms.scalars) == {"l1", "l2", "charbonnier"}
-    expected = 0.5 * terms.scalars["l1"] + 2.0 * terms.scalars["l2"] + 0.1 * terms.scalars["charbonnier"]
-    torch.testing.assert_close(terms.total, expected)
-    torch.testing.assert_close(terms.scalars["l1"], (x - y).abs().mean())
+    x, y = pair()
+    weights = {"l1": 0.5, "l2": 2.0, "charbonnier": 0.1, "wavelet": 0.3}
+    terms = objective(**weights).image_terms(x, y)
+    assert set(terms.scalars) == set(terms.weighted) == set(weights)
+    expected = {"l1": l1, "l2": l2, "charbonnier": charbonnier, "wavelet": wavelet}
+    for name, weight in weights.items():
+        torch.testing.assert_close(terms.scalars[name], expected[name](x, y).mean())
+        torch.testing.assert_close(terms.weighted[name], weight * terms.scalars[name])
+    torch.testing.assert_close(terms.total, sum(terms.weighted.values()))
 
 
-def test_the_perceptual_gradient_reaches_the_decoder_and_the_encoder():
+def test_perceptual_and_gram_share_one_look_at_each_image(monkeypatch):
+    x, y = pair(32)
+    module = objective(perceptual={"net": "efficientnet-lite0", "weight": 0.5, "gram": 3.0})
+    assert module.perceptual is not None
+    expected = module.perceptual(x, y).mean(), gram_distance(module.perceptual.features(x), module.perceptual.features(y)).mean()
+    looked = []
+    features = module.perceptual.features
+    monkeypatch.setattr(module.perceptual, "features", lambda image: looked.append(image) or features(image))
+    terms = module.image_terms(x, y)
+    assert [image is known for image, known in zip(looked, (x, y), strict=True)] == [True, True]
+    torch.testing.assert_close(terms.scalars["perceptual"], expected[0])
+    torch.testing.assert_close(terms.scalars["gram"], expected[1])
+    torch.testing.assert_close(terms.total, 0.5 * expected[0] + 3 * expected[1])
+
+
+def test_gram_alone_builds_the_network_and_needs_one():
+    module = objective(perceptual={"net": "efficientnet-lite0", "weight": 0.0, "gram": 1.0})
+    assert set(module.image_terms(*pair(32)).scalars) == {"gram"}
+    with pytest.raises(ValueError, match="gram"):
+        options(perceptual={"net": "none", "gram": 1.0})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"perceptual": {"net": "efficientnet-lite0", "weight": 1.0}},
+        {"perceptual": {"net": "efficientnet-lite0", "weight": 0.0, "gram": 1.0}},
+        {"classifier": {"weight": 0.1, "backbone": "efficientnet-lite0"}},
+        {"wavelet": 1.0},
+    ],
+)
+def test_every_image_terms_gradient_reaches_the_decoder_and_the_encoder(values):
     model = small()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    objective = Objective(options(perceptual={"net": "efficientnet-lite0", "weight": 1.0}))
-    objective.image_terms(model(x).reconstruction, x).total.backward()
+    objective(**values).image_terms(model(x).reconstruction, x).total.backward()
     for name in ("decoder.conv_out.weight", "decoder.conv_in.weight", "encoder.conv_in.weight"):
         gradient = model.get_parameter(name).grad
         assert gradient is not None, name
         assert gradient.abs().max() > 0, name
 
 
+def test_a_learned_log_variance_is_ldms_per_element():
+    x, y = (image.double() for image in pair())
+    module = objective(l1=1.0, l2=0.5, learn_logvar=True, initial_logvar=0.3).double()
+    assert module.logvar is not None
+    terms = module.image_terms(x, y)
+    s = module.logvar.detach().clone().requires_grad_()
+    # contperceptual.py: sum over elements of rec / exp(s) + s, here divided by their number
+    recon = (x - y).abs() + 0.5 * (x - y) ** 2
+    expected = (recon / torch.exp(s) + s).sum() / recon.numel()
+    torch.testing.assert_close(terms.total, expected, rtol=1e-12, atol=0)
+    got, known = torch.autograd.grad(terms.total, module.logvar)[0], torch.autograd.grad(expected, s)[0]
+    torch.testing.assert_close(got, known, rtol=1e-10, atol=0)
+    assert terms.scalars["logvar"].item() == pytest.approx(0.3, abs=1e-6)
+    torch.testing.assert_close(terms.scalars["l1"], (x - y).abs().mean())
+
+
+def test_a_constant_log_variance_only_scales():
+    x, y = pair()
+    module = objective(l1=1.0, initial_logvar=math.log(4.0))
+    assert not list(module.parameters())
+    terms = module.image_terms(x, y)
+    assert set(terms.weighted) == {"l1"}
+    torch.testing.assert_close(terms.total, (x - y).abs().mean() / 4)
+    assert objective(l1=1.0).image_terms(x, y).total == (x - y).abs().mean()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_without_image_losses_there_still_is_a_graph(learned):
+    x, y = pair()
+    x.requires_grad_()
+    terms = objective(learn_logvar=learned).image_terms(x, y)
+    (gradient,) = torch.autograd.grad(terms.total, x)
+    assert not gradient.any()
+    assert set(terms.scalars) == ({"logvar"} if learned else set())
+
+
 def test_kl_weight_scales_the_latent_term_only():
     posterior = small().encode(torch.rand(2, 3, 32, 32))
     images = torch.zeros(2, 3, 32, 32)
-    terms = Objective(options(kl=1e-3)).latent_terms(posterior, images)
+    terms = objective(kl=1e-3).latent_terms(posterior, images)
     torch.testing.assert_close(terms.total, 1e-3 * terms.scalars["kl"])
     torch.testing.assert_close(terms.scalars["kl"], posterior.kl().mean() / (3 * 32 * 32))
 
 
-def test_effective_weights_list_what_is_active():
-    weights = Objective(options(l1=1.0, kl=1e-6, adversarial={"weight": 0.1})).effective_weights()
-    assert weights == {"l1": 1.0, "kl": 1e-6, "adversarial (hinge)": 0.1}
+def test_alignment_comes_without_its_weight():
+    images, latent = pair(32)[0], torch.randn(2, 4, 4, 4)
+    assert objective(l1=1.0).alignment_terms(latent, images) is None
+    module = objective(alignment={"weight": 0.1, "backbone": "efficientnet-lite0"})
+    assert module.alignment is not None
+    terms = module.alignment_terms(latent, images)
+    assert terms is not None
+    torch.testing.assert_close(terms.total, module.alignment(latent, images).mean())
+    assert set(terms.weighted) == set(terms.scalars) == {"alignment"}
+    assert not terms.scalars["alignment"].requires_grad
+
+
+def test_only_what_is_learned_is_a_parameter_or_saved():
+    module = Objective(LossOptions(**EVERYTHING), latent_channels=4).train()
+    assert set(module.state_dict()) == {"logvar", "alignment.projection.weight"}
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == set(module.state_dict())
+    assert not list(module.buffers()) or all("mean" in n or "std" in n for n, _ in module.named_buffers())
+    with torch.no_grad():
+        module.logvar.fill_(0.7)
+    again = Objective(LossOptions(**EVERYTHING), latent_channels=4)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.logvar, module.logvar)
+    assert not any(m.training for m in module.perceptual.modules())
+    module.double()
+    assert next(module.perceptual.parameters()).dtype == torch.float64
+    assert Objective(options(l1=1.0), 4).state_dict() == {}
+    assert module.minimum_size == 32
+    assert Objective(options(l1=1.0), 4).minimum_size == 1
+
+
+def test_the_optimizer_of_the_objective_learns_the_log_variance():
+    module = objective(l1=1.0, learn_logvar=True)
+    x, y = pair()
+    optimizer = torch.optim.SGD(module.parameters(), 0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        module.image_terms(x, y).total.backward()
+        optimizer.step()
+    # L exp(-s) + s is least at s = log L
+    assert module.logvar.item() == pytest.approx(math.log((x - y).abs().mean()), abs=1e-3)
+
+
+def test_terms_add_up():
+    a, b = torch.tensor(1.5, requires_grad=True), torch.tensor(2.0)
+    assert LossTerms({"a": a}, {}).total is a
+    assert LossTerms({"a": a, "b": b}, {}).total.item() == 3.5
+    assert LossTerms({}, {"kl": b}).total.item() == 0.0
 
 
 def test_an_unknown_option_is_refused():

@@ -152,6 +152,63 @@ def test_forward_is_encode_sample_decode():
     assert torch.equal(model(x, sample_posterior=False).latent, out.posterior.mode())
 
 
+def test_a_cut_at_the_latent_gives_the_same_gradients_in_two_pieces():
+    model = AutoencoderKL(narrow("kl-f8")).double()
+    x, noise = inputs(model.config, torch.float64)
+    whole = model(x, noise)
+    assert whole.leaf is None
+    assert whole.decoded is whole.latent
+    expected = torch.autograd.grad(whole.reconstruction.square().mean() + whole.posterior.kl().mean(), list(model.parameters()))
+
+    cut = model(x, noise, cut_latent=True)
+    assert cut.leaf is cut.decoded
+    cut.reconstruction.square().mean().backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    torch.autograd.backward([cut.latent, cut.posterior.kl().mean()], [cut.leaf.grad, None])
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_done_to_a_latent_lies_between_the_leaf_and_the_decoder():
+    model = AutoencoderKL(narrow("tiny")).double()
+    x, noise = inputs(model.config, torch.float64)
+    out = model(x, noise, latent_transform=lambda z: 0.5 * z + 1, cut_latent=True)
+    assert torch.equal(out.decoded, 0.5 * out.latent + 1)
+    torch.testing.assert_close(out.reconstruction, model.decode(out.decoded))
+    out.decoded.retain_grad()
+    out.reconstruction.square().mean().backward()
+    assert torch.equal(out.leaf.grad, 0.5 * out.decoded.grad)
+    assert not out.leaf.grad_fn
+
+
+def test_there_is_nothing_to_cut_where_nothing_learns_before_the_latent():
+    model = AutoencoderKL(narrow("tiny"))
+    x, _ = inputs(model.config, torch.float32)
+    with torch.no_grad():
+        assert model(x, cut_latent=True).leaf is None
+    model.encoder.requires_grad_(False)
+    model.quant_conv.requires_grad_(False)
+    assert model(x, cut_latent=True).leaf is None
+
+
+@pytest.mark.parametrize("name", ["kl-f16", "tiny"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_what_the_last_normalizations_read(name, checkpointing):
+    model = AutoencoderKL(narrow(name)).double()
+    model.gradient_checkpointing = checkpointing
+    x, noise = inputs(model.config, torch.float64)
+    out = model(x, noise, keep_features=True)
+    silu, decoder, encoder = torch.nn.functional.silu, model.decoder, model.encoder
+    assert not out.decoder_features.requires_grad
+    assert not out.encoder_features.requires_grad
+    torch.testing.assert_close(decoder.conv_out(silu(decoder.conv_norm_out(out.decoder_features))), out.reconstruction)
+    moments = model.quant_conv(encoder.conv_out(silu(encoder.conv_norm_out(out.encoder_features))))
+    torch.testing.assert_close(moments[:, : model.config.latent_channels], out.posterior.mean)
+    plain = model(x, noise)
+    assert plain.decoder_features is None
+    assert plain.encoder_features is None
+
+
 def test_wrong_inputs_say_what_was_expected(tmp_path):
     model = AutoencoderKL(narrow("tiny"))
     with pytest.raises(ImageError, match=r"30 x 32.*multiples of 4"):

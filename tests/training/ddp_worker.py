@@ -18,10 +18,9 @@ world, rank, parts = accelerator.num_processes, accelerator.process_index, recip
 generator = torch.Generator().manual_seed(3)
 while not trainer.finished:
     batch = torch.randint(0, 256, (recipe.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    chunks = batch.chunk(parts * world)  # part-major, as the step numbers its noise
-    trainer.update([chunks[part * world + rank] for part in range(parts)])
+    chunks = batch.chunk(parts * world)  # a process owns consecutive samples, as the loader deals them
+    trainer.update([chunks[rank * parts + part] for part in range(parts)])
 if accelerator.is_main_process:
-    state = {f"g.{k}": v.contiguous() for k, v in trainer.raw_autoencoder.state_dict().items()}
-    state |= {f"d.{k}": v.contiguous() for k, v in trainer.raw_discriminator.state_dict().items()}
-    save_file(state, out)
+    parts = {name: part.state_dict() for name, part in trainer.saved.items()}
+    save_file({f"{name}.{k}": v.contiguous() for name, state in parts.items() for k, v in state.items()}, out)
 close_accelerator(accelerator)

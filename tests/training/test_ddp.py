@@ -14,16 +14,41 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_equal_one(accumulation, small, tmp_path):
+ADVERSARIAL = {"loss.adversarial.weight": 0.3, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2, "loss.kl": 1e-3}
+EFFICIENTNET = "efficientnet-lite0"
+CASES = {
+    "plain": {},
+    "accumulated, with all that is averaged over processes": {
+        "gradient_accumulation": 2,
+        "loss.learn_logvar": True,
+        "loss.adversarial.lecam": 0.1,
+        "loss.adversarial.r1": 0.1,
+        "loss.adversarial.penalty_every": 2,
+        "model.latent_noise": 1.0,
+    },
+    "adaptive weights, an alignment and its projection": {
+        "loss.adversarial.adaptive": True,
+        "loss.alignment.weight": 0.1,
+        "loss.alignment.backbone": EFFICIENTNET,
+        "loss.learn_logvar": True,
+    },
+    "decoder only, heads on frozen features": {
+        "model.train": "decoder",
+        "loss.adversarial.discriminator": "features",
+        "loss.adversarial.backbone": EFFICIENTNET,
+    },
+    "decoder head, U-Net, accumulated": {
+        "model.train": "decoder-head",
+        "gradient_accumulation": 2,
+        "loss.adversarial.discriminator": "unet",
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, small, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        small(
-            batch_size=8,
-            gradient_accumulation=accumulation,
-            **{"loss.adversarial.weight": 0.3, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2, "loss.kl": 1e-3},
-        ).toml()
-    )
+    recipe.write_text(small(batch_size=8, **{**ADVERSARIAL, **CASES[case]}).toml())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
         command = [sys.executable, *start, str(WORKER), str(recipe), str(tmp_path / name)]

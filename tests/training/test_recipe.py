@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentae.errors import LatentAEError, RecipeError
-from latentae.training.recipe import Recipe, config, load_recipe, recipe_options, shipped_recipes
+from latentae.training.plan import config
+from latentae.training.recipe import Recipe, load_recipe, recipe_options, shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -1,16 +1,22 @@
-"""The training step against the naive formula: one loss, one graph, one backward."""
+"""The training step against the naive formulas: one loss, one graph, retained backward passes for the ratios."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from latentae.losses.adversarial import hinge_discriminator, hinge_generator
-from latentae.training.keyed import keyed_normal
+from latentae.losses.adversarial import discriminator_loss, generator_loss
+from latentae.training.keyed import keyed_normal, keyed_uniform
 from latentae.training.launch import build_accelerator, close_accelerator
-from latentae.training.steps import Trainer
+from latentae.training.steps import Part, Trainer
 
 ADVERSARIAL = {"loss.adversarial.weight": 0.3, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
+ALIGNED = {
+    "loss.alignment.weight": 0.1,
+    "loss.alignment.backbone": "efficientnet-lite0",
+}
 
 
 @pytest.fixture
@@ -26,57 +32,199 @@ def images(count: int = 4) -> torch.Tensor:
     return (torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear") * 255).to(torch.uint8)
 
 
-def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+def gradients(*modules: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for index, module in enumerate(modules):
+        found |= {f"{index}.{name}": p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        module.zero_grad()
+    return found
 
 
-def test_gradients_equal_the_naive_formula_in_fp64(small, accelerator):
-    trainer = Trainer(small(**ADVERSARIAL, **{"loss.l1": 1.0, "loss.l2": 0.7, "loss.kl": 1e-3}), accelerator)
+def in_fp64(recipe, accelerator) -> Trainer:
+    trainer = Trainer(recipe, accelerator)
     trainer.raw_autoencoder.double()
-    trainer.raw_discriminator.double()
-    x = images().double() / 127.5 - 1
-    noise = keyed_normal((4, 8, 8, 8), 0, 0, 0)
+    trainer.objective.double()
+    if trainer.raw_discriminator is not None:
+        trainer.raw_discriminator.double()
+    return trainer
 
-    out = trainer.raw_autoencoder(x, noise=noise)
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-9) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non-saturating"])
+@pytest.mark.parametrize("network", ["patch", "unet"])
+def test_constant_weights_equal_the_naive_formula(kind, network, small, accelerator):
+    recipe = small(
+        **ADVERSARIAL,
+        **{
+            "loss.l1": 1.0,
+            "loss.l2": 0.7,
+            "loss.kl": 1e-3,
+            "loss.adversarial.loss": kind,
+            "loss.adversarial.discriminator": network,
+        },
+    )
+    trainer = in_fp64(recipe, accelerator)
+    model, judge = trainer.raw_autoencoder, trainer.raw_discriminator
+    x = images().double() / 127.5 - 1
+
+    out = model(x, noise=keyed_normal((4, 8, 8, 8), 0, 0, 0))
     difference = out.reconstruction - x
     naive = difference.abs().mean() + 0.7 * difference.square().mean()
-    naive = naive + 0.3 * hinge_generator(trainer.raw_discriminator(out.reconstruction)).mean()
+    naive = naive + 0.3 * generator_loss(kind, judge(out.reconstruction)).mean()
     naive = naive + 1e-3 * out.posterior.kl().mean() / x[0].numel()
     naive.backward()
-    expected = gradients(trainer.raw_autoencoder)
-    trainer.raw_autoencoder.zero_grad()
-    trainer.raw_discriminator.zero_grad()
+    judge.zero_grad()
+    expected = gradients(model)
 
-    scalars, fake = trainer._autoencoder_backward(x, 0, 1, adversarial=True, synchronize=True)
-    assert gradients(trainer.raw_autoencoder).keys() == expected.keys()
-    for name, value in gradients(trainer.raw_autoencoder).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-13, msg=name)
+    scalars, fake = trainer._autoencoder_backward(Part(x, adversarial=True))
+    assert all(p.grad is None for p in judge.parameters()), "the autoencoder's loss must not train the discriminator"
+    assert_equal(gradients(model), expected)
     assert scalars["loss/total"].item() == pytest.approx(naive.item(), rel=1e-10)
-    assert not gradients(trainer.raw_discriminator), "the autoencoder's loss must not train the discriminator"
 
-    before = gradients(trainer.raw_autoencoder)
-    trainer._discriminator_backward(x, fake, 1, synchronize=True)
-    got = gradients(trainer.raw_discriminator)
-    trainer.raw_discriminator.zero_grad()
-    hinge_discriminator(trainer.raw_discriminator(x), trainer.raw_discriminator(fake)).mean().backward()
-    for name, value in gradients(trainer.raw_discriminator).items():
-        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-13, msg=name)
-    for name, value in gradients(trainer.raw_autoencoder).items():
-        assert torch.equal(value, before[name]), "the discriminator's loss must not train the autoencoder"
+    trainer.adversary.backward(x, fake, 1, True, step=0)
+    assert all(p.grad is None for p in model.parameters()), "the discriminator's loss must not train the autoencoder"
+    got = gradients(judge)
+    discriminator_loss(kind, judge(x), judge(fake)).mean().backward()
+    assert_equal(got, gradients(judge))
 
 
-def test_accumulation_equals_one_large_batch(small, accelerator):
-    whole = Trainer(small(**ADVERSARIAL, **{"optimizer.max_grad_norm": 0}), accelerator)
-    cut = Trainer(small(**ADVERSARIAL, **{"optimizer.max_grad_norm": 0}), accelerator)
+def naive_ratio(reference, other, weight, limit=math.inf):
+    """VQGAN's eq. 7 as LDM's code has it: two retained backward passes."""
+    a = torch.autograd.grad(reference, weight, retain_graph=True)[0]
+    b = torch.autograd.grad(other, weight, retain_graph=True)[0]
+    return (a.norm() / (b.norm() + 1e-4)).clamp(0, limit).detach()
+
+
+@pytest.mark.parametrize("limit", [1e4, 0.05])
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_adaptive_weight_equals_the_naive_formula(limit, learned, small, accelerator):
+    recipe = small(
+        **ADVERSARIAL,
+        **{
+            "loss.adversarial.adaptive": True,
+            "loss.adversarial.max_ratio": limit,
+            "loss.kl": 1e-3,
+            "loss.l1": 1.0,
+            "loss.l2": 0.0,
+        },
+        **{"loss.learn_logvar": learned, "loss.initial_logvar": 0.4},
+    )
+    trainer = in_fp64(recipe, accelerator)
+    model, judge = trainer.raw_autoencoder, trainer.raw_discriminator
+    x = images().double() / 127.5 - 1
+    s = trainer.objective.logvar if learned else torch.tensor(0.4, dtype=torch.float64)
+
+    out = model(x, noise=keyed_normal((4, 8, 8, 8), 0, 0, 0))
+    # LDM's contperceptual, per element: the reconstruction likelihood, the generator's term and the KL
+    likelihood = (out.reconstruction - x).abs().mean() / torch.exp(s) + (s if learned else 0)
+    game = -torch.stack([logits.mean() for logits in judge(out.reconstruction)]).mean()
+    ratio = naive_ratio(likelihood, game, model.decoder.conv_out.weight, limit)
+    (likelihood + 0.3 * ratio * game + 1e-3 * out.posterior.kl().mean() / x[0].numel()).backward()
+    judge.zero_grad()
+    expected = gradients(model, trainer.objective)
+
+    scalars, _ = trainer._autoencoder_backward(Part(x, adversarial=True))
+    assert_equal(gradients(model, trainer.objective), expected)
+    assert scalars["adversarial/ratio"].item() == pytest.approx(ratio.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("part", ["all", "encoder", "latent"])
+def test_the_alignment_equals_the_naive_formula(part, small, accelerator):
+    recipe = small(**ALIGNED, **{"model.train": part, "loss.kl": 1e-3})
+    trainer = in_fp64(recipe, accelerator)
+    trainer.objective.alignment.backbone.double()
+    model = trainer.raw_autoencoder
+    x = images().double() / 127.5 - 1
+
+    out = model(x, noise=keyed_normal((4, 8, 8, 8), 0, 0, 0))
+    image = (out.reconstruction - x).square().mean()
+    alignment = trainer.objective.alignment_terms(out.latent, x).total
+    last = model.encoder.conv_out.weight
+    ratio = naive_ratio(image, alignment, last)
+    (image + 0.1 * ratio * alignment + 1e-3 * out.posterior.kl().mean() / x[0].numel()).backward()
+    expected = gradients(model, trainer.objective)
+
+    scalars, _ = trainer._autoencoder_backward(Part(x))
+    assert_equal(gradients(model, trainer.objective), expected, rtol=1e-7)
+    assert scalars["alignment/ratio"].item() == pytest.approx(ratio.item(), rel=1e-7)
+
+
+def test_the_autoencoder_is_passed_through_once(small, accelerator):
+    """A retained pass for each ratio would send a gradient through the layers again."""
+    recipe = small(**ADVERSARIAL, **ALIGNED, **{"loss.adversarial.adaptive": True})
+    trainer = Trainer(recipe, accelerator)
+    passes = {"decoder": 0, "encoder": 0}
+    for name, weight in (
+        ("decoder", trainer.raw_autoencoder.decoder.conv_in.weight),
+        ("encoder", trainer.raw_autoencoder.encoder.conv_in.weight),
+    ):
+        weight.register_hook(lambda gradient, name=name: passes.update({name: passes[name] + 1}))
+    trainer.update([images()])
+    assert passes == {"decoder": 1, "encoder": 1}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {
+            "loss.learn_logvar": True,
+            "loss.perceptual.net": "efficientnet-lite0",
+            "loss.perceptual.gram": 0.1,
+            "loss.wavelet": 0.3,
+        },
+        {"loss.adversarial.r1": 1.0, "loss.adversarial.r2": 0.5, "loss.adversarial.penalty_every": 2},
+        {"loss.adversarial.lecam": 0.1, "loss.adversarial.discriminator": "unet"},
+        {"model.latent_noise": 3.0},
+        {"loss.alignment.weight": 0.1, "loss.alignment.adaptive": False, "loss.alignment.backbone": "efficientnet-lite0"},
+        {"loss.adversarial.discriminator": "features", "loss.adversarial.backbone": "efficientnet-lite0"},
+    ],
+    ids=["plain", "logvar", "r1", "lecam", "latent noise", "alignment", "features"],
+)
+def test_accumulation_equals_one_large_batch(extra, small, accelerator):
+    options = {**ADVERSARIAL, "optimizer.max_grad_norm": 0, **extra}
+    whole, cut = Trainer(small(**options), accelerator), Trainer(small(**options), accelerator)
     for _ in range(2):
         a = whole.update([images()])
         b = cut.update(list(images().split(2)))
-    for (name, p), q in zip(whole.raw_autoencoder.named_parameters(), cut.raw_autoencoder.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
-    for (name, p), q in zip(whole.raw_discriminator.named_parameters(), cut.raw_discriminator.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4, msg=name)
+    for part, state in whole.saved.items():
+        for name, value in state.state_dict().items():
+            torch.testing.assert_close(value, cut.saved[part].state_dict()[name], rtol=1e-3, atol=1e-4, msg=f"{part}.{name}")
+    assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(a[name], b[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_the_losses_own_parameters_are_optimized(small, accelerator):
+    recipe = small(**ALIGNED, **{"loss.learn_logvar": True})
+    trainer = Trainer(recipe, accelerator)
+    before = {name: p.clone() for name, p in trainer.objective.named_parameters()}
+    assert len(before) >= 2  # the log-variance and the projection
+    trainer.update([images()])
+    for name, p in trainer.objective.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+def test_r1_equals_the_naive_formula_and_comes_lazily(small, accelerator):
+    options = {"loss.adversarial.r1": 2.0, "loss.adversarial.r2": 0.6, "loss.adversarial.penalty_every": 4}
+    trainer = in_fp64(small(**ADVERSARIAL, **options), accelerator)
+    judge = trainer.raw_discriminator
+    real, fake = images().double() / 127.5 - 1, images().double().flip(3) / 200 - 0.5
+    trainer.adversary.backward(real, fake, 1, True, step=8)
+    got = gradients(judge)
+
+    loss = discriminator_loss("hinge", judge(real), judge(fake)).mean()
+    for gamma, x in ((2.0, real.clone().requires_grad_()), (0.6, fake.clone().requires_grad_())):
+        (g,) = torch.autograd.grad(sum(m.sum() for m in judge(x)), x, create_graph=True)
+        loss = loss + 4 * gamma / 2 * g.square().sum() / len(x)  # Mescheder et al. 2018, eq. 9, as often as every fourth step
+    loss.backward()
+    assert_equal(got, gradients(judge))
+    assert "loss/r1" not in trainer.adversary.backward(real, fake, 1, True, step=9)
 
 
 def test_the_discriminator_rests_until_its_start(small, accelerator):
@@ -88,6 +236,69 @@ def test_the_discriminator_rests_until_its_start(small, accelerator):
     assert all(torch.equal(a, b) for a, b in zip(start, trainer.raw_discriminator.parameters(), strict=True))
     assert "loss/discriminator" in trainer.update([images()])
     assert not all(torch.equal(a, b) for a, b in zip(start, trainer.raw_discriminator.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("part", ["decoder", "decoder-head"])
+def test_training_the_decoder_leaves_the_latent_bitwise(part, small, accelerator):
+    trainer = Trainer(
+        small(**ADVERSARIAL, **{"model.train": part, "optimizer.lr": 1e-2, "optimizer.weight_decay": 0.1}), accelerator
+    )
+    x = images().float() / 127.5 - 1
+    before, picture = trainer.raw_autoencoder.encode(x), trainer.raw_autoencoder(x, sample_posterior=False).reconstruction
+    for _ in range(3):
+        trainer.update([images()])
+    after = trainer.raw_autoencoder.encode(x)
+    assert torch.equal(before.mean, after.mean)
+    assert torch.equal(before.logvar, after.logvar)
+    assert not torch.allclose(picture, trainer.raw_autoencoder(x, sample_posterior=False).reconstruction)
+    for name, value in trainer.raw_autoencoder.named_parameters():
+        if not value.requires_grad:
+            assert torch.equal(trainer.ema.weights[name], value), name
+
+
+def test_latent_noise_is_what_the_decoder_gets(small, accelerator):
+    trainer = in_fp64(small(**{"model.latent_noise": 3.0}), accelerator)
+    x = images().double() / 127.5 - 1
+    transform = trainer._latent_transform(Part(x))
+    z = torch.ones(4, 8, 8, 8, dtype=torch.float64)
+    noise, share = keyed_normal((4, 8, 8, 8), 0, 0, 0, "latent noise"), keyed_uniform(4, 0, 0, 0, "latent noise share")
+    t = share.view(4, 1, 1, 1).double()
+    torch.testing.assert_close(transform(z), (1 - t) * z + t * 3 * noise.double())
+    other = keyed_normal((4, 8, 8, 8), 0, 0, 0)
+    assert not torch.allclose(noise, other), "not the noise of the posterior again"
+
+
+def test_a_reported_step_has_the_norm_of_every_term_and_the_same_weights(small, accelerator):
+    options = {**ADVERSARIAL, "loss.adversarial.adaptive": True, "loss.l1": 1.0, "loss.perceptual.net": "efficientnet-lite0"}
+    plain, told = Trainer(small(**options), accelerator), Trainer(small(**options), accelerator)
+    a, b = plain.update([images()]), told.update([images()], report=True)
+    names = {"l1", "l2", "perceptual", "kl", "adversarial", "autoencoder", "discriminator"}
+    assert {name.removeprefix("gradient_norm/") for name in b if name.startswith("gradient_norm/")} == names
+    assert {n for n in a if n.startswith("gradient_norm/")} == {"gradient_norm/autoencoder", "gradient_norm/discriminator"}
+    assert b["gradient_norm/l1"].item() == pytest.approx(1 / math.sqrt(4 * 3 * 32 * 32), rel=1e-5)
+    for p, q in zip(plain.raw_autoencoder.parameters(), told.raw_autoencoder.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_that_is_not_finite_is_left_out(small, accelerator):
+    trainer = Trainer(small(**ADVERSARIAL, **{"loss.adversarial.lecam": 0.1}), accelerator)
+    trainer.update([images()])
+    before = {k: v.clone() for part in trainer.saved.values() for k, v in part.state_dict().items()}
+    healthy = trainer.objective.image_terms
+
+    def poisoned(x, target):
+        return healthy(x * float("nan"), target)
+
+    trainer.objective.image_terms = poisoned
+    trainer.update([images()])
+    trainer.update([images()])
+    state = trainer.state
+    assert (state.step, state.images_seen, state.skipped, state.skipped_in_a_row) == (3, 12, 2, 2)
+    after = {k: v for part in trainer.saved.values() for k, v in part.state_dict().items()}
+    assert [k for k in before if not torch.equal(before[k], after[k])] == []
+    trainer.objective.image_terms = healthy
+    trainer.update([images()])
+    assert (trainer.state.skipped, trainer.state.skipped_in_a_row) == (2, 0)
 
 
 def test_training_lowers_the_loss_and_moves_the_average(small, accelerator):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import latentae
-from latentae.errors import DataError, OutputError, RecipeError, TrainingError
+from latentae.errors import DataError, Interrupted, ModelError, OutputError, RecipeError, TrainingError
+from latentae.models.autoencoder import AutoencoderKL
 from latentae.training.checkpoint import find_checkpoint
+from latentae.training.networks import build_discriminator
+from latentae.training.recipe import Recipe
 
 
 def weights(run):
@@ -31,7 +35,7 @@ def test_a_run_folder_has_everything_and_says_when_it_is_finished(small, tmp_pat
     validated = {"data.validation": "auto", "data.validation_fraction": 0.2, "log.tensorboard": True}
     run = latentae.train(small(**validated), tmp_path / "run")
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "tensorboard",
+        "checkpoints", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "summary.html", "tensorboard",
     ]  # fmt: skip
     last = lines(run)[-1]
     assert last["images"] == 24
@@ -52,14 +56,15 @@ def test_an_interrupted_run_goes_on_bitwise(small, tmp_path):
     recipe.write_text(small().toml())
     code = (
         "import latentae, sys\n"
-        "from latentae.training import loop\n"
-        "old = loop.save_checkpoint\n"
+        "from latentae.training import train\n"
+        "train = sys.modules['latentae.training.train']\n"
+        "old = train.save_checkpoint\n"
         "def save(trainer, *rest):\n"
         "    path = old(trainer, *rest)\n"
         "    print(trainer.state.images_seen, flush=True)\n"
         "    if trainer.state.images_seen == 8: sys.stdin.readline()\n"
         "    return path\n"
-        "loop.save_checkpoint = save\n"
+        "train.save_checkpoint = save\n"
         f"latentae.train({str(recipe)!r}, {str(tmp_path / 'cut')!r})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -215,3 +220,111 @@ def test_bf16_trains_and_keeps_fp32_weights(small, tmp_path):
     state = load_file(find_checkpoint(run) / "autoencoder.safetensors")
     assert {str(v.dtype) for v in state.values()} == {"torch.float32"}
     assert all(line["loss/total"] < 10 for line in lines(run))
+
+
+PHASES = [
+    {"name": "small", "images": 12, "data": {"resolution": 16}},
+    {
+        "name": "large, decoder only, with a judge",
+        "images": 12,
+        "data": {"resolution": 32},
+        "model": {"train": "decoder"},
+        "loss": {"adversarial": {"weight": 0.1, "channels": 8, "layers": 2}},
+    },
+]
+
+
+def phased(small, **overrides):
+    return Recipe(**{**small(**overrides).model_dump(mode="json", exclude={"images", "phases"}), "phases": PHASES})
+
+
+def test_phases_follow_each_other_on_the_same_weights(small, tmp_path, capsys):
+    recipe = phased(small, keep_checkpoints=9)
+    assert recipe.images == 24
+    run = latentae.train(recipe, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert 'phase 0 "small": 12 images = 3 steps of 4, 16 px' in said
+    assert "phase 1 of 2" in said
+    state = json.loads((find_checkpoint(run) / "state.json").read_text())
+    assert (state["phase"], state["phase_images"], state["images_seen"], state["step"]) == (1, 12, 24, 6)
+    first = AutoencoderKL.from_pretrained(run / "checkpoints" / "step-00000003", weights="raw")
+    last = AutoencoderKL.from_pretrained(run, weights="raw")
+    for name, value in last.state_dict().items():
+        same = torch.equal(value, first.state_dict()[name])
+        assert same == name.startswith(("encoder", "quant_conv")), f"the second phase trains the decoder alone: {name}"
+
+
+@pytest.mark.parametrize("stop_at", [8, 12, 16, 20])
+def test_a_run_cut_inside_or_between_phases_goes_on_bitwise(stop_at, small, tmp_path, monkeypatch):
+    recipe = phased(small, checkpoint_every_images=4)
+    whole = latentae.train(recipe, tmp_path / "whole")
+    module = sys.modules["latentae.training.train"]
+    save = module.save_checkpoint
+
+    def cut(trainer, *rest):
+        save(trainer, *rest)
+        if trainer.state.images_seen == stop_at:
+            raise Interrupted("cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_checkpoint", cut)
+        with pytest.raises(Interrupted):
+            latentae.train(recipe, tmp_path / "cut")
+    latentae.train(recipe, tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(whole)
+
+
+def test_training_begins_with_given_weights(small, tmp_path):
+    first = latentae.train(small(), tmp_path / "first")
+    exported = tmp_path / "exported"
+    AutoencoderKL.from_pretrained(first).save_pretrained(exported)
+    tuned = latentae.train(
+        small(**{"model.preset": "init", "model.train": "decoder", "loss.kl": 0.0}), tmp_path / "tuned", init_from=exported
+    )
+    a, b = AutoencoderKL.from_pretrained(first), AutoencoderKL.from_pretrained(tuned)
+    changed = {name.split(".")[0] for name, value in a.state_dict().items() if not torch.equal(value, b.state_dict()[name])}
+    assert changed == {"post_quant_conv", "decoder"}
+    with pytest.raises(OutputError, match="init_fingerprint"):  # the same command with other weights is another job
+        AutoencoderKL.from_pretrained(tuned).save_pretrained(exported)
+        latentae.train(
+            small(**{"model.preset": "init", "model.train": "decoder", "loss.kl": 0.0}), tmp_path / "tuned", init_from=exported
+        )
+
+
+def test_a_discriminator_comes_along_if_it_fits(small, tmp_path):
+    game = {"loss.adversarial.weight": 0.1, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
+    first = latentae.train(small(**game), tmp_path / "first")
+    stored = load_file(find_checkpoint(first) / "discriminator.safetensors")
+    for choice, same in (("auto", True), ("yes", True), ("no", False)):
+        recipe = small(**game, **{"model.init_from": str(first), "model.init_discriminator": choice})
+        network = build_discriminator(recipe).state_dict()
+        assert all(torch.equal(network[name], value) for name, value in stored.items()) == same, choice
+    other = small(**{**game, "loss.adversarial.channels": 12, "model.init_from": str(first)})
+    assert build_discriminator(other) is not None
+    with pytest.raises(ModelError, match="init-discriminator no starts a new one"):
+        build_discriminator(
+            small(**{**game, "loss.adversarial.channels": 12, "model.init_from": str(first), "model.init_discriminator": "yes"})
+        )
+
+
+def test_a_lost_run_folder_is_fetched_back_from_its_copy(small, tmp_path):
+    whole = latentae.train(small(), tmp_path / "whole")
+    url = f"file://{tmp_path}/bucket/run"
+    short = small(checkpoint_url=url)
+    module = sys.modules["latentae.training.train"]
+    save = module.save_checkpoint
+
+    def cut(trainer, *rest):
+        save(trainer, *rest)
+        if trainer.state.images_seen == 16:
+            raise Interrupted("cut")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "save_checkpoint", cut)
+        with pytest.raises(Interrupted):
+            latentae.train(short, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost")
+    latentae.train(short, tmp_path / "elsewhere")
+    assert weights(tmp_path / "elsewhere") == weights(whole)
+    with pytest.raises(OutputError, match="holds checkpoints of another run: recipe.seed"):
+        latentae.train(small(checkpoint_url=url, seed=3), tmp_path / "other")

@@ -1,0 +1,77 @@
+"""The gradient at a last layer's weight for any gradient that arrives there, computed from the layer's remembered input.
+
+Adaptive weights compare losses by the norm of their gradients at the last layer (Esser et al. 2021, "Taming Transformers", eq. 7, at the
+decoder's; Yao & Wang 2025, "Reconstruction vs. Generation", "adaptive weighting", at the encoder's). The usual way is a retained backward
+pass for each loss. The weight gradient of a convolution needs no more than its input and the gradient at its output, so here there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from latentae_kernels import norm_act
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.coders import Coder
+from latentae.models.posterior import DiagonalGaussian
+
+__all__ = ["decoder_weight_gradient", "encoder_weight_gradient"]
+
+
+@torch.no_grad()
+def decoder_weight_gradient(model: AutoencoderKL, features: Tensor, gradient: Tensor) -> Tensor:
+    """d sum(gradient * reconstruction) / d decoder.conv_out.weight, in at least fp32.
+
+    Args:
+        model: the autoencoder, its weights as they were in the forward pass.
+        features: `AutoencoderOutput.decoder_features`.
+        gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work and give [n C, ...].
+
+    Returns:
+        [C, C_in, 3, 3].
+    """
+    activation = _activation(model.decoder, features)
+    weight = model.decoder.conv_out.weight
+    shape = (gradient.shape[1], *weight.shape[1:])
+    with torch.autocast(features.device.type, enabled=False):
+        return conv2d_weight(activation, list(shape), gradient.to(activation.dtype), padding=1)
+
+
+def encoder_weight_gradient(model: AutoencoderKL, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
+    """d sum(gradient * latent) / d encoder.conv_out.weight, in at least fp32.
+
+    The layers after it, down to the sample, are run again: at the latent's resolution they cost next to nothing.
+
+    Args:
+        model: the autoencoder, its weights as they were in the forward pass.
+        features: `AutoencoderOutput.encoder_features`.
+        noise: what the posterior was sampled with, [B, z, h, w]; None where its mean was decoded.
+        gradient: [B, z, h, w].
+
+    Returns:
+        [2z, C_in, 3, 3].
+    """
+    activation = _activation(model.encoder, features)
+    wide = activation.dtype
+    conv, quant = model.encoder.conv_out, model.quant_conv
+    assert conv.bias is not None
+    with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
+        weight = conv.weight.detach().to(wide).requires_grad_()
+        moments = F.conv2d(activation, weight, conv.bias.detach().to(wide), padding=1)
+        if quant is not None:
+            assert quant.bias is not None
+            moments = F.conv2d(moments, quant.weight.detach().to(wide), quant.bias.detach().to(wide))
+        posterior = DiagonalGaussian(moments)
+        latent = posterior.mode() if noise is None else posterior.sample(noise=noise.to(wide))
+        return torch.autograd.grad(latent, weight, gradient.to(wide))[0]
+
+
+@torch.no_grad()
+def _activation(coder: Coder, features: Tensor) -> Tensor:
+    """What the last convolution read."""
+    norm = coder.conv_norm_out
+    with torch.autocast(features.device.type, enabled=False):
+        y = norm_act(features, norm.weight, norm.bias, norm.num_groups, norm.eps, "silu")
+    return y.to(torch.promote_types(y.dtype, torch.float32))

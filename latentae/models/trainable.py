@@ -1,0 +1,48 @@
+"""Which part of an autoencoder learns. The forward pass builds no graph in front of the first layer that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from torch import nn
+
+from latentae.errors import ModelError
+from latentae.models.autoencoder import AutoencoderKL
+
+__all__ = ["Part", "select_trainable"]
+
+Part = Literal["all", "decoder", "decoder-head", "encoder", "latent"]
+
+
+def select_trainable(model: AutoencoderKL, part: Part) -> None:
+    """Let `part` of the model learn and nothing else; every parameter of it gets a gradient from a reconstruction.
+
+    Args:
+        model: its parameters' `requires_grad` is set.
+        part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its finest level and what comes after), which
+            leave the latent as it is; "encoder" (with the 1x1 convolution after it); or "latent", the coarsest level and the middle of
+            both: what DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled high-resolution adaptation").
+
+    Raises:
+        ModelError: an unknown part.
+    """
+    if part not in get_args(Part):
+        raise ModelError(f"unknown part {part!r} to train; the parts are {', '.join(get_args(Part))}")
+    model.requires_grad_(False)
+    for module in _modules(model, part):
+        if module is not None:
+            module.requires_grad_(True)
+
+
+def _modules(model: AutoencoderKL, part: Part) -> Iterator[nn.Module | None]:
+    encoder, decoder = model.encoder, model.decoder
+    if part in ("all", "encoder"):
+        yield from (encoder, model.quant_conv)
+    if part in ("all", "decoder"):
+        yield from (model.post_quant_conv, decoder)
+    if part == "decoder-head":
+        yield from (decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out)
+    if part == "latent":
+        yield from (encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out, model.quant_conv)
+        yield from (model.post_quant_conv, decoder.conv_in, decoder.mid_block, decoder.up_blocks[0])

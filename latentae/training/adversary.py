@@ -1,0 +1,127 @@
+"""The discriminator's side of the game: its networks, its optimizer, its regularizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from latentae.losses.adversarial import LeCam, discriminator_loss, generator_loss, gradient_penalty, twice_differentiable
+from latentae.training.optim import build_optimizer, learning_rate_scale, set_learning_rate
+from latentae.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Adversary", "reduction", "wide"]
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision to fp32; losses and their gradients are computed in at least that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def reduction(accelerator: Accelerator, model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
+    """DDP sums gradients over processes in the last part's backward pass only."""
+    return nullcontext() if synchronize else accelerator.no_sync(model)
+
+
+class Adversary:
+    """The discriminator, called for its own training only through what `accelerator.prepare` returned.
+
+    Args:
+        recipe: of the phase.
+        accelerator: of the run.
+        network: the bare discriminator.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, network: nn.Module) -> None:
+        o = recipe.optimizer
+        self.recipe, self.accelerator, self.options = recipe, accelerator, recipe.loss.adversarial
+        self.raw = network.to(accelerator.device)
+        if recipe.compile:
+            self.raw.compile()
+        self.parameters = [p for p in self.raw.parameters() if p.requires_grad]
+        self.lr = o.discriminator_lr or o.lr
+        optimizer = build_optimizer(self.parameters, self.lr, o.discriminator_betas, 0.0)
+        self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
+        self.lecam = LeCam(self.options.lecam_decay).to(accelerator.device) if self.options.lecam else None
+        self._logits: list[Tensor] = []
+
+    def plays(self, phase_images: int) -> bool:
+        """Whether it takes part once so many images of the phase have been seen."""
+        return phase_images >= self.options.start_images
+
+    def set_learning_rate(self, phase_images: int) -> None:
+        """Set the rate for the coming step; the warm-up begins where the game does."""
+        scale = learning_rate_scale(self.recipe.optimizer, phase_images, self.recipe.images, self.options.start_images)
+        set_learning_rate(self.optimizer, self.lr * scale)
+
+    def generator_loss(self, reconstruction: Tensor) -> Tensor:
+        """The generator's loss on a leaf [B, C, H, W], with a graph to it alone: the discriminator's weights are frozen meanwhile."""
+        with self._frozen():
+            return generator_loss(self.options.loss, [wide(x) for x in self.raw(reconstruction)]).mean()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+
+    def backward(self, real: Tensor, fake: Tensor, parts: int, synchronize: bool, step: int) -> dict[str, Tensor]:
+        """Accumulate the discriminator's gradient for one of `parts` parts, real and fake in one forward pass; returns its terms.
+
+        R1 and R2 come every `penalty_every` steps, multiplied by that number (Karras et al. 2020, section 3.1).
+        """
+        o = self.options
+        penalize = bool(o.r1 or o.r2) and step % o.penalty_every == 0
+        images = torch.cat([real, fake]).requires_grad_(penalize)
+        plain_attention = twice_differentiable() if penalize else nullcontext()
+        with reduction(self.accelerator, self.network, synchronize), plain_attention:
+            maps = [wide(x) for x in self.network(images)]
+            on_real, on_fake = [x.chunk(2)[0] for x in maps], [x.chunk(2)[1] for x in maps]
+            total = discriminator_loss(o.loss, on_real, on_fake).mean()
+            terms = {"loss/discriminator": total, **_health(on_real, on_fake)}
+            if penalize:
+                r1, r2 = (half.mean() for half in gradient_penalty(maps, images).chunk(2))
+                total = total + o.penalty_every * 0.5 * (o.r1 * r1 + o.r2 * r2)
+                terms |= {"loss/r1": r1, "loss/r2": r2}
+            if self.lecam is not None:
+                terms["loss/lecam"] = self.lecam(on_real, on_fake).mean()
+                total = total + o.lecam * terms["loss/lecam"]
+            (total / parts).backward()
+        self._logits.append(torch.stack([terms["discriminator/logits_real"], terms["discriminator/logits_fake"]]))
+        return {name: value.detach() for name, value in terms.items()}
+
+    def finish_step(self, apply: bool) -> None:
+        """Step (or not) the optimizer and move LeCAM's averages by this step's logits, averaged over parts and processes."""
+        logits, self._logits = self._logits, []
+        if apply:
+            self.optimizer.step()
+            if self.lecam is not None:
+                means = torch.stack(logits).mean(dim=0)
+                if self.accelerator.num_processes > 1:
+                    means = self.accelerator.reduce(means, "mean")
+                self.lecam.update(*means.unbind())  # pyright: ignore
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _health(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean logits, and the share of patches judged rightly; each a mean over the maps."""
+
+    def over_maps(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).mean().detach()
+
+    return {
+        "discriminator/logits_real": over_maps([x.mean() for x in real]),
+        "discriminator/logits_fake": over_maps([x.mean() for x in fake]),
+        "discriminator/accuracy_real": over_maps([(x > 0).float().mean() for x in real]),
+        "discriminator/accuracy_fake": over_maps([(x < 0).float().mean() for x in fake]),
+    }

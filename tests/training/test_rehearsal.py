@@ -1,0 +1,253 @@
+"""The dry run: real steps, plausible numbers, and nothing on any disk but in a temporary folder that is gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+from latentae.errors import DataError, Interrupted, MissingDependencyError, RecipeError, TrainingError
+from latentae.training import rehearsal
+from latentae.training.recipe import Recipe
+from latentae.training.rehearsal import measure_speed, rehearse
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory, monkeypatch):
+    """A folder for temporary files; each test leaves it empty."""
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def phased(small):
+    """Two phases: one whose discriminator begins in the middle, and one where it plays all the time."""
+
+    def make(**overrides):
+        values = small(**{"data.validation": "auto", "data.validation_fraction": 0.3, **overrides}).model_dump(mode="json")
+        del values["images"]
+        values["loss"]["adversarial"] |= {"weight": 0.5, "adaptive": True, "channels": 4, "layers": 1}
+        phases = [
+            {"name": "whole", "images": 100_000, "loss": {"adversarial": {"start_images": 60_000}}},
+            {"name": "head", "images": 50_000, "model": {"train": "decoder-head"}, "data": {"resolution": 40}},
+        ]
+        return Recipe(**{**values, "phases": phases})
+
+    return make
+
+
+def listing(*folders):
+    """Every entry of some folders with what a write would change."""
+    found = {}
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            stat = path.lstat()
+            found[str(path)] = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
+    return found
+
+
+@pytest.fixture
+def own(shards, tmp_path):
+    """Shards of two folders with the same names, the indexes of the first one lost."""
+    for name in ("first", "second"):
+        shutil.copytree(shards, tmp_path / "data" / name)
+    for file in (tmp_path / "data" / "first").glob("*.index"):
+        file.unlink()
+    return tmp_path / "data"
+
+
+def test_a_dry_run_measures_every_part_and_writes_nothing(phased, own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before = listing(tmp_path)
+    result = rehearse(phased(**{"data.shards": f"{own / 'first'}::{own / 'second'}"}), seconds=0.05)
+    assert listing(tmp_path) == before
+    assert [(part.phase, part.adversarial, part.images) for part in result.parts] == [
+        (0, False, 60_000), (0, True, 40_000), (1, True, 50_000),
+    ]  # fmt: skip
+    for part in result.parts:
+        assert part.images_per_second * part.seconds_a_step == pytest.approx(4)
+        assert 1 < part.images_per_second < 10_000
+        assert 0 <= part.data_wait < 1
+        assert 0.1 < part.memory_gb < 32
+        assert part.skipped == 0
+    assert result.validation_seconds > 0
+    assert result.seconds == pytest.approx(sum(part.seconds for part in result.parts) + result.validation_seconds)
+    assert 100_000 < result.checkpoint_bytes < 10_000_000
+    printed = capsys.readouterr()
+    for wanted in ("0 whole", "0 whole + GAN", "1 head + GAN", "60,000", "the whole recipe:", "a checkpoint:", "1 process, CPU"):
+        assert wanted in printed.out
+    assert "dry run: 0 whole, 60,000 images" in printed.err
+
+
+def test_the_checkpoint_is_as_large_as_foretold(phased, tmp_path):
+    import latentae
+
+    recipe = phased()
+    foretold = rehearse(recipe, seconds=0).checkpoint_bytes
+    short = [{**phase, "images": 8, "loss": {}} for phase in recipe.phases]
+    run = latentae.train(Recipe(**{**recipe.model_dump(mode="json", exclude={"images"}), "phases": short}), tmp_path / "run")
+    found = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in (run / "checkpoints").glob("step-*"))
+    assert foretold < found < foretold + 150_000, "names and small files come on top of the numbers"
+
+
+def test_a_folder_of_indexes_gets_no_new_ones(small, own, tmp_path):
+    (tmp_path / "indexes").mkdir()
+    shutil.move(next((own / "second").glob("*.index")), tmp_path / "indexes")
+    before = listing(tmp_path)
+    recipe = small(**{"data.shards": str(own / "second"), "data.index": str(tmp_path / "indexes")})
+    assert rehearse(recipe, seconds=0).parts[0].name == "all"
+    assert listing(tmp_path) == before
+
+
+def test_a_folder_of_images_is_not_packed_beside_itself(small, tmp_path):
+    for number in range(20):
+        (tmp_path / "photos" / f"album {number % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "photos" / f"album {number % 3}" / f"{number}.png")
+    before = listing(tmp_path)
+    rehearse(small(**{"data.shards": str(tmp_path / "photos")}), seconds=0)
+    assert listing(tmp_path) == before
+
+
+class FakeClock:
+    """Seconds that pass only where the stand-ins say so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """Steps of 1 s and, with the discriminator, 3 s (the first two much slower), 0.25 s of them waiting for data."""
+    clock = FakeClock()
+
+    class StandIn:
+        def __init__(self, recipe, accelerator):
+            self.recipe, self.accelerator = recipe, accelerator
+            self.state = types.SimpleNamespace(skipped=0, step=0)
+            self.adversarial = recipe.loss.adversarial.weight > 0 and recipe.loss.adversarial.start_images == 0
+            self.saved = {"autoencoder": torch.nn.Linear(3, 2), "ema": torch.nn.Linear(3, 2)}
+            self.optimizers = {}
+
+        def update(self, parts):
+            clock.now += 0.75 if not self.adversarial else 2.75
+            clock.now += 50 if self.state.step < 2 else 0
+            if self.recipe.loss.adversarial.r1 and self.adversarial and self.state.step % 16 == 0:
+                clock.now += 16
+            self.state.step += 1
+
+    def loader(recipe, accelerator):
+        while True:
+            clock.now += 0.25
+            yield types.SimpleNamespace(images=torch.zeros(recipe.batch_size, 3, 4, 4))
+
+    monkeypatch.setattr(rehearsal, "time", clock)
+    monkeypatch.setattr(rehearsal, "Trainer", StandIn)
+    monkeypatch.setattr(rehearsal, "build_loader", loader)
+    monkeypatch.setattr(rehearsal, "_check_resolution", lambda recipe, trainer: None)
+    monkeypatch.setattr(rehearsal, "_borrowed", lambda data, folder: data)
+    monkeypatch.setattr(rehearsal, "_validation_seconds", lambda trainer: 100.0)
+
+
+def test_phases_are_summed_with_their_shares(staged, phased):
+    result = rehearse(phased(), seconds=5)
+    assert [part.seconds_a_step for part in result.parts] == [1.0, 3.0, 3.0]
+    assert [part.images_per_second for part in result.parts] == pytest.approx([4, 4 / 3, 4 / 3])
+    assert [part.data_wait for part in result.parts] == pytest.approx([0.25, 0.25 / 3, 0.25 / 3])
+    assert result.seconds == pytest.approx(60_000 / 4 + 40_000 / 4 * 3 + 50_000 / 4 * 3 + 2 * 100)
+    assert result.checkpoint_bytes == 2 * (3 * 2 + 2) * 4
+
+
+@pytest.mark.parametrize(
+    ("weight", "start", "expected"),
+    [(0.0, 0, [(False, 24)]), (1.0, 0, [(True, 24)]), (1.0, 20, [(False, 20), (True, 4)]), (1.0, 24, [(False, 24)])],
+)
+def test_a_phase_is_parted_where_the_discriminator_begins(staged, small, weight, start, expected):
+    recipe = small(**{"loss.adversarial.weight": weight, "loss.adversarial.start_images": start})
+    assert [(part.adversarial, part.images) for part in rehearse(recipe, seconds=0).parts] == expected
+
+
+def test_whole_rounds_of_lazy_penalties_are_measured(staged, small):
+    recipe = small(**{"loss.adversarial.weight": 1.0, "loss.adversarial.r1": 1.0})
+    (part,) = rehearse(recipe, seconds=5).parts
+    assert part.seconds_a_step == pytest.approx(4.0)  # 3 s, and 16 s every 16 steps
+
+
+def test_the_speed_alone_counts_the_discriminator_from_the_start(staged, small):
+    assert measure_speed(small(), seconds=5) == pytest.approx(4)
+    late = {"loss.adversarial.weight": 1.0, "loss.adversarial.start_images": 20}
+    assert measure_speed(small(**late), seconds=5) == pytest.approx(4 / 3)
+
+
+def test_the_speed_alone_is_that_of_real_steps(small):
+    assert 1 < measure_speed(small(), seconds=0.05) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"data.shards": "nowhere"}, DataError, "nowhere"),
+        ({"data.resolution": 30}, RecipeError, "use 28"),
+        ({"batch_size": 100}, DataError, "one batch over all ranks takes 100"),
+        ({"log.wandb": "mine"}, MissingDependencyError, "wandb"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(small, monkeypatch, overrides, error, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(error, match=message):
+        rehearse(small(**overrides), seconds=0)
+
+
+def test_no_data_and_unknown_recipes_are_refused():
+    with pytest.raises(RecipeError, match="no training data"):
+        rehearse("tiny-cpu")
+    with pytest.raises(RecipeError, match="did you mean"):
+        rehearse("tiny-cpi")
+
+
+def test_too_little_memory_names_the_phase(phased, monkeypatch):
+    def full(trainer, parts):
+        if trainer.adversarial:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(rehearsal.Trainer, "update", full)
+    with pytest.raises(TrainingError, match=r"^phase 0 whole does not fit the GPU's memory; raise gradient_accumulation.*$"):
+        rehearse(phased(), seconds=0)
+
+
+def test_a_signal_ends_it_and_leaves_nothing(small, monkeypatch):
+    monkeypatch.setattr(rehearsal.Trainer, "update", lambda trainer, parts: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="SIGTERM in the dry run"):
+        rehearse(small(), seconds=60)
+
+
+def test_two_processes_measure_together_and_print_once(small, own, tmp_path, tmp_path_factory):
+    (tmp_path / "work").mkdir()
+    recipe = small(**{"data.shards": str(own / "first"), "loss.adversarial.weight": 1.0})
+    (tmp_path / "recipe.toml").write_text(recipe.toml())
+    before = listing(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "latentae", "train"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "recipe.toml"), "--dry-run"],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path / "work",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path_factory.mktemp("other"))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the whole recipe:") == 1
+    assert "2 processes, CPU" in done.stdout
+    assert listing(tmp_path) == before
+    assert not list(tmp_path_factory.getbasetemp().glob("other*/latentae-dry-run-*"))
