@@ -164,18 +164,9 @@ def train(
     """Train an autoencoder; the same command goes on where it stopped."""
     import latentae
 
-    recipe, words_of_recipe = _split(words)
-    overrides: dict[str, Any] = dict(words_of_recipe)
-    if init_from is not None:
-        overrides["model.init_from"] = init_from
-    if dry_run:
-        from latentae.training.rehearsal import rehearse
-
-        rehearse(recipe, **overrides)
-    elif output is None:
-        raise RecipeError("no run folder: give --output FOLDER (or --dry-run to write nothing)")
-    else:
-        latentae.train(recipe, output, resume=resume, **overrides)
+    recipe, overrides = _split(words)
+    options: dict[str, Any] = dict(overrides)
+    latentae.train(recipe, output, resume=resume, init_from=init_from, dry_run=dry_run, **options)
 
 
 @app.command(**_RECIPE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentae.losses.adversarial import LeCam, discriminator_loss, generator_loss, gradient_penalty, twice_differentiable
-from latentae.training.optim import build_optimizer, learning_rate_scale, set_learning_rate
+from latentae.training.optim import adamw, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Adversary:
             self.raw.compile()
         self.parameters = [p for p in self.raw.parameters() if p.requires_grad]
         self.lr = o.discriminator_lr or o.lr
-        optimizer = build_optimizer(self.parameters, self.lr, o.discriminator_betas, 0.0)
+        optimizer = adamw(self.parameters, self.lr, o.discriminator_betas)
         self.network, self.optimizer = accelerator.prepare(self.raw, optimizer)
         self.lecam = LeCam(self.options.lecam_decay).to(accelerator.device) if self.options.lecam else None
         self._logits: list[Tensor] = []

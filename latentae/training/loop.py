@@ -169,7 +169,7 @@ class PhaseLoop:
         values = dict(zip(terms, stacked.tolist(), strict=True))  # pyright: ignore
         values |= self.timer.read(accelerator.num_processes)
         values |= {
-            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "lr": self.trainer.optimizers["autoencoder"].param_groups[0]["lr"],
             "time": time.time(),
             "memory_gb": peak_memory_gb(accelerator.device),
         }

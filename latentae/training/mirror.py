@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from latentae.data.sources import shown
 from latentae.errors import MissingDependencyError, OutputError
-from latentae.files import read_json, sha256, staged_folder, write_text
+from latentae.files import read_json, staged_folder, write_text
 from latentae.jobs import RECORD, first_difference
 from latentae.models.pretrained import CHECKPOINTS, LATEST, META
 from latentae.progress import say
@@ -128,8 +128,9 @@ class Mirror:
             self._try(
                 "begin", lambda: self._remove(f"{folder.name}/{META}")
             )  # what lies there of another try is not whole from now on
-            for file, digest in [*digests.items(), (META, sha256(folder / META))]:
+            for file, digest in digests.items():
                 self._try(f"copy {file}", lambda f=file, d=digest: self._put(folder / f, f"{folder.name}/{f}", d))
+            self._try(f"copy {META}", lambda: self._write(f"{folder.name}/{META}", (folder / META).read_bytes()))
             self._try(f"write {LATEST}", lambda: self._write(LATEST, f"{folder.name}\n".encode()))
         except (OutputError, _Damaged) as error:
             self.failures += 1
@@ -219,8 +220,14 @@ class Mirror:
             return None
 
     def _write(self, name: str, data: bytes) -> None:
-        self._make_parent(name)
-        self._fs.pipe_file(f"{self._root}/{name}", data)
+        """A small file, whole or not there: an object store takes it in one piece, anything else renames it to its place."""
+        path = f"{self._root}/{name}"
+        if self._fs.async_impl:
+            self._fs.pipe_file(path, data)
+        else:
+            self._make_parent(name)
+            self._fs.pipe_file(f"{path}.incomplete", data)
+            self._fs.mv(f"{path}.incomplete", path)
         if self._read(name) != data:
             raise _Damaged(f"{name} came back with other bytes")
 

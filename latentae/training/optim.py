@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentae.training.muon import Muon
 from latentae.training.options import OptimizerOptions
 
-__all__ = ["build_optimizer", "learning_rate_scale", "set_learning_rate"]
+__all__ = ["adamw", "autoencoder_optimizers", "learning_rate_scale", "set_learning_rate"]
 
 
-def build_optimizer(
+def adamw(
     parameters: Iterable[nn.Parameter],
     lr: float,
     betas: tuple[float, float],
-    weight_decay: float,
+    weight_decay: float = 0.0,
     undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); its rate is set before every step.
@@ -35,6 +36,27 @@ def build_optimizer(
     if rest:
         groups.append({"params": rest, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def autoencoder_optimizers(
+    model: nn.Module, owned: Iterable[nn.Parameter], options: OptimizerOptions
+) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of an autoencoder's trainable parameters and of those that its losses own, by the name they are saved under."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [name for name, p in named.items() if options.name == "muon" and _is_hidden(name, p)]
+    rest = [p for name, p in named.items() if name not in hidden]
+    found: dict[str, torch.optim.Optimizer] = {
+        "autoencoder": adamw(rest, options.lr, options.betas, options.weight_decay, undecayed=owned)
+    }
+    if hidden:
+        lr = options.muon_lr or options.lr
+        found["autoencoder-muon"] = Muon([named[name] for name in hidden], lr, weight_decay=options.weight_decay)
+    return found
+
+
+def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Weights between the first and the last layers of either half; those and all vectors stay with AdamW, as Muon's authors advise."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("conv_in", "conv_out", "quant_conv"))
 
 
 def learning_rate_scale(options: OptimizerOptions, images_seen: int, images: int, start: int = 0) -> float:

@@ -57,9 +57,14 @@ class ModelOptions(BaseModel):
 
 
 class OptimizerOptions(BaseModel):
-    """AdamW for both networks, and the learning rate over images seen."""
+    """Optimizers of both networks, and the learning rate over images seen."""
 
     model_config = _STRICT
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="AdamW; or Muon for the weights of the autoencoder's hidden layers and AdamW for all else.",
+    )
+    muon_lr: float | None = Field(default=None, gt=0, description="Peak learning rate of Muon's weights; lr when not given.")
     lr: float = Field(default=1e-4, gt=0, description="Peak learning rate of the autoencoder.")
     discriminator_lr: float | None = Field(
         default=None, gt=0, description="Peak learning rate of the discriminator; lr when not given."

@@ -33,12 +33,18 @@ def describe_phases(recipe: Recipe) -> list[str]:
         lines.append(f"{title}: {phase.images:,} images = {steps:,} steps of {phase.batch_size}, {phase.data.resolution} px")
         lines.append(f"  trained: {_TRAINED[phase.model.train]}")
         lines.append(f"  weights per image element: {describe_weights(phase)}")
-        lines.append(f"  learning rate {phase.optimizer.lr:g}, {_schedule(phase)}")
+        lines.append(f"  {_optimizer(phase)}, {_schedule(phase)}")
         adversarial = phase.loss.adversarial
         if adversarial.weight:
             playing = max(0, phase.images - adversarial.start_images)
             lines.append(f"  discriminator: from image {adversarial.start_images:,} on, so it sees {playing:,} images")
     return lines
+
+
+def _optimizer(recipe: Recipe) -> str:
+    o = recipe.optimizer
+    muon = f"Muon, learning rate {o.muon_lr or o.lr:g}, and " if o.name == "muon" else ""
+    return f"{muon}AdamW, learning rate {o.lr:g}"
 
 
 def _schedule(recipe: Recipe) -> str:

@@ -25,7 +25,7 @@ from latentae.training.ema import Ema
 from latentae.training.keyed import keyed_normal, keyed_uniform
 from latentae.training.launch import agree
 from latentae.training.networks import build_autoencoder, build_discriminator
-from latentae.training.optim import build_optimizer, learning_rate_scale, set_learning_rate
+from latentae.training.optim import autoencoder_optimizers, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator = recipe, accelerator
-        o, device = recipe.optimizer, accelerator.device
+        device = accelerator.device
         self.raw_autoencoder = build_autoencoder(recipe).to(device)
         latent_channels = self.raw_autoencoder.config.latent_channels
         self.objective = Objective(recipe.loss, latent_channels).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -93,8 +93,10 @@ class Trainer:
             self.raw_autoencoder.compile_coders()
         self.trained = [p for p in self.raw_autoencoder.parameters() if p.requires_grad]
         self.owned = [p for p in self.objective.parameters() if p.requires_grad]  # by the losses
-        optimizer = build_optimizer(self.trained, o.lr, o.betas, o.weight_decay, undecayed=self.owned)
-        self.autoencoder, self.optimizer = accelerator.prepare(self.raw_autoencoder, optimizer)
+        optimizers = autoencoder_optimizers(self.raw_autoencoder, self.owned, recipe.optimizer)
+        self.peak_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+        self.autoencoder, *prepared = accelerator.prepare(self.raw_autoencoder, *optimizers.values())
+        self.autoencoder_optimizers = dict(zip(optimizers, prepared, strict=True))
         network = build_discriminator(recipe)
         self.adversary = None if network is None else Adversary(recipe, accelerator, network)
         self.state = TrainState()
@@ -117,7 +119,7 @@ class Trainer:
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimizers by name."""
-        found = {"autoencoder": self.optimizer}
+        found = self.autoencoder_optimizers
         return found if self.adversary is None else {**found, "discriminator": self.adversary.optimizer}
 
     @property
@@ -162,9 +164,10 @@ class Trainer:
         return sums | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
 
     def _finish_step(self, adversary: Adversary | None, apply: bool) -> None:
-        if apply:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.autoencoder_optimizers.values():
+            if apply:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if adversary is not None:
             adversary.finish_step(apply)
         state, size = self.state, self.recipe.batch_size
@@ -299,8 +302,10 @@ class Trainer:
         return size, config.latent_channels, height // config.downsampling, width // config.downsampling
 
     def _set_learning_rates(self) -> None:
-        o, seen = self.recipe.optimizer, self.state.phase_images
-        set_learning_rate(self.optimizer, o.lr * learning_rate_scale(o, seen, self.recipe.images))
+        seen = self.state.phase_images
+        scale = learning_rate_scale(self.recipe.optimizer, seen, self.recipe.images)
+        for name, optimizer in self.autoencoder_optimizers.items():
+            set_learning_rate(optimizer, self.peak_lr[name] * scale)
         if self.adversary is not None:
             self.adversary.set_learning_rate(seen)
 

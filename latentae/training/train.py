@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from latentae.data.writing import BAD_SAMPLES
-from latentae.errors import Interrupted, OutputError, TrainingError
+from latentae.errors import Interrupted, OutputError, RecipeError, TrainingError
 from latentae.files import write_text
 from latentae.jobs import RECORD, Job
 from latentae.progress import Progress, say
@@ -30,27 +30,53 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
+@overload
 def train(
     recipe: str | Path | Recipe,
     output: str | Path,
     *,
+    resume: str | Path = ...,
+    init_from: str | Path | None = ...,
+    dry_run: Literal[False] = ...,
+    **overrides: Any,
+) -> Path: ...
+
+
+@overload
+def train(
+    recipe: str | Path | Recipe,
+    output: str | Path | None = ...,
+    *,
+    resume: str | Path = ...,
+    init_from: str | Path | None = ...,
+    dry_run: bool = ...,
+    **overrides: Any,
+) -> Path | None: ...
+
+
+def train(
+    recipe: str | Path | Recipe,
+    output: str | Path | None = None,
+    *,
     resume: str | Path = "auto",
     init_from: str | Path | None = None,
+    dry_run: bool = False,
     **overrides: Any,
-) -> Path:
+) -> Path | None:
     """Train an autoencoder; run again, it goes on where it stopped.
 
     Args:
         recipe: a shipped recipe's name, a TOML path, or a Recipe.
-        output: the run folder.
+        output: the run folder; only a dry run does without.
         resume: "auto" (go on if `output` holds this run), "never" (refuse a folder that holds a run), or the path of a run or
             checkpoint to go on from in a new folder.
         init_from: weights to begin a new run with: a run, checkpoint, diffusers folder, or a safetensors or LDM file (the recipe's
             `model.init_from`).
+        dry_run: take a few real steps of every phase, print speed, memory and total time, and write nothing.
         **overrides: options of the recipe: `images=1000`, `data={"shards": "photos"}`, `**{"optimizer.lr": 1e-3}`.
 
     Returns:
-        The run folder.
+        The run folder; None after a dry run.
 
     Raises:
         RecipeError, DataError, OutputError, ModelError, WeightsError, TrainingError: one line each, nothing half-written.
@@ -58,7 +84,18 @@ def train(
     """
     if init_from is not None:
         overrides["model.init_from"] = str(init_from)
-    resolved, run = load_recipe(recipe, overrides), Path(output)
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        from latentae.training.rehearsal import rehearse
+
+        rehearse(resolved)
+        return None
+    if output is None:
+        raise RecipeError("no run folder: give --output FOLDER (or --dry-run to write nothing)")
+    return _train(resolved, Path(output), resume)
+
+
+def _train(resolved: Recipe, run: Path, resume: str | Path) -> Path:
     check_wandb(resolved.log)
     resolved.autoencoder_config()
     accelerator = build_accelerator(resolved.precision)

@@ -1,0 +1,57 @@
+"""Every shipped recipe takes steps in every one of its phases: narrow, on small images, with networks that need no download."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import preset
+from latentae.training.launch import build_accelerator, close_accelerator
+from latentae.training.recipe import load_recipe, shipped_recipes
+from latentae.training.steps import Trainer
+
+BACKBONE = "efficientnet-lite0"
+
+
+def narrow(name, folder):
+    """The recipe at 64 pixels, eight channels wide, two images a step; what begins late begins at once."""
+    recipe = load_recipe(name)
+    options = {"loss.perceptual.net": BACKBONE, "loss.classifier.backbone": BACKBONE, "loss.alignment.backbone": BACKBONE}
+    options |= {"precision": "fp32", "model.norm_num_groups": 4, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
+    if recipe.model.preset == "init":
+        AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 8), norm_num_groups=4)).save_pretrained(folder)
+        options["model.init_from"] = str(folder)
+    else:
+        options["model.block_out_channels"] = [8] * len(recipe.autoencoder_config().block_out_channels)
+    phases = []
+    for phase in load_recipe(recipe, options).phase_recipes():
+        changes = {"batch_size": 2, "data.resolution": 64, "loss.adversarial.start_images": 0}
+        phases.append(load_recipe(phase, changes))
+    return phases
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_takes_steps_in_every_phase(name, tmp_path):
+    accelerator = build_accelerator("fp32")
+    try:
+        for phase in narrow(name, tmp_path / "begin"):
+            trainer = Trainer(phase, accelerator)
+            before = {k: v.clone() for k, v in trainer.raw_autoencoder.state_dict().items()}
+            images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            for _ in range(2):
+                terms = trainer.update([images], report=True)
+            assert all(math.isfinite(value) for value in terms.values()), terms
+            assert trainer.state.skipped == 0
+            wanted = {"loss/perceptual"} | ({"loss/discriminator"} if phase.loss.adversarial.weight else set())
+            wanted |= {"adversarial/ratio"} if phase.loss.adversarial.adaptive else set()
+            assert wanted <= terms.keys()
+            after = trainer.raw_autoencoder.state_dict()
+            moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+            encoder = {"encoder", "quant_conv"} & before.keys() | {"encoder"}
+            assert bool(moved & encoder) == (phase.model.train in ("all", "encoder", "latent"))
+            accelerator.free_memory()
+    finally:
+        close_accelerator(accelerator)
