@@ -23,6 +23,7 @@ from latentae.data.order import EpochOrder, derive_seed, lane_share
 from latentae.data.selection import Selection, is_held_out
 from latentae.data.shards import RawSample, expand_shards, read_shard
 from latentae.data.transforms import augment, resize_and_center_crop
+from latentae.data.workers import leave_signals_to_parent
 from latentae.errors import DataError, ImageError, LatentAEError
 from latentae.progress import say
 
@@ -307,7 +308,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Go on from where the last iteration, or the loaded state, ended; one iteration at a time."""
         workers = min(self._plan.options.workers, len(self._lanes))
-        parts = DataLoader(_PartStream(self._plan, self._lanes, self._epoch, self._step), batch_size=None, num_workers=workers)
+        stream = _PartStream(self._plan, self._lanes, self._epoch, self._step)
+        parts = DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
         iterator = iter(parts)
         pin = torch.cuda.is_available()
         try:

@@ -23,6 +23,7 @@ from latentae.data.reading import READ_EXTENSIONS
 from latentae.data.shards import RawSample, expand_shards
 from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
+from latentae.data.workers import leave_signals_to_parent
 from latentae.errors import DataError, ImageError, LatentAEError, ShardError
 from latentae.progress import say
 
@@ -148,7 +149,7 @@ class StreamLoader:
         words = (self._seed, self._rank, self._batches)  # a run that goes on draws anew
         dataset = _Stream(self._shards, self._batch_size, options, words)
         pin = options.workers > 0 and torch.cuda.is_available()
-        for batch in DataLoader(dataset, batch_size=None, num_workers=options.workers):
+        for batch in DataLoader(dataset, batch_size=None, num_workers=options.workers, worker_init_fn=leave_signals_to_parent):
             if isinstance(batch, LatentAEError):
                 raise batch
             self._batches += 1

@@ -109,16 +109,27 @@ class PhaseLoop:
         while not self.trainer.finished:
             before = self.state.images_seen
             self._step(batches)
-            now = self.state.images_seen
-            if self.validations.due(before, now) and not self.trainer.finished:
+            now, finished = self.state.images_seen, self.trainer.finished
+            saved = finished or self.checkpoints.due(before, now)
+            if saved:
+                self._save()  # before a look at held-out images: a run that ends in there loses nothing
+            if self.validations.due(before, now) and not finished:
                 self.validate()
-            (stopping,) = agree(self.trainer.accelerator, self.stop.requested)
-            if stopping or self.checkpoints.due(before, now) or self.trainer.finished:
-                self.save()
-                self.timer.restart()
-            if stopping and not self.trainer.finished:
-                raise self.stop.interrupted(f"stopped after {now} images; the same command goes on from there")
+            self._stop_if_asked(saved)
         self.validate()
+        self._stop_if_asked(saved=True)
+
+    def _stop_if_asked(self, saved: bool) -> None:
+        """Leave at the same step on all processes, with the state saved."""
+        (stopping,) = agree(self.trainer.accelerator, self.stop.requested)
+        if stopping:
+            if not saved:
+                self._save()
+            raise self.stop.interrupted(f"stopped after {self.state.images_seen} images; the same command goes on from there")
+
+    def _save(self) -> None:
+        self.save()
+        self.timer.restart()
 
     def _warm_up(self, batches: Iterator[Batch]) -> None:
         """The first step: torch.compile may take minutes here, with nothing to save yet, so a signal ends it at once."""
@@ -157,8 +168,7 @@ class PhaseLoop:
         if state.skipped_in_a_row >= limits.max_skipped_in_a_row:
             message = roll_back(self.trainer, self.run)
             self._event("rollback", message)
-            self.save()
-            self.timer.restart()
+            self._save()
 
     def _report(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Average the terms over processes and write them, with the speed."""

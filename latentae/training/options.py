@@ -99,6 +99,7 @@ class LogOptions(BaseModel):
     validation_every_images: int = Field(default=0, ge=0, description="Images between validations with a picture; 0: 10 in all.")
     validation_images: int = Field(default=64, ge=1, description="Held-out images per validation.")
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
+    summary: bool = Field(default=True, description="Write summary.html at the end and at Ctrl-C (a few seconds).")
     wandb: str | None = Field(default=None, description="Also log to this Weights & Biases project (needs the package wandb).")
 
 

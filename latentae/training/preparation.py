@@ -58,7 +58,8 @@ def job_inputs(recipe: Recipe) -> dict[str, Any]:
     digests = []
     for phase in recipe.phase_recipes():
         paths = expand_shards(str(phase.data.shards))
-        digests.append("" if streams(paths, phase.data.index) else load_index(paths, phase.data.index).digest)
+        streamed = streams(paths, phase.data.index)  # then nothing is known of them but where they lie
+        digests.append(f"streamed: {phase.data.shards}" if streamed else load_index(paths, phase.data.index).digest)
     inputs: dict[str, Any] = {"recipe": recipe.identity(), "data_digest": digests[0]}
     if len(set(digests)) > 1:
         inputs["phase_data_digests"] = digests

@@ -47,7 +47,7 @@ _NOT_IDENTITY = {
     "failure",
     "log",
 }
-_NOT_IDENTITY_OF_DATA = ("workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row")
+_NOT_IDENTITY_OF_DATA = ("shards", "workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row")
 
 
 class Recipe(BaseModel):
@@ -140,11 +140,20 @@ class Recipe(BaseModel):
         return preset(self.model.preset, sample_size=self.data.resolution, **replaced)
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide the weights: what two runs must share to be the same job."""
+        """The values that decide the weights: what two runs must share to be the same job.
+
+        Where data and initial weights lie is no part of it: their digests belong to the job too.
+        """
         values = self.model_dump(mode="json", exclude=_NOT_IDENTITY)
-        values["model"].pop("gradient_checkpointing")
-        for name in _NOT_IDENTITY_OF_DATA:
-            values["data"].pop(name)
+        for table in (values, *values["phases"]):
+            table.get("model", {}).pop("gradient_checkpointing", None)
+            table.pop("gradient_accumulation", None)
+            data = table.get("data", {})
+            for name in _NOT_IDENTITY_OF_DATA:
+                data.pop(name, None)
+            if data.get("validation", "auto") not in ("auto", "none"):
+                data["validation"] = "none"  # shards of their own take nothing from the training data, wherever they lie
+        values["model"].pop("init_from")
         return values
 
     def toml(self) -> str:

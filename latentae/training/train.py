@@ -104,6 +104,7 @@ def _train(resolved: Recipe, run: Path, resume: str | Path) -> Path:
             resolved = on_main(accelerator, lambda: make_shards(resolved, run))
             inputs = job_inputs(resolved)
             if on_main(accelerator, lambda: _already_finished(run, inputs, str(resume))):
+                on_main(accelerator, lambda: _copy_again(resolved, run, inputs, stop))
                 say(f"{run} is finished: {resolved.images} images seen; nothing to do")
                 return run
             _Run(resolved, run, inputs, accelerator, stop).train(resume)
@@ -121,6 +122,22 @@ def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
     if resume != "auto" and (run / RECORD).exists():
         raise OutputError(f"{run} already holds a run; --resume PATH begins a new one, so choose an empty output")
     return Job.open(run, "train", inputs).state == "finished"
+
+
+def _mirror(recipe: Recipe, inputs: dict[str, Any], stop: StopFlag) -> Mirror | None:
+    """Where checkpoints are copied to, claimed for this job; None where the recipe names no address."""
+    if recipe.checkpoint_url is None:
+        return None
+    mirror = Mirror(recipe.checkpoint_url, inputs, recipe.keep_checkpoints, lambda: stop.requested)
+    mirror.claim()
+    return mirror
+
+
+def _copy_again(recipe: Recipe, run: Path, inputs: dict[str, Any], stop: StopFlag) -> None:
+    """The last checkpoint of a finished run may have failed to be copied."""
+    mirror = _mirror(recipe, inputs, stop)
+    if mirror is not None:
+        mirror.newest(run)
 
 
 class _Run:
@@ -157,19 +174,15 @@ class _Run:
         self._summarize()
 
     def _summarize(self) -> None:
-        if self.main:
+        if self.main and self.recipe.log.summary:
             say(f"summary: {write_summary(self.folder)}")
 
     def _starting_point(self, resume: str | Path) -> Path | None:
         """The checkpoint to go on from, fetched first if it is only at the recipe's `checkpoint_url`; on the first process."""
-        if self.recipe.checkpoint_url is not None:
-            self.mirror = Mirror(
-                self.recipe.checkpoint_url, self.inputs, self.recipe.keep_checkpoints, lambda: self.stop.requested
-            )
-            self.mirror.claim()
-            if resume == "auto":
-                Job.open(self.folder, "train", self.inputs)  # the folder must be ours before a checkpoint is put into it
-                return self.mirror.newest(self.folder)
+        self.mirror = _mirror(self.recipe, self.inputs, self.stop)
+        if self.mirror is not None and resume == "auto":
+            Job.open(self.folder, "train", self.inputs)  # the folder must be ours before a checkpoint is put into it
+            return self.mirror.newest(self.folder)
         found = find_checkpoint(self.folder if resume in ("auto", "never") else Path(resume))
         if found is None and resume not in ("auto", "never"):
             raise TrainingError(f"--resume {resume} holds no checkpoint; give a run folder or one of its checkpoints")

@@ -33,6 +33,7 @@ SMALL = {
     "images": 24,
     "checkpoint_every_images": 8,
     "log.tensorboard": False,
+    "log.summary": False,
 }
 
 

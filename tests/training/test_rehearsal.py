@@ -157,7 +157,7 @@ def staged(monkeypatch):
     monkeypatch.setattr(rehearsal, "time", clock)
     monkeypatch.setattr(rehearsal, "Trainer", StandIn)
     monkeypatch.setattr(rehearsal, "build_loader", loader)
-    monkeypatch.setattr(rehearsal, "_check_resolution", lambda recipe, trainer: None)
+    monkeypatch.setattr(rehearsal, "check_sizes", lambda recipe, trainer: None)
     monkeypatch.setattr(rehearsal, "_borrowed", lambda data, folder: data)
     monkeypatch.setattr(rehearsal, "_validation_seconds", lambda trainer: 100.0)
 

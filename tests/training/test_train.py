@@ -32,10 +32,10 @@ def lines(run):
 
 
 def test_a_run_folder_has_everything_and_says_when_it_is_finished(small, tmp_path, capsys):
-    validated = {"data.validation": "auto", "data.validation_fraction": 0.2, "log.tensorboard": True}
+    validated = {"data.validation": "auto", "data.validation_fraction": 0.2, "log.tensorboard": True, "log.summary": True}
     run = latentae.train(small(**validated), tmp_path / "run")
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "summary.html", "tensorboard",
+        "checkpoints", "events.jsonl", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "summary.html", "tensorboard",
     ]  # fmt: skip
     last = lines(run)[-1]
     assert last["images"] == 24
@@ -142,7 +142,7 @@ def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path
         (
             {"loss.adversarial.weight": 1, "loss.adversarial.layers": 4},
             RecipeError,
-            "below the 48 pixels that PatchDiscriminator",
+            "below the 48 pixels that the discriminator",
         ),
         ({"gradient_accumulation": 3}, RecipeError, "use a multiple of 3"),
         ({"batch_size": 100}, DataError, "one batch over all ranks takes 100"),
@@ -326,5 +326,5 @@ def test_a_lost_run_folder_is_fetched_back_from_its_copy(small, tmp_path):
     shutil.rmtree(tmp_path / "lost")
     latentae.train(short, tmp_path / "elsewhere")
     assert weights(tmp_path / "elsewhere") == weights(whole)
-    with pytest.raises(OutputError, match="holds checkpoints of another run: recipe.seed"):
+    with pytest.raises(OutputError, match=r"holds checkpoints of another run: recipe\.seed"):
         latentae.train(small(checkpoint_url=url, seed=3), tmp_path / "other")
