@@ -173,17 +173,19 @@ class PhaseLoop:
     def _report(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Average the terms over processes and write them, with the speed."""
         accelerator, state = self.trainer.accelerator, self.state
-        stacked = torch.stack([value.float() for value in terms.values()])
+        bad = torch.tensor(float(self.bad_samples), device=accelerator.device)
+        stacked = torch.stack([*(value.float() for value in terms.values()), bad])
         if accelerator.num_processes > 1:
             stacked = accelerator.reduce(stacked, "mean")
-        values = dict(zip(terms, stacked.tolist(), strict=True))  # pyright: ignore
+        values = dict(zip([*terms, "bad_samples"], stacked.tolist(), strict=True))  # pyright: ignore
+        values["bad_samples"] *= accelerator.num_processes  # their sum
         values |= self.timer.read(accelerator.num_processes)
         values |= {
             "lr": self.trainer.optimizers["autoencoder"].param_groups[0]["lr"],
             "time": time.time(),
             "memory_gb": peak_memory_gb(accelerator.device),
         }
-        values |= {"skipped_steps": state.skipped, "bad_samples": self.bad_samples, "phase": state.phase}
+        values |= {"skipped_steps": state.skipped, "phase": state.phase}
         if self.log is not None:
             self.log.write(state.step, state.images_seen, values)
             self._warn(values)
