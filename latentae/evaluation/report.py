@@ -39,6 +39,7 @@ __all__ = [
     "build_report",
 ]
 
+LARGEST_PIXEL = 8  # of a picture as wide as the page, in CSS pixels
 SMALL = 192  # pictures up to this side are enlarged without smoothing: their pixels are what is shown
 
 
@@ -162,7 +163,8 @@ class Strip:
 
     def html(self) -> str:
         """As HTML."""
-        return f'<div class="strip">{self.picture.html()}</div>'
+        widest = LARGEST_PIXEL * self.picture.image.shape[-1]
+        return f'<div class="strip" style="--widest: {widest}px">{self.picture.html()}</div>'
 
 
 @dataclass(frozen=True)
