@@ -19,6 +19,7 @@ _HOME = {
     "LatentAEError": "latentae.errors",
     "LatentDataset": "latentae.encoding.latents",
     "config": "latentae.training.plan",
+    "decode": "latentae.encoding.preview",
     "encode": "latentae.encoding.encode",
     "evaluate": "latentae.evaluation.evaluate",
     "export": "latentae.exporting.export",
@@ -28,7 +29,9 @@ _HOME = {
     "quickstart": "latentae.examples.quickstart",
     "reconstruct": "latentae.evaluation.reconstruct",
     "shards": "latentae.data.writing",
+    "stats": "latentae.encoding.stats",
     "train": "latentae.training.train",
+    "verify": "latentae.encoding.verify",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     from latentae.data.writing import shards
     from latentae.encoding.encode import encode
     from latentae.encoding.latents import LatentDataset
+    from latentae.encoding.preview import decode
+    from latentae.encoding.stats import stats
+    from latentae.encoding.verify import verify
     from latentae.errors import LatentAEError
     from latentae.evaluation.evaluate import evaluate
     from latentae.evaluation.reconstruct import reconstruct

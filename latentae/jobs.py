@@ -6,19 +6,22 @@ inputs it was started with, and whether it finished.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from latentae.errors import OutputError
-from latentae.files import read_json, write_json
+from latentae.files import write_json
 from latentae.version import __version__
 
-__all__ = ["FORMAT_VERSION", "Job"]
+__all__ = ["FORMAT_VERSION", "RECORD", "Job", "RemoteJob"]
 
 FORMAT_VERSION = 1
 RECORD = "latentae.json"
+
+State = Literal["new", "resumed", "finished"]
 
 
 @dataclass
@@ -28,11 +31,12 @@ class Job:
     folder: Path
     verb: str
     inputs: dict[str, Any]
-    state: Literal["new", "resumed", "finished"]
+    state: State
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: str | Path, verb: str, inputs: Mapping[str, Any]) -> Job:
-        """Claim `folder` for a job. `inputs` (plain JSON values) are what makes two jobs the same.
+    def open(cls, folder: str | Path, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
+        """Claim `folder` for a job. `inputs` (plain JSON values) are what makes two jobs the same; `notes` are kept beside them.
 
         Raises:
             OutputError: the folder can't be made, or holds anything but this very job.
@@ -44,47 +48,135 @@ class Job:
         except OSError as error:
             raise OutputError(f"could not use {folder} as an output folder: {error.strerror}") from error
         if RECORD not in entries:
-            if entries:
-                raise OutputError(
-                    f"{folder} is not empty and was not made by latentae {verb} ({sorted(entries)[0]} is there); choose another folder"
-                )
-            job = cls(folder, verb, inputs, "new")
+            _refuse_foreign(entries, str(folder), verb)
+            job = cls(folder, verb, inputs, "new", dict(notes or {}))
             job._write(finished=False)
             return job
         record = cls.read(folder)
-        if record.get("verb") != verb:
-            raise OutputError(f"{folder} was made by latentae {record.get('verb')}, not by {verb}; choose another folder")
-        difference = first_difference(record.get("inputs", {}), inputs)
-        if difference:
-            raise OutputError(
-                f"{folder} holds another {verb} job: {difference}; choose another folder, or give the same inputs to resume it"
-            )
-        return cls(folder, verb, inputs, "finished" if record.get("finished") else "resumed")
+        state = _state(record, str(folder), verb, inputs)
+        return cls(folder, verb, inputs, state, _notes(record) if notes is None else dict(notes))
 
     @staticmethod
     def read(folder: str | Path) -> dict[str, Any]:
         """The record of an output folder; an error if it can't be read or is of a newer format."""
         path = Path(folder) / RECORD
         try:
-            record = read_json(path)
-        except (OSError, ValueError) as error:
-            raise OutputError(f"could not read {path} ({error}); the folder is damaged or not ours, choose another") from error
-        if not isinstance(record, dict) or record.get("format_version", 0) > FORMAT_VERSION:
-            raise OutputError(
-                f"{path} is of a newer or unknown format; this version reads up to {FORMAT_VERSION}, upgrade latentae"
-            )
-        return record
+            return _parse(path.read_bytes(), str(path))
+        except OSError as error:
+            raise _unreadable(str(path), error) from error
 
     def finish(self, **summary: Any) -> None:
         """Record that everything is in place."""
         self._write(finished=True, **summary)
         self.state = "finished"
 
+    def reopen(self) -> None:
+        """Record that something is missing again, so that readers refuse the folder until the same job has run again."""
+        self._write(finished=False)
+        self.state = "resumed"
+
     def _write(self, **rest: Any) -> None:
-        write_json(
-            self.folder / RECORD,
-            {"format_version": FORMAT_VERSION, "latentae": __version__, "verb": self.verb, "inputs": self.inputs, **rest},
+        write_json(self.folder / RECORD, _compose(self, rest))
+
+
+@dataclass
+class RemoteJob:
+    """A `Job` on another file system, which its owner reads and writes."""
+
+    folder: str
+    """Its address for messages."""
+    verb: str
+    inputs: dict[str, Any]
+    state: State
+    write: Callable[[bytes], None]
+    """Replaces the record, whole or not at all."""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str,
+        record: bytes | None,
+        others: Sequence[str],
+        verb: str,
+        inputs: Mapping[str, Any],
+        write: Callable[[bytes], None],
+        notes: Mapping[str, Any] | None = None,
+    ) -> RemoteJob:
+        """`Job.open`, given the record as found, or None and the names of all other files."""
+        inputs = dict(inputs)
+        if record is None:
+            _refuse_foreign(others, folder, verb)
+            job = cls(folder, verb, inputs, "new", write, dict(notes or {}))
+            job._write(finished=False)
+            return job
+        there = cls.read(folder, record)
+        state = _state(there, folder, verb, inputs)
+        return cls(folder, verb, inputs, state, write, _notes(there) if notes is None else dict(notes))
+
+    @staticmethod
+    def read(folder: str, record: bytes | None) -> dict[str, Any]:
+        """`Job.read`, given the record as found."""
+        path = f"{folder}/{RECORD}"
+        if record is None:
+            raise _unreadable(path, "there is no such file")
+        return _parse(record, path)
+
+    def finish(self, **summary: Any) -> None:
+        """Record that everything is in place."""
+        self._write(finished=True, **summary)
+        self.state = "finished"
+
+    def reopen(self) -> None:
+        """`Job.reopen`."""
+        self._write(finished=False)
+        self.state = "resumed"
+
+    def _write(self, **rest: Any) -> None:
+        record = _compose(self, rest)
+        self.write((json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _compose(job: Job | RemoteJob, rest: Mapping[str, Any]) -> dict[str, Any]:
+    notes = {"notes": job.notes} if job.notes else {}
+    return {"format_version": FORMAT_VERSION, "latentae": __version__, "verb": job.verb, "inputs": job.inputs, **notes, **rest}
+
+
+def _notes(record: Mapping[str, Any]) -> dict[str, Any]:
+    notes = record.get("notes", {})
+    return dict(notes) if isinstance(notes, Mapping) else {}
+
+
+def _unreadable(path: str, reason: object) -> OutputError:
+    return OutputError(f"could not read {path} ({reason}); the folder is damaged or not ours, choose another")
+
+
+def _parse(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(record, dict) or record.get("format_version", 0) > FORMAT_VERSION:
+        raise OutputError(f"{path} is of a newer or unknown format; this version reads up to {FORMAT_VERSION}, upgrade latentae")
+    return record
+
+
+def _refuse_foreign(entries: Sequence[str], folder: str, verb: str) -> None:
+    if entries:
+        raise OutputError(
+            f"{folder} is not empty and was not made by latentae {verb} ({min(entries)} is there); choose another folder"
         )
+
+
+def _state(record: Mapping[str, Any], folder: str, verb: str, inputs: Mapping[str, Any]) -> State:
+    if record.get("verb") != verb:
+        raise OutputError(f"{folder} was made by latentae {record.get('verb')}, not by {verb}; choose another folder")
+    difference = first_difference(record.get("inputs", {}), inputs)
+    if difference:
+        raise OutputError(
+            f"{folder} holds another {verb} job: {difference}; choose another folder, or give the same inputs to resume it"
+        )
+    return "finished" if record.get("finished") else "resumed"
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> str | None:

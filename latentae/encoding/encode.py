@@ -1,40 +1,69 @@
 """The verb `encode`: shards of images -> shards of latents, one for one, on as many machines as there are.
 
 Every task takes each num_tasks-th shard and never waits for another. What is done is what has a valid sidecar; whichever task
-finds all of them in place writes `statistics.json` and closes the job.
+finds all of them in place writes `statistics.json` and closes the job. `prepare` and `conclude` are its beginning and its end, for
+an engine that does what lies between in another way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from latentae.data.index import load_index
+from latentae.data.index import ShardEntry, ShardIndex, load_index
+from latentae.data.options import DataOptions
 from latentae.data.shards import expand_shards
-from latentae.data.sources import is_remote, shown
-from latentae.data.transforms import to_float
+from latentae.data.sources import is_remote, name_of, size_of
 from latentae.device import choose_device
-from latentae.encoding.plan import Shard, plan_digest, plan_shards, remove_leftovers, resolve_task
-from latentae.encoding.shard import DTYPES, ShardSettings, encode_shard
-from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS
-from latentae.errors import DataError, ImageError, ModelError, OutputError, RecipeError, ShardError
-from latentae.files import read_json, write_json
-from latentae.jobs import Job
-from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.latent_statistics import LatentStatistics, merge
-from latentae.models.pretrained import ModelSource, load_model, resolve_model
+from latentae.encoding.encoders import Encoder, ModelEncoder, build_encoder
+from latentae.encoding.pipeline import default_workers
+from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers, resolve_task
+from latentae.encoding.shard import DTYPES, UNREADABLE, ShardSettings, encode_shards
+from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar
+from latentae.encoding.store import Store
+from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.jobs import Job, RemoteJob
+from latentae.models.latent_statistics import LatentStatistics
+from latentae.models.pretrained import ModelSource, resolve_model
 from latentae.progress import Progress, say
 
-__all__ = ["ModelEncoder", "encode"]
+__all__ = ["ModelEncoder", "Work", "conclude", "encode", "prepare"]
 
-PREPROCESSING = "short side to the resolution (antialiased bicubic), centre crop"
+PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"
 STALE_SECONDS = 600.0  # a writer touches its file with every batch
+COMPUTE = ("auto", "fp32", "bf16")
+ENGINES = ("local", "ray")
+NEED_FLIPS, NEED_IMAGES, TAKE_BUCKETS = ("lightningdit", "mar"), ("repa",), ("kohya",)  # formats of other trainers
+THREADS = 16  # that ask for the sizes of remote shards
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job that has been claimed, and this task's share of it."""
+
+    job: Job | RemoteJob
+    store: Store
+    plan: list[Shard]
+    """All shards of the job."""
+    mine: list[Shard]
+    """Those of this task."""
+    pending: list[Shard]
+    """Those of this task that are not done."""
+    settings: ShardSettings
+    source: ModelSource
+    make_encoder: Callable[[], Encoder]
+    """Loads the model; can be pickled and called in another process, which then chooses its own device."""
+    task: str
+    """For messages: "task 1 of 4", empty where there is one."""
+    max_bad_share: float
 
 
 def encode(
@@ -43,29 +72,47 @@ def encode(
     out: str | Path,
     *,
     dtype: str = "bf16",
+    compute_dtype: str = "auto",
+    flip: bool = False,
     resolution: int | None = None,
+    buckets: str = "none",
     batch_size: int = 16,
     keep_images: bool = False,
+    packed: bool = False,
+    workers: int | None = None,
+    max_bad_share: float = 0.01,
     task_id: int | None = None,
     num_tasks: int | None = None,
     weights: str = "ema",
     device: str = "auto",
+    format: str = "latentae",
+    engine: str = "local",
 ) -> dict[str, Any]:
     """Encode image shards to latent shards; running the same command again goes on where it stopped, or says it is done.
 
     Args:
         model: run folder, checkpoint, exported folder or safetensors file.
-        shards: folder, tar, glob, brace pattern, or several.
-        out: folder for the latents; shards keep their names, and their folders below the deepest one they share.
+        shards: folder, tar, glob, brace pattern or URL, or several.
+        out: folder or URL for the latents; shards keep their names, and their folders below the deepest one they share.
         dtype: stored type of mean and logvar: bf16, fp16 or fp32. The posterior is computed in fp32.
+        compute_dtype: what the network computes in: fp32, bf16 (autocast), or auto: bf16 on CUDA, fp32 elsewhere.
+        flip: store the posterior of the mirrored image too, as `mean_flip` and `logvar_flip`. Statistics are of the image as it is.
         resolution: side in pixels of the encoded centre square; the one the model was trained at if not given.
-        batch_size: images at once; another one may change the last bits.
+        buckets: "auto" encodes each image at the nearest of several aspect ratios, about resolution^2 pixels each (the buckets
+            of training, with its default step and largest ratio); "none" at the square.
+        batch_size: images at once; another one may change the last bits. Halved when memory runs out.
         keep_images: copy the images into the latent shards too.
+        packed: stack the latents of a shard beside it, in one file for each image size, rather than one file for each sample.
+        workers: threads that decode; one on a CPU, and one for each core beside a GPU, if not given. The output does not depend on it.
+        max_bad_share: images that can't be read are left out and recorded; above this share of all the job fails at its end.
         task_id: which share of the shards to encode, from 0.
         num_tasks: how many shares there are. Where neither is given, they are RANK and WORLD_SIZE (accelerate launch, torchrun),
             else those of a SLURM array, else 0 and 1.
         weights: "ema" or "raw" weights of a run.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        format: "latentae", or the trainer whose layout to write into OUT/FORMAT from latents that are then in OUT/latents; mirrored
+            latents and images are kept for those that need them.
+        engine: "local", or "ray" to spread the shards over a Ray cluster.
 
     Returns:
         A summary: `out`, `shards`, `samples`, `skipped`, `finished` (False while other tasks have shards to do), and once
@@ -73,156 +120,272 @@ def encode(
 
     Raises:
         RecipeError: an option that is not allowed.
-        DataError: shards that are missing, damaged or hold an unreadable image (shard and key are named).
-        ModelError: no such model, or not one of RGB images.
+        DataError: shards that are missing or damaged, or too many images that can't be read (shard and key are named).
+        ModelError: no such model, or one that takes no images.
         OutputError: `out` can't be written or holds another job, such as that of another model, resolution or dtype.
     """
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if batch_size < 1:
-        raise RecipeError(f"batch size is {batch_size}, expected at least 1")
+    if engine not in ENGINES:
+        raise RecipeError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}")
+    _check_format(format, out, buckets)
+    work = prepare(
+        model,
+        shards,
+        out if format == "latentae" else Path(out) / "latents",
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        flip=flip or format in NEED_FLIPS,
+        resolution=resolution,
+        buckets=buckets,
+        batch_size=batch_size,
+        keep_images=keep_images or format in NEED_IMAGES,
+        packed=packed,
+        workers=workers,
+        max_bad_share=max_bad_share,
+        task_id=task_id,
+        num_tasks=num_tasks,
+        weights=weights,
+        device=device,
+    )
+    if work.pending and engine == "ray":
+        from latentae.encoding import ray_engine
+
+        ray_engine.run(work)
+    elif work.pending:
+        _run(work)
+    summary = conclude(work)
+    if format == "latentae" or not summary["finished"]:
+        return summary
+    from latentae.encoding import formats
+
+    return {**summary, "out": str(formats.write(format, Path(out) / "latents", Path(out) / format))}
+
+
+def _check_format(format: str, out: str | Path, buckets: str) -> None:
+    """Refuse before the work what the writer of a layout would refuse after it."""
+    if format == "latentae":
+        return
+    from latentae.encoding.formats import FORMATS
+
+    if format not in FORMATS:
+        raise RecipeError(f"format is {format!r}, expected one of latentae, {', '.join(FORMATS)}")
+    if is_remote(str(out)):
+        raise RecipeError(f"format {format} is written to a local folder, not to a URL; copy it there afterwards")
+    if buckets != "none" and format not in TAKE_BUCKETS:
+        raise RecipeError(f"format {format} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}")
+
+
+def prepare(
+    model: str | Path,
+    shards: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    dtype: str = "bf16",
+    compute_dtype: str = "auto",
+    flip: bool = False,
+    resolution: int | None = None,
+    buckets: str = "none",
+    batch_size: int = 16,
+    keep_images: bool = False,
+    packed: bool = False,
+    workers: int | None = None,
+    max_bad_share: float = 0.01,
+    task_id: int | None = None,
+    num_tasks: int | None = None,
+    weights: str = "ema",
+    device: str = "auto",
+) -> Work:
+    """Check the options of `encode`, claim the output, and find out what is left to do."""
+    for name, value, allowed in (
+        ("dtype", dtype, DTYPES),
+        ("compute dtype", compute_dtype, COMPUTE),
+        ("buckets", buckets, ("none", "auto")),
+    ):
+        if value not in allowed:
+            raise RecipeError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+    if batch_size < 1 or (workers is not None and workers < 0) or not 0 <= max_bad_share <= 1:
+        raise RecipeError(
+            f"batch size is {batch_size}, workers {workers}, max bad share {max_bad_share}; expected at least 1, 0 or more, and 0 to 1"
+        )
     task, tasks = resolve_task(task_id, num_tasks)
     source = resolve_model(model, weights)
     side = _resolution(source, resolution)
+    sizes = _bucket_sizes(side, buckets, source.config.downsampling)
     where = choose_device(device)
-    out = Path(out)
-    index = load_index(_local(expand_shards(shards)))
-    plan = plan_shards(index, out)
+    store = Store.open(out)
+    index = _index(expand_shards(shards))
+    plan = plan_shards(index)
 
-    identity = _identity(source, side, where, dtype, keep_images)
-    fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()
-    settings = ShardSettings(side, dtype, batch_size, keep_images, source.config.latent_channels, fingerprint)
-    inputs = {**identity, "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}}
-    job = Job.open(out, "encode", inputs)
-
-    mine = plan[task::tasks]
-    pending = [shard for shard in mine if shard.finished(settings.fingerprint) is None]
-    if pending:
-        autoencoder, _ = load_model(source.weights_file, device=where)  # not source.path: a run may have moved on
-        encoder = ModelEncoder(autoencoder, where, identity["compute"])
-        _run(encoder, pending, sum(shard.samples for shard in mine), settings)
-    return _conclude(job, plan, settings, source, f"task {task} of {tasks}" if tasks > 1 else "", bool(pending))
-
-
-def _identity(source: ModelSource, side: int, device: torch.device, dtype: str, keep_images: bool) -> dict[str, Any]:
-    """What decides the bytes of a latent shard, besides the images."""
-    return {
+    identity = {
         "model": source.fingerprint,
         "resolution": side,
+        "buckets": [list(size) for size in sizes] or "none",
         "preprocessing": PREPROCESSING,
-        "compute": "bf16" if device.type == "cuda" else "fp32",
+        "compute": _compute(compute_dtype, where),
         "dtype": dtype,
+        "flip": flip,
+        "packed": packed,
         "keep_images": keep_images,
     }
+    fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()
+    settings = ShardSettings(
+        side,
+        dtype,
+        batch_size,
+        keep_images,
+        source.config.latent_channels,
+        fingerprint,
+        flip=flip,
+        packed=packed,
+        buckets=sizes,
+        workers=default_workers(where) if workers is None else workers,
+        in_channels=source.config.in_channels,
+        pin=where.type == "cuda",
+    )
+    inputs = {**identity, "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}}
+    job = store.claim("encode", inputs, {"model_path": str(Path(model).absolute())})
+    mine = plan[task::tasks]
+    return Work(
+        job,
+        store,
+        plan,
+        mine,
+        [shard for shard, sidecar in find_finished(store, mine, fingerprint) if sidecar is None],
+        settings,
+        source,
+        partial(build_encoder, source.weights_file, device, identity["compute"]),
+        f"task {task} of {tasks}" if tasks > 1 else "",
+        max_bad_share,
+    )
 
 
-def _local(shards: list[str]) -> list[str]:
-    remote = next((path for path in shards if is_remote(path)), None)
-    if remote is not None:
-        raise DataError(f"encode reads local shards only so far, found {shown(remote)}; copy the shards to a folder first")
-    return shards
+def _compute(compute_dtype: str, device: torch.device) -> str:
+    if compute_dtype != "auto":
+        return compute_dtype
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _run(encoder: ModelEncoder, pending: list[Shard], total: int, settings: ShardSettings) -> None:
-    """Encode the `pending` shards; `total` counts the samples of all shards of this task."""
-    done = total - sum(shard.samples for shard in pending)
+def _bucket_sizes(side: int, buckets: str, factor: int) -> tuple[tuple[int, int], ...]:
+    sizes = DataOptions(resolution=side, buckets="auto" if buckets == "auto" else "none").bucket_sizes()
+    if any(length % factor for size in sizes for length in size):
+        raise ImageError(
+            f"the sides of buckets are no multiples of the model's downsampling factor {factor}; encode squares (buckets none)"
+        )
+    return sizes
+
+
+def _index(shards: list[str]) -> ShardIndex:
+    """What the shards hold; of remote ones only the sizes, which are had without reading them."""
+    if not any(map(is_remote, shards)):
+        return load_index(shards)
+    with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
+        sizes = list(pool.map(size_of, shards))
+    return ShardIndex(tuple(ShardEntry(path, name_of(path), 0, size) for path, size in zip(shards, sizes, strict=True)))
+
+
+def _run(work: Work) -> None:
+    """Encode the pending shards here."""
+    done, total = (sum(shard.samples for shard in some) for some in (work.pending, work.mine))
+    done = total - done
     if done:
         say(f"encode: {done} of {total} samples are already done")
-    with Progress("encoding", total=total, initial=done) as progress:
-        for shard in pending:
-            remove_leftovers(shard.output, older_than=STALE_SECONDS)
-            try:
-                sidecar = encode_shard(shard.source, shard.output, shard.name, encoder, settings, progress.advance)
-            except OutputError:
-                sidecar = shard.finished(settings.fingerprint)
-                if sidecar is None:  # else another task did the same shard, and cleaned up
-                    raise
-            if sidecar.input.bytes != shard.bytes:
-                raise ShardError(f"{shard.source} changed while it was encoded; run the same command again once it is complete")
-            for reason, keys in sidecar.skipped.items():
-                some = ", ".join(keys[:5]) + (" ..." if len(keys) > 5 else "")
-                say(f"encode: {shard.name}: skipped {len(keys)} with a {reason}: {some}")
+    remove_leftovers(work.store, older_than=STALE_SECONDS)
+    encoder = work.make_encoder()
+    with Progress("encoding", total=total or None, initial=done) as progress:
+        for _ in encode_shards(_still_pending(work), work.store, encoder, work.settings, progress.advance):
+            continue  # the sidecars are read again at the end, with those of other tasks
 
 
-def _conclude(
-    job: Job, plan: list[Shard], settings: ShardSettings, source: ModelSource, task: str, worked: bool
-) -> dict[str, Any]:
-    """Merge the statistics if all shards are in place, and say where the job stands."""
-    sidecars = [shard.finished(settings.fingerprint) for shard in plan]
-    done = [sidecar for sidecar in sidecars if sidecar is not None]
+def _still_pending(work: Work) -> Iterator[tuple[str, str]]:
+    """The pending shards that no other task, given the same ones, has done in the meantime."""
+    for shard in work.pending:
+        if shard.finished(work.store, work.settings.fingerprint) is None:
+            yield shard.source, shard.name
+
+
+@dataclass
+class _Total:
+    """What all finished sidecars say together."""
+
+    statistics: LatentStatistics
+    shards: int = 0
+    read: int = 0
+    samples: int = 0
+    skipped: int = 0
+    unreadable: int = 0
+    first_unreadable: str = ""
+
+    def add(self, sidecar: Sidecar) -> None:
+        self.statistics = self.statistics.merge(LatentStatistics.from_json(sidecar.statistics))
+        self.shards += 1
+        self.read += sidecar.input.samples
+        self.samples += sidecar.output.samples
+        self.skipped += sum(len(keys) for keys in sidecar.skipped.values())
+        unreadable = sidecar.skipped.get(UNREADABLE, [])
+        self.unreadable += len(unreadable)
+        if unreadable and not self.first_unreadable:
+            self.first_unreadable = f"{unreadable[0]} in {sidecar.shard}"
+
+
+def conclude(work: Work) -> dict[str, Any]:
+    """Merge the statistics if all shards are in place, and say where the job stands.
+
+    Raises:
+        ImageError: all shards are in place, but too many images could not be read.
+    """
+    total = _Total(LatentStatistics.empty(work.settings.channels))
+    for _, sidecar in find_finished(work.store, work.plan, work.settings.fingerprint):
+        if sidecar is not None:
+            total.add(sidecar)
     summary: dict[str, Any] = {
-        "out": str(job.folder),
-        "shards": len(done),
-        "samples": sum(sidecar.output.samples for sidecar in done),
-        "skipped": sum(len(keys) for sidecar in done for keys in sidecar.skipped.values()),
-        "finished": len(done) == len(plan),
+        "out": work.store.shown,
+        "shards": total.shards,
+        "samples": total.samples,
+        "skipped": total.skipped,
+        "finished": total.shards == len(work.plan),
     }
-    if len(done) < len(plan):
-        say(f"encode: {task} is done; {len(done)} of {len(plan)} shards are in place, the last task writes {STATISTICS}")
+    if not summary["finished"]:
+        place = f"{total.shards} of {len(work.plan)} shards are in place"
+        say(f"encode: {work.task or 'this task'} is done; {place}, the last task writes {STATISTICS}")
         return summary
-    statistics = merge((LatentStatistics.from_json(sidecar.statistics) for sidecar in done), settings.channels)
+    _check_share(total, work.max_bad_share)
     record = {
         "format_version": FORMAT_VERSION,
-        "model": source.fingerprint,
-        "fingerprint": settings.fingerprint,
-        "resolution": settings.resolution,
-        "dtype": settings.dtype,
-        "skipped": summary["skipped"],
-        **statistics.summary(),
-        "merged": statistics.to_json(),
+        "model": work.source.fingerprint,
+        "fingerprint": work.settings.fingerprint,
+        "resolution": work.settings.resolution,
+        "dtype": work.settings.dtype,
+        "skipped": total.skipped,
+        **total.statistics.summary(),
+        "merged": total.statistics.to_json(),
     }
-    if worked or job.state != "finished" or not _holds(job.folder / STATISTICS, record):
-        for shard in plan:
-            remove_leftovers(shard.output)
-        write_json(job.folder / STATISTICS, record)
-        job.finish(samples=summary["samples"], skipped=summary["skipped"])
-        say(f"encode: {summary['samples']} latents in {len(done)} shards, {summary['skipped']} skipped, in {job.folder}")
+    text = (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    if work.pending or work.job.state != "finished" or work.store.read(STATISTICS) != text:
+        remove_leftovers(work.store)
+        work.store.write_bytes(STATISTICS, text)
+        work.job.finish(samples=total.samples, skipped=total.skipped)
+        say(f"encode: {total.samples} latents in {total.shards} shards, {total.skipped} skipped, in {work.store.shown}")
     else:
-        say(f"encode: {job.folder} is already finished, {summary['samples']} latents in {len(done)} shards; nothing to do")
-    return {**summary, **statistics.summary()}
+        say(f"encode: {work.store.shown} is already finished, {total.samples} latents in {total.shards} shards; nothing to do")
+    return {**summary, **total.statistics.summary()}
 
 
-def _holds(path: Path, value: Any) -> bool:
-    try:
-        return read_json(path) == value
-    except (OSError, ValueError):
-        return False
-
-
-class ModelEncoder:
-    """uint8 images -> mean and logvar, fp32 on the CPU.
-
-    Args:
-        model: on `device`.
-        device: where to compute.
-        compute: "fp32", or "bf16" for autocast; the posterior is fp32 either way.
-    """
-
-    def __init__(self, model: AutoencoderKL, device: torch.device, compute: str = "fp32") -> None:
-        self.model, self.device, self.half = model, device, compute == "bf16"
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B, 3, R, R] -> mean, logvar [B, z, h, w]; rows that bf16 can't hold are computed again in fp32."""
-        pixels = to_float(images.to(self.device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            mean, logvar = self._moments(pixels)
-        bad = ~(mean.isfinite() & logvar.isfinite()).flatten(1).all(1)
-        if self.half and bad.any():
-            again = self._moments(pixels)
-            mean[bad], logvar[bad] = again[0][bad], again[1][bad]
-        return mean, logvar
-
-    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.model.encode(pixels)
-        return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+def _check_share(total: _Total, limit: float) -> None:
+    if total.unreadable > limit * total.read:
+        share = total.unreadable / total.read
+        raise ImageError(
+            f"{total.unreadable} of {total.read} images can't be read ({share:.3g} of all, max_bad_share is {limit:g}), the first is "
+            f"{total.first_unreadable}; the sidecars name all: replace them and encode into another folder, or raise max_bad_share "
+            "and run the same command again"
+        )
 
 
 def _resolution(source: ModelSource, resolution: int | None) -> int:
     """The side to encode at, once it is sure that the model can."""
     side, factor = source.resolution if resolution is None else resolution, source.config.downsampling
-    if source.config.in_channels != 3:
-        raise ModelError(f"{source.path} takes {source.config.in_channels}-channel images; encode reads RGB, which has 3")
+    if source.config.in_channels not in (1, 3, 4):
+        raise ModelError(
+            f"{source.path} takes {source.config.in_channels}-channel images; encode reads images of 1, 3 or 4 channels"
+        )
     if side < factor or side % factor:
         raise ImageError(f"resolution is {side}, expected a multiple of the model's downsampling factor {factor}")
     return side

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 from latentae.data.index import ShardIndex
-from latentae.encoding.sidecar import Sidecar, finished_sidecar
+from latentae.data.sources import is_remote, shown
+from latentae.encoding.sidecar import Sidecar, finished_sidecar, fits, is_of, parse_sidecar, sidecar_name
+from latentae.encoding.store import INCOMPLETE, Store
 from latentae.errors import RecipeError, ShardError
 
-__all__ = ["Shard", "output_names", "plan_digest", "plan_shards", "remove_leftovers", "resolve_task", "task_from_environment"]
+__all__ = [
+    "Shard",
+    "find_finished",
+    "output_names",
+    "plan_digest",
+    "plan_shards",
+    "read_sidecars",
+    "remove_leftovers",
+    "resolve_task",
+    "task_from_environment",
+]
+
+THREADS = 32  # that read remote sidecars; they wait for the server
 
 
 @dataclass(frozen=True)
@@ -25,20 +40,44 @@ class Shard:
     source: str
     name: str
     """Path of the output inside the output folder, with forward slashes."""
-    output: Path
     samples: int
     bytes: int
 
-    def finished(self, fingerprint: str) -> Sidecar | None:
+    def finished(self, store: Store, fingerprint: str) -> Sidecar | None:
         """Its sidecar if it is done for the job with this fingerprint and the input has kept its size, else None."""
-        return finished_sidecar(self.output, fingerprint, self.bytes)
+        return finished_sidecar(store, self.name, fingerprint, self.bytes)
 
 
-def plan_shards(index: ShardIndex, out: Path) -> list[Shard]:
+def plan_shards(index: ShardIndex) -> list[Shard]:
     """All the work of a job, sorted by name."""
     names = output_names([entry.path for entry in index.shards])
-    shards = [Shard(e.path, names[e.path], out / names[e.path], e.samples, e.bytes) for e in index.shards]
+    shards = [Shard(entry.path, names[entry.path], entry.samples, entry.bytes) for entry in index.shards]
     return sorted(shards, key=lambda shard: shard.name)
+
+
+def find_finished(store: Store, plan: Sequence[Shard], fingerprint: str) -> Iterator[tuple[Shard, Sidecar | None]]:
+    """Each shard of `plan` and what `Shard.finished` says of it, in order, from one listing; one request per sidecar there is."""
+    names = [shard.name for shard in plan]
+    for shard, sidecar in zip(plan, read_sidecars(store, names, store.sizes()), strict=True):
+        yield shard, sidecar if sidecar is not None and is_of(sidecar, fingerprint, shard.bytes) else None
+
+
+def read_sidecars(store: Store, names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[Sidecar | None]:
+    """The sidecar of each shard named, as `read_sidecar` has it, given the sizes of all files; a few are in memory at a time."""
+
+    def one(name: str) -> Sidecar | None:
+        if sidecar_name(name) not in sizes:
+            return None
+        sidecar = parse_sidecar(store.read(sidecar_name(name)), name)
+        return sidecar if sidecar is not None and fits(sidecar, sizes) else None
+
+    if store.is_local:
+        yield from map(one, names)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        remaining = iter(names)
+        while batch := list(islice(remaining, 8 * THREADS)):
+            yield from pool.map(one, batch)
 
 
 def plan_digest(shards: Sequence[Shard]) -> str:
@@ -50,21 +89,39 @@ def plan_digest(shards: Sequence[Shard]) -> str:
 def output_names(shards: Sequence[str]) -> dict[str, str]:
     """Where each shard goes inside the output folder: its path below the deepest folder that all of them share.
 
-    Shards of one folder keep their bare names; same-named shards of different folders can't meet.
+    Shards of one folder keep their bare names; same-named shards of different folders can't meet. A URL counts by scheme, host and
+    path, without its query.
 
     Raises:
-        ShardError: a shard is given twice, or they lie on different drives.
+        ShardError: a shard is given twice, or they lie on different drives or file systems.
     """
-    absolute = {shard: Path(shard).absolute() for shard in shards}
-    try:
-        root = os.path.commonpath([path.parent for path in absolute.values()])
-    except ValueError as error:
-        raise ShardError(f"the shards share no folder ({error}); encode each drive into its own output") from error
-    names = {shard: path.relative_to(root).as_posix() for shard, path in absolute.items()}
-    if len(names) < len(shards) or len(set(names.values())) < len(shards):
-        twice = next(shard for shard in shards if list(shards).count(shard) > 1 or list(names.values()).count(names[shard]) > 1)
-        raise ShardError(f"shard {twice} is given twice; name each shard once")
+    places = {shard: _parts(shard) for shard in shards}
+    if len({parts[0] for parts in places.values()}) > 1:
+        raise ShardError(
+            "the shards lie on different drives or file systems and share no folder; encode each into its own output"
+        )
+    folders = [parts[:-1] for parts in places.values()]
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))  # sorted: all are between
+    depth = sum(1 for _ in shared)
+    names = {shard: "/".join(parts[depth:]) for shard, parts in places.items()}
+    seen: set[str] = set()
+    for shard in shards:
+        base = names[shard].removesuffix(".tar")  # packed files are named by it
+        if base in seen:
+            raise ShardError(f"shard {shown(shard)} is given twice, or once with and once without .tar; name each shard once")
+        seen.add(base)
     return names
+
+
+def _parts(shard: str) -> tuple[str, ...]:
+    """Drive or scheme, then folders, then the file name."""
+    if not is_remote(shard):
+        return Path(os.path.normpath(Path(shard).absolute())).parts
+    scheme, _, rest = shown(shard).partition("://")
+    parts = [part for part in rest.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ShardError(f"{shown(shard)} goes up with '..'; give the address without it")
+    return (f"{scheme}://", *parts)
 
 
 def task_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -88,11 +145,22 @@ def resolve_task(task_id: int | None, num_tasks: int | None) -> tuple[int, int]:
     return task, tasks
 
 
-def remove_leftovers(output: Path, older_than: float = 0.0) -> None:
-    """Remove what killed writers left of a shard, unless they wrote in the last `older_than` seconds (and may be alive)."""
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.incomplete"):
+def remove_leftovers(store: Store, name: str | None = None, older_than: float = 0.0) -> None:
+    """Remove what killed writers left, unless they wrote in the last `older_than` seconds (and may be alive).
+
+    Args:
+        store: the output; only what is on a disk of this machine has leftovers that can be told from files.
+        name: only those of this shard, its sidecar and its packed files; None is the whole folder, in one walk.
+        older_than: seconds.
+    """
+    if not store.is_local:
+        return
+    folder = store.local() if name is None else store.local(name).parent
+    base = "" if name is None else Path(name).name
+    starts = (".",) if name is None else (f".{base}.", f".{base.removesuffix('.tar')}.latents-")
+    for leftover in folder.rglob(f".*{INCOMPLETE}") if name is None else folder.glob(f".*{INCOMPLETE}"):
         try:
-            if time.time() - leftover.stat().st_mtime >= older_than:
+            if leftover.name.startswith(starts) and time.time() - leftover.stat().st_mtime >= older_than:
                 leftover.unlink()
         except FileNotFoundError:  # another task was faster
             continue

@@ -149,7 +149,7 @@ def test_another_batch_size_changes_no_more_than_last_bits(encoded, model, photo
 
 def test_finished_says_so_and_does_nothing(encoded, model, photos, snapshot, capsys, monkeypatch):
     before = snapshot(encoded)
-    monkeypatch.setattr(encode_module, "load_model", None)  # would fail if it were called
+    monkeypatch.setattr(encode_module, "build_encoder", lambda *arguments: pytest.fail("it was called"))
     summary = encode(model, photos, encoded, **OPTIONS)
     assert summary["finished"]
     assert "already finished" in capsys.readouterr().err
@@ -166,7 +166,7 @@ def counted(self, images):
         os.kill(os.getpid(), signal.SIGKILL)
     return call(self, images)
 module.ModelEncoder.__call__ = counted
-module.encode(sys.argv[2], sys.argv[3], sys.argv[4], dtype="fp32", batch_size=4, device="cpu")
+module.encode(sys.argv[2], sys.argv[3], sys.argv[4], dtype="fp32", batch_size=4, device="cpu", workers=0)
 """
 
 
@@ -265,21 +265,43 @@ def test_images_are_kept_on_request(model, photos, read_tar, tmp_path):
     assert source.items() <= result.items()
 
 
-def test_unreadable_image_names_shard_and_key(model, jpeg, write_tar, tmp_path):
-    """What was done before stays, the bad shard leaves nothing; without the bad image the same job goes on."""
+def test_unreadable_images_are_left_out_and_recorded_up_to_a_share(model, jpeg, write_tar, read_tar, snapshot, capsys, tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     write_tar(folder / "a.tar", {"x.jpg": jpeg(1, 40, 40)})
     write_tar(folder / "b.tar", {"y.jpg": jpeg(2, 40, 40), "bad.jpg": jpeg(3, 40, 40)[:100], "z.jpg": jpeg(2, 40, 40)})
-    with pytest.raises(ImageError, match=r"bad.*b\.tar|b\.tar.*bad"):
+    with pytest.raises(ImageError, match=r"1 of 4 images can't be read \(0.25 of all.*bad in b\.tar") as caught:
         encode(model, folder, out, **OPTIONS)
-    assert sorted(p.name for p in out.iterdir()) == ["a.tar", "a.tar.done.json", "latentae.json"]
+    assert "\n" not in str(caught.value)
     assert not read_json(out / "latentae.json").get("finished")
+    assert not (out / "statistics.json").exists()
+    assert "b.tar: skipped 1 (unreadable image): image bad in" in capsys.readouterr().err
+    assert read_json(out / "b.tar.done.json")["skipped"] == {"unreadable image": ["bad"]}
+    assert [name for name in read_tar(out / "b.tar") if name.endswith(".json")] == ["y.latent.json", "z.latent.json"]
+
+    before = snapshot(out)
+    summary = encode(model, folder, out, max_bad_share=0.25, **OPTIONS)
+    assert (summary["samples"], summary["skipped"], summary["finished"]) == (3, 1, True)
+    assert {name: data for name, data in snapshot(out).items() if ".tar" in name} == {
+        name: data for name, data in before.items() if ".tar" in name
+    }
 
 
-def test_sample_without_an_image_is_named(model, jpeg, write_tar, tmp_path):
+def test_a_sample_without_an_image_is_left_out_like_a_bad_one(model, jpeg, write_tar, tmp_path):
     write_tar(tmp_path / "in/a.tar", {"x.jpg": jpeg(1, 40, 40), "words.txt": b"no image"})
     with pytest.raises(ImageError, match="words"):
         encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)
+    assert encode(model, tmp_path / "in", tmp_path / "out", max_bad_share=0.5, **OPTIONS)["skipped"] == 1
+
+
+def test_a_shard_of_bad_images_becomes_an_empty_one(model, jpeg, write_tar, read_tar, tmp_path):
+    write_tar(tmp_path / "in/a.tar", {"x.jpg": jpeg(1, 40, 40)})
+    write_tar(tmp_path / "in/b.tar", {"y.jpg": b"", "z.png": b"no image"})
+    summary = encode(model, tmp_path / "in", tmp_path / "out", max_bad_share=1, packed=True, **OPTIONS)
+    assert (summary["samples"], summary["skipped"], summary["finished"]) == (1, 2, True)
+    assert read_tar(tmp_path / "out/b.tar") == {}
+    record = read_json(tmp_path / "out/b.tar.done.json")
+    assert (record["input"]["samples"], record["output"]["samples"], record["packed"]) == (2, 0, [])
+    assert record["skipped"] == {"unreadable image": ["y", "z"]}
 
 
 def test_latent_shards_are_no_input(encoded, model, photos, tmp_path):
@@ -313,7 +335,7 @@ def test_non_finite_latents_are_skipped_and_recorded(model, photos, read_tar, tm
     assert not [name for name in read_tar(out / "train-000.tar") if name.startswith("photos/0001")]
     assert summary["skipped"] == 3
     assert summary["samples"] == 9
-    assert "skipped 1 with a non-finite latent: photos/0001" in capsys.readouterr().err
+    assert "skipped 1 (non-finite latent): photos/0001" in capsys.readouterr().err
 
 
 def test_bf16_compute_is_close_and_falls_back_to_fp32(model):
@@ -329,8 +351,7 @@ def test_bf16_compute_is_close_and_falls_back_to_fp32(model):
 
     def overflow(module, inputs, output):
         if torch.is_autocast_enabled("cpu"):
-            output = output.clone()
-            output[1] = torch.inf
+            output[0][1] = torch.inf
         return output
 
     autoencoder.encoder.register_forward_hook(overflow)
@@ -402,6 +423,13 @@ def test_disk_full_is_one_clear_line_and_resumable(encoded, model, photos, snaps
     [
         ({"dtype": "int8"}, RecipeError, "expected one of bf16, fp16, fp32"),
         ({"batch_size": 0}, RecipeError, "batch size is 0"),
+        ({"workers": -1}, RecipeError, "workers -1"),
+        ({"max_bad_share": 2}, RecipeError, "max bad share 2"),
+        ({"compute_dtype": "fp16"}, RecipeError, "expected one of auto, fp32, bf16"),
+        ({"buckets": "some"}, RecipeError, "expected one of none, auto"),
+        ({"buckets": "auto"}, DataError, "no buckets for resolution 32"),
+        ({"engine": "steam"}, RecipeError, "expected one of local, ray"),
+        ({"format": "tape"}, RecipeError, "expected one of latentae, "),
         ({"resolution": 34}, ImageError, "multiple of the model's downsampling factor 4"),
         ({"task_id": 1}, RecipeError, "give both or neither"),
         ({"task_id": 3, "num_tasks": 3}, RecipeError, "expected 0 to 2"),
@@ -430,8 +458,3 @@ def test_grayscale_and_transparent_images_encode(model, write_tar, tmp_path):
         members[f"{mode.replace(';', '')}.png"] = buffer.getvalue()
     write_tar(tmp_path / "in/a.tar", members)
     assert encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)["samples"] == 4
-
-
-def test_remote_shards_are_refused_by_name(tmp_path, model):
-    with pytest.raises(DataError, match=r"encode reads local shards only so far, found memory://nowhere/0\.tar"):
-        encode(model, "memory://nowhere/0.tar", tmp_path / "out")

@@ -1,19 +1,55 @@
 from __future__ import annotations
 
+import gc
+import json
 import pickle
 import shutil
+import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import webdataset
+from latent_writer import make_samples, write_output
 from safetensors.torch import load as load_safetensors
 from torch.utils.data import DataLoader
 
 from latentae import AutoencoderKL
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.batches import SizeBatches
+from latentae.encoding.latents import LatentDataset, decode_latent
 from latentae.errors import OutputError, ShardError
 
+BUCKETS = ((32, 32), (16, 48), (48, 16))
+# webdataset leaves its files to the garbage collector
+webdataset_warnings = pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 
-def test_items_are_what_was_stored(encoded, read_tar):
+
+def shards(**options):
+    return {
+        "a/one.tar": make_samples(5, **options),
+        "b.tar": [],
+        "c.tar": make_samples(1, 5, **options),
+        "d.tar": make_samples(9, 6, **options),
+    }
+
+
+@pytest.fixture(scope="module", params=["in the tar", "packed"])
+def output(request, tmp_path_factory):
+    """Fifteen latents in three sizes, with flips and labels: the folder and what went in."""
+    made = shards(buckets=BUCKETS, dtype=torch.bfloat16)
+    folder = tmp_path_factory.mktemp("made") / "out"
+    return write_output(folder, made, packed=request.param == "packed"), [one for name in sorted(made) for one in made[name]]
+
+
+@pytest.fixture(scope="module", params=["in the tar", "packed"])
+def even(request, tmp_path_factory):
+    made = shards()
+    folder = tmp_path_factory.mktemp("even") / "out"
+    return write_output(folder, made, packed=request.param == "packed"), [one for name in sorted(made) for one in made[name]]
+
+
+def test_items_are_what_encode_stored(encoded, read_tar):
     dataset = LatentDataset(encoded)
     stored = {}
     for shard in sorted(encoded.glob("*.tar")):
@@ -22,12 +58,47 @@ def test_items_are_what_was_stored(encoded, read_tar):
             for n, d in read_tar(shard).items()
             if n.endswith(".safetensors")
         }
-    assert dataset.keys == list(stored)
+    assert list(dataset.keys) == list(stored)
     assert len(dataset) == 12
     for index in (11, 0, 5, -1):  # any order
         key, mean, logvar = dataset[index]
         assert torch.equal(mean, stored[key]["mean"])
         assert torch.equal(logvar, stored[key]["logvar"])
+
+
+def test_packed_or_not_and_in_whatever_type_the_same_is_read(output):
+    out, made = output
+    dataset = LatentDataset(out)
+    assert list(dataset.keys) == [one.key for one in made]
+    assert dataset.keys[2:4] == [one.key for one in made[2:4]]
+    assert dataset.sizes.tolist() == [list(one.bucket) for one in made]
+    assert dataset.labels.tolist() == [one.label for one in made]
+    for index in (14, 3, 0, 7):
+        assert torch.equal(dataset[index].mean, made[index].tensors["mean"].float())
+        assert torch.equal(dataset.posterior(index, flip=True).logvar, made[index].tensors["logvar_flip"].float())
+        assert dataset[index].mean.dtype == torch.float32
+
+
+def test_index_out_of_range(output):
+    dataset = LatentDataset(output[0])
+    assert dataset[np.int64(-1)].key == dataset[14].key
+    for index in (15, -16):
+        with pytest.raises(IndexError):
+            dataset[index]
+    assert len(list(dataset)) == 15
+
+
+def test_other_members_of_a_sample(output):
+    out, made = output
+    dataset = LatentDataset(out)
+    for index in (0, 9, -1):
+        meta, one = dataset.meta(index), made[index]
+        assert meta["__key__"] == one.key
+        assert meta["txt"] == one.members["txt"].decode()
+        assert {name: meta["latent.json"][name] for name in one.info} == one.info
+        assert meta.get("cls", meta.get("json", {}) and meta["json"]["label"]) == one.label
+        assert "seg.bin" not in meta
+        assert dataset.members(index)["seg.bin"] == one.members["seg.bin"]
 
 
 def test_samples_are_drawn_from_the_posterior_and_repeat_with_a_seed(encoded):
@@ -38,6 +109,45 @@ def test_samples_are_drawn_from_the_posterior_and_repeat_with_a_seed(encoded):
     std = torch.exp(0.5 * latent.logvar)
     assert ((many.mean(0) - latent.mean).abs() < 6 * std / 4000**0.5).all()
     torch.testing.assert_close(many.std(0), std, rtol=0.1, atol=0)
+
+
+def test_keyed_samples_depend_on_seed_epoch_and_index_alone(even):
+    dataset = LatentDataset(even[0], sample=True)
+    first = [dataset[i].latent for i in range(15)]
+    assert all(torch.equal(LatentDataset(even[0], sample=True)[i].latent, first[i]) for i in (14, 2, 8))
+    assert not torch.equal(LatentDataset(even[0], sample=True, seed=1)[2].latent, first[2])
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset[2].latent, first[2])
+    dataset.set_epoch(0)
+    assert torch.equal(dataset[2].latent, first[2])
+    noise = []
+    for epoch in range(400):
+        dataset.set_epoch(epoch)
+        posterior = dataset.posterior(4)
+        noise.append((dataset[4].latent - posterior.mean) / torch.exp(0.5 * posterior.logvar))
+    eps = torch.stack(noise)
+    assert abs(eps.mean().item()) < 5 / eps.numel() ** 0.5
+    assert eps.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_flips_are_keyed_and_come_half_of_the_time(even):
+    out, made = even
+    dataset, flipped = LatentDataset(out, flip=True), 0
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        for index in range(15):
+            mean = dataset[index].mean
+            mirrored = torch.equal(mean, made[index].tensors["mean_flip"])
+            assert mirrored or torch.equal(mean, made[index].tensors["mean"])
+            flipped += mirrored
+    assert 230 < flipped < 370  # of 600, 5.7 standard deviations
+
+
+def test_flips_that_are_not_stored(tmp_path):
+    out = write_output(tmp_path / "out", {"a.tar": make_samples(2, flip=False)})
+    with pytest.raises(OutputError, match="--flip"):
+        LatentDataset(out, flip=True)
+    assert not LatentDataset(out).flips
 
 
 def test_scaled_latents_have_zero_mean_and_unit_variance(encoded, model):
@@ -52,14 +162,130 @@ def test_scaled_latents_have_zero_mean_and_unit_variance(encoded, model):
     assert AutoencoderKL.from_pretrained(model).decode(dataset.unscale(sample)[None]).shape == (1, 3, 32, 32)
 
 
-def test_workers_read_the_same(encoded):
-    dataset = pickle.loads(pickle.dumps(LatentDataset(encoded)))  # as spawned workers get it
-    alone = [dataset[i] for i in range(len(dataset))]
-    loader = DataLoader(dataset, batch_size=5, num_workers=2)
-    batches = list(loader)
-    assert [key for batch in batches for key in batch.key] == [item.key for item in alone]
-    assert torch.equal(torch.cat([batch.mean for batch in batches]), torch.stack([item.mean for item in alone]))
-    assert batches[0].sample().shape == (5, 3, 8, 8)
+def test_scaled_samples_are_scaled_raw_samples(even):
+    raw, scaled = (LatentDataset(even[0], sample=True, flip=True, scaled=s) for s in (False, True))
+    for index in range(15):
+        torch.testing.assert_close(scaled[index].latent, raw.scale(raw[index].latent), rtol=1e-5, atol=1e-5)
+
+
+def double(item):
+    return item.key, item.latent * 2
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_the_same(even, start):
+    dataset = pickle.loads(pickle.dumps(LatentDataset(even[0], sample=True, flip=True, transform=double)))
+    assert torch.equal(dataset[3][1], 2 * LatentDataset(even[0], sample=True, flip=True)[3].latent)
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True, multiprocessing_context=start)
+    draws = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)  # reaches workers that live on
+        batches = list(loader)
+        assert [key for keys, _ in batches for key in keys] == list(dataset.keys)
+        draws.append(torch.cat([latents for _, latents in batches]))
+        assert torch.equal(draws[-1], torch.stack([dataset[i][1] for i in range(15)]))
+    assert not torch.equal(*draws)
+
+
+def test_collated_labels(even):
+    batch = next(iter(DataLoader(LatentDataset(even[0], sample=True), batch_size=15)))
+    assert batch.label.tolist() == [one.label for one in even[1]]
+    assert batch.latent.shape == (15, 4, 4, 4)
+
+
+def test_no_label_is_minus_one(tmp_path):
+    made = make_samples(5, labels=0)
+    for one, extension, data in zip(
+        made, ("cls", "json", "json", "json"), (b"cat", b"[1", b'{"label": true}', b"[]"), strict=False
+    ):
+        one.members[extension] = data
+    assert LatentDataset(write_output(tmp_path / "out", {"a.tar": made})).labels.tolist() == [-1] * 5
+
+
+def test_no_file_stays_open_for_each_shard(tmp_path):
+    out = write_output(tmp_path / "out", {f"{n:03}.tar": make_samples(2, 2 * n) for n in range(150)})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    dataset = LatentDataset(out)
+    for item in dataset:
+        assert item.mean.shape == (4, 4, 4)
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 80
+
+
+def test_memory_stays_flat(tmp_path):
+    """The arrays take some fifty bytes a sample and its key, whatever the number of shards."""
+    one = write_output(tmp_path / "one", {"000.tar": make_samples(400)}, packed=True)
+    gc.collect()
+    tracemalloc.start()
+    dataset = LatentDataset(one)
+    gc.collect()
+    first, _ = tracemalloc.get_traced_memory()
+    for _ in range(3):
+        for index in range(len(dataset)):
+            dataset.posterior(index)
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pickle.dumps(dataset)) < 400 * 70 + 10_000
+    assert after - first < 100_000
+
+
+@webdataset_warnings
+def test_webdataset_gives_the_same_items(output):
+    out, made = output
+    dataset = LatentDataset(out, sample=True, flip=True, scaled=True)
+    samples = list(dataset.webdataset())
+    assert [one["__key__"] for one in samples] == list(dataset.keys)
+    for index, one in enumerate(samples):
+        assert torch.equal(one["item"].latent, dataset[index].latent)
+        assert one["txt"] == made[index].members["txt"]
+        assert "latent.safetensors" not in one
+    loader = DataLoader(dataset.webdataset(shardshuffle=10), batch_size=None, num_workers=2)
+    assert sorted(one["__key__"] for one in loader) == sorted(dataset.keys)
+
+
+@webdataset_warnings
+def test_webdataset_alone_reads_the_tars(tmp_path):
+    made = shards()
+    out = write_output(tmp_path / "out", made)
+    for name in ("a/one.tar", "d.tar"):
+        samples = list(webdataset.WebDataset(str(out / name), shardshuffle=False).decode(decode_latent))
+        for one, sample in zip(made[name], samples, strict=True):
+            assert sample["__key__"] == one.key
+            assert torch.equal(sample["latent.safetensors"]["mean"], one.tensors["mean"])
+            assert sample["txt"] == one.members["txt"].decode()  # webdataset's own decoders go on for the other members
+            assert sample.get("cls", one.label) == one.label
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_remote_is_read_as_local(tmp_path, packed):
+    import fsspec
+
+    local = write_output(tmp_path / "out", shards(), packed=packed)
+    url = f"memory://latents-{packed}"
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{local}/", f"/latents-{packed}/", recursive=True)
+    here, there = (LatentDataset(path, sample=True, flip=True) for path in (local, url))
+    assert list(here.keys) == list(there.keys)
+    assert here.digest == there.digest
+    for index in (0, 14, 6):
+        assert torch.equal(here[index].latent, there[index].latent)
+        assert here.meta(index) == there.meta(index)
+
+
+def test_batches_of_one_size(output):
+    out, _ = output
+    dataset = LatentDataset(out, sample=True)
+    batches = SizeBatches(dataset, 2)
+    order = list(batches)
+    assert len(order) == len(batches) == 6
+    assert order == list(batches)
+    dataset.set_epoch(1)
+    assert order != list(batches)
+    everything = SizeBatches(dataset, 2, shuffle=False, drop_last=False)
+    assert sorted(index for batch in everything for index in batch) == list(range(15))
+    assert len(list(everything)) == len(everything) == 9
+    for batch in DataLoader(dataset, batch_sampler=batches):
+        assert batch.latent.ndim == 4
 
 
 def test_what_is_no_finished_encoding_is_refused(encoded, photos, tmp_path):
@@ -71,6 +297,10 @@ def test_what_is_no_finished_encoding_is_refused(encoded, photos, tmp_path):
     (out / "latentae.json").write_text(record.replace('"finished": true', '"finished": false'))
     with pytest.raises(OutputError, match="not finished"):
         LatentDataset(out)
+    shutil.copytree(encoded, tmp_path / "other")
+    (tmp_path / "other" / "statistics.json").unlink()
+    with pytest.raises(OutputError, match=r"statistics\.json"):
+        LatentDataset(tmp_path / "other")
 
 
 @pytest.mark.parametrize("damage", ["short", "header"])
@@ -86,3 +316,69 @@ def test_damaged_shard_is_refused(encoded, tmp_path, damage):
     shard.write_bytes(data)
     with pytest.raises(ShardError, match=r"train-000\.tar"):
         LatentDataset(out)
+
+
+def test_damaged_packed_file_is_refused(tmp_path):
+    out = write_output(tmp_path / "out", {"a.tar": make_samples(3), "b.tar": make_samples(3, 3)}, packed=True)
+    file, other = (out / f"{name}.latents-32x32.safetensors" for name in "ab")
+    data = bytearray(file.read_bytes())
+    file.write_bytes(data[:8] + b"#" + data[9:])
+    with pytest.raises(ShardError, match=r"a\.latents-32x32"):
+        LatentDataset(out)
+    file.unlink()
+    with pytest.raises(ShardError, match=r"a\.tar"):
+        LatentDataset(out)
+    assert other.exists()
+
+
+def test_shard_that_changes_under_an_open_data_set(tmp_path):
+    out = write_output(tmp_path / "out", {"a.tar": make_samples(4)})
+    dataset = LatentDataset(out)
+    data = (out / "a.tar").read_bytes()
+    (out / "a.tar").write_bytes(data[512:] + bytes(512))
+    with pytest.raises(ShardError, match="changed"):
+        dataset[2]
+
+
+def test_first_format_is_still_read(tmp_path):
+    out = write_output(tmp_path / "out", {"a.tar": make_samples(3, flip=False)})
+    sidecar = json.loads((out / "a.tar.done.json").read_text())
+    new = {"packed", "flip", "batch_sizes"}
+    old = {
+        key: value
+        for key, value in sidecar.items()
+        if key in ("shard", "fingerprint", "input", "output", "skipped", "batch_size")
+    }
+    assert new <= sidecar.keys()
+    (out / "a.tar.done.json").write_text(json.dumps({"format_version": 1, **old, "statistics": sidecar["statistics"]}))
+    assert len(LatentDataset(out)) == 3
+
+
+def test_no_sample_at_all(tmp_path):
+    out = write_output(tmp_path / "out", {"a.tar": []})
+    assert len(LatentDataset(out)) == 0
+    with pytest.raises(OutputError, match="do not vary"):
+        LatentDataset(out, scaled=True)
+
+
+def test_outputs_of_encode_packed_or_not(model, jpeg, write_tar, tmp_path):
+    from latentae import encode
+
+    for number in range(2):
+        members = {}
+        for image in range(4):
+            members[f"{number}{image}.jpg"] = jpeg(image, 60, 60 + 50 * (image % 2))
+            members[f"{number}{image}.txt"] = b"image %d" % image
+        write_tar(tmp_path / "images" / f"{number}.tar", members)
+    options = {"dtype": "bf16", "flip": True, "resolution": 192, "buckets": "auto", "batch_size": 4, "device": "cpu"}
+    for packed in (False, True):
+        encode(model, tmp_path / "images", tmp_path / str(packed), packed=packed, **options)
+    plain, packed = (LatentDataset(tmp_path / name, sample=True, flip=True, scaled=True) for name in ("False", "True"))
+    assert list(plain.keys) == list(packed.keys) == [f"{number}{image}" for number in range(2) for image in range(4)]
+    assert plain.sizes.tolist() == packed.sizes.tolist() == [[192, 192], [128, 256]] * 4
+    for index in range(8):
+        assert torch.equal(plain[index].latent, packed[index].latent)
+        height, width = plain.sizes[index]
+        assert plain.posterior(index, flip=True).mean.shape == (3, height // 4, width // 4)
+        assert {**plain.meta(index)["latent.json"], "row": 0} == {**packed.meta(index)["latent.json"], "row": 0}
+        assert plain.meta(index)["txt"] == f"image {index % 4}"

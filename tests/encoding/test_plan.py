@@ -1,14 +1,27 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_output import Made
 
-from latentae.encoding.plan import output_names, remove_leftovers, task_from_environment
-from latentae.errors import ShardError
+from latentae.data.index import load_index
+from latentae.encoding.plan import (
+    Shard,
+    find_finished,
+    output_names,
+    plan_digest,
+    plan_shards,
+    remove_leftovers,
+    resolve_task,
+    task_from_environment,
+)
+from latentae.encoding.store import Store
+from latentae.errors import RecipeError, ShardError
 
 NAMES = st.lists(st.lists(st.sampled_from(["a", "b", "c.d", "e"]), min_size=1, max_size=3).map("/".join), min_size=1, unique=True)
 
@@ -33,18 +46,84 @@ def test_relative_and_absolute_path_of_one_shard_is_an_error(tmp_path: Path, mon
         output_names(["a.tar", str(tmp_path / "a.tar")])
 
 
+def test_paths_that_go_up_stay_inside() -> None:
+    assert output_names(["/data/a/0.tar", "/data/a/../b/1.tar"]) == {"/data/a/0.tar": "a/0.tar", "/data/a/../b/1.tar": "b/1.tar"}
+    with pytest.raises(ShardError, match="given twice"):
+        output_names(["/data/a.tar", "/data/x/../a.tar"])
+    with pytest.raises(ShardError, match="goes up"):
+        output_names(["s3://b/a/../0.tar"])
+
+
+def test_two_shards_have_no_packed_files_in_common() -> None:
+    with pytest.raises(ShardError, match="once with and once without"):
+        output_names(["/data/a", "/data/a.tar"])
+
+
+def test_remote_shards() -> None:
+    assert output_names(["s3://b/x/0.tar", "s3://b/x/1.tar"]) == {"s3://b/x/0.tar": "0.tar", "s3://b/x/1.tar": "1.tar"}
+    assert output_names(["gs://b/x/0.tar", "gs://b/y/z/0.tar"]) == {"gs://b/x/0.tar": "x/0.tar", "gs://b/y/z/0.tar": "y/z/0.tar"}
+    signed = "https://user:secret@host/x/0.tar?signature=a/b"
+    assert output_names([signed]) == {signed: "0.tar"}
+    assert output_names(["s3://b/0.tar", "s3://c/0.tar"]) == {"s3://b/0.tar": "b/0.tar", "s3://c/0.tar": "c/0.tar"}
+    with pytest.raises(ShardError, match=r"https://host/x/0\.tar is given twice"):
+        output_names([signed, "https://host/x/0.tar?signature=c"])
+    with pytest.raises(ShardError, match="different drives or file systems"):
+        output_names(["s3://b/0.tar", "/data/0.tar"])
+
+
+def test_plan_is_the_same_however_shards_are_listed(photos: Path) -> None:
+    paths = sorted(str(path) for path in photos.glob("*.tar"))
+    plans = [plan_shards(load_index(order)) for order in (paths, paths[::-1])]
+    assert plans[0] == plans[1]
+    assert [shard.name for shard in plans[0]] == [Path(path).name for path in paths]
+    assert plan_digest(plans[0]) == plan_digest(plans[1])
+    assert [shard.samples for shard in plans[0]] == [5, 1, 0, 6]
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_what_is_finished(tmp_path: Path, kind: str) -> None:
+    made = Made(tmp_path / "out" if kind == "disk" else f"memory://{uuid.uuid4().hex}/out", tmp_path / "in", packed=True)
+    plan = [Shard("", name, sidecar.input.samples, sidecar.input.bytes) for name, sidecar in sorted(made.sidecars.items())]
+    plan.append(Shard("", "new.tar", 1, 1))
+
+    def finished(fingerprint: str = "f" * 64) -> list[str]:
+        found = [shard.name for shard, sidecar in find_finished(made.store, plan, fingerprint) if sidecar is not None]
+        assert found == [shard.name for shard in plan if shard.finished(made.store, fingerprint) is not None]
+        return found
+
+    assert finished() == ["a.tar", "deep/b.tar", "deep/c.tar"]
+    assert finished("e" * 64) == []
+    made.store.remove(made.sidecars["a.tar"].packed[0].name)
+    made.replace("deep/b.tar", b"cut")
+    assert finished() == ["deep/c.tar"]
+    plan[2] = Shard("", "deep/c.tar", 5, plan[2].bytes + 1)
+    assert finished() == []
+
+
+def test_tasks_that_make_no_sense() -> None:
+    assert resolve_task(1, 3) == (1, 3)
+    for task, tasks in ((0, None), (None, 2), (2, 2), (-1, 2)):
+        with pytest.raises(RecipeError):
+            resolve_task(task, tasks)
+
+
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    shard = tmp_path / "a[0].tar"
-    dead, alive, other = (
-        tmp_path / name for name in (f".{shard.name}.1.incomplete", f".{shard.name}.2.incomplete", ".b.tar.1.incomplete")
-    )
-    for path in (shard, dead, alive, other):
+    store = Store.open(tmp_path)
+    shard = tmp_path / "deep/a[0].tar"
+    shard.parent.mkdir()
+    names = [f".{shard.name}.1", f".{shard.name}.done.json.1", ".a[0].latents-8x8.safetensors.1", f".{shard.name}.2", ".b.tar.1"]
+    *dead, alive, other = (shard.parent / f"{name}.incomplete" for name in names)
+    for path in (shard, *dead, alive, other):
         path.write_bytes(b"x")
-    os.utime(dead, (0, 0))
-    remove_leftovers(shard, older_than=600)
-    assert sorted(tmp_path.iterdir()) == sorted([shard, alive, other])
-    remove_leftovers(shard)
-    assert sorted(tmp_path.iterdir()) == sorted([shard, other])
+    for path in (*dead, other):
+        os.utime(path, (0, 0))
+    remove_leftovers(store, "deep/a[0].tar", older_than=600)
+    assert sorted(shard.parent.iterdir()) == sorted([shard, alive, other])
+    remove_leftovers(store, older_than=600)
+    assert sorted(shard.parent.iterdir()) == sorted([shard, alive])
+    remove_leftovers(store, "deep/a[0].tar")
+    assert list(shard.parent.iterdir()) == [shard]
+    remove_leftovers(Store.open("memory://bucket/out"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""A second writer of latent shards, from the description of the layout alone, so that readers are not tested against our own."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from latentae.encoding.sidecar import Sidecar, write_sidecar
+from latentae.encoding.store import Store
+
+FACTOR = 8
+NAMES = ("mean", "logvar", "mean_flip", "logvar_flip")
+
+
+@dataclass
+class Made:
+    key: str
+    label: int | None
+    bucket: tuple[int, int]
+    tensors: dict[str, torch.Tensor]
+    members: dict[str, bytes]
+    info: dict = field(default_factory=dict)
+
+
+def make_samples(
+    count, first=0, *, channels=4, buckets=((32, 32),), dtype=torch.float32, flip=True, labels=3, images=False
+) -> list[Made]:
+    made = []
+    for number in range(first, first + count):
+        bucket = buckets[number % len(buckets)]
+        generator = torch.Generator().manual_seed(number)
+        shape = (channels, bucket[0] // FACTOR, bucket[1] // FACTOR)
+        tensors = {}
+        for name in NAMES[: 4 if flip else 2]:
+            values = torch.randn(shape, generator=generator)
+            tensors[name] = (values * 3 + 1 if "mean" in name else values - 4).to(dtype)
+        original = (bucket[0] + number % 5, bucket[1] + 7)
+        members = {"txt": f"caption {number}, número\r\n".encode(), "seg.bin": bytes([number % 256]) * 3}
+        if labels:
+            label = number % labels
+            members |= (
+                {"cls": str(label).encode()} if number % 2 else {"json": json.dumps({"label": label, "n": number}).encode()}
+            )
+        if images:
+            pixels = np.random.default_rng(number).integers(0, 256, (*original, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            members["png"] = file.getvalue()
+        info = {
+            "source": "png",
+            "source_sha256": "0" * 64,
+            "original_size": list(original),
+            "resized_size": list(original),
+            "crop": [0, 3, *bucket],
+            "bucket": list(bucket),
+        }
+        made.append(Made(f"photos/{number:04}", number % labels if labels else None, bucket, tensors, members, info))
+    return made
+
+
+def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, finished=True) -> Path:
+    """An output folder of `encode` with these shards."""
+    out.mkdir(parents=True)
+    for name, samples in shards.items():
+        _write_shard(out, name, samples, packed)
+    everything = [sample for samples in shards.values() for sample in samples]
+    record = {"format_version": 1, "latentae": "0", "verb": "encode", "inputs": {"model": "m"}, "finished": finished}
+    (out / "latentae.json").write_text(json.dumps(record))
+    (out / "statistics.json").write_text(json.dumps(_statistics(everything)))
+    return out
+
+
+def _write_shard(out: Path, name: str, samples: list[Made], packed: bool) -> None:
+    stacks = defaultdict(list)
+    path = out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for sample in samples:
+            info = dict(sample.info)
+            members = {}
+            if packed:
+                info["row"] = len(stacks[sample.bucket])
+                stacks[sample.bucket].append(sample.tensors)
+            else:
+                members["latent.safetensors"] = save(sample.tensors)
+            members |= {"latent.json": json.dumps(info).encode(), **sample.members}
+            for extension, data in members.items():
+                header = tarfile.TarInfo(f"{sample.key}.{extension}")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    files = []
+    for (height, width), rows in stacks.items():
+        data = save({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+        file = f"{name.removesuffix('.tar')}.latents-{height}x{width}.safetensors"
+        (out / file).write_bytes(data)
+        files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": len(rows)})
+    about = {"samples": len(samples), "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    sidecar = {
+        "format_version": 2,
+        "shard": name,
+        "fingerprint": "f",
+        "input": about,
+        "output": about,
+        "packed": files,
+        "flip": bool(samples) and "mean_flip" in samples[0].tensors,
+        "skipped": {},
+        "batch_size": 4,
+        "batch_sizes": [],
+        "statistics": {"samples": 0, "count": 0, "mean": [0.0], "m2": [0.0], "variance_sum": [0.0]},
+    }
+    write_sidecar(Store.open(out), Sidecar.model_validate(sidecar))
+
+
+def _statistics(samples: list[Made]) -> dict:
+    if not samples:
+        return dict.fromkeys(("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
+    mean = torch.cat([sample.tensors["mean"].double().flatten(1) for sample in samples], 1)
+    noise = torch.cat([sample.tensors["logvar"].double().exp().flatten(1) for sample in samples], 1)
+    variance = mean.var(1, correction=0) + noise.mean(1)
+    shift = mean.mean()
+    overall = (variance.mean() + (mean.mean(1) - shift).square().mean()).sqrt()
+    return {
+        "scaling_factor": 1 / float(overall),
+        "shift_factor": float(shift),
+        "latents_mean": mean.mean(1).tolist(),
+        "latents_std": variance.sqrt().tolist(),
+    }

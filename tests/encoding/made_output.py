@@ -1,0 +1,163 @@
+"""Outputs of `encode` made by hand from the layout in the handbook, so that what reads them is not tested by what writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from latentae.encoding.plan import Shard, plan_digest
+from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, packed_name, write_sidecar
+from latentae.encoding.store import Store
+from latentae.models.latent_statistics import LatentStatistics, merge
+
+BUCKETS = [(32, 32), (24, 40)]
+FACTOR, CHANNELS = 8, 3
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def latents(seed: int, bucket: tuple[int, int], dtype: str, flip: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    names = ["mean", "logvar", *(["mean_flip", "logvar_flip"] if flip else [])]
+    shape = (CHANNELS, bucket[0] // FACTOR, bucket[1] // FACTOR)
+    offset = torch.arange(CHANNELS).reshape(-1, 1, 1)
+    return {name: (torch.randn(shape, generator=generator) * 2 + offset).to(DTYPES[dtype]) for name in names}
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+class Made:
+    """An output, and what is in it."""
+
+    def __init__(self, out: str | Path, folder: Path, **options) -> None:
+        self.store = Store.open(out)
+        self.out, self.folder = out, folder
+        self.dtype = options.get("dtype", "fp32")
+        self.packed, self.flip = options.get("packed", False), options.get("flip", False)
+        self.keep = options.get("keep_images", False)
+        self.model = options.get("model", "model")
+        self.skipped = options.get("skipped", {})
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self.sidecars: dict[str, Sidecar] = {}
+        counts = options.get("counts", {"a.tar": 3, "deep/b.tar": 0, "deep/c.tar": 5})
+        self.sources = {name: self._source(name, count) for name, count in counts.items()}
+        plan = [
+            Shard(str(path), name, counts[name] + len(self.skipped.get(name, [])), path.stat().st_size)
+            for name, path in self.sources.items()
+        ]
+        self.inputs = {
+            "model": self.model,
+            "resolution": 32,
+            "dtype": self.dtype,
+            "keep_images": self.keep,
+            "shards": {"count": len(plan), "samples": sum(s.samples for s in plan), "digest": plan_digest(plan)},
+        }
+        notes = {"model_path": options["model_path"]} if "model_path" in options else None
+        self.job = self.store.claim("encode", self.inputs, notes)
+        for name, count in counts.items():
+            self.write(name, count)
+
+    def key(self, name: str, number: int) -> str:
+        return f"{name.removesuffix('.tar')}/{number:03}"
+
+    def image(self, name: str, number: int) -> bytes:
+        return f"image {name} {number}".encode()
+
+    def _source(self, name: str, count: int) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keys = [self.key(name, number) for number in range(count)] + self.skipped.get(name, [])
+        path.write_bytes(tar_bytes({f"{key}.jpg": self.image(name, number) for number, key in enumerate(keys)}))
+        return path
+
+    def write(self, name: str, count: int) -> None:
+        members: dict[str, bytes] = {}
+        stacks: dict[tuple[int, int], list[dict[str, torch.Tensor]]] = {}
+        total = LatentStatistics.empty(CHANNELS)
+        for number in range(count):
+            key, bucket = self.key(name, number), BUCKETS[number % 2]
+            tensors = latents(hash_of(key), bucket, self.dtype, self.flip)
+            self.tensors[key] = tensors
+            total = total.merge(LatentStatistics.of(tensors["mean"], tensors["logvar"]))
+            info = {"source": "jpg", "source_sha256": digest(self.image(name, number)), "bucket": list(bucket)}
+            if self.packed:
+                info["row"] = len(stacks.setdefault(bucket, []))
+                stacks[bucket].append(tensors)
+            else:
+                members[f"{key}.latent.safetensors"] = save(tensors)
+            members[f"{key}.latent.json"] = json.dumps(info).encode()
+            if self.keep:
+                members[f"{key}.jpg"] = self.image(name, number)
+            members[f"{key}.txt"] = b"a caption"
+        packed = []
+        for bucket, rows in stacks.items():
+            data = save({part: torch.stack([row[part] for row in rows]) for part in rows[0]})
+            file = packed_name(name, *bucket)
+            self.store.write_bytes(file, data)
+            packed.append(PackedFile(name=file, bytes=len(data), sha256=digest(data), rows=len(rows)))
+        self.place(name, tar_bytes(members), count, total, packed)
+
+    def place(self, name: str, tar: bytes, count: int, total: LatentStatistics, packed: list[PackedFile]) -> None:
+        """A tar and the sidecar that vouches for it, whatever it holds."""
+        self.store.write_bytes(name, tar)
+        source = self.sources[name].read_bytes()
+        keys = self.skipped.get(name, [])
+        self.sidecars[name] = Sidecar(
+            shard=name,
+            fingerprint="f" * 64,
+            input=ShardFile(samples=count + len(keys), bytes=len(source), sha256=digest(source)),
+            output=ShardFile(samples=count, bytes=len(tar), sha256=digest(tar)),
+            packed=packed,
+            flip=self.flip,
+            skipped={"unreadable image": keys} if keys else {},
+            batch_size=4,
+            statistics=total.to_json(),
+        )
+        write_sidecar(self.store, self.sidecars[name])
+
+    def finish(self) -> Made:
+        parts = [LatentStatistics.from_json(self.sidecars[name].statistics) for name in sorted(self.sidecars)]
+        total = merge(parts, CHANNELS)
+        record = {
+            "format_version": 2,
+            "model": self.model,
+            "fingerprint": "f" * 64,
+            "resolution": 32,
+            "dtype": self.dtype,
+            "skipped": sum(len(keys) for keys in self.skipped.values()),
+            **total.summary(),
+            "merged": total.to_json(),
+        }
+        self.store.write_bytes("statistics.json", json.dumps(record).encode())
+        self.job.finish(samples=total.samples)
+        return self
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Change a file behind everyone's back."""
+        self.store.write_bytes(name, data)
+
+    def flip_bit(self, name: str, byte: int, bit: int = 0) -> None:
+        data = bytearray(self.store.read(name) or b"")
+        data[byte % len(data)] ^= 1 << bit
+        self.replace(name, bytes(data))
+
+
+def hash_of(key: str) -> int:
+    return int(digest(key.encode())[:8], 16)

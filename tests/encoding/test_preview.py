@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentae import encode
+from latentae.data.shards import read_shard
+from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
+from latentae.encoding.preview import decode
+from latentae.encoding.store import Store
+from latentae.errors import DataError, ImageError, ModelError, OutputError
+from latentae.evaluation.metrics import psnr
+from latentae.models.pretrained import load_model
+
+KEYS = ["photos/0007", "photos/0002", "photos/0005"]
+SIDE, GAP = 32, 4
+
+
+@pytest.fixture(scope="module", params=["disk", "memory"])
+def kept(request: pytest.FixtureRequest, model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str | Path:
+    """Packed, with flips and images. Not to be changed."""
+    out = tmp_path_factory.mktemp("kept") / "out" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/out"
+    encode(model, photos, out, dtype="fp32", batch_size=4, device="cpu", packed=True, flip=True, keep_images=True)
+    return out
+
+
+def tiles(file: Path) -> np.ndarray:
+    """The grid's images, [rows, columns, H, W, 3]."""
+    picture = np.asarray(Image.open(file))
+    rows, columns = ((side - GAP) // (SIDE + GAP) for side in picture.shape[:2])
+    return np.stack(
+        [
+            np.stack([picture[GAP + r * 36 : GAP + r * 36 + SIDE, GAP + c * 36 : GAP + c * 36 + SIDE] for c in range(columns)])
+            for r in range(rows)
+        ]
+    )
+
+
+def originals(photos: Path) -> dict[str, torch.Tensor]:
+    from latentae.data.decode import decode_sample
+
+    samples = [raw for path in sorted(photos.glob("*.tar")) for raw in read_shard(path)]
+    return {str(raw["__key__"]): resize_and_center_crop(decode_sample(raw).image, SIDE) for raw in samples}
+
+
+def test_latents_are_right(kept: str | Path, model: Path, photos: Path, tmp_path: Path) -> None:
+    result = decode(kept, KEYS, model=model, device="cpu", file=tmp_path / "grid.png")
+    assert result["keys"] == KEYS
+    grid = tiles(tmp_path / "grid.png")
+    assert grid.shape == (3, 3, SIDE, SIDE, 3)
+    network, _ = load_model(model)
+    for column, key in enumerate(KEYS):
+        image = originals(photos)[key]
+        np.testing.assert_array_equal(grid[0, column], image.permute(1, 2, 0))
+        for row, seen in ((1, image), (2, image.flip(2))):
+            with torch.inference_mode():
+                again = to_uint8(network.decode(network.encode(to_float(seen[None])).mode()))
+            assert psnr(again, torch.from_numpy(grid[row, column].copy()).permute(2, 0, 1)[None]) > 50
+            if row == 1:
+                assert result["psnr"][key] == pytest.approx(float(psnr(again, image[None])), abs=0.05)
+
+
+def test_without_keys_and_images(encoded: Path, model: Path, tmp_path: Path) -> None:
+    result = decode(encoded, model=model, device="cpu", file=tmp_path / "grid.png")
+    assert result["keys"] == [f"photos/{number:04}" for number in range(8)]
+    assert result["psnr"] == {}
+    assert tiles(tmp_path / "grid.png").shape == (1, 8, SIDE, SIDE, 3)
+
+
+def test_of_an_output_that_is_not_finished(encoded: Path, model: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(encoded, tmp_path / "out")
+    for path in out.glob("*.done.json"):
+        if not path.name.startswith("train-003"):
+            path.unlink()
+    Store.open(out).claim("encode", Store.open(out).record()["inputs"]).reopen()
+    assert decode(out, model=model, device="cpu", file=tmp_path / "grid.png")["keys"][0] == "photos/0006"
+    (out / "train-003.tar.done.json").unlink()
+    with pytest.raises(DataError, match="no latent is finished"):
+        decode(out, model=model, device="cpu", file=tmp_path / "grid.png")
+
+
+def test_another_model_is_refused_in_one_line(encoded: Path, make_model, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ModelError, match="is not the model that") as caught:
+        decode(encoded, model=other, device="cpu", file=tmp_path / "grid.png")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_the_model_is_found_where_it_was(encoded: Path, model: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(encoded, tmp_path / "out")
+    store = Store.open(out)
+    job = store.claim("encode", store.record()["inputs"], {"model_path": str(model)})
+    job.finish()
+    decode(out, ["photos/0001"], device="cpu", file=tmp_path / "grid.png")
+    store.claim("encode", store.record()["inputs"], {}).finish()
+    with pytest.raises(ModelError, match="give the one it was encoded with"):
+        decode(out, device="cpu", file=tmp_path / "grid.png")
+
+
+def test_what_can_not_be_shown(encoded: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no sample 'photos/9999'"):
+        decode(encoded, ["photos/0001", "photos/9999"], model=model, device="cpu", file=tmp_path / "grid.png")
+    with pytest.raises(ImageError, match=r"ends in \.png"):
+        decode(encoded, model=model, device="cpu", file=tmp_path / "grid.jpg")
+    with pytest.raises(OutputError):
+        decode(tmp_path, model=model, device="cpu", file=tmp_path / "grid.png")

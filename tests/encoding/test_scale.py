@@ -1,0 +1,99 @@
+"""Many shards and many samples: memory does not grow with them. The network is a stub and the images are tiny.
+
+LATENTAE_MILLION=1 pytest tests/encoding/test_scale.py    also a million samples: minutes, and a few GB on the disk
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentae.data.index import load_index
+from latentae.encoding.plan import find_finished, plan_shards
+from latentae.encoding.shard import ShardSettings, encode_shards
+from latentae.encoding.sidecar import Sidecar
+from latentae.encoding.store import Store
+from latentae.models.latent_statistics import LatentStatistics, merge
+
+SIDE = 4
+SHARDS = 2000
+SAMPLES = int(os.environ.get("LATENTAE_SCALE_SAMPLES", "0"))
+STATUS = Path("/proc/self/status")
+
+
+def tiny_shard(path: Path, first: int, count: int) -> None:
+    """`count` PPM images of 4 x 4 pixels; the corner's colour is the number of the sample."""
+    parts = []
+    for number in range(first, first + count):
+        image = b"P6 4 4 255\n" + number.to_bytes(3, "big") + bytes(45)
+        header = tarfile.TarInfo(f"{number:07}.ppm")
+        header.size = len(image)
+        parts += [header.tobuf(tarfile.USTAR_FORMAT), image.ljust(512, b"\0")]
+    path.write_bytes(b"".join(parts) + bytes(1024))
+
+
+def stub(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The corner pixel is the latent's mean, of [3, 1, 1]; sigma is 1."""
+    mean = images[:, :, 0, 0].float().reshape(-1, 3, 1, 1)
+    return mean, torch.zeros_like(mean)
+
+
+def resident() -> int:
+    """Bytes that this process holds."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def encode_all(images: Path, out: Path, workers: int) -> tuple[list[int], LatentStatistics]:
+    """Index, plan, encode and merge, as the verb does; resident memory at each shard, and the statistics of all."""
+    index = load_index(sorted(map(str, images.glob("*.tar"))))
+    plan, store = plan_shards(index), Store.open(out)
+    settings = ShardSettings(SIDE, "fp32", 64, False, 3, "stub", packed=True, workers=workers)
+    assert all(sidecar is None for _, sidecar in find_finished(store, plan, "stub"))
+    held: list[int] = []
+    for sidecar in encode_shards(((shard.source, shard.name) for shard in plan), store, stub, settings):
+        assert isinstance(sidecar, Sidecar)
+        held.append(resident())
+    found = [sidecar for _, sidecar in find_finished(store, plan, "stub")]
+    assert all(found)
+    return held, merge((LatentStatistics.from_json(one.statistics) for one in found if one), 3)
+
+
+def check(statistics: LatentStatistics, samples: int) -> None:
+    """Against the numbers 0 to samples - 1, whose bytes the pixels are."""
+    numbers = torch.arange(samples)
+    expected = torch.stack([(numbers >> shift) % 256 for shift in (16, 8, 0)]).double()
+    assert statistics.samples == samples
+    torch.testing.assert_close(torch.from_numpy(statistics.mean), expected.mean(1), rtol=1e-9, atol=0)
+    variance = torch.from_numpy(statistics.m2) / statistics.count
+    torch.testing.assert_close(variance, expected.var(1, correction=0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.exists(), reason="reads memory from /proc")
+def test_memory_stays_flat_over_thousands_of_shards(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(SHARDS):
+        tiny_shard(images / f"{number:05}.tar", 2 * number, 2)
+    held, statistics = encode_all(images, tmp_path / "out", 1)
+    check(statistics, 2 * SHARDS)
+    assert len(held) == SHARDS
+    early, late = max(held[300:600]), max(held[1800:])
+    assert late - early < 6 << 20, f"{(late - early) / 2**20:.1f} MiB more after 1400 more shards"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLES, reason="minutes and gigabytes; set LATENTAE_SCALE_SAMPLES=1000000")
+def test_a_million_samples(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for first in range(0, SAMPLES, 10_000):
+        tiny_shard(images / f"{first // 10_000:05}.tar", first, min(10_000, SAMPLES - first))
+    held, statistics = encode_all(images, tmp_path / "out", 1)
+    check(statistics, SAMPLES)
+    assert max(held) - held[0] < 32 << 20

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import subprocess
+import sys
+import uuid
+from itertools import count
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from latentae.encoding import remote_store
+from latentae.encoding.store import LocalStore, Store
+from latentae.errors import LatentAEError, MissingDependencyError, OutputError
+
+DATA = bytes(range(256)) * 3000
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_store, "WAITS", (0.0, 0.0))
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "out" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/out")
+
+
+@pytest.fixture
+def remote() -> Store:
+    return Store.open(f"memory://{uuid.uuid4().hex}/out")
+
+
+def everything(store: Store) -> list[str]:
+    """All files of a remote store, those on their way too."""
+    fs, root = fsspec.core.url_to_fs(store.url)  # pyright: ignore[reportAttributeAccessIssue]
+    return sorted(path.removeprefix(f"{root}/") for path in fs.find(root))
+
+
+def test_files_come_back(store: Store) -> None:
+    assert store.names() == []
+    with store.write("deep/er/a.tar") as path:
+        path.write_bytes(DATA)
+    store.write_bytes("b.json", b"{}")
+    store.write_bytes("b.json", b"[1]")  # replaced whole
+    assert store.names() == ["b.json", "deep/er/a.tar"]
+    assert store.sizes() == {"b.json": 3, "deep/er/a.tar": len(DATA)}
+    assert store.read("b.json") == b"[1]"
+    assert store.size("deep/er/a.tar") == len(DATA)
+    assert store.sha256("deep/er/a.tar") == hashlib.sha256(DATA).hexdigest()
+    store.remove("b.json")
+    store.remove("b.json")
+    assert store.names() == ["deep/er/a.tar"]
+
+
+def test_what_is_not_there(store: Store) -> None:
+    store.write_bytes("there", b"")
+    for name in ("a.tar", "deep/a.tar", "there/below"):
+        assert store.read(name) is None
+        assert store.size(name) is None
+        store.remove(name)
+    assert store.read("there") == b""
+    with pytest.raises((LatentAEError, OSError)), store.reader("a.tar"):
+        pass
+
+
+def test_reader_seeks(store: Store) -> None:
+    store.write_bytes("a", DATA)
+    with store.reader("a") as file:
+        assert file.seek(1000) == 1000
+        assert file.read(300_000) == DATA[1000:301_000]
+        assert file.seek(-5, io.SEEK_END) == len(DATA) - 5
+        assert file.read() == DATA[-5:]
+        assert file.read() == b""
+        file.seek(7)
+        assert file.read(2) == DATA[7:9]
+        assert file.seek(10, io.SEEK_CUR) == 19
+        assert file.tell() == 19
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "a//b", "", "./a", "a\\b"])
+def test_names_stay_inside(store: Store, name: str) -> None:
+    with pytest.raises(OutputError, match="is no name of a file"):
+        store.write_bytes(name, b"x")
+    with pytest.raises(OutputError, match="is no name of a file"), store.write(name):
+        pass
+    with pytest.raises(OutputError, match="is no name of a file"):
+        store.size(name)
+
+
+def test_a_failed_writer_leaves_nothing(store: Store) -> None:
+    store.write_bytes("a", b"before")
+    with pytest.raises(RuntimeError, match="boom"), store.write("a") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("boom")
+    with pytest.raises(KeyboardInterrupt), store.write("new/b") as path:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert store.read("a") == b"before"
+    assert store.names() == ["a"]
+    if store.is_local:
+        assert [path.name for path in store.local().rglob("*") if path.is_file()] == ["a"]
+    else:
+        assert everything(store) == ["a"]
+
+
+def test_pickles(store: Store) -> None:
+    store.write_bytes("a", b"x")
+    again = pickle.loads(pickle.dumps(store))
+    assert (again.read("a"), again.shown) == (b"x", store.shown)
+
+
+def test_job(store: Store) -> None:
+    job = store.claim("encode", {"model": "a"}, {"model_path": "/m"})
+    assert job.state == "new"
+    assert store.claim("encode", {"model": "a"}).state == "resumed"
+    pickle.loads(pickle.dumps(job)).finish(samples=3)
+    again = store.claim("encode", {"model": "a"})
+    assert (again.state, again.notes) == ("finished", {"model_path": "/m"})
+    assert store.record()["samples"] == 3
+    again.reopen()
+    assert not store.record()["finished"]
+    assert store.record()["notes"] == {"model_path": "/m"}
+    with pytest.raises(OutputError, match="model is 'a' there and 'b' here"):
+        store.claim("encode", {"model": "b"})
+    with pytest.raises(OutputError, match="not by train"):
+        store.claim("train", {"model": "a"})
+
+
+def test_foreign_folder_is_refused(store: Store) -> None:
+    store.write_bytes("thesis.txt", b"x")
+    with pytest.raises(OutputError, match=r"is not empty .*thesis\.txt is there"):
+        store.claim("encode", {})
+    store.write_bytes("latentae.json", b"not json")
+    with pytest.raises(OutputError, match="damaged or not ours"):
+        store.claim("encode", {})
+    store.write_bytes("latentae.json", json.dumps({"format_version": 99}).encode())
+    with pytest.raises(OutputError, match="newer or unknown format"):
+        store.claim("encode", {})
+
+
+def test_no_record(store: Store) -> None:
+    with pytest.raises(OutputError, match="damaged or not ours"):
+        store.record()
+
+
+def test_file_urls_are_folders(tmp_path: Path) -> None:
+    store = Store.open(f"file://{tmp_path}/out")
+    assert isinstance(store, LocalStore)
+    assert store.local() == tmp_path / "out"
+    assert store.shown == str(tmp_path / "out")
+
+
+def test_unknown_addresses() -> None:
+    with pytest.raises(OutputError, match="a scheme that fsspec knows"):
+        Store.open("nosuchscheme://user:secret@bucket/out")
+    with pytest.raises(LatentAEError, match="would run a program"):
+        Store.open("pipe:cat")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(MissingDependencyError, match="Install s3fs"):
+        Store.open("s3://bucket/out")
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open("memory://bucket/out")
+    monkeypatch.setattr(store, "url", "memory://user:secret@bucket/out")
+    assert store.shown == "memory://bucket/out"
+    assert "secret" not in store.show("a")
+
+
+def test_remote_files_have_no_path(remote: Store) -> None:
+    with pytest.raises(OutputError, match="not on this machine"):
+        remote.local("a")
+
+
+class Broken:
+    """Makes the first calls of an operation of the memory file system fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+        self.monkeypatch = monkeypatch
+        self.fs = fsspec.core.url_to_fs(store.url)[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fail(self, name: str, error: Exception, times: int) -> None:
+        plain, calls = getattr(self.fs, name), count()
+
+        def broken(*arguments, **options):
+            if next(calls) < times:
+                raise error
+            return plain(*arguments, **options)
+
+        self.monkeypatch.setattr(self.fs, name, broken)
+
+    def half(self, name: str, times: int, error: Exception | None) -> None:
+        """Half of the bytes arrive; without an error nobody is told."""
+        plain, calls = getattr(self.fs, name), count()
+
+        def broken(source, target, **options):
+            if next(calls) >= times:
+                return plain(source, target, **options)
+            if name == "put_file":
+                data = Path(source).read_bytes()
+                self.fs.pipe_file(target, data[: len(data) // 2])
+            else:  # (path, value)
+                plain(source, target[: len(target) // 2])
+            if error is not None:
+                raise error
+
+        self.monkeypatch.setattr(self.fs, name, broken)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch, remote: Store) -> Broken:
+    return Broken(monkeypatch, remote)
+
+
+def put(store: Store, how: str) -> None:
+    if how == "pipe_file":
+        store.write_bytes("deep/a", DATA)
+    else:
+        with store.write("deep/a") as path:
+            path.write_bytes(DATA)
+
+
+@pytest.mark.parametrize("how", ["put_file", "pipe_file"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_uploads_are_tried_again(remote: Store, monkeypatch, how: str, direct: bool) -> None:
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "async_impl", direct)  # before fsspec makes one
+    broken = Broken(monkeypatch, remote)
+    broken.half(how, 2, ConnectionError("reset half way"))
+    put(remote, how)
+    assert remote.read("deep/a") == DATA
+    assert everything(remote) == ["deep/a"]
+
+
+@pytest.mark.parametrize("how", ["put_file", "pipe_file"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_silent_damage_is_noticed(remote: Store, monkeypatch, how: str, direct: bool) -> None:
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "async_impl", direct)  # before fsspec makes one
+    broken = Broken(monkeypatch, remote)
+    broken.half(how, 1, None)
+    put(remote, how)
+    assert remote.read("deep/a") == DATA
+    broken.half(how, 10**9, None)
+    with pytest.raises(OutputError, match="came back with other bytes"):
+        put(remote, how)
+    assert everything(remote) == []
+
+
+def test_a_dead_upload_leaves_nothing(remote: Store, broken: Broken) -> None:
+    remote.write_bytes("deep/a", b"before")
+    broken.half("put_file", 10**9, ConnectionError("gone"))
+    with pytest.raises(OutputError, match=r"could not write deep/a at memory://.*\(gone\) in 3 tries"):
+        put(remote, "put_file")
+    assert everything(remote) == ["deep/a"]
+    assert remote.read("deep/a") == b"before"
+
+
+def test_a_missing_bucket_is_no_success(remote: Store, broken: Broken) -> None:
+    broken.fail("put_file", FileNotFoundError("no such bucket"), 10**9)
+    with pytest.raises(OutputError, match="no such bucket"):
+        put(remote, "put_file")
+
+
+def test_no_access_is_said_at_once(remote: Store, broken: Broken) -> None:
+    broken.fail("put_file", PermissionError("read only"), 10**9)
+    with pytest.raises(OutputError, match=r"\(read only\) in 1 tries"):
+        put(remote, "put_file")
+
+
+@pytest.mark.parametrize("operation", ["cat_file", "info", "find", "rm_file"])
+def test_reads_are_tried_again(remote: Store, broken: Broken, operation: str) -> None:
+    remote.write_bytes("a", b"x")
+    call = {"cat_file": remote.read, "info": remote.size, "find": lambda _: remote.names(), "rm_file": remote.remove}[operation]
+    expected = {"cat_file": b"x", "info": 1, "find": ["a"], "rm_file": None}[operation]
+    broken.fail(operation, TimeoutError("slow"), 2)
+    assert call("a") == expected
+    broken.fail(operation, TimeoutError("slow"), 10**9)
+    with pytest.raises(OutputError, match="slow"):
+        call("a")
+
+
+def test_unreadable_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match=r"could not read .*folder"):
+        store.read("folder")
+    with pytest.raises(OutputError, match=r"could not remove .*folder"):
+        store.remove("folder")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.scandir", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        store.names()
+
+
+FULL = """
+import resource, sys
+from latentae.encoding.store import Store
+from latentae.errors import OutputError
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = Store.open(sys.argv[1])
+store.write_bytes("small", b"x" * 1000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with store.write("big") as path:
+        with path.open("wb") as file:
+            for _ in range(100):
+                file.write(b"y" * 10_000)
+except OutputError as error:
+    print(error)
+assert store.names() == ["small"], store.names()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+with store.write("big") as path:
+    path.write_bytes(b"z" * 10)
+assert store.names() == ["big", "small"]
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_full_disk(tmp_path: Path, kind: str) -> None:
+    out = str(tmp_path / "out") if kind == "disk" else "memory://bucket/out"
+    done = subprocess.run([sys.executable, "-c", FULL, out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "could not write" in done.stdout
+    assert "File too large" in done.stdout
+    if kind == "disk":
+        assert sorted(path.name for path in Path(out).iterdir()) == ["big", "small"]
