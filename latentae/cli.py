@@ -309,7 +309,7 @@ def verify(
         typer.echo(str(fault))
     if not report.ok:
         again = "; run the same encode command again, it makes these shards anew" if report.forgotten else ""
-        raise OutputError(f"{len(report.faults)} faults in {out}{again}")
+        raise OutputError(f"{len(report.faults)} fault{'s'[: len(report.faults) > 1]} in {out}{again}")
     typer.echo(f"{out}: {report.shards} shards with {report.samples} latents are in order", err=True)
 
 

@@ -16,7 +16,20 @@ import latentae
 from latentae import cli
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["quickstart", "shards", "index", "train", "config", "evaluate", "reconstruct", "encode", "verify", "stats", "decode", "export"]
+VERBS = [
+    "quickstart",
+    "shards",
+    "index",
+    "train",
+    "config",
+    "evaluate",
+    "reconstruct",
+    "encode",
+    "verify",
+    "stats",
+    "decode",
+    "export",
+]
 
 
 def run(code: str) -> str:

@@ -126,7 +126,7 @@ def encode(
     """
     if engine not in ENGINES:
         raise RecipeError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}")
-    _check_format(format, out, buckets)
+    _check_format(format, out, buckets, model, weights)
     work = prepare(
         model,
         shards,
@@ -160,7 +160,7 @@ def encode(
     return {**summary, "out": str(formats.write(format, Path(out) / "latents", Path(out) / format))}
 
 
-def _check_format(format: str, out: str | Path, buckets: str) -> None:
+def _check_format(format: str, out: str | Path, buckets: str, model: str | Path, weights: str) -> None:
     """Refuse before the work what the writer of a layout would refuse after it."""
     if format == "latentae":
         return
@@ -172,6 +172,8 @@ def _check_format(format: str, out: str | Path, buckets: str) -> None:
         raise RecipeError(f"format {format} is written to a local folder, not to a URL; copy it there afterwards")
     if buckets != "none" and format not in TAKE_BUCKETS:
         raise RecipeError(f"format {format} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}")
+    if format == "kohya" and (factor := resolve_model(model, weights).config.downsampling) != 8:
+        raise RecipeError(f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format")
 
 
 def prepare(
