@@ -53,8 +53,8 @@ def run(work: Work) -> None:
 
 def _import_ray() -> Any:
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingDependencyError(f"engine ray needs Ray Data ({error}); run: pip install 'latentae[ray]'") from error
     return ray
