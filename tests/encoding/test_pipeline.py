@@ -267,8 +267,12 @@ def test_ctrl_c_ends_all_threads_and_leaves_nothing_half_written(photos, tmp_pat
     settings = ShardSettings(32, "fp32", 2, False, 3, "", workers=2)
     work = [(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(encode_shards(work, Store.open(tmp_path / "out"), interrupted, settings))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with Ctrl-C ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(encode_shards(work, Store.open(tmp_path / "out"), interrupted, settings))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 4
     assert set(calls) == {threading.main_thread()}
     assert list((tmp_path / "out").iterdir()) == []
