@@ -325,7 +325,7 @@ def stats(out: Latents) -> None:
 @app.command()
 def decode(
     out: Latents,
-    keys: Annotated[str, typer.Option(help="Keys of samples, with commas between; the first ones when not given.")] = "",
+    keys: Annotated[str | None, typer.Option(help="Keys of samples, with commas between; the first ones when not given.")] = None,
     model: Annotated[
         Path | None, typer.Option(help="The model they were encoded with; found by itself if it has not moved.")
     ] = None,
@@ -336,8 +336,7 @@ def decode(
     """Decode latents to a picture, beside the images where these were kept."""
     import latentae
 
-    chosen = [key for key in keys.split(",") if key]
-    latentae.decode(out, chosen, model=model, weights=weights, device=device, file=file)
+    latentae.decode(out, keys.split(",") if keys else None, model=model, weights=weights, device=device, file=file)
 
 
 @app.command()

@@ -32,7 +32,7 @@ SOME = 8  # samples shown where no keys are given
 
 def decode(
     out: str | Path,
-    keys: Sequence[str] = (),
+    keys: Sequence[str] | None = None,
     *,
     model: str | Path | None = None,
     weights: str = "ema",
@@ -63,8 +63,9 @@ def decode(
         raise ImageError(f"the picture is written as PNG, got {file}; give a name that ends in .png")
     store, record = open_output(out)
     network = _load(record, model, weights, device, store.shown)
-    found = _find(store, list(keys), network.config.in_channels)
-    shown = list(keys) or list(found)
+    wanted = list(keys or ())
+    found = _find(store, wanted, network.config.in_channels)
+    shown = wanted or list(found)
     results = {
         name: _decode(network, [found[key][name] for key in shown]) for name in ("mean", "mean_flip") if name in found[shown[0]]
     }
