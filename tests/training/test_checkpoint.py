@@ -187,7 +187,8 @@ def test_a_part_that_the_recipe_has_and_the_checkpoint_has_not_is_fatal(part, tr
     folder = save_checkpoint(trained, tmp_path, DATA)
     if part == "optimizers":
         optimizers = torch.load(folder / "optimizers.pt", weights_only=True)
-        torch.save({"autoencoder": optimizers["autoencoder"]}, folder / "optimizers.pt")
+        del optimizers["discriminator"]
+        torch.save(optimizers, folder / "optimizers.pt")
         found = r"no optimizer of the discriminator in optimizers\.pt"
     else:
         (folder / f"{part}.safetensors").unlink()
