@@ -7,6 +7,7 @@ inputs it was started with, and whether it finished.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,27 @@ RECORD = "latentae.json"
 State = Literal["new", "resumed", "finished"]
 
 
+class _Ends(ABC):
+    """How a job ends, wherever its record lies."""
+
+    state: State
+
+    def finish(self, **summary: Any) -> None:
+        """Record that everything is in place."""
+        self._write(finished=True, **summary)
+        self.state = "finished"
+
+    def reopen(self) -> None:
+        """Record that something is missing again, so that readers refuse the folder until the same job has run again."""
+        self._write(finished=False)
+        self.state = "resumed"
+
+    @abstractmethod
+    def _write(self, **rest: Any) -> None: ...
+
+
 @dataclass
-class Job:
+class Job(_Ends):
     """An output folder and what is being made in it."""
 
     folder: Path
@@ -65,22 +85,12 @@ class Job:
         except OSError as error:
             raise _unreadable(str(path), error) from error
 
-    def finish(self, **summary: Any) -> None:
-        """Record that everything is in place."""
-        self._write(finished=True, **summary)
-        self.state = "finished"
-
-    def reopen(self) -> None:
-        """Record that something is missing again, so that readers refuse the folder until the same job has run again."""
-        self._write(finished=False)
-        self.state = "resumed"
-
     def _write(self, **rest: Any) -> None:
         write_json(self.folder / RECORD, _compose(self, rest))
 
 
 @dataclass
-class RemoteJob:
+class RemoteJob(_Ends):
     """A `Job` on another file system, which its owner reads and writes."""
 
     folder: str
@@ -121,16 +131,6 @@ class RemoteJob:
         if record is None:
             raise _unreadable(path, "there is no such file")
         return _parse(record, path)
-
-    def finish(self, **summary: Any) -> None:
-        """Record that everything is in place."""
-        self._write(finished=True, **summary)
-        self.state = "finished"
-
-    def reopen(self) -> None:
-        """`Job.reopen`."""
-        self._write(finished=False)
-        self.state = "resumed"
 
     def _write(self, **rest: Any) -> None:
         record = _compose(self, rest)

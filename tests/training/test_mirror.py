@@ -136,7 +136,9 @@ def test_a_latest_here_whose_folder_is_gone_is_fetched(url, tmp_path):
     mirror.push(make(tmp_path / "other", 8))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000008\n")
-    verify(mirror.newest(tmp_path / "run"))
+    found = mirror.newest(tmp_path / "run")
+    assert found == tmp_path / "run" / "checkpoints" / "step-00000008"
+    verify(found)
 
 
 def test_another_recipe_is_refused_and_the_key_is_named(url, tmp_path):

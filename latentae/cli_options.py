@@ -1,0 +1,15 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["Device", "Model", "Shards", "Weights"]
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or exported folder.")]
+Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder, file, glob or brace pattern ({000..099}.tar).")]
+Weights = Annotated[str, typer.Option(help="Which weights of a run: ema or raw.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
