@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 
 from latentae.errors import LatentAEError, OutputError
 
-__all__ = ["atomic_file", "read_json", "sha256", "staged_folder", "write_json", "write_text"]
+__all__ = ["INCOMPLETE", "abandoned", "atomic_file", "read_json", "sha256", "staged_folder", "write_json", "write_text"]
+
+INCOMPLETE = ".incomplete"  # files so named are on their way to another name, or were left by the dead
+STALE_SECONDS = 600.0  # a living writer touches its file more often, also one on another machine
 
 
 def _fsync(path: Path) -> None:
@@ -30,7 +34,39 @@ def _fsync(path: Path) -> None:
 
 def _beside(path: Path) -> Path:
     """A name that no other process, here or on another machine that shares the disk, uses at the same time."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.incomplete")
+    return path.with_name(f".{path.name}.{_here()}.{os.getpid()}{INCOMPLETE}")
+
+
+def _here() -> str:
+    """Where a process number means one process: this machine, or a container, which may have its machine's name and numbers of its own."""
+    with suppress(OSError):  # only Linux has it
+        return f"{platform.node()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    return platform.node()
+
+
+def abandoned(path: Path) -> bool:
+    """Whether nobody will finish this `*.incomplete`: its process ended on this machine, or nobody wrote to it for STALE_SECONDS.
+
+    A file that is gone is not abandoned: its writer has just given it its name, or removed it.
+    """
+    try:
+        idle = time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    owner, _, number = path.name.removesuffix(INCOMPLETE).rpartition(".")
+    return idle > STALE_SECONDS or (owner.endswith(f".{_here()}") and number.isdecimal() and not _alive(int(number)))
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":  # there, signal 0 ends a process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        return True
+    return True
 
 
 @contextmanager

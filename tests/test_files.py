@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from latentae.errors import OutputError
-from latentae.files import atomic_file, read_json, sha256, staged_folder, write_json
+from latentae.files import abandoned, atomic_file, read_json, sha256, staged_folder, write_json
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -61,3 +65,17 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 def test_sha256_is_the_standard_digest(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_a_living_process_writes_is_not_abandoned(tmp_path):
+    with atomic_file(tmp_path / "file.tar") as temporary:
+        temporary.write_text("on its way")
+        assert not abandoned(temporary)
+        os.utime(temporary, (0, 0))
+        assert abandoned(temporary), "nobody has written to it for ages"
+    assert not abandoned(temporary), "it has its name now"
+    ends = "import os, sys; from latentae.files import atomic_file; atomic_file(sys.argv[1]).__enter__().touch(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", ends, str(tmp_path / "other.tar")])
+    (leftover,) = tmp_path.glob("*.incomplete")
+    assert abandoned(leftover)
+    assert not abandoned(leftover.rename(tmp_path / ".other.tar.elsewhere.1.incomplete")), "nobody here can know"

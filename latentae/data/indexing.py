@@ -19,7 +19,7 @@ from latentae.data.sources import is_remote, shown
 from latentae.data.tables import SampleTable, open_table
 from latentae.data.tars import DamagedTar, Problem
 from latentae.errors import OutputError, ShardError
-from latentae.files import write_text
+from latentae.files import abandoned, write_text
 from latentae.progress import Progress, say
 
 __all__ = ["DAMAGED", "Finding", "IndexSummary", "index"]
@@ -27,7 +27,6 @@ __all__ = ["DAMAGED", "Finding", "IndexSummary", "index"]
 DAMAGED = "damaged.jsonl"
 LEFT_OUT = "left out"
 _SHOWN = 20  # findings that are printed
-_STALE = 3600.0  # seconds after which an unfinished file belongs to nobody
 
 
 @dataclass(frozen=True)
@@ -236,12 +235,9 @@ def _record(files: IndexFiles, summary: IndexSummary) -> None:
 
 
 def _remove_leftovers(files: IndexFiles) -> None:
-    """What killed indexers were writing, unless it is young and its writer may be alive."""
+    """What killed indexers were writing."""
     folders = {Path(files.of(path)).parent for path in files.shards if files.folder is not None or not is_remote(path)}
     for folder in folders:
         for leftover in folder.glob(".*.index.*.incomplete"):
-            try:
-                if time.time() - leftover.stat().st_mtime > _STALE:
-                    leftover.unlink()
-            except OSError:  # another process was faster
-                continue
+            if abandoned(leftover):
+                leftover.unlink(missing_ok=True)  # another process may be faster

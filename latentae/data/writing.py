@@ -18,7 +18,7 @@ from latentae.data.index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan
 from latentae.data.packing import BAD_SAMPLES, ImageSource, Members, Packer, fill_tar
 from latentae.data.shrinking import encode_png
 from latentae.errors import DataError, ImageError, OutputError
-from latentae.files import atomic_file, read_json
+from latentae.files import abandoned, atomic_file, read_json
 from latentae.jobs import RECORD, Job
 from latentae.progress import say
 
@@ -192,8 +192,8 @@ def _checked(samples: Iterable[Members]) -> Iterator[Members]:
 def _remove_leftovers(out: Path) -> None:
     """What a killed run was writing."""
     for leftover in out.glob(".*.incomplete"):
-        if _OURS.fullmatch(leftover.name):
-            leftover.unlink()
+        if _OURS.fullmatch(leftover.name) and abandoned(leftover):
+            leftover.unlink(missing_ok=True)
 
 
 def _split(sized: Iterable[tuple[_T, int]], count: int, size: float) -> Iterator[list[_T]]:

@@ -38,7 +38,6 @@ from latentae.progress import Progress, say
 __all__ = ["ModelEncoder", "Work", "conclude", "encode", "prepare"]
 
 PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"
-STALE_SECONDS = 600.0  # a writer touches its file with every batch
 COMPUTE = ("auto", "fp32", "bf16")
 ENGINES = ("local", "ray")
 NEED_FLIPS, NEED_IMAGES, TAKE_BUCKETS = ("lightningdit", "mar"), ("repa",), ("kohya",)  # formats of other trainers
@@ -290,7 +289,7 @@ def _run(work: Work) -> None:
     done = total - done
     if done:
         say(f"encode: {done} of {total} samples are already done")
-    remove_leftovers(work.store, older_than=STALE_SECONDS)
+    remove_leftovers(work.store)
     encoder = work.make_encoder()
     with Progress("encoding", total=total or None, initial=done) as progress:
         for _ in encode_shards(_still_pending(work), work.store, encoder, work.settings, progress.advance):
@@ -361,8 +360,8 @@ def conclude(work: Work) -> dict[str, Any]:
         "merged": total.statistics.to_json(),
     }
     text = (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    remove_leftovers(work.store)
     if work.pending or work.job.state != "finished" or work.store.read(STATISTICS) != text:
-        remove_leftovers(work.store)
         work.store.write_bytes(STATISTICS, text)
         work.job.finish(samples=total.samples, skipped=total.skipped)
         say(f"encode: {total.samples} latents in {total.shards} shards, {total.skipped} skipped, in {work.store.shown}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 from latentae.data.index import ShardIndex
 from latentae.data.sources import is_remote, shown
 from latentae.encoding.sidecar import Sidecar, finished_sidecar, fits, is_of, parse_sidecar, sidecar_name
-from latentae.encoding.store import INCOMPLETE, Store
+from latentae.encoding.store import Store
 from latentae.errors import RecipeError, ShardError
+from latentae.files import INCOMPLETE, abandoned
 
 __all__ = [
     "Shard",
@@ -145,22 +145,12 @@ def resolve_task(task_id: int | None, num_tasks: int | None) -> tuple[int, int]:
     return task, tasks
 
 
-def remove_leftovers(store: Store, name: str | None = None, older_than: float = 0.0) -> None:
-    """Remove what killed writers left, unless they wrote in the last `older_than` seconds (and may be alive).
+def remove_leftovers(store: Store) -> None:
+    """Remove what killed writers left anywhere in the output; those of the living stay, and those that may be alive elsewhere.
 
-    Args:
-        store: the output; only what is on a disk of this machine has leftovers that can be told from files.
-        name: only those of this shard, its sidecar and its packed files; None is the whole folder, in one walk.
-        older_than: seconds.
+    Only what is on a disk of this machine has leftovers that can be told from files.
     """
-    if not store.is_local:
-        return
-    folder = store.local() if name is None else store.local(name).parent
-    base = "" if name is None else Path(name).name
-    starts = (".",) if name is None else (f".{base}.", f".{base.removesuffix('.tar')}.latents-")
-    for leftover in folder.rglob(f".*{INCOMPLETE}") if name is None else folder.glob(f".*{INCOMPLETE}"):
-        try:
-            if leftover.name.startswith(starts) and time.time() - leftover.stat().st_mtime >= older_than:
-                leftover.unlink()
-        except FileNotFoundError:  # another task was faster
-            continue
+    if store.is_local:
+        for leftover in store.local().rglob(f".*{INCOMPLETE}"):
+            if abandoned(leftover):
+                leftover.unlink(missing_ok=True)  # another task may be faster

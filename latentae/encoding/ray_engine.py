@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 TRIES = 10  # deaths of workers over one shard: then it is the shard that kills them
-STALE_SECONDS = 600.0  # as in encode.py: a writer touches its file with every batch
 
 
 def run(work: Work) -> None:
@@ -65,7 +64,7 @@ def _run(ray: Any, work: Work) -> None:
     done = total - sum(shard.samples for shard in work.pending)
     if done:
         say(f"encode: {done} of {total} samples are already done")
-    remove_leftovers(work.store, older_than=STALE_SECONDS)
+    remove_leftovers(work.store)
     share, workers = _workers(ray, work)
     say(f"encode: {workers} Ray workers, {len(work.pending)} shards")
     ray.data.DataContext.get_current().enable_progress_bars = False

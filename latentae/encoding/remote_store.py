@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 from latentae.data.sources import read_range, shown
-from latentae.encoding.store import INCOMPLETE, Store
+from latentae.encoding.store import Store
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
-from latentae.files import sha256
+from latentae.files import INCOMPLETE, sha256
 from latentae.jobs import RECORD, RemoteJob
 
 __all__ = ["RemoteStore"]

@@ -15,12 +15,11 @@ from typing import Any, BinaryIO
 
 from latentae.data.sources import is_remote
 from latentae.errors import OutputError
-from latentae.files import atomic_file
+from latentae.files import INCOMPLETE, atomic_file
 from latentae.jobs import Job, RemoteJob
 
-__all__ = ["INCOMPLETE", "LocalStore", "Store"]
+__all__ = ["LocalStore", "Store"]
 
-INCOMPLETE = ".incomplete"  # files so named are on their way to another name, or were left by the dead
 _BLOCK = 1 << 22
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -181,7 +182,7 @@ indexing.index(sys.argv[1], sys.argv[2], workers=2)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_indexer_goes_on_where_it_was(tmp_path, make_shards, monkeypatch):
+def test_a_killed_indexer_goes_on_where_it_was(tmp_path, make_shards):
     folder = make_shards(tmp_path / "shards", [5] * 12)
     out = tmp_path / "out"
     for _ in range(2):
@@ -192,10 +193,8 @@ def test_a_killed_indexer_goes_on_where_it_was(tmp_path, make_shards, monkeypatc
         process.wait()
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.index")}
     assert 6 <= len(done) < 12
-    for leftover in out.glob(".*.incomplete"):
-        leftover.unlink()
-    (out / ".x.tar.index.host.1.incomplete").write_text("old")
-    monkeypatch.setattr(indexing, "_STALE", -1.0)
+    (out / ".x.tar.index.elsewhere.1.incomplete").write_text("old")
+    os.utime(out / ".x.tar.index.elsewhere.1.incomplete", (0, 0))
     assert samples(index(folder, out)) == 60
     index(folder, tmp_path / "clean")
     assert contents(out) == contents(tmp_path / "clean")

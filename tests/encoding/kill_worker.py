@@ -23,11 +23,13 @@ from pathlib import Path
 import numpy  # noqa: F401
 import torch
 
+from latentae import files
 from latentae.encoding import encode as module
 from latentae.encoding import output, samples
 
 _memory = mmap.mmap(-1, 4096)
-marks = memoryview(_memory)[:16].cast("I")  # [0]: committing now; [1]: commits begun
+# [0]: committing now; [1]: commits begun. Two racing children may lose each other's counts: they say where kills fall, no more.
+marks = memoryview(_memory)[:16].cast("i")
 
 
 def marked(function: Callable) -> Callable:
@@ -91,7 +93,7 @@ def check_whole(out: Path, whole: dict[str, bytes]) -> int:
 
 def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> dict:
     rng = random.Random(0)
-    marks[:] = memoryview(bytes(16)).cast("I")
+    marks[:] = memoryview(bytes(16)).cast("i")
     began = time.perf_counter()
     assert finish(spawn(model, shards, folder / "whole", options)) == 0, (folder / "whole.log").read_text()[-2000:]
     seconds, commits = time.perf_counter() - began, marks[1]
@@ -101,7 +103,7 @@ def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> 
     for run in count():
         out = folder / f"out{run}"
         while True:
-            marks[:] = memoryview(bytes(16)).cast("I")
+            marks[:] = memoryview(bytes(16)).cast("i")
             children = [spawn(model, shards, out, options) for _ in range(1 + (sum(fell.values()) % 3 == 1))]
             found["races"] += len(children) > 1
             # a third of the kills wait for a file to get its name, the others for a moment of a run that has half its work done
@@ -109,7 +111,7 @@ def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> 
             at_commit = rng.random() < 1 / 3
             while not ended(children[0]) and (marks[1] < after if at_commit else time.perf_counter() < until):
                 time.sleep(0.0002)
-            fell["while files got their names" if marks[0] else "elsewhere"] += not ended(children[0])
+            fell["while files got their names" if marks[0] > 0 else "elsewhere"] += not ended(children[0])
             os.kill(children[0], signal.SIGKILL)
             codes = [finish(child) for child in children]
             found["left_behind"] += check_whole(out, whole)
@@ -125,7 +127,7 @@ def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    module.STALE_SECONDS = 1e9  # a racing child is alive, however slow this machine is
+    files.STALE_SECONDS = 1e9  # a racing child is alive, however slow this machine is
     samples.SPAN = 2
     options = json.loads(sys.argv[5])
     print(json.dumps(kill(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), options)))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from latentae.encoding.plan import (
 )
 from latentae.encoding.store import Store
 from latentae.errors import RecipeError, ShardError
+from latentae.files import atomic_file
 
 NAMES = st.lists(st.lists(st.sampled_from(["a", "b", "c.d", "e"]), min_size=1, max_size=3).map("/".join), min_size=1, unique=True)
 
@@ -111,19 +114,25 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     store = Store.open(tmp_path)
     shard = tmp_path / "deep/a[0].tar"
     shard.parent.mkdir()
-    names = [f".{shard.name}.1", f".{shard.name}.done.json.1", ".a[0].latents-8x8.safetensors.1", f".{shard.name}.2", ".b.tar.1"]
-    *dead, alive, other = (shard.parent / f"{name}.incomplete" for name in names)
-    for path in (shard, *dead, alive, other):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = abandoned_name(shard, gone.pid), abandoned_name(shard.with_name("a[0].latents-8x8.safetensors"), gone.pid)
+    living = abandoned_name(shard, os.getpid()), shard.with_name(".a[0].tar.elsewhere.7.incomplete")
+    old = shard.with_name(".b.tar.elsewhere.8.incomplete")
+    for path in (shard, *here, *living, old):
         path.write_bytes(b"x")
-    for path in (*dead, other):
-        os.utime(path, (0, 0))
-    remove_leftovers(store, "deep/a[0].tar", older_than=600)
-    assert sorted(shard.parent.iterdir()) == sorted([shard, alive, other])
-    remove_leftovers(store, older_than=600)
-    assert sorted(shard.parent.iterdir()) == sorted([shard, alive])
-    remove_leftovers(store, "deep/a[0].tar")
-    assert list(shard.parent.iterdir()) == [shard]
+    os.utime(old, (0, 0))
+    remove_leftovers(store)
+    assert sorted(shard.parent.iterdir()) == sorted([shard, *living])
     remove_leftovers(Store.open("memory://bucket/out"))
+
+
+def abandoned_name(path: Path, process: int) -> Path:
+    """What `path` would be called while that process of this machine writes it."""
+    with atomic_file(path) as temporary:
+        temporary.touch()
+    path.unlink()
+    return temporary.with_name(temporary.name.replace(f".{os.getpid()}.", f".{process}."))
 
 
 @pytest.mark.parametrize(
