@@ -120,7 +120,7 @@ def plain_loop(setting: Setting, out: Path) -> None:
     for shards, keys, batch in loader:
         moments = model.encode(batch.to(setting.device, dtype, non_blocking=True)).latent_dist.parameters
         for shard, key, values in zip(shards, keys, moments.to("cpu", torch.bfloat16), strict=True):
-            found.setdefault(shard, {})[key] = values.clone()
+            found.setdefault(shard, {})[key] = values.contiguous().clone()
     out.mkdir()
     for shard, tensors in found.items():
         save_file(tensors, out / f"{Path(shard).stem}.safetensors")

@@ -6,7 +6,7 @@
 A worker takes a shard, pays for its requests to the store, encodes it, and takes the next. Two ways to take it:
 
 - stride: worker w of W has the shards w, w + W, w + 2W, ... (`latentae encode` with task ids). Every worker looks through the store at
-  each of its starts, and reads all sidecars there are at its end; nobody takes over the shards of a slow one.
+  each of its starts, and once more at its end, when the last one reads all sidecars; nobody takes over the shards of a slow one.
 - claim: a driver hands out the next shard that nobody has (`--engine ray`). It alone looks through the store, and reads the sidecars once
   all is done; each hand-out takes it `claim_seconds`. The shard of a worker that dies goes to the next that asks.
 
@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 POLICIES: tuple[Literal["stride", "claim"], ...] = ("stride", "claim")
 PARTS = ("useful", "wasted", "requests", "starting", "closing", "away", "idle")
+LISTINGS = 3  # when the work is planned
 PAGE = 1000  # names in one answer of an object store
 LONGEST = 6.0  # times between two preemptions that a shard may take: e^6, 400 attempts, are already hopeless
 
@@ -63,10 +64,10 @@ class Case:
     """One request to the store."""
     shard_requests: float = 8.0
     """Requests of a shard, one after another: read it, look for it, write it, its files and its sidecar, read back."""
-    start_requests: float = 1.0
-    """Requests for each shard of the data set when the work is planned: the size of the input."""
+    start_requests: float = 0.0
+    """Requests for each shard of the data set when the work is planned: 1 from an HTTP server, which is asked for each size."""
     end_requests: float = 1.0
-    """Requests for each finished shard at the end: its sidecar."""
+    """Requests for each shard once all are done: its sidecar."""
     parallel_requests: int = 16
     """How many of those are under way at once."""
     store_requests_per_second: float = 5000.0
@@ -86,20 +87,18 @@ class Case:
 
     @property
     def planning_requests(self) -> float:
-        """Those of one look through the store: two listings (shards, output) and what each shard takes."""
-        return 2 * math.ceil(self.shards / PAGE) + self.start_requests * self.shards
+        """Those of one look through the store: three listings (shards, their sizes, output) and what each shard takes."""
+        return LISTINGS * math.ceil(self.shards / PAGE) + self.start_requests * self.shards
 
     def planning_seconds(self, starting_together: int) -> float:
         """One look through the store while others look too: bound by latency, or by what the store can answer."""
-        alone = 2 * math.ceil(self.shards / PAGE) + self.start_requests * self.shards / self.parallel_requests
+        alone = LISTINGS * math.ceil(self.shards / PAGE) + self.start_requests * self.shards / self.parallel_requests
         return max(alone * self.latency_seconds, starting_together * self.planning_requests / self.store_requests_per_second)
 
     def closing(self, done: int) -> tuple[float, float]:
-        """Requests of one look at the sidecars of `done` shards, and the least seconds they take."""
-        pages = math.ceil(done / PAGE)
-        return pages + self.end_requests * done, (
-            pages + self.end_requests * done / self.parallel_requests
-        ) * self.latency_seconds
+        """Requests of a look at the output when `done` shards are, and the least seconds they take: the sidecars once all are."""
+        pages, sidecars = math.ceil(done / PAGE), self.end_requests * done if done == self.shards else 0.0
+        return pages + sidecars, (pages + sidecars / self.parallel_requests) * self.latency_seconds
 
     @property
     def restart_seconds(self) -> float:
@@ -177,6 +176,7 @@ def simulate(case: Case) -> Account:
     start = driver = _first_start(case, account)
     events = [(start, number) for number in range(case.workers)]  # a worker is free; below zero: shard ~number is nobody's again
     waiting: list[tuple[float, int]] = []  # workers with nothing to take, and since when
+    over = 0.0  # when the last of the shards begun so far is done
     answered = 0.0  # when the store has answered those who read the sidecars so far
     while events:
         now, number = heapq.heappop(events)
@@ -192,7 +192,7 @@ def simulate(case: Case) -> Account:
             waiting.append((now, number))
             continue
         if shard is None:
-            requests, least = case.closing(account.shards)
+            requests, least = case.closing(account.shards if now >= over else account.shards - 1)
             answered = max(answered, now) + requests / case.store_requests_per_second
             waiting.append((max(now + least, answered), number))
             account.store_requests += requests
@@ -206,11 +206,12 @@ def simulate(case: Case) -> Account:
         attempt = _attempt(case, workers[number], shard, now, account)
         heapq.heappush(events, (attempt.free, number))
         if attempt.done:
-            account.end = max(account.end, attempt.over)
+            over = max(over, attempt.over)
         elif queue.claimed:
             heapq.heappush(events, (attempt.over, ~shard))
         else:  # nobody else takes it
             queue.returned[number].append(shard)
+    account.end = max(account.end, over)
     if queue.claimed:
         requests, least = case.closing(account.shards)
         account.store_requests += requests

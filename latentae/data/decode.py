@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "decode_image",
     "decode_sample",
     "image_extension",
+    "read_image",
 ]
 
 MAX_PIXELS = 80_000_000  # above any camera in common use; a decompression bomb is refused by its header
@@ -64,7 +66,16 @@ def decode_sample(raw: RawSample, *, channels: int = 3, bits: int = 8) -> Sample
     return Sample(key, decode_image(raw[extension], f"{name} ({extension})", channels=channels, bits=bits))
 
 
-def decode_image(data: bytes, name: str, *, channels: int = 3, bits: int = 8) -> Tensor:
+def read_image(path: str | Path, *, channels: int = 3, bits: int | None = 8) -> Tensor:
+    """Decode the image file at `path` as `decode_image` does; a file that can't be read is an ImageError, too."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"could not read {path}: {error.strerror}; give image files") from error
+    return decode_image(data, str(path), channels=channels, bits=bits)
+
+
+def decode_image(data: bytes, name: str, *, channels: int = 3, bits: int | None = 8) -> Tensor:
     """Decode an image file to uint8 or uint16 [channels, H, W], a view of [H, W, channels] memory.
 
     Upright by EXIF, in sRGB by the embedded ICC profile, the first frame for all; docs/images.md has the rule for each kind of
@@ -74,7 +85,8 @@ def decode_image(data: bytes, name: str, *, channels: int = 3, bits: int = 8) ->
         data: the file's bytes.
         name: what error messages call it.
         channels: 1 is luma, 3 is RGB with transparency laid over white, 4 is RGBA, opaque where the file has no transparency.
-        bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened.
+        bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened. None keeps what there is: 16
+            where the file has more than 8 bits and they can be had, else 8.
 
     Raises:
         ImageError: not an image, cut short, of an unknown kind, more than `MAX_PIXELS` by its header, or of more than 8 bits
@@ -98,14 +110,15 @@ def decode_at_least(data: bytes, name: str, short: int, *, channels: int = 3, bi
     return _decode(data, name, short, channels, bits)
 
 
-def _decode(data: bytes, name: str, short: int | None, channels: int, bits: int) -> Tensor:
-    if channels not in (1, 3, 4) or bits not in (8, 16):
+def _decode(data: bytes, name: str, short: int | None, channels: int, bits: int | None) -> Tensor:
+    if channels not in (1, 3, 4) or bits not in (8, 16, None):
         raise DataError(f"can't decode to {channels} channels of {bits} bits; expected 1, 3 or 4 channels of 8 or 16 bits")
     image = _open(data, name)
     try:
         if short is not None:
             _reduce(image, short)
-        pixels = read_pixels(image, lambda: _open(data, name), data, name, bits)
+        pixels = read_pixels(image, lambda: _open(data, name), data, name, bits or 8)
+        bits = bits or 8 * pixels.dtype.itemsize
         pixels = np.ascontiguousarray(fit(upright(pixels, orientation(image)), channels, bits))
     except ImageError:
         raise

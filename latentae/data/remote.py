@@ -12,7 +12,8 @@ import fnmatch
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from latentae.data.sources import ByteStream, shown
 from latentae.errors import LatentAEError, MissingDependencyError, ShardError
 from latentae.progress import say
 
-__all__ = ["Patience", "find", "read_range", "size_of", "stream"]
+__all__ = ["Patience", "find", "read_range", "size_of", "sizes_of", "stream"]
 
 _T = TypeVar("_T")
 _PACKAGES = {
@@ -36,6 +37,8 @@ _PACKAGES = {
     "abfs": "adlfs",
 }
 _BLOCK = 1 << 23  # bytes of one request of a stream, other than HTTP
+_LISTED = 16  # files of one folder, from which on it is listed rather than asked for each
+_ASKING = 16  # requests for sizes at a time
 _PASSING = (408, 425, 429)  # client errors that may pass; of the others only server errors may
 
 
@@ -70,6 +73,34 @@ def size_of(path: str) -> int:
     if not isinstance(size, int):
         raise ShardError(f"the server does not say how long {shown(path)} is; copy the shard to a local folder")
     return size
+
+
+def sizes_of(paths: Sequence[str]) -> list[int]:
+    """Bytes of each file, from one listing for each folder that many of them are in; errors as `sources.size_of`.
+
+    HTTP servers are asked for each file: a listing of theirs has no sizes that could be trusted.
+    """
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(path.rpartition("/")[0], []).append(path)
+    known: dict[str, int] = {}
+    for folder, inside in folders.items():
+        if len(inside) >= _LISTED and not _is_http(folder):
+            known.update(_listed(folder))
+    with ThreadPoolExecutor(_ASKING) as pool:
+        return list(pool.map(lambda path: known[path] if path in known else size_of(path), paths))
+
+
+def _listed(folder: str) -> dict[str, int]:
+    """The files of a folder and their sizes, where the listing has them."""
+    fs, key = _open_fs(folder)
+
+    def once(seconds: float) -> list[dict[str, Any]]:
+        fs.invalidate_cache()
+        return fs.ls(key, detail=True)
+
+    rows = _try(folder, "the list of files", 0, once)
+    return {f"{folder}/{row['name'].rpartition('/')[2]}": row["size"] for row in rows if isinstance(row.get("size"), int)}
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:

@@ -20,6 +20,7 @@ __all__ = [
     "augment",
     "crop_to_bucket",
     "keyed_flip",
+    "pad_to_multiple",
     "random_crop_flip",
     "random_resized_crop_flip",
     "resize_and_center_crop",
@@ -163,6 +164,26 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
 def keyed_flip(image: Tensor, seed: int) -> Tensor:
     """Mirror [C, H, W] left to right for half of the seeds."""
     return image.flip(2) if _uniform(seed, 1)[0] < 0.5 else image
+
+
+def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
+    """Reflect images at their right and bottom edges until both sides are multiples of `factor`; `[..., :H, :W]` takes it back.
+
+    The edge itself is not repeated; what is smaller than its padding is reflected to and fro.
+
+    Args:
+        images: float or uint8 [..., H, W].
+        factor: pixels.
+
+    Returns:
+        [..., H', W'], less than `factor` larger along each side; the same tensor where nothing is missing.
+    """
+    for axis in (-2, -1):
+        side = images.shape[axis]
+        if side % factor:
+            order = np.pad(np.arange(side), (0, -side % factor), mode="reflect")
+            images = images.index_select(axis, torch.from_numpy(order).to(images.device))
+    return images
 
 
 def _uniform(seed: int, count: int) -> list[float]:

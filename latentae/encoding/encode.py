@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,14 @@ import torch
 from latentae.data.index import ShardEntry, ShardIndex, load_index
 from latentae.data.options import DataOptions
 from latentae.data.shards import expand_shards
-from latentae.data.sources import is_remote, name_of, size_of
+from latentae.data.sources import is_remote, name_of, sizes_of
 from latentae.device import choose_device
 from latentae.encoding.encoders import Encoder, ModelEncoder, build_encoder
 from latentae.encoding.pipeline import default_workers
+from latentae.encoding.places import has_label
 from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers, resolve_task
 from latentae.encoding.shard import DTYPES, UNREADABLE, ShardSettings, encode_shards
-from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar
+from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.jobs import Job, RemoteJob
@@ -40,8 +40,9 @@ __all__ = ["ModelEncoder", "Work", "conclude", "encode", "prepare"]
 PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"
 COMPUTE = ("auto", "fp32", "bf16")
 ENGINES = ("local", "ray")
-NEED_FLIPS, NEED_IMAGES, TAKE_BUCKETS = ("lightningdit", "mar"), ("repa",), ("kohya",)  # formats of other trainers
-THREADS = 16  # that ask for the sizes of remote shards
+# formats of other trainers
+NEED_FLIPS, NEED_IMAGES, TAKE_BUCKETS = ("lightningdit", "mar"), ("repa",), ("kohya",)
+NEED_LABELS = ("lightningdit", "edm2", "repa", "mar")
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def encode(
         engine: "local", or "ray" to spread the shards over a Ray cluster.
 
     Returns:
-        A summary: `out`, `shards`, `samples`, `skipped`, `finished` (False while other tasks have shards to do), and once
-        finished the statistics (see LatentStatistics.summary).
+        A summary: `out`, `shards`, `samples`, `skipped`, `finished`. While other tasks have shards to do, `finished` is False and
+        the counts are of this task; once finished they are of all, and the statistics are with them (see LatentStatistics.summary).
 
     Raises:
         RecipeError: an option that is not allowed.
@@ -125,7 +126,7 @@ def encode(
     """
     if engine not in ENGINES:
         raise RecipeError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}")
-    _check_format(format, out, buckets, model, weights)
+    _check_format(format, out, buckets, model, weights, shards)
     work = prepare(
         model,
         shards,
@@ -159,7 +160,9 @@ def encode(
     return {**summary, "out": str(formats.write(format, Path(out) / "latents", Path(out) / format))}
 
 
-def _check_format(format: str, out: str | Path, buckets: str, model: str | Path, weights: str) -> None:
+def _check_format(
+    format: str, out: str | Path, buckets: str, model: str | Path, weights: str, shards: str | Path | Sequence[str | Path]
+) -> None:
     """Refuse before the work what the writer of a layout would refuse after it."""
     if format == "latentae":
         return
@@ -171,6 +174,11 @@ def _check_format(format: str, out: str | Path, buckets: str, model: str | Path,
         raise RecipeError(f"format {format} is written to a local folder, not to a URL; copy it there afterwards")
     if buckets != "none" and format not in TAKE_BUCKETS:
         raise RecipeError(f"format {format} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}")
+    if format in NEED_LABELS and not has_label(expand_shards(shards)):
+        raise RecipeError(
+            f"format {format} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
+            'or a `json` with a whole number as "label"'
+        )
     if format == "kohya" and (factor := resolve_model(model, weights).config.downsampling) != 8:
         raise RecipeError(f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format")
 
@@ -250,7 +258,7 @@ def prepare(
         store,
         plan,
         mine,
-        [shard for shard, sidecar in find_finished(store, mine, fingerprint) if sidecar is None],
+        [shard for shard, sidecar in find_finished(store, mine, fingerprint, store.sizes()) if sidecar is None],
         settings,
         source,
         partial(build_encoder, source.weights_file, device, identity["compute"]),
@@ -278,9 +286,8 @@ def _index(shards: list[str]) -> ShardIndex:
     """What the shards hold; of remote ones only the sizes, which are had without reading them."""
     if not any(map(is_remote, shards)):
         return load_index(shards)
-    with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
-        sizes = list(pool.map(size_of, shards))
-    return ShardIndex(tuple(ShardEntry(path, name_of(path), 0, size) for path, size in zip(shards, sizes, strict=True)))
+    sizes = zip(shards, sizes_of(shards), strict=True)
+    return ShardIndex(tuple(ShardEntry(path, name_of(path), 0, size) for path, size in sizes))
 
 
 def _run(work: Work) -> None:
@@ -327,16 +334,24 @@ class _Total:
             self.first_unreadable = f"{unreadable[0]} in {sidecar.shard}"
 
 
+def _add_up(work: Work, shards: list[Shard], sizes: Mapping[str, int]) -> _Total:
+    total = _Total(LatentStatistics.empty(work.settings.channels))
+    for _, sidecar in find_finished(work.store, shards, work.settings.fingerprint, sizes):
+        if sidecar is not None:
+            total.add(sidecar)
+    return total
+
+
 def conclude(work: Work) -> dict[str, Any]:
     """Merge the statistics if all shards are in place, and say where the job stands.
 
     Raises:
         ImageError: all shards are in place, but too many images could not be read.
     """
-    total = _Total(LatentStatistics.empty(work.settings.channels))
-    for _, sidecar in find_finished(work.store, work.plan, work.settings.fingerprint):
-        if sidecar is not None:
-            total.add(sidecar)
+    there = work.store.sizes()
+    listed = sum(shard.name in there and sidecar_name(shard.name) in there for shard in work.plan)
+    # With thousands of tasks at an object store, only the last one may read all sidecars: the others see from the listing that some lack.
+    total = _add_up(work, work.plan if listed == len(work.plan) else work.mine, there)
     summary: dict[str, Any] = {
         "out": work.store.shown,
         "shards": total.shards,
@@ -345,7 +360,7 @@ def conclude(work: Work) -> dict[str, Any]:
         "finished": total.shards == len(work.plan),
     }
     if not summary["finished"]:
-        place = f"{total.shards} of {len(work.plan)} shards are in place"
+        place = f"{min(listed, len(work.plan) - 1)} of {len(work.plan)} shards are in place"
         say(f"encode: {work.task or 'this task'} is done; {place}, the last task writes {STATISTICS}")
         return summary
     _check_share(total, work.max_bad_share)

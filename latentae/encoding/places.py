@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from latentae.data.tars import Member, Problem, Reader, Sample, group, walk
 from latentae.encoding.sidecar import Sidecar
 from latentae.errors import ShardError
 
-__all__ = ["JSON_MEMBER", "LATENT_MEMBER", "PackedLayout", "Places", "join", "label_of", "scan_places"]
+__all__ = ["JSON_MEMBER", "LATENT_MEMBER", "PackedLayout", "Places", "has_label", "join", "label_of", "scan_places"]
 
 LATENT_MEMBER, JSON_MEMBER = "latent.safetensors", "latent.json"
 _READ = (".json", ".cls")  # members that are read along with the headers
@@ -187,3 +187,18 @@ def _refuse(path: str, problem: Problem) -> None:
         raise ShardError(
             f"{shown(path)} holds {problem.name!r} ({problem.reason}); delete it and run the same encode command again"
         )
+
+
+def has_label(shards: Iterable[str]) -> bool:
+    """Whether the first sample of some shards of images has a class label; True where there is no sample.
+
+    Raises:
+        ShardError: a shard can't be read.
+    """
+    for path in shards:
+        reader = Reader(lambda start, stop, path=path: read_range(path, start, stop), size_of(path), chunk=_NEAR)
+        for sample in group(walk(reader, shown(path)), lambda problem: None):
+            there = {extension: (offset, size) for extension, offset, size in sample.members if size <= _LARGEST}
+            texts = {kind: read_range(path, there[kind][0], sum(there[kind])) for kind in ("cls", "json") if kind in there}
+            return label_of(texts.get("cls"), texts.get("json")) is not None
+    return True

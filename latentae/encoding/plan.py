@@ -55,10 +55,12 @@ def plan_shards(index: ShardIndex) -> list[Shard]:
     return sorted(shards, key=lambda shard: shard.name)
 
 
-def find_finished(store: Store, plan: Sequence[Shard], fingerprint: str) -> Iterator[tuple[Shard, Sidecar | None]]:
-    """Each shard of `plan` and what `Shard.finished` says of it, in order, from one listing; one request per sidecar there is."""
+def find_finished(
+    store: Store, plan: Sequence[Shard], fingerprint: str, sizes: Mapping[str, int]
+) -> Iterator[tuple[Shard, Sidecar | None]]:
+    """Each shard of `plan` and what `Shard.finished` says of it, in order, given the sizes of all files; one request per sidecar."""
     names = [shard.name for shard in plan]
-    for shard, sidecar in zip(plan, read_sidecars(store, names, store.sizes()), strict=True):
+    for shard, sidecar in zip(plan, read_sidecars(store, names, sizes), strict=True):
         yield shard, sidecar if sidecar is not None and is_of(sidecar, fingerprint, shard.bytes) else None
 
 

@@ -12,7 +12,7 @@ from flaky_server import FlakyServer
 from latentae.data import remote, sources
 from latentae.data.remote import Patience
 from latentae.data.shards import expand_shards, read_shard, shard_keys
-from latentae.data.sources import is_remote, name_of, read_range, shown, size_of, stream
+from latentae.data.sources import is_remote, name_of, read_range, shown, size_of, sizes_of, stream
 from latentae.errors import MissingDependencyError, ShardError
 
 DATA = bytes(range(256)) * 4000  # about 1 MB
@@ -270,6 +270,22 @@ def test_other_file_systems_are_read_through_fsspec(memory):
     assert whole(url) == DATA
     with pytest.raises(ShardError, match="no such file"):
         read_range("memory://bucket/none.tar", 0, 5)
+
+
+def test_sizes_of_many_files_come_from_one_listing(server, memory, tmp_path, monkeypatch):
+    for number in range(40):
+        memory.pipe_file(f"/bucket/a/{number:03}.tar", DATA[:number])
+    memory.pipe_file("/bucket/b/x.tar", DATA)
+    (tmp_path / "near.tar").write_bytes(b"abc")
+    server.files = {"/far.tar": DATA}
+    urls = [f"memory://bucket/a/{number:03}.tar" for number in reversed(range(40))]
+    asked, real = [], type(memory).info
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **rest: asked.append(path) or real(self, path, **rest))
+    found = sizes_of([*urls, "memory://bucket/b/x.tar", str(tmp_path / "near.tar"), f"{server.url}/far.tar"])
+    assert found == [*reversed(range(40)), len(DATA), 3, len(DATA)]
+    assert not any("/a/" in path for path in asked)
+    with pytest.raises(ShardError, match="no such file"):
+        sizes_of([*urls, "memory://bucket/a/none.tar"])
 
 
 def test_other_file_systems_are_asked_again_too(memory, monkeypatch):

@@ -22,6 +22,7 @@ from latentae.data.decode import decode_image
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.encoding.encode import ModelEncoder
 from latentae.encoding.latents import LatentDataset
+from latentae.encoding.store import LocalStore
 from latentae.errors import DataError, ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json, sha256
 
@@ -117,6 +118,20 @@ def test_three_tasks_equal_one(encoded, model, photos, snapshot, tmp_path):
     states = [encode(model, photos, out, task_id=task, num_tasks=3, **OPTIONS)["finished"] for task in (2, 0, 1)]
     assert states == [False, False, True]
     assert snapshot(out) == snapshot(encoded)
+
+
+def test_only_the_last_task_reads_the_sidecars_of_others(model, photos, tmp_path, monkeypatch):
+    """Thousands of tasks would ask an object store for each of thousands of sidecars."""
+    read: list[str] = []
+    real = LocalStore.read
+    monkeypatch.setattr(LocalStore, "read", lambda self, name: read.append(name) or real(self, name))
+    counts = []
+    for task in range(4):
+        read.clear()
+        summary = encode(model, photos, tmp_path / "out", task_id=task, num_tasks=4, **OPTIONS)
+        counts.append(len({name for name in read if name.endswith(".done.json")}))
+        assert summary["shards"] == (4 if task == 3 else 1)
+    assert counts == [1, 1, 1, 4]
 
 
 def test_launcher_sets_the_task(encoded, model, photos, snapshot, tmp_path, monkeypatch):

@@ -390,4 +390,7 @@ def test_another_trainers_layout_is_written_from_latents_that_have_what_it_needs
     assert capsys.readouterr().err.count("already finished") == 2
     with pytest.raises(RecipeError, match="one size"):
         encode(model, tmp_path / "in", tmp_path / "other", format="mar", buckets="auto", **OPTIONS)
+    write_tar(tmp_path / "unlabelled/a.tar", {"0.jpg": jpeg(0, 40, 40), "0.json": b'{"label": "cat"}'})
+    with pytest.raises(RecipeError, match="class label"):
+        encode(model, tmp_path / "unlabelled", tmp_path / "other", format="mar", **OPTIONS)
     assert not (tmp_path / "other").exists()

@@ -90,7 +90,11 @@ def test_what_is_finished(tmp_path: Path, kind: str) -> None:
     plan.append(Shard("", "new.tar", 1, 1))
 
     def finished(fingerprint: str = "f" * 64) -> list[str]:
-        found = [shard.name for shard, sidecar in find_finished(made.store, plan, fingerprint) if sidecar is not None]
+        found = [
+            shard.name
+            for shard, sidecar in find_finished(made.store, plan, fingerprint, made.store.sizes())
+            if sidecar is not None
+        ]
         assert found == [shard.name for shard in plan if shard.finished(made.store, fingerprint) is not None]
         return found
 

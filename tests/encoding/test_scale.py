@@ -1,6 +1,6 @@
 """Many shards and many samples: memory does not grow with them. The network is a stub and the images are tiny.
 
-LATENTAE_MILLION=1 pytest tests/encoding/test_scale.py    also a million samples: minutes, and a few GB on the disk
+LATENTAE_SCALE_SAMPLES=1000000 pytest tests/encoding/test_scale.py    also a million samples: minutes, and a few GB on the disk
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def encode_all(images: Path, out: Path, workers: int) -> tuple[list[int], Latent
     index = load_index(sorted(map(str, images.glob("*.tar"))))
     plan, store = plan_shards(index), Store.open(out)
     settings = ShardSettings(SIDE, "fp32", 64, False, 3, "stub", packed=True, workers=workers)
-    assert all(sidecar is None for _, sidecar in find_finished(store, plan, "stub"))
+    assert all(sidecar is None for _, sidecar in find_finished(store, plan, "stub", store.sizes()))
     held: list[int] = []
     for sidecar in encode_shards(((shard.source, shard.name) for shard in plan), store, stub, settings):
         assert isinstance(sidecar, Sidecar)
         held.append(resident())
-    found = [sidecar for _, sidecar in find_finished(store, plan, "stub")]
+    found = [sidecar for _, sidecar in find_finished(store, plan, "stub", store.sizes())]
     assert all(found)
     return held, merge((LatentStatistics.from_json(one.statistics) for one in found if one), 3)
 

@@ -50,7 +50,7 @@ def problems(made: Made, deep: bool = True, **options) -> list[str]:
 def pending(made: Made) -> list[str]:
     """What an encode command would make again."""
     plan = [Shard("", name, sidecar.input.samples, sidecar.input.bytes) for name, sidecar in sorted(made.sidecars.items())]
-    return [shard.name for shard, sidecar in find_finished(made.store, plan, "f" * 64) if sidecar is None]
+    return [shard.name for shard, sidecar in find_finished(made.store, plan, "f" * 64, made.store.sizes()) if sidecar is None]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,11 +70,11 @@ def test_starts_requests_and_hand_outs_add_what_they_say(tool, plain, policy):
         parallel_requests=2,
     )
     account = tool.simulate(replace(case, claim_seconds=0.125))
-    planning = (2 * 1 + 4 * 101 / 2) * 0.25
+    planning = (3 * 1 + 4 * 101 / 2) * 0.25
     closing = (1 + 2 * 101 / 2) * 0.25
     handing_out = 101 * 0.125 if policy == "claim" else 0
     assert account.end == pytest.approx(10_050 * 0.5 + 101 * 8 * 0.25 + 20 + planning + handing_out + closing, rel=1e-12)
-    assert account.store_requests == 2 + 4 * 101 + 8 * 101 + 1 + 2 * 101
+    assert account.store_requests == 3 + 4 * 101 + 8 * 101 + 1 + 2 * 101
 
 
 @POLICIES
@@ -139,18 +139,26 @@ def test_the_shard_of_a_dead_worker_goes_to_another(tool, plain):
 
 def test_the_store_limits_many_that_start_at_once(tool, plain):
     case = replace(plain, workers=50, start_requests=1, store_requests_per_second=100, latency_seconds=1e-9)
-    assert tool.simulate(case).starting / 50 == pytest.approx(50 * (2 + 101) / 100)
-    assert tool.simulate(replace(case, policy="claim")).starting / 50 == pytest.approx((2 + 101) / 100)
+    assert tool.simulate(case).starting / 50 == pytest.approx(50 * (3 + 101) / 100)
+    assert tool.simulate(replace(case, policy="claim")).starting / 50 == pytest.approx((3 + 101) / 100)
 
 
 def test_the_store_limits_many_that_end_at_once(tool, plain):
     """Ten workers with ten equal shards of 50 s each: the sidecars of 100 shards are read ten times. Listings take a little, too."""
     case = replace(plain, images=10_000, workers=10, end_requests=1, store_requests_per_second=10, latency_seconds=1e-9)
     stride = tool.simulate(case)
-    assert stride.end == pytest.approx(10 * 2 / 10 + 500 + 10 * (1 + 100) / 10, rel=1e-6)
-    assert stride.store_requests == 10 * 2 + 10 * 101 + 8 * 100
+    assert stride.end == pytest.approx(10 * 3 / 10 + 500 + 10 * (1 + 100) / 10, rel=1e-6)
+    assert stride.store_requests == 10 * 3 + 10 * 101 + 8 * 100
     claim = tool.simulate(replace(case, policy="claim"))
-    assert claim.end == pytest.approx(2 / 10 + 500 + (1 + 100) / 10, rel=1e-6)
+    assert claim.end == pytest.approx(3 / 10 + 500 + (1 + 100) / 10, rel=1e-6)
+
+
+def test_only_who_ends_last_reads_the_sidecars(tool, plain):
+    """Three workers; the first two have one shard less."""
+    case = replace(plain, images=700, workers=3, end_requests=1)
+    account = tool.simulate(replace(case, latency_seconds=1e-9))
+    assert case.shards == 7
+    assert account.store_requests == 3 * 3 + 8 * 7 + 3 * 1 + 7
 
 
 def test_shards_too_long_to_survive_are_refused(tool, plain):
