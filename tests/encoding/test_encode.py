@@ -415,6 +415,37 @@ def test_two_workers_on_one_shard_do_no_harm(encoded, model, photos, snapshot, t
     assert snapshot(out) == snapshot(encoded)
 
 
+FULL = """
+import resource, sys
+import latentae.encoding.encode
+from latentae import cli
+for limit in sys.argv[1].split(","):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    try:
+        cli.main(["encode", *sys.argv[2:]])
+    except SystemExit as end:
+        print("code", end.code, file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such limit")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_disk_that_is_full_is_reported_and_nothing_is_lost(packed, model, photos, snapshot, tmp_path):
+    """No file may grow beyond a size: not the record, then not the larger shards, then not the statistics' shard, until all fit."""
+    flags = ["--dtype", "fp32", "--batch-size", "4", "--device", "cpu", *(["--packed"] if packed else [])]
+    encode(model, photos, tmp_path / "whole", packed=packed, **OPTIONS)
+    whole, out = snapshot(tmp_path / "whole"), tmp_path / "out"
+    sizes = sorted({len(data) for data in whole.values()})
+    limits = [100, *(size - 1 for size in sizes if size > 1000), 1 << 30]
+    command = [sys.executable, "-c", FULL, ",".join(map(str, limits)), str(model), str(photos), str(out), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: could not write") == len(limits) - 1
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("code")] == [*["code 1"] * (len(limits) - 1), "code 0"]
+    assert snapshot(out) == whole
+
+
 def test_disk_full_is_one_clear_line_and_resumable(encoded, model, photos, snapshot, tmp_path, monkeypatch):
     addfile, calls = tarfile.TarFile.addfile, [0]
 
