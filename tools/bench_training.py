@@ -25,7 +25,8 @@ from benchmarking import ROOT, about, cpu_seconds, default_device, folder_name, 
 from latentae_kernels import use_backend
 from torch import Tensor, nn
 
-from latentae.models.autoencoder import AutoencoderKL, AutoencoderOutput
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import AutoencoderOutput
 from latentae.models.posterior import DiagonalGaussian
 from latentae.training.launch import build_accelerator
 from latentae.training.recipe import Recipe, load_recipe
@@ -64,6 +65,7 @@ def build_trainer(variant: str, recipe: Recipe, accelerator: Any) -> Trainer:
 
     def build(recipe: Recipe) -> Any:
         ours = build_autoencoder(recipe)
+        assert isinstance(ours, AutoencoderKL)
         return ours if variant.startswith("latentae") else DiffusersAutoencoder(ours, variant == BASELINE)
 
     with patch("latentae.training.steps.build_autoencoder", build):

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from benchmarking import ROOT, about, cpu_seconds, folder_name, version, write_json
 
+from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.data.transforms import to_float, to_uint8
 from latentae.data.writing import shards as write_shards
 from latentae.evaluation.metrics import psnr, ssim
-from latentae.examples.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.losses.objective import Objective
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models import architectures
 from latentae.training.launch import build_accelerator
 from latentae.training.optim import learning_rate_scale
 from latentae.training.preparation import build_loader
@@ -112,7 +112,7 @@ def recipe_on(home: Path, name: str, **overrides: Any) -> Recipe:
 @torch.inference_mode()
 def quality(recipe: Recipe, weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Means over the held-out tiles, reconstructed from the posterior's mean by one and the same class."""
-    model = AutoencoderKL(recipe.autoencoder_config())
+    model = architectures.build(recipe.autoencoder_config())
     model.load_state_dict(weights)
     model.eval()
     objective = Objective(recipe.loss, recipe.autoencoder_config().latent_channels)

@@ -1,4 +1,4 @@
-"""Make shards: from a folder of images or a Hugging Face dataset (the verb `shards`), or from samples in memory.
+"""Make shards: from a folder of images, a Hugging Face dataset or built-in images (the verb `shards`), or from samples in memory.
 
 A shard appears under its name only when it is whole, and the manifest `index.json` only when every shard is there. The same input
 gives the same bytes: sorted order, fixed tar metadata, original image bytes.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder, escape_key
 from latentae.data.hf_dataset import ImageDataset, is_dataset
 from latentae.data.index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan_shard, write_index
@@ -58,7 +59,8 @@ def shards(
 
     Args:
         images: folder of images, searched with its subfolders (hidden files and `out` are passed over); a folder that
-            `save_to_disk` of the package datasets made; or `hf://NAME` or `hf://NAME:SPLIT`, which that package loads.
+            `save_to_disk` of the package datasets made; `hf://NAME` or `hf://NAME:SPLIT`, which that package loads; or built-in
+            images: `sklearn:digits`, `sklearn:binary-digits` or `skimage:photos`, each with `:held-out` for its other split.
         out: folder for the shards.
         shard_size: at most so many samples in a shard; None is what `default_shard_size` says.
         max_shard_mb: and at most so many MB of image files (before resizing), unless one image alone is larger.
@@ -70,14 +72,12 @@ def shards(
     Raises:
         DataError: no such images, none at all, or two files with the same key.
         ImageError: an image can't be read (without `skip_bad`), or none can.
-        MissingDependencyError: a dataset without the package datasets.
+        MissingDependencyError: a dataset without the package datasets, or built-in images without the package that holds them.
         OutputError: the output can't be written, or holds shards of something else.
     """
     out = Path(out)
     _check(shard_size, max_shard_mb, resize, quality, workers)
-    if not str(images).startswith("hf://") and Path(images).resolve() == out.resolve():
-        raise OutputError(f"{out} is the image folder itself; choose another folder for the shards")
-    source: ImageSource = ImageDataset(str(images)) if is_dataset(images) else ImageFolder(Path(images), leave_out=out)
+    source = _source(images, out)
     count = len(source.sizes)
     shard_size = shard_size or default_shard_size(count)
     groups = _split(((number, size) for number, size in enumerate(source.sizes)), shard_size, max_shard_mb * 1e6)
@@ -105,6 +105,14 @@ def shards(
     index = write_index(out, [entry for entry in entries if entry.samples])
     job.finish(samples=index.samples, bad_samples=count - index.samples, shards=len(index.shards))
     return index
+
+
+def _source(images: str | Path, out: Path) -> ImageSource:
+    if is_builtin(str(images)) and not Path(images).is_dir():
+        return BuiltinImages(str(images))
+    if not str(images).startswith("hf://") and Path(images).resolve() == out.resolve():
+        raise OutputError(f"{out} is the image folder itself; choose another folder for the shards")
+    return ImageDataset(str(images)) if is_dataset(images) else ImageFolder(Path(images), leave_out=out)
 
 
 def write_shards(

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentae.data.transforms import to_float
 from latentae.device import choose_device
 from latentae.errors import ModelError
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
 from latentae.progress import say
 
@@ -42,7 +42,7 @@ class ModelEncoder:
         compute: "fp32", or "bf16" for autocast; the posterior is fp32 either way.
     """
 
-    def __init__(self, model: AutoencoderKL, device: torch.device, compute: str = "fp32") -> None:
+    def __init__(self, model: Autoencoder, device: torch.device, compute: str = "fp32") -> None:
         self.model, self.device, self.half = model, device, compute == "bf16"
 
     @torch.inference_mode()

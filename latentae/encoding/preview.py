@@ -21,7 +21,7 @@ from latentae.encoding.verify import open_output
 from latentae.errors import DataError, ImageError, ModelError
 from latentae.evaluation.images import image_grid, write_png
 from latentae.evaluation.metrics import psnr
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model, resolve_model
 from latentae.progress import say
 
@@ -82,7 +82,7 @@ def decode(
     return {"file": str(file), "keys": shown, "psnr": ratios}
 
 
-def _load(record: Mapping[str, Any], model: str | Path | None, weights: str, device: str, out: str) -> AutoencoderKL:
+def _load(record: Mapping[str, Any], model: str | Path | None, weights: str, device: str, out: str) -> Autoencoder:
     """The model that the latents are of, on the device."""
     path = model if model is not None else record.get("notes", {}).get("model_path")
     if path is None:
@@ -132,7 +132,7 @@ def _read(contents: ShardContents, sample: Sample, channels: int) -> dict[str, T
 
 
 @torch.inference_mode()
-def _decode(network: AutoencoderKL, latents: Sequence[Tensor]) -> list[Tensor]:
+def _decode(network: Autoencoder, latents: Sequence[Tensor]) -> list[Tensor]:
     """Latents [z, h, w] of any sizes, raw -> uint8 [C, H, W] on the CPU, one at a time."""
     device = next(network.parameters()).device
     return [to_uint8(network.decode(latent[None].to(device, torch.float32)))[0].cpu() for latent in latents]

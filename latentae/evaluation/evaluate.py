@@ -14,7 +14,6 @@ from latentae.data.loader import image_batches
 from latentae.data.shards import expand_shards
 from latentae.device import choose_device
 from latentae.errors import DataError, ImageError, ModelError, RecipeError
-from latentae.evaluation.baselines import MAX_PATCH_NUMBERS, PatchPCA, fit_pca
 from latentae.evaluation.distance import choose_distance
 from latentae.evaluation.images import write_png
 from latentae.evaluation.measure import MODEL, Measurement, measure
@@ -23,6 +22,7 @@ from latentae.evaluation.summary import print_table
 from latentae.evaluation.training_data import given_training_data, recorded_training_data, training_images
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job
+from latentae.models.pca import MAX_PATCH_NUMBERS, PatchPCA, fit_pca, sketch_pca
 from latentae.models.pretrained import ModelSource, load_model, resolve_model
 from latentae.progress import say
 
@@ -135,12 +135,10 @@ def _fit_pca(setting: Setting, batch_size: int, recorded: bool) -> PatchPCA | st
     config, training = setting.source.config, setting.training
     if training.index is None:
         return f"{training.reason}; name images to fit it on with pca_shards"
-    numbers = 3 * config.downsampling**2
-    if numbers > MAX_PATCH_NUMBERS:
-        return f"a patch has {numbers} numbers, and the closed form is limited to {MAX_PATCH_NUMBERS}"
+    fit = fit_pca if 3 * config.downsampling**2 <= MAX_PATCH_NUMBERS else sketch_pca
     images = training_images(training, setting.resolution, batch_size, PCA_IMAGES, setting.seed)
     try:
-        return fit_pca((batch.to(setting.device) for batch in images), config.downsampling, config.latent_channels)
+        return fit((batch.to(setting.device) for batch in images), config.downsampling, config.latent_channels)
     except DataError as error:
         if not recorded:
             raise

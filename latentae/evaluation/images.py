@@ -68,8 +68,9 @@ def _band(rows: Sequence[Sequence[Tensor]], padding: int, background: int) -> Te
 
 
 def pil_image(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W] -> a Pillow RGB image."""
-    return Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))
+    """uint8 [C, H, W] -> a Pillow image: gray, RGB or RGBA for 1, 3 or 4 channels."""
+    pixels = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def png_bytes(image: Tensor) -> bytes:

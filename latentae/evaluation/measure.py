@@ -12,12 +12,13 @@ from torch import Tensor
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ModelError
-from latentae.evaluation.baselines import PatchPCA, compress_latent, decompress_latent, jpeg_within
+from latentae.evaluation.baselines import compress_latent, decompress_latent, jpeg_within
 from latentae.evaluation.distance import Distance
 from latentae.evaluation.latent_report import LatentReport
 from latentae.evaluation.metrics import psnr, ssim
 from latentae.evaluation.summary import Scores
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
+from latentae.models.pca import PatchPCA
 from latentae.progress import Progress
 
 __all__ = ["JPEG", "MODEL", "PCA", "QUANTISED", "Example", "Measurement", "measure"]
@@ -52,7 +53,7 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    model: AutoencoderKL,
+    model: Autoencoder,
     batches: Iterable[Batch],
     *,
     distance: Distance,
@@ -92,7 +93,7 @@ def measure(
     return measurement
 
 
-def _reconstruct(model: AutoencoderKL, keys: list[str], images: Tensor, measurement: Measurement) -> dict[str, Tensor]:
+def _reconstruct(model: Autoencoder, keys: list[str], images: Tensor, measurement: Measurement) -> dict[str, Tensor]:
     """uint8 images from the posterior mean, and from the posterior mean in 8 bits; counts the latents and their bytes."""
     posterior = model.encode(to_float(images))
     mode = posterior.mode()

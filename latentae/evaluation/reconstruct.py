@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentae.data.decode import decode_image
-from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
+from latentae.data.decode import read_image
+from latentae.data.transforms import pad_to_multiple, resize_and_center_crop, to_float, to_uint8
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError
 from latentae.evaluation.images import image_grid, write_png
 from latentae.evaluation.metrics import psnr
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
 from latentae.progress import Progress, say
 
@@ -39,8 +39,8 @@ def reconstruct(
         model: run folder, checkpoint or exported folder.
         images: image files.
         out: the PNG to write; an existing one is replaced.
-        resolution: resize the short side to it and crop the centre; without it every image keeps its own size, cropped at the
-            centre to a multiple of the model's downsampling, and reduced where its longer side exceeds 1024 pixels.
+        resolution: resize the short side to it and crop the centre; without it every image keeps its own size, padded by
+            reflection for the model and cropped back, and is reduced where its longer side exceeds 1024 pixels.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
 
@@ -48,7 +48,7 @@ def reconstruct(
         `out`.
 
     Raises:
-        ImageError: no image, or one that is missing, unreadable or too small.
+        ImageError: no image, or one that is missing or unreadable.
         ModelError: the model can't be loaded, is not RGB, or gives NaN.
     """
     if not images:
@@ -64,7 +64,7 @@ def reconstruct(
         )
     if resolution is not None and (resolution < 1 or resolution % factor):
         raise ImageError(f"resolution is {resolution}, this model needs a multiple of {factor}")
-    originals = [_prepare(Path(path), factor, resolution) for path in images]
+    originals = [_prepare(Path(path), resolution) for path in images]
     with Progress("reconstructing", len(originals)) as progress:
         results = []
         for path, original in zip(images, originals, strict=True):
@@ -78,35 +78,25 @@ def reconstruct(
     return Path(out)
 
 
-def _prepare(path: Path, factor: int, resolution: int | None) -> Tensor:
-    """Read an image and bring it to a size the model takes: uint8 [3, H, W]."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"could not read {path}: {error.strerror}; give image files") from error
-    image = decode_image(data, str(path))
+def _prepare(path: Path, resolution: int | None) -> Tensor:
+    """Read an image and bring it to the size it is shown in: uint8 [3, H, W]."""
+    image = read_image(path)
     if resolution is not None:
         return resize_and_center_crop(image, resolution)
     height, width = image.shape[1:]
-    if min(height, width) < factor:
-        raise ImageError(
-            f"{path} is {width} x {height} pixels, smaller than the model's factor {factor}; give --resolution to enlarge it"
-        )
     if max(height, width) > LONGEST_SIDE:
         ratio = LONGEST_SIDE / max(height, width)
-        size = max(round(height * ratio), factor), max(round(width * ratio), factor)
+        size = max(round(height * ratio), 1), max(round(width * ratio), 1)
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
         say(f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to choose another size")
-        height, width = size
-    rows, columns = height - height % factor, width - width % factor
-    top, left = (height - rows) // 2, (width - columns) // 2
-    return image[:, top : top + rows, left : left + columns].contiguous()
+    return image.contiguous()
 
 
 @torch.inference_mode()
-def _reconstruct(network: AutoencoderKL, image: Tensor, path: Path, device: torch.device) -> Tensor:
-    x = to_float(image[None].to(device))
-    result = network.decode(network.encode(x).mode())
+def _reconstruct(network: Autoencoder, image: Tensor, path: Path, device: torch.device) -> Tensor:
+    height, width = image.shape[1:]
+    x = pad_to_multiple(to_float(image[None].to(device)), network.config.downsampling)
+    result = network.decode(network.encode(x).mode())[..., :height, :width]
     if not torch.isfinite(result).all():
         raise ModelError(
             f"the reconstruction of {path} has NaN or infinite values; the model has diverged, use an earlier checkpoint"

@@ -12,11 +12,11 @@ import torch
 
 import latentae
 from latentae.data.index import ShardIndex
-from latentae.evaluation.baselines import PatchPCA
 from latentae.evaluation.distance import Distance
 from latentae.evaluation.measure import JPEG, MODEL, PCA, QUANTISED, Measurement
 from latentae.evaluation.summary import finding, metric_label, paired
 from latentae.evaluation.training_data import TrainingData
+from latentae.models.pca import PatchPCA
 from latentae.models.pretrained import ModelSource
 
 __all__ = ["FORMAT_VERSION", "PCA_IMAGES", "Setting", "summarise"]

@@ -19,7 +19,7 @@ from latentae.errors import ShardError
 from latentae.models.pretrained import ModelSource
 from latentae.progress import Progress
 
-__all__ = ["TrainingData", "given_training_data", "recorded_training_data", "training_images"]
+__all__ = ["TrainingData", "given_training_data", "recorded_recipe", "recorded_training_data", "training_images"]
 
 RECIPE = "recipe.toml"
 
@@ -46,7 +46,7 @@ def given_training_data(shards: str | Path | Sequence[str | Path]) -> TrainingDa
 
 def recorded_training_data(source: ModelSource) -> TrainingData:
     """The training shards of a run or checkpoint, from its resolved recipe."""
-    recipe = _recipe(source)
+    recipe = recorded_recipe(source)
     if recipe is None:
         return TrainingData(None, reason="the model does not say what it was trained on")
     data = recipe.get("data", {})
@@ -59,7 +59,8 @@ def recorded_training_data(source: ModelSource) -> TrainingData:
     return TrainingData(index, float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0)
 
 
-def _recipe(source: ModelSource) -> dict[str, Any] | None:
+def recorded_recipe(source: ModelSource) -> dict[str, Any] | None:
+    """The resolved recipe beside a run or checkpoint; None for a model that came without."""
     for folder in (source.weights_file.parent, Path(source.path)):
         try:
             return tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.encoding.encode import encode
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import RecipeError
 from latentae.evaluation.evaluate import evaluate
 from latentae.examples.diffusers_check import DiffusersCheck, decode_in_diffusers
-from latentae.examples.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.examples.quickstart_page import write_quickstart_page
 from latentae.exporting.export import export
 from latentae.files import read_json, write_json

@@ -1,28 +1,31 @@
 """All losses of one recipe, as one thing to minimize.
 
-A new loss is a file beside this one, a test, one line in `image_terms`, `latent_terms` or `alignment_terms`, and one in
-`LossOptions.effective_weights`.
+A new regularizer of the latent is a file beside this one, a test, and a line in `regularizers.py`; a new pixel loss a function, a line of
+the test, one in `_PIXEL_LOSSES` and one in `LossOptions`. docs/add_a_loss.md goes through both.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from latentae.losses import reconstruction
+from latentae.losses import reconstruction, sparsity
 from latentae.losses.alignment import AlignmentLoss
 from latentae.losses.classifier import ClassifierDistance
+from latentae.losses.contractive import jacobian_energy
 from latentae.losses.gram import gram_distance
-from latentae.losses.latent import kl_per_element
+from latentae.losses.latent import kl_free_bits, kl_per_element
 from latentae.losses.options import LossOptions
 from latentae.losses.perceptual import FrozenDistance, build_perceptual
+from latentae.losses.regularizers import REGULARIZERS, regularizer
 from latentae.losses.wavelet import wavelet
 from latentae.models.backbone import FrozenParts
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import AutoencoderOutput
 
 __all__ = ["LossTerms", "Objective"]
 
@@ -31,6 +34,7 @@ _PIXEL_LOSSES = {
     "l2": reconstruction.l2,
     "charbonnier": reconstruction.charbonnier,
     "wavelet": wavelet,
+    "bce": reconstruction.bce,
 }
 
 
@@ -51,6 +55,10 @@ class LossTerms:
         """The sum, a scalar with a graph; a plain zero where no term is weighted."""
         terms = list(self.weighted.values())
         return reduce(torch.add, terms) if terms else next(iter(self.scalars.values())).new_zeros(())
+
+    def merged(self, other: LossTerms) -> LossTerms:
+        """Both together."""
+        return LossTerms(self.weighted | other.weighted, self.scalars | other.scalars)
 
 
 class Objective(FrozenParts):
@@ -89,14 +97,21 @@ class Objective(FrozenParts):
         parts = (self.perceptual, self.alignment.backbone if self.alignment else None)
         return max((part.minimum_size for part in parts if part is not None), default=1)
 
-    def image_terms(self, x: Tensor, target: Tensor) -> LossTerms:
+    def image_terms(self, x: Tensor, target: Tensor, where: Tensor | None = None) -> LossTerms:
         """Losses between reconstruction and target, [B, C, H, W] x 2 in [-1, 1], averaged over the batch.
+
+        Where `where`, [B, 1, H, W], is 0 the target stands in for the reconstruction, and pixel losses are means over the rest (as far as
+        they are sums over pixels: a wavelet's support crosses the border). Each image has a rest.
 
         With an output log-variance s every weighted term is divided by exp(s), and a learned s is a term itself (LDM's
         `contperceptual` sums L / exp(s) + s over elements; here it is their mean). A constant s would add nothing to learn.
         """
         weights = {name: getattr(self.options, name) for name in _PIXEL_LOSSES}
+        share = None if where is None else where.flatten(1).mean(dim=1)
+        x = x if where is None else torch.where(where > 0, x, target)
         values = {name: loss(x, target) for name, loss in _PIXEL_LOSSES.items() if weights[name]}
+        if share is not None:
+            values = {name: value / share for name, value in values.items()}
         if self.perceptual is not None:
             weights |= {"perceptual": self.options.perceptual.weight, "gram": self.options.perceptual.gram}
             a, b = self.perceptual.features(x), self.perceptual.features(target)
@@ -117,10 +132,50 @@ class Objective(FrozenParts):
             weighted["logvar"], scalars["logvar"] = self.logvar, self.logvar.detach()
         return LossTerms(weighted, scalars)
 
-    def latent_terms(self, posterior: DiagonalGaussian, target: Tensor) -> LossTerms:
-        """Losses on the posterior, averaged over the batch."""
-        kl = kl_per_element(posterior, target).mean()
-        return LossTerms({"kl": self.options.kl * kl} if self.options.kl else {}, {"kl": kl.detach()})
+    def latent_terms(
+        self, output: AutoencoderOutput, images: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> LossTerms:
+        """Losses on the posterior, averaged over the batch.
+
+        Args:
+            output: of the autoencoder.
+            images: that it was made of, [B, C, H, W] in [-1, 1].
+            reduce: averages a detached tensor over processes; terms that are no means over images need the whole batch.
+        """
+        o, posterior = self.options, output.posterior
+        kl = kl_per_element(posterior, images).mean()
+        weighted: dict[str, Tensor] = {}
+        scalars = {"kl": kl.detach()}
+        if o.kl:
+            weighted["kl"] = o.kl * (kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl)
+        if o.sparsity.weight:
+            value, active = self._sparsity(posterior.mean, reduce)
+            weighted["sparsity"] = o.sparsity.weight * value
+            scalars |= {"sparsity": value.detach(), "active": active}
+        for name in REGULARIZERS:
+            if weight := getattr(o, name):
+                value = regularizer(name)(output, images).mean()
+                weighted[name], scalars[name] = weight * value, value.detach()
+        return LossTerms(weighted, scalars)
+
+    def _sparsity(self, mean: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The penalty and the share of active units."""
+        o = self.options.sparsity
+        if o.kind == "l1":
+            return sparsity.l1(mean).mean(), sparsity.active_fraction(mean, o.threshold).mean()
+        value = sparsity.kl_sparsity(sparsity.mean_activation(mean, reduce), o.target) / mean.shape[1]
+        return value, sparsity.active_fraction(mean.sigmoid(), 0.5).mean()
+
+    def contractive_terms(self, output: AutoencoderOutput, images: Tensor, probes: Tensor) -> LossTerms:
+        """The squared Frobenius norm of the encoder's Jacobian over the number of image elements, averaged over the batch.
+
+        Args:
+            output: of the autoencoder, made inside `losses.adversarial.twice_differentiable()`.
+            images: that it was made of, [B, C, H, W]; they required a gradient.
+            probes: standard normal [k, B, z, h, w].
+        """
+        value = (jacobian_energy(output.posterior.mean, images, probes) / images[0].numel()).mean()
+        return LossTerms({"contractive": self.options.contractive.weight * value}, {"contractive": value.detach()})
 
     def alignment_terms(self, latent: Tensor, images: Tensor) -> LossTerms | None:
         """Alignment of a latent [B, z, h, w] to the features of its images [B, 3, H, W] in [-1, 1], averaged over the batch.

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from latentae.losses.regularizers import REGULARIZERS
 
 __all__ = [
     "AdversarialOptions",
     "AlignmentOptions",
     "ClassifierOptions",
+    "ContractiveOptions",
+    "EquivarianceOptions",
     "GanLoss",
     "LossOptions",
     "PerceptualNet",
     "PerceptualOptions",
+    "SparsityOptions",
 ]
 
 PerceptualNet = Literal["none", "vgg", "alex", "squeeze", "efficientnet-lite0"]
@@ -113,16 +118,68 @@ class AlignmentOptions(BaseModel):
     )
 
 
-class LossOptions(BaseModel):
-    """Weights of all terms; 0 leaves a term out."""
+class SparsityOptions(BaseModel):
+    """Few active units in the latent."""
+
+    model_config = _STRICT
+    weight: float = Field(default=0.0, ge=0, description="Weight of the penalty, a mean over latent elements; 0 leaves it out.")
+    kind: Literal["l1", "kl"] = Field(
+        default="l1", description="Mean absolute value; or KL between a target activation and the mean sigmoid of each channel."
+    )
+    target: float = Field(default=0.05, gt=0, lt=1, description="Mean activation that 'kl' aims at.")
+    threshold: float = Field(default=0.01, gt=0, description="Latent elements beyond this, either way, count as active (l1).")
+
+
+class ContractiveOptions(BaseModel):
+    """A small Jacobian of the encoder."""
+
+    model_config = _STRICT
+    weight: float = Field(
+        default=0.0, ge=0, description="Weight of the squared Frobenius norm over the number of image elements; 0 leaves it out."
+    )
+    probes: int = Field(
+        default=1, ge=1, description="Random vectors that estimate it at a step; each costs a pass of the encoder."
+    )
+
+
+class EquivarianceOptions(BaseModel):
+    """A latent that is scaled and turned as its image is."""
+
+    model_config = _STRICT
+    probability: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of steps that decode a scaled and turned latent against such images (EQ-VAE: 0.5).",
+    )
+    smallest_scale: float = Field(default=0.25, gt=0, le=1, description="Smallest scale; up to 1 in steps of a latent pixel.")
+    quarter_turns: bool = Field(default=True, description="Whether the latent is turned by multiples of 90 degrees, too.")
+    downscaled: float = Field(
+        default=0.0, ge=0, description="Weight of the losses between the decoded smaller latent and the smaller image (SE: 0.25)."
+    )
+    factors: tuple[int, ...] = Field(default=(2, 4), description="How much smaller, drawn for each step.")
+
+
+_regularizers: Any = {name: (float, Field(default=0.0, ge=0, description=text)) for name, text in REGULARIZERS.items()}
+_RegularizerOptions = create_model("_RegularizerOptions", **_regularizers)
+
+
+class LossOptions(_RegularizerOptions):
+    """Weights of all terms; 0 leaves a term out. Those of `regularizers.REGULARIZERS` come first."""
 
     model_config = _STRICT
     l1: float = Field(default=1.0, ge=0, description="Weight of the mean absolute error.")
     l2: float = Field(default=0.0, ge=0, description="Weight of the mean squared error.")
     charbonnier: float = Field(default=0.0, ge=0, description="Weight of the Charbonnier loss, sqrt(d^2 + 1e-6).")
     wavelet: float = Field(default=0.0, ge=0, description="Weight of the Charbonnier loss on high-frequency Haar wavelet bands.")
+    bce: float = Field(default=0.0, ge=0, description="Weight of the binary cross-entropy of (x + 1) / 2, for binary images.")
     kl: float = Field(
         default=1e-6, ge=0, description="Weight of the KL term (latent sum over image elements: LDM's 1e-6 is 1e-6 here)."
+    )
+    free_bits: float = Field(
+        default=0.0,
+        ge=0,
+        description="KL in nats that each latent channel has for nothing, a mean over its places and the batch.",
     )
     learn_logvar: bool = Field(
         default=False, description="Divide the image losses by exp(s) and add s, with s learned (LDM's output log-variance)."
@@ -132,6 +189,9 @@ class LossOptions(BaseModel):
     classifier: ClassifierOptions = ClassifierOptions()
     adversarial: AdversarialOptions = AdversarialOptions()
     alignment: AlignmentOptions = AlignmentOptions()
+    sparsity: SparsityOptions = SparsityOptions()
+    contractive: ContractiveOptions = ContractiveOptions()
+    equivariance: EquivarianceOptions = EquivarianceOptions()
 
     def effective_weights(self) -> dict[str, str]:
         """Weight of every active term for means over image elements (the KL: of the latent's sum over image elements).
@@ -139,13 +199,18 @@ class LossOptions(BaseModel):
         Image terms are divided by exp(s) for the output log-variance s they begin with.
         """
         p, c, a, v = self.perceptual, self.classifier, self.adversarial, self.alignment
-        image = {name: getattr(self, name) for name in ("l1", "l2", "charbonnier", "wavelet")}
+        image = {name: getattr(self, name) for name in ("l1", "l2", "charbonnier", "wavelet", "bce")}
         if p.net != "none":
             image |= {p.net if p.net == "efficientnet-lite0" else f"LPIPS ({p.net})": p.weight, f"gram ({p.net})": p.gram}
         image[f"logits ({c.backbone})"] = c.weight
         weights = {name: weight * math.exp(-self.initial_logvar) for name, weight in image.items()}
         weights |= {"kl": self.kl, "log-variance (learned)": float(self.learn_logvar)}
+        weights |= {f"sparsity ({self.sparsity.kind})": self.sparsity.weight, "contractive": self.contractive.weight}
+        weights |= {name: getattr(self, name) for name in REGULARIZERS}
+        weights |= {"downscaled latent": self.equivariance.downscaled}
         found = {name: f"{weight:g}" for name, weight in weights.items() if weight}
+        if self.free_bits and self.kl:
+            found["kl"] += f" above {self.free_bits:g} nats a channel"
         if a.weight:
             ratio = f" x adaptive ratio up to {a.max_ratio:g}" if a.adaptive else ""
             found[f"adversarial ({a.loss}, {a.discriminator})"] = f"{a.weight:g}{ratio}"

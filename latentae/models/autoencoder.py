@@ -2,121 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from latentae.errors import ImageError, ModelError
+from latentae.models.base import Autoencoder
 from latentae.models.coders import Decoder, Encoder
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.posterior import DiagonalGaussian
 
-__all__ = ["AutoencoderKL", "AutoencoderOutput"]
+__all__ = ["AutoencoderKL"]
 
 
-@dataclass(frozen=True)
-class AutoencoderOutput:
-    """What one pass gives."""
+class AutoencoderKL(Autoencoder):
+    """The autoencoder of latent diffusion (Rombach et al. 2022), with exactly diffusers' state-dict keys."""
 
-    reconstruction: Tensor
-    """[B, C, H, W] in about [-1, 1]."""
-    posterior: DiagonalGaussian
-    latent: Tensor
-    """[B, z, h, w], a sample of the posterior or its mean; with the encoder's graph."""
-    decoded: Tensor
-    """[B, z, h, w], what the decoder was given."""
-    leaf: Tensor | None = None
-    """Where the decoder's graph ends if `cut_latent`: the decoder's backward pass leaves its gradient here, and
-    `latent.backward(leaf.grad)` goes on through the encoder. None where nothing in front of the latent learns."""
-    decoder_features: Tensor | None = None
-    """Input of the decoder's last normalization, detached, if `keep_features`; for `last_layer.decoder_weight_gradient`."""
-    encoder_features: Tensor | None = None
-    """The same of the encoder, for `last_layer.encoder_weight_gradient`."""
-
-
-class AutoencoderKL(nn.Module):
-    """The autoencoder of latent diffusion (Rombach et al. 2022), with exactly diffusers' state-dict keys.
-
-    Images are float in [-1, 1], [B, C, H, W], with H and W multiples of `config.downsampling`. Latents are raw: scaling
-    belongs to the pipeline that uses them.
-
-    Attributes:
-        gradient_checkpointing: whether training keeps the input of each block only and recomputes the rest. Outputs and gradients
-            stay the same.
-    """
+    config: AutoencoderKLConfig
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         z = config.latent_channels
         self.config = config
-        self.gradient_checkpointing = False
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # the fast order, on CPUs and GPUs alike
-
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Images [B, C, H, W] in [-1, 1] -> posterior over latents [B, z, H/f, W/f].
-
-        Raises:
-            ImageError: wrong number of channels, or a side that f does not divide.
-        """
-        return self._encode(x, False)[0]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Raw latents [B, z, h, w] -> images [B, C, f*h, f*w], about [-1, 1] (not clamped).
-
-        Raises:
-            ModelError: wrong number of latent channels.
-        """
-        return self._decode(z, False)[0]
-
-    def forward(
-        self,
-        x: Tensor,
-        noise: Tensor | None = None,
-        sample_posterior: bool = True,
-        *,
-        latent_transform: Callable[[Tensor], Tensor] | None = None,
-        cut_latent: bool = False,
-        keep_features: bool = False,
-    ) -> AutoencoderOutput:
-        """Encode, sample (the mean when not `sample_posterior`) and decode.
-
-        Args:
-            x: images [B, C, H, W] in [-1, 1].
-            noise: standard normal [B, z, H/f, W/f] for the sample; drawn from torch's generator when not given.
-            sample_posterior: whether to sample or take the mean.
-            latent_transform: [B, z, h, w] -> the same shape, what is done to a latent before it is decoded (noise, a mask).
-            cut_latent: end the decoder's graph at a leaf, so that the gradient at the latent can be looked at, and changed, on its way.
-            keep_features: also return what the last normalizations read.
-        """
-        posterior, encoder_features = self._encode(x, keep_features)
-        latent = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
-        leaf = latent.detach().requires_grad_() if cut_latent and latent.requires_grad else None
-        decoded = latent if leaf is None else leaf
-        if latent_transform is not None:
-            decoded = latent_transform(decoded)
-        decoded = decoded.to(x.dtype)
-        reconstruction, decoder_features = self._decode(decoded, keep_features)
-        return AutoencoderOutput(reconstruction, posterior, latent, decoded, leaf, decoder_features, encoder_features)
-
-    def compile_coders(self, **options: Any) -> None:
-        """`torch.compile` encoder and decoder in place, each for itself; state-dict keys stay as they are.
-
-        One graph for both could not be differentiated in two pieces, as `cut_latent` needs. Second derivatives (R1 on the
-        reconstruction, Jacobian penalties) are beyond `torch.compile`: models that need them stay as they are.
-
-        Args:
-            **options: of `torch.compile`.
-        """
-        self.encoder.compile(**options)
-        self.decoder.compile(**options)
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
         self._check_image(x)
@@ -124,38 +36,6 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments)), features
 
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ModelError(f"latent has shape {tuple(z.shape)}, expected [B, {self.config.latent_channels}, h, w]")
+        self._check_latent(z)
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self.decoder(z, keep_features, self.gradient_checkpointing)
-
-    def _check_image(self, x: Tensor) -> None:
-        f, channels = self.config.downsampling, self.config.in_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ImageError(f"images have shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
-        height, width = x.shape[2:]
-        if height % f or width % f or not height or not width:
-            raise ImageError(
-                f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or resize it first"
-            )
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, weights: str = "ema") -> AutoencoderKL:
-        """Load a diffusers folder, a run, a checkpoint, or a safetensors file with its config.json beside it.
-
-        Args:
-            path: folder or file.
-            weights: "ema" or "raw"; only runs and checkpoints hold both.
-
-        Raises:
-            ModelError: none of these, or weights that do not fit the config.
-        """
-        from latentae.models.pretrained import load_model
-
-        return load_model(path, weights)[0]
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `diffusion_pytorch_model.safetensors`, which diffusers' AutoencoderKL loads as they are."""
-        from latentae.models.pretrained import save_model
-
-        save_model(self, folder, dtype)

@@ -3,22 +3,104 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentae.errors import ModelError
 
-__all__ = ["PRESETS", "AutoencoderKLConfig", "preset"]
+__all__ = [
+    "LINEAR",
+    "PRESETS",
+    "AutoencoderConfig",
+    "AutoencoderKLConfig",
+    "LinearAutoencoderConfig",
+    "preset",
+    "preset_config",
+    "preset_names",
+    "read_config",
+]
+
+LINEAR = "linear"  # the preset of the linear autoencoder
+_Config = TypeVar("_Config", bound="AutoencoderConfig")
 
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
-class AutoencoderKLConfig(BaseModel):
-    """Every key of a diffusers AutoencoderKL `config.json`, with the same names, meanings and defaults."""
+class AutoencoderConfig(BaseModel):
+    """The shape of an autoencoder: what `config.json` says, under diffusers' keys where diffusers has the class."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    class_name: ClassVar[str]
+    """`_class_name` in config.json."""
+
+    if TYPE_CHECKING:  # fields of every subclass, each in its own order
+        in_channels: int
+        out_channels: int
+        latent_channels: int
+        sample_size: int | tuple[int, ...]
+        scaling_factor: float
+        shift_factor: float
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along a side, f."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], path: str | Path) -> Self:
+        """The content of a `config.json`; keys that start with `_` are diffusers' own notes and are left out.
+
+        Raises:
+            ModelError: it is of another class, or has a key or value this family does not know; `path` is named.
+        """
+        kind = values.get("_class_name", cls.class_name)
+        if kind != cls.class_name:
+            raise ModelError(f"{path} describes a {kind}; this loader reads {cls.class_name}")
+        try:
+            return cls(**{key: value for key, value in values.items() if not key.startswith("_")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ModelError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read a diffusers `config.json`.
+
+        Raises:
+            ModelError: the file is missing, damaged, of another class, or has a key or value this family does not know.
+        """
+        return cls.from_values(read_config_values(path), path)
+
+    def diffusers_dict(self) -> dict[str, Any]:
+        """The values as plain JSON types, with the class name diffusers looks for."""
+        return {"_class_name": self.class_name, "_diffusers_version": "0.34.0", **self.model_dump(mode="json")}
+
+
+def read_config_values(path: str | Path) -> dict[str, Any]:
+    """The object in a `config.json`.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"could not read {path}: {error.strerror}; a model folder needs a diffusers config.json") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); a model folder needs a diffusers config.json") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds a {type(values).__name__}, expected an object with diffusers' keys")
+    return values
+
+
+class AutoencoderKLConfig(AutoencoderConfig):
+    """Every key of a diffusers AutoencoderKL `config.json`, with the same names, meanings and defaults."""
+
+    class_name = "AutoencoderKL"
 
     in_channels: int = Field(default=3, ge=1, description="Image channels in.")
     out_channels: int = Field(default=3, ge=1, description="Image channels out.")
@@ -77,34 +159,38 @@ class AutoencoderKLConfig(BaseModel):
         """Image pixels per latent pixel along a side, f."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> AutoencoderKLConfig:
-        """Read a diffusers `config.json`; keys that start with `_` are diffusers' own notes and are left out.
 
-        Raises:
-            ModelError: the file is missing, damaged, of another class, or has a key or value this family does not know.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ModelError(f"could not read {path}: {error.strerror}; a model folder needs a diffusers config.json") from error
-        except ValueError as error:
-            raise ModelError(f"{path} is not JSON ({error}); a model folder needs a diffusers config.json") from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{path} holds a {type(values).__name__}, expected an object with diffusers' keys")
-        kind = values.get("_class_name", "AutoencoderKL")
-        if kind != "AutoencoderKL":
-            raise ModelError(f"{path} describes a {kind}; this loader reads AutoencoderKL")
-        try:
-            return cls(**{key: value for key, value in values.items() if not key.startswith("_")})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ModelError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+class LinearAutoencoderConfig(AutoencoderConfig):
+    """The shape of a linear autoencoder. diffusers has no such class; keys that it has elsewhere keep their names and meanings."""
 
-    def diffusers_dict(self) -> dict[str, Any]:
-        """The values as plain JSON types, with the class name diffusers looks for."""
-        return {"_class_name": "AutoencoderKL", "_diffusers_version": "0.34.0", **self.model_dump(mode="json")}
+    class_name = "LinearAutoencoder"
+
+    in_channels: int = Field(default=3, ge=1, description="Image channels in.")
+    out_channels: int = Field(default=3, ge=1, description="Image channels out.")
+    latent_channels: int = Field(default=16, ge=1, description="Channels of the latent, z: components kept of each patch.")
+    patch: int = Field(default=8, ge=1, description="Side in pixels of the patch that becomes one latent pixel.")
+    tied: bool = Field(default=True, description="Encoder and decoder share one weight, the one the other's transpose.")
+    sample_size: int | tuple[int, ...] = Field(default=256, description="Image side in pixels the model was made for.")
+    scaling_factor: float = Field(default=1.0, gt=0, description="Latents are multiplied by it for a diffusion model.")
+    shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LinearAutoencoderConfig:
+        if self.tied and self.in_channels != self.out_channels:
+            raise ValueError(
+                f"tied weights need as many channels out as in, not {self.in_channels} in and {self.out_channels} out; set tied = false"
+            )
+        numbers = min(self.in_channels, self.out_channels) * self.patch**2
+        if self.latent_channels > numbers:
+            raise ValueError(
+                f"latent_channels is {self.latent_channels}, but a patch of {self.patch} x {self.patch} has {numbers} numbers; keep fewer"
+            )
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along a side, f."""
+        return self.patch
 
 
 def _family(
@@ -136,20 +222,61 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _family(
         (1, 2, 4), latent=8, width=16, layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False, sample_size=64
     ),
+    "tiny-f8": _family(
+        (1, 2, 2, 4), latent=16, width=16, layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False, sample_size=64
+    ),
 }
 
 
 def preset(name: str, **overrides: Any) -> AutoencoderKLConfig:
-    """A named config with single keys replaced.
+    """A named config of the KL autoencoder with single keys replaced.
 
     Raises:
         ModelError: unknown preset or a value that does not fit.
     """
     if name not in PRESETS:
         raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return _checked(AutoencoderKLConfig, name, {**PRESETS[name], **overrides})
+
+
+def preset_names() -> list[str]:
+    """The presets of all architectures."""
+    return [*PRESETS, LINEAR]
+
+
+def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
+    """A named config of any architecture, with single keys replaced. One number of image channels given is that of both sides.
+
+    Raises:
+        ModelError: unknown preset or a value that does not fit.
+    """
+    if "in_channels" in overrides:
+        overrides.setdefault("out_channels", overrides["in_channels"])
+    if name == LINEAR:
+        return _checked(LinearAutoencoderConfig, name, overrides)
+    if name not in PRESETS:
+        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(preset_names())}")
+    return preset(name, **overrides)
+
+
+def _checked(kind: type[_Config], name: str, values: dict[str, Any]) -> _Config:
     try:
-        return AutoencoderKLConfig(**{**PRESETS[name], **overrides})
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ModelError(f"model preset {name}: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def read_config(path: str | Path) -> AutoencoderConfig:
+    """The config in a `config.json`, of whichever class it names; AutoencoderKL where it names none.
+
+    Raises:
+        ModelError: the file is missing, damaged, of an unknown class, or has a key or value its class does not know.
+    """
+    values = read_config_values(path)
+    name = values.get("_class_name", AutoencoderKLConfig.class_name)
+    kinds: dict[str, type[AutoencoderConfig]] = {kind.class_name: kind for kind in (AutoencoderKLConfig, LinearAutoencoderConfig)}
+    if name not in kinds:
+        raise ModelError(f"{path} describes a {name}; this loader reads {' and '.join(kinds)}")
+    return kinds[name].from_values(values, path)

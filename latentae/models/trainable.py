@@ -9,13 +9,14 @@ from torch import nn
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 
 __all__ = ["Part", "select_trainable"]
 
 Part = Literal["all", "decoder", "decoder-head", "encoder", "latent"]
 
 
-def select_trainable(model: AutoencoderKL, part: Part) -> None:
+def select_trainable(model: Autoencoder, part: Part) -> None:
     """Let `part` of the model learn and nothing else; every parameter of it gets a gradient from a reconstruction.
 
     Args:
@@ -25,10 +26,15 @@ def select_trainable(model: AutoencoderKL, part: Part) -> None:
             both: what DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled high-resolution adaptation").
 
     Raises:
-        ModelError: an unknown part.
+        ModelError: an unknown part, or one that this architecture does not have.
     """
     if part not in get_args(Part):
         raise ModelError(f"unknown part {part!r} to train; the parts are {', '.join(get_args(Part))}")
+    if not isinstance(model, AutoencoderKL):
+        if part != "all":
+            raise ModelError(f"a {type(model).__name__} is trained as a whole, not by parts such as {part!r}; take 'all'")
+        model.requires_grad_(True)
+        return
     model.requires_grad_(False)
     for module in _modules(model, part):
         if module is not None:

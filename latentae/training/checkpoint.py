@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from latentae.errors import ModelError, TrainingError
 from latentae.files import read_json, sha256, staged_folder, write_json, write_text
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_weights, save_weights
 from latentae.training.steps import Trainer, TrainState
 from latentae.version import __version__
@@ -244,7 +244,7 @@ def _load_part(part: Any, folder: Path, name: str) -> None:
     if not file.is_file():
         if part.state_dict():
             raise _missing(folder, name, file.name)
-    elif isinstance(part, AutoencoderKL):
+    elif isinstance(part, Autoencoder):
         load_weights(part, file)  # names the first key or shape that does not fit
     else:
         part.load_state_dict(load_file(file))

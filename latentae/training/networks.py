@@ -7,37 +7,41 @@ from torch import nn
 
 from latentae.errors import ModelError
 from latentae.losses.options import AdversarialOptions
+from latentae.models.architectures import build
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.backbone import FrozenBackbone
+from latentae.models.base import Autoencoder
 from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminator, UNetDiscriminator
 from latentae.models.initial import load_discriminator, load_initial
-from latentae.models.initialization import set_initial_logvar, start_linear
+from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
 from latentae.models.trainable import select_trainable
 from latentae.training.recipe import Recipe
 
 __all__ = ["build_autoencoder", "build_discriminator"]
 
 
-def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
+def build_autoencoder(recipe: Recipe) -> Autoencoder:
     """The recipe's autoencoder with the weights that its seed gives or that it begins with; what is not trained is frozen.
 
     Raises:
         ModelError: `model.init_from` can't be read, or is of another shape.
     """
     torch.manual_seed(recipe.seed)
-    model = AutoencoderKL(recipe.autoencoder_config())
+    model = build(recipe.autoencoder_config())
     if recipe.model.init_from is not None:
         _load(model, recipe.model.init_from)
-    else:
+    elif isinstance(model, AutoencoderKL):
         if recipe.model.initialization == "linear":
             start_linear(model)
         set_initial_logvar(model, recipe.model.initial_logvar)
+    if recipe.model.bottleneck == "deterministic" and isinstance(model, AutoencoderKL):
+        set_deterministic(model)
     select_trainable(model, recipe.model.train)
     model.gradient_checkpointing = recipe.model.gradient_checkpointing
     return model
 
 
-def _load(model: AutoencoderKL, path: str) -> None:
+def _load(model: Autoencoder, path: str) -> None:
     state, expected = load_initial(path).state, model.state_dict()
     wrong = [
         key for key in {**expected, **state} if key not in state or key not in expected or state[key].shape != expected[key].shape

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["EmaOptions", "FailureOptions", "LogOptions", "ModelOptions", "OptimizerOptions"]
+__all__ = ["CorruptionOptions", "EmaOptions", "FailureOptions", "LogOptions", "ModelOptions", "OptimizerOptions"]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -17,7 +17,7 @@ class ModelOptions(BaseModel):
     model_config = _STRICT
     preset: str = Field(
         default="kl-f8",
-        description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32 or tiny; 'init' takes that of init_from.",
+        description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32, tiny, tiny-f8 or linear; 'init' takes that of init_from.",
     )
     init_from: str | None = Field(
         default=None,
@@ -39,6 +39,29 @@ class ModelOptions(BaseModel):
         ge=0,
         description="Standard deviation of noise mixed into the latent, z' = (1 - t) z + t noise with t uniform (l-DeTok: 3).",
     )
+    latent_mask: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Places of the latent are replaced by a learned vector, a share of up to this much of them "
+        "(l-DeTok: 0.7; one image in eight is left whole).",
+    )
+    decoder_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="tau of noise added to the latent, of standard deviation |N(0, tau^2)| for each image (RAE).",
+    )
+    nested_channels: int = Field(
+        default=0,
+        ge=0,
+        description="Decode the first c' latent channels only, c' a random multiple of this for all images of a step (DC-AE 1.5).",
+    )
+    bottleneck: Literal["gaussian", "deterministic"] = Field(
+        default="gaussian", description="A sampled posterior with a KL term; or a plain code, whose log-variance stays at -30."
+    )
+    in_channels: int | None = Field(default=None, ge=1, description="Image channels instead of the preset's; 1 is gray.")
+    patch: int | None = Field(default=None, ge=1, description="Side of a patch of the preset linear, in pixels.")
+    tied: bool | None = Field(default=None, description="Whether the preset linear has one weight for both directions.")
     latent_channels: int | None = Field(default=None, ge=1, description="Channels of the latent instead of the preset's.")
     block_out_channels: tuple[int, ...] | None = Field(
         default=None, description="Channels of each level instead of the preset's."
@@ -54,6 +77,36 @@ class ModelOptions(BaseModel):
         ge=-30,
         description="Added to the posterior's log-variance at the start; -6 begins with little noise.",
     )
+
+
+class CorruptionOptions(BaseModel):
+    """What is done to images before the encoder sees them; the losses compare with the clean image."""
+
+    model_config = _STRICT
+    noise: tuple[float, float] = Field(
+        default=(0.0, 0.0),
+        description="Gaussian noise: smallest and largest standard deviation, on the scale of [-1, 1]; one for each image.",
+    )
+    blur: tuple[float, float] = Field(default=(0.0, 0.0), description="Gaussian blur: smallest and largest sigma in pixels.")
+    mask: tuple[float, float] = Field(default=(0.0, 0.0), description="Smallest and largest share of patches that are hidden.")
+    mask_patch: int = Field(default=8, ge=1, description="Side of a hidden patch in pixels.")
+    mask_fill: Literal["zero", "learned"] = Field(
+        default="learned", description="What hidden patches show: mid-gray, or a colour that is learned."
+    )
+    mask_loss: Literal["all", "hidden"] = Field(default="all", description="Which patches the losses on the image look at.")
+    ramp_images: int = Field(
+        default=0, ge=0, description="Images of the phase over which the corruption grows from nothing to what is given here."
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in ("noise", "blur", "mask"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high or (name == "mask" and high >= 1):
+                raise ValueError(f"{name} is [{low:g}, {high:g}], expected 0 <= smallest <= largest{' < 1' * (name == 'mask')}")
+        if self.mask_loss == "hidden" and not self.mask[0]:
+            raise ValueError(f"mask_loss is 'hidden', but mask is {list(self.mask)}: some patches must be hidden in each image")
+        return self
 
 
 class OptimizerOptions(BaseModel):

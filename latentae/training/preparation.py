@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentae.data.builtin import is_builtin
 from latentae.data.folder import find_images
 from latentae.data.index import load_index
 from latentae.data.loader import TrainLoader
@@ -24,7 +25,7 @@ __all__ = ["build_loader", "build_validation", "check_sizes", "job_inputs", "mak
 
 
 def make_shards(recipe: Recipe, run: Path) -> Recipe:
-    """Make shards beside the run where data is a folder of images; returns the recipe with shards in it.
+    """Make shards beside the run where data is a folder of images or built-in; returns the recipe with shards in it.
 
     Raises:
         RecipeError: no data is named.
@@ -32,17 +33,28 @@ def make_shards(recipe: Recipe, run: Path) -> Recipe:
     """
     if recipe.data.shards is None and not all("shards" in phase.get("data", {}) for phase in recipe.phases or [{}]):
         raise RecipeError("no training data: give --data.shards SHARDS (or a folder of images)")
-    made = _as_shards(recipe.data.shards, run.with_name(run.name + "-shards"))
+    data = recipe.data.model_copy(update=_with_shards(recipe.data.model_dump(include={"shards", "validation"}), run, ""))
     phases = []
     for index, phase in enumerate(recipe.phases):
-        data = dict(phase.get("data", {}))
-        if "shards" in data:
-            data["shards"] = _as_shards(data["shards"], run.with_name(f"{run.name}-shards-{index}"))
-        phases.append({**phase, "data": data} if data else phase)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": made}), "phases": tuple(phases)})
+        changed = _with_shards(phase.get("data", {}), run, f"-{index}")
+        phases.append({**phase, "data": changed} if changed else phase)
+    return recipe.model_copy(update={"data": data, "phases": tuple(phases)})
+
+
+def _with_shards(data: dict[str, Any], run: Path, suffix: str) -> dict[str, Any]:
+    """A `[data]` table that names shards where it named images: only built-in ones for validation, which takes slices and none, too."""
+    changed = dict(data)
+    if "shards" in data:
+        changed["shards"] = _as_shards(data["shards"], run.with_name(f"{run.name}-shards{suffix}"))
+    if is_builtin(data.get("validation", "")):
+        changed["validation"] = _as_shards(data["validation"], run.with_name(f"{run.name}-held-out-shards{suffix}"))
+    return changed
 
 
 def _as_shards(shards: str | None, made: Path) -> str | None:
+    if shards is not None and is_builtin(shards):
+        write_shards(shards, made)
+        return str(made)
     if shards is None or not Path(shards).is_dir() or any(Path(shards).glob("*.tar")):
         return shards
     try:
@@ -107,6 +119,12 @@ def check_sizes(recipe: Recipe, trainer: Trainer) -> None:
     needed = {"the feature network of a loss": trainer.objective.minimum_size}
     if discriminator is not None:
         needed["the discriminator"] = discriminator.minimum_size
+    equivariance = recipe.loss.equivariance
+    shrunk = min(equivariance.smallest_scale if equivariance.probability else 1.0, 1.0)
+    if equivariance.downscaled:
+        shrunk = min(shrunk, 1.0 / max(equivariance.factors))
+    smallest = max(round(shrunk * resolution / f), 1) * f
     for name, size in needed.items():
-        if resolution < size:
-            raise RecipeError(f"data.resolution {resolution} is below the {size} pixels that {name} needs")
+        if smallest < size:
+            where = f"data.resolution {resolution}" + (f", shrunk to {smallest} by loss.equivariance," if shrunk < 1 else "")
+            raise RecipeError(f"{where} is below the {size} pixels that {name} needs")

@@ -17,14 +17,14 @@ from pydantic.fields import FieldInfo
 from latentae.data.options import DataOptions
 from latentae.errors import RecipeError
 from latentae.losses.options import LossOptions
-from latentae.models.config import AutoencoderKLConfig, preset
-from latentae.training.options import EmaOptions, FailureOptions, LogOptions, ModelOptions, OptimizerOptions
+from latentae.models.config import LINEAR, AutoencoderConfig, preset_config
+from latentae.training.options import CorruptionOptions, EmaOptions, FailureOptions, LogOptions, ModelOptions, OptimizerOptions
 
 __all__ = ["Recipe", "load_recipe", "recipe_options", "shipped_recipes"]
 
 # What a phase may replace; the rest, above all the shape of the model, is that of the whole run.
-_PHASE_KEYS = ("name", "images", "batch_size", "gradient_accumulation", "model", "data", "loss", "optimizer", "ema")
-_PHASE_MODEL_KEYS = ("train", "latent_noise", "gradient_checkpointing")
+_PHASE_KEYS = ("name", "images", "batch_size", "gradient_accumulation", "model", "data", "corruption", "loss", "optimizer", "ema")
+_PHASE_MODEL_KEYS = ("train", "latent_noise", "latent_mask", "decoder_noise", "nested_channels", "gradient_checkpointing")
 # Options of ModelOptions that are not keys of the autoencoder's config.
 _NOT_SHAPE = {
     "preset",
@@ -35,6 +35,10 @@ _NOT_SHAPE = {
     "train",
     "gradient_checkpointing",
     "latent_noise",
+    "latent_mask",
+    "decoder_noise",
+    "nested_channels",
+    "bottleneck",
 }
 # What may differ between two halves of one run: the weights do not depend on it, or by rounding only.
 _NOT_IDENTITY = {
@@ -74,6 +78,7 @@ class Recipe(BaseModel):
     )
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
+    corruption: CorruptionOptions = CorruptionOptions()
     loss: LossOptions = LossOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     ema: EmaOptions = EmaOptions()
@@ -97,11 +102,54 @@ class Recipe(BaseModel):
             raise ValueError(f"images is {values['images']}, but the phases see {images}; set phases.N.images")
         return {**values, "images": images}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_kl_of_a_code(cls, values: Any) -> Any:
+        """Without a posterior there is no KL: its default weight is not asked for. A linear autoencoder never has one."""
+        tables = (values.get("model", {}), values.get("loss", {})) if isinstance(values, dict) else ()
+        if not tables or not all(isinstance(table, dict) for table in tables):
+            return values
+        model, loss = tables
+        if model.get("bottleneck") != "deterministic" and model.get("preset") != LINEAR:
+            return values
+        return {**values, "loss": {"kl": 0.0, **loss}, "model": {"bottleneck": "deterministic", **model}}
+
+    @model_validator(mode="after")
+    def _no_posterior(self) -> Self:
+        if self.model.bottleneck == "deterministic" and (self.loss.kl or self.model.initial_logvar):
+            raise ValueError(
+                f"loss.kl is {self.loss.kl:g} and model.initial_logvar {self.model.initial_logvar:g}, but model.bottleneck is "
+                "'deterministic' and has no posterior; set both to 0, or make it 'gaussian'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _linear(self) -> Self:
+        """What a linear autoencoder, which has no levels and no last layer behind an activation, can't do."""
+        if self.model.preset == LINEAR:
+            for phase in self.phase_recipes():
+                adversarial, alignment = phase.loss.adversarial, phase.loss.alignment
+                for name, wrong in (
+                    ("model.bottleneck = 'gaussian'", phase.model.bottleneck == "gaussian"),
+                    (f"model.train = {phase.model.train!r}", phase.model.train != "all"),
+                    ("hidden layers for optimizer.name = 'muon'", phase.optimizer.name == "muon"),
+                    ("an adaptive adversarial weight", adversarial.weight > 0 and adversarial.adaptive),
+                    ("an adaptive alignment weight", alignment.weight > 0 and alignment.adaptive),
+                ):
+                    if wrong:
+                        raise ValueError(f"model.preset is 'linear', which has no {name}; leave it out, or choose another preset")
+        return self
+
     @model_validator(mode="after")
     def _eager_penalties(self) -> Self:
         phases = self.phase_recipes()
         if self.compile and any(phase.loss.adversarial.r1 or phase.loss.adversarial.r2 for phase in phases):
             raise ValueError("loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; set compile = false")
+        if any(phase.loss.contractive.weight and (self.compile or phase.model.gradient_checkpointing) for phase in phases):
+            raise ValueError(
+                "loss.contractive differentiates twice, which torch.compile and gradient checkpointing can't; set compile and "
+                "model.gradient_checkpointing to false"
+            )
         for index, phase in enumerate(phases):
             if phase.model.train not in ("all", "encoder", "latent") and phase.loss.alignment.weight:
                 where = f"phases.{index}." if self.phases else ""
@@ -125,7 +173,7 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise ValueError(_explain(f"phases.{index}", error)) from error
 
-    def autoencoder_config(self) -> AutoencoderKLConfig:
+    def autoencoder_config(self) -> AutoencoderConfig:
         """The shape of the model; its sample_size is the training resolution, unless the shape is that of `model.init_from`.
 
         Raises:
@@ -137,7 +185,7 @@ class Recipe(BaseModel):
             if self.model.init_from is None:
                 raise RecipeError("the model is to be that of --init-from, which is not given; name a run, a folder or a file")
             return _initial_config(str(self.model.init_from)).model_copy(update=replaced)
-        return preset(self.model.preset, sample_size=self.data.resolution, **replaced)
+        return preset_config(self.model.preset, sample_size=self.data.resolution, **replaced)
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights: what two runs must share to be the same job.
@@ -188,7 +236,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _initial_config(path: str) -> AutoencoderKLConfig:
+def _initial_config(path: str) -> AutoencoderConfig:
     from latentae.models.initial import load_initial
 
     return load_initial(path).config

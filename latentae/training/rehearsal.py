@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder
 from latentae.data.index import SUFFIX
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
+from latentae.data.packing import ImageSource
 from latentae.data.shards import expand_shards
 from latentae.data.sources import is_remote, name_of
 from latentae.data.streaming import StreamLoader
@@ -296,18 +298,26 @@ def _bytes(value: Any) -> int:
 
 
 def _with_shards(recipe: Recipe, folder: Path) -> Recipe:
-    """Where the data is a folder of images, some of them, evenly spaced, as shards in `folder`."""
+    """Where the data is a folder of images or built-in, some of them, evenly spaced, as shards in `folder`."""
     data = recipe.data
     if data.shards is None:
         raise RecipeError("no training data: give --data.shards SHARDS (or a folder of images)")
-    if not Path(data.shards).is_dir() or any(Path(data.shards).glob("*.tar")):
-        return recipe
-    images, made = ImageFolder(Path(data.shards)), folder / "shards"
     largest = max(phase.batch_size for phase in recipe.phase_recipes())
-    count = min(len(images.files), max(PACKED, math.ceil(2 * largest / (1 - data.validation_fraction))))
-    numbers = (index * len(images.files) // count for index in range(count))
+    count, changed = max(PACKED, math.ceil(2 * largest / (1 - data.validation_fraction))), {}
+    if is_builtin(data.shards):
+        changed["shards"] = _some_of(BuiltinImages(data.shards), count, folder / "shards")
+    elif Path(data.shards).is_dir() and not any(Path(data.shards).glob("*.tar")):
+        changed["shards"] = _some_of(ImageFolder(Path(data.shards)), count, folder / "shards")
+    if is_builtin(data.validation):
+        changed["validation"] = _some_of(BuiltinImages(data.validation), recipe.log.validation_images, folder / "held-out")
+    return recipe.model_copy(update={"data": data.model_copy(update=changed)})
+
+
+def _some_of(images: ImageSource, count: int, made: Path) -> str:
+    count = min(len(images.sizes), count)
+    numbers = (index * len(images.sizes) // count for index in range(count))
     write_shards(({"__key__": images.key(number), **images.load(number)} for number in numbers), made, shard_size=16)
-    return recipe.model_copy(update={"data": data.model_copy(update={"shards": str(made)})})
+    return str(made)
 
 
 def _borrowed(data: DataOptions, folder: Path) -> DataOptions:

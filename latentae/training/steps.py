@@ -8,7 +8,8 @@ latent stops the backward pass at the latent for the same comparison at the enco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from latentae.data.transforms import to_float
+from latentae.losses.adversarial import twice_differentiable
 from latentae.losses.objective import LossTerms, Objective
-from latentae.models.autoencoder import AutoencoderOutput
-from latentae.models.corruptions import mix_noise
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import AutoencoderOutput
 from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.training.adversary import Adversary, reduction, wide
+from latentae.training.corruption import Corruption
 from latentae.training.ema import Ema
-from latentae.training.keyed import keyed_normal, keyed_uniform
+from latentae.training.keyed import Draws, keyed_normal
 from latentae.training.launch import agree
 from latentae.training.networks import build_autoencoder, build_discriminator
 from latentae.training.optim import autoencoder_optimizers, learning_rate_scale, set_learning_rate
@@ -92,7 +95,9 @@ class Trainer:
         if recipe.compile:
             self.raw_autoencoder.compile_coders()
         self.trained = [p for p in self.raw_autoencoder.parameters() if p.requires_grad]
-        self.owned = [p for p in self.objective.parameters() if p.requires_grad]  # by the losses
+        self.corruption = Corruption(recipe, self.raw_autoencoder.config).to(device)
+        # by the losses and corruptions, which no DDP wraps
+        self.owned = [p for part in (self.objective, self.corruption) for p in part.parameters() if p.requires_grad]
         optimizers = autoencoder_optimizers(self.raw_autoencoder, self.owned, recipe.optimizer)
         self.peak_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self.autoencoder, *prepared = accelerator.prepare(self.raw_autoencoder, *optimizers.values())
@@ -109,7 +114,7 @@ class Trainer:
     @property
     def saved(self) -> dict[str, Any]:
         """Everything with a state that a checkpoint keeps, by name, but for the optimizers."""
-        parts = {"autoencoder": self.raw_autoencoder, "ema": self.ema, "objective": self.objective}
+        parts = {"autoencoder": self.raw_autoencoder, "ema": self.ema, "objective": self.objective, "corruption": self.corruption}
         if self.adversary is not None:
             parts["discriminator"] = self.adversary.raw
             if self.adversary.lecam is not None:
@@ -150,9 +155,9 @@ class Trainer:
         for index, part in enumerate(parts):
             images = to_float(part.to(self.accelerator.device, non_blocking=True))
             part = Part(images, index, len(parts), adversary is not None, report)
-            scalars, fake = self._autoencoder_backward(part)
+            scalars, real, fake = self._autoencoder_backward(part)
             if adversary is not None:
-                scalars |= adversary.backward(images, fake, part.count, part.last, self.state.step)
+                scalars |= adversary.backward(real, fake, part.count, part.last, self.state.step)
             for name, value in scalars.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / len(parts)
         self._reduce_owned()
@@ -179,32 +184,46 @@ class Trainer:
         if apply:
             self.ema.update(self.raw_autoencoder, state.images_seen, size)
 
-    def _autoencoder_backward(self, part: Part) -> tuple[dict[str, Tensor], Tensor]:
-        """Accumulate the autoencoder's gradient for one part; returns its terms and the detached reconstruction."""
-        images, objective = part.images, self.objective
+    def _autoencoder_backward(self, part: Part) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Accumulate the autoencoder's gradient for one part; returns its terms, and what the discriminator compares: real and fake."""
+        images, objective, draws = part.images, self.objective, self._draws(part)
         adaptive = part.adversarial and self.recipe.loss.adversarial.adaptive
         aligned = objective.alignment is not None
         noise = self._noise(part)
+        given = self.corruption.images(images, draws, self.state.phase_images)
+        path = self.corruption.latent_path(self._latent_shape(part)[1:], draws)
+        contractive = objective.options.contractive.weight > 0
+        seen = given.images.detach().requires_grad_() if contractive and not given.images.requires_grad else given.images
         with reduction(self.accelerator, self.autoencoder, part.last):
-            output = self.autoencoder(
-                images,
-                noise=noise,
-                latent_transform=self._latent_transform(part),
-                cut_latent=aligned,
-                keep_features=adaptive or aligned,
-            )
+            with twice_differentiable() if contractive else nullcontext():
+                output = self.autoencoder(
+                    seen,
+                    noise=noise,
+                    sample_posterior=self.recipe.model.bottleneck == "gaussian",
+                    latent_transform=path.latent,
+                    also_decode=path.smaller,
+                    cut_latent=aligned,
+                    keep_features=adaptive or aligned,
+                )
+            target = images if path.target is None else path.target(images)
             leaf = wide(output.reconstruction.detach()).requires_grad_()
             with self.accelerator.autocast():
-                image = objective.image_terms(leaf, images)
-                latent = objective.latent_terms(output.posterior, images)
+                image = objective.image_terms(leaf, target, given.hidden)
+                latent = objective.latent_terms(output, images, reduce=self._mean_over_processes)
+                if contractive:
+                    latent = latent.merged(objective.contractive_terms(output, seen, self._probes(part, draws)))
             scalars = {f"loss/{name}": value for name, value in (image.scalars | latent.scalars).items()}
             if part.report:
                 scalars |= _norms(image, [leaf]) | _norms(latent, [output.posterior.mean, output.posterior.logvar])
             gradient, total = self._image_gradient(part, output, leaf, image, scalars)
-            gradient = gradient.to(output.reconstruction.dtype) / part.count
-            roots, gradients = [output.reconstruction], [gradient]
+            roots, gradients = [output.reconstruction], [gradient.to(output.reconstruction.dtype) / part.count]
+            if output.also is not None and path.smaller_target is not None:
+                gradient, value = self._smaller_gradient(part, output.also, path.smaller_target(images), scalars)
+                total = total + value
+                roots.append(output.also)
+                gradients.append(gradient)
             if aligned:
-                torch.autograd.backward(output.reconstruction, gradient)
+                torch.autograd.backward(roots, gradients)
                 value, at_latent = self._align(part, output, noise, scalars)
                 total = total + value
                 roots, gradients = [output.latent], [at_latent]
@@ -213,7 +232,18 @@ class Trainer:
                 gradients.append(torch.full_like(latent.total, 1 / part.count))
             torch.autograd.backward(roots, gradients)
         scalars["loss/total"] = (total + latent.total).detach()
-        return scalars, leaf.detach()
+        return scalars, target, leaf.detach()
+
+    def _smaller_gradient(self, part: Part, smaller: Tensor, target: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradient at the decoded smaller latent, of the image losses against the smaller image, and their weighted sum."""
+        weight = self.recipe.loss.equivariance.downscaled
+        leaf = wide(smaller.detach()).requires_grad_()
+        with self.accelerator.autocast():
+            terms = self.objective.image_terms(leaf, target)
+        gradient, *owned = torch.autograd.grad(terms.total, [leaf, *self.owned], allow_unused=True)
+        _accumulate(self.owned, owned, weight / part.count)
+        scalars["loss/downscaled"] = terms.total.detach()
+        return (weight / part.count * gradient).to(smaller.dtype), weight * terms.total.detach()
 
     def _image_gradient(
         self, part: Part, output: AutoencoderOutput, leaf: Tensor, image: LossTerms, scalars: dict[str, Tensor]
@@ -230,6 +260,7 @@ class Trainer:
         weight = torch.full((), options.weight, device=leaf.device, dtype=leaf.dtype)
         if options.adaptive:
             assert output.decoder_features is not None
+            assert isinstance(self.raw_autoencoder, AutoencoderKL)
             both = torch.cat([gradient, adversarial], dim=1)
             pair = decoder_weight_gradient(self.raw_autoencoder, output.decoder_features, both).chunk(2)
             ratio = self._ratio(pair, options.max_ratio)
@@ -253,10 +284,12 @@ class Trainer:
         weight = torch.full((), options.weight, device=leaf.device, dtype=leaf.dtype)
         if options.adaptive:
             assert output.encoder_features is not None
+            assert isinstance(self.raw_autoencoder, AutoencoderKL)
             features = output.encoder_features
             # gradients of the part's own mean, so that the ratio does not depend on the number of parts
+            sampled = noise if self.recipe.model.bottleneck == "gaussian" else None
             pair = [
-                encoder_weight_gradient(self.raw_autoencoder, features, noise, g)
+                encoder_weight_gradient(self.raw_autoencoder, features, sampled, g)
                 for g in (through_decoder * part.count, gradient)
             ]
             ratio = self._ratio(pair, float("inf"))
@@ -282,16 +315,16 @@ class Trainer:
         """Posterior noise keyed by position in the global batch, so that any split of a batch sees the same numbers."""
         return keyed_normal(self._latent_shape(part), self.recipe.seed, self.state.step, self._first(part)).to(part.images.device)
 
-    def _latent_transform(self, part: Part) -> Callable[[Tensor], Tensor] | None:
-        """Noise mixed into what the decoder gets, where the recipe asks for it."""
-        scale = self.recipe.model.latent_noise
-        if not scale:
-            return None
-        key = (self.recipe.seed, self.state.step, self._first(part))
-        shape, device = self._latent_shape(part), part.images.device
-        noise = (scale * keyed_normal(shape, *key, "latent noise")).to(device)
-        share = keyed_uniform(shape[0], *key, "latent noise share").to(device)
-        return lambda latent: mix_noise(latent, noise, share)
+    def _draws(self, part: Part) -> Draws:
+        return Draws(self.recipe.seed, self.state.step, self._first(part), len(part.images), part.images.device)
+
+    def _probes(self, part: Part, draws: Draws) -> Tensor:
+        """Standard normal [k, B, z, h, w], for the contractive term."""
+        shape = (self.recipe.loss.contractive.probes, *self._latent_shape(part)[1:])
+        return draws.normal(shape, "contractive").transpose(0, 1)
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value, "mean")  # pyright: ignore
 
     def _first(self, part: Part) -> int:
         """Position of the part's first sample in the global batch; a process owns consecutive samples of it."""

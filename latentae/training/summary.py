@@ -290,14 +290,14 @@ def _model_facts(recipe: Recipe) -> list[tuple[str, str]]:
     """Shape and size, where the model's own files can still be found."""
     import torch
 
-    from latentae.models.autoencoder import AutoencoderKL
+    from latentae.models.architectures import build
 
     try:
         config = recipe.autoencoder_config()
     except LatentAEError:
         return [("model", f"{recipe.model.preset} from {recipe.model.init_from}")]
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoencoderKL(config).parameters())
+        size = sum(parameter.numel() for parameter in build(config).parameters())
     shape = f"f{config.downsampling}, {config.latent_channels} latent channels, {size / 1e6:.2f} M parameters"
     begun = [("begun with", recipe.model.init_from)] if recipe.model.init_from else []
     return [("model", f"{recipe.model.preset}: {shape}"), *begun]

@@ -15,7 +15,8 @@ from latentae.data.streaming import streams
 from latentae.data.transforms import to_float, to_uint8
 from latentae.evaluation.images import image_grid
 from latentae.evaluation.metrics import psnr, ssim
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.architectures import build
+from latentae.models.base import Autoencoder
 from latentae.progress import say
 from latentae.training.steps import Trainer
 
@@ -104,10 +105,10 @@ class Validation:
         return values, image_grid([[_rgb(a) for a, _ in shown], [_rgb(b) for _, b in shown]])
 
 
-def _averaged(trainer: Trainer) -> AutoencoderKL:
+def _averaged(trainer: Trainer) -> Autoencoder:
     """A model on the EMA weights, which it borrows where they lie; made without drawing random numbers."""
     with torch.device("meta"):
-        model = AutoencoderKL(trainer.raw_autoencoder.config)
+        model = build(trainer.raw_autoencoder.config)
     model.load_state_dict(trainer.ema.state_dict(), assign=True)
     return model.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from latentae.data import pixels
-from latentae.data.decode import IMAGE_EXTENSIONS, decode_at_least, decode_image, decode_sample, image_extension
+from latentae.data.decode import IMAGE_EXTENSIONS, decode_at_least, decode_image, decode_sample, image_extension, read_image
 from latentae.data.transforms import resize_and_center_crop
 from latentae.errors import ImageError
 
@@ -305,3 +305,19 @@ def test_the_image_member_is_chosen_by_an_allow_list():
     assert image_extension({"__key__": "a", "pkl": b"", "png": b"", "jpg": b""}) == "jpg"
     assert image_extension({"__key__": "a", "json": b""}) is None
     assert {"jpg", "png", "webp", "avif"} <= set(IMAGE_EXTENSIONS)
+
+
+def test_the_depth_of_the_file_can_be_kept(rgb, tmp_path):
+    deep = np.arange(70, dtype=np.uint16).reshape(7, 10) * 900
+    for array, dtype in ((rgb, torch.uint8), (deep, torch.uint16)):
+        Image.fromarray(array).save(tmp_path / "a.png")
+        kept = read_image(tmp_path / "a.png", bits=None)
+        assert kept.dtype == dtype
+        assert torch.equal(kept, read_image(tmp_path / "a.png", bits=8 * array.dtype.itemsize))
+    if HAS_AVIF:  # may have more, but only 8 can be had
+        assert decode_image(saved(Image.fromarray(rgb), "AVIF"), "x", bits=None).dtype == torch.uint8
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"could not read .*gone\.png: No such file"):
+        read_image(tmp_path / "gone.png")

@@ -10,6 +10,7 @@ from PIL import Image
 from latentae.data.transforms import (
     crop_to_bucket,
     keyed_flip,
+    pad_to_multiple,
     random_crop_flip,
     random_resized_crop_flip,
     resize_and_center_crop,
@@ -277,3 +278,18 @@ def test_all_levels_of_16_bits_survive_the_way_to_float_and_back():
 def test_levels_are_rounded_and_clamped():
     assert to_uint8(torch.tensor([-9.0, -1.0, -0.9969, 0.9967, 1.0, 9.0])).tolist() == [0, 0, 0, 255, 255, 255]
     assert to_uint8(torch.tensor([0.1], requires_grad=True)).tolist() == [140]
+
+
+@pytest.mark.parametrize(("height", "width", "factor"), [(5, 7, 4), (1, 1, 8), (2, 3, 16), (8, 9, 8), (30, 31, 32)])
+def test_padding_is_numpys_reflection(height, width, factor):
+    images = torch.rand(2, 3, height, width)
+    padded = pad_to_multiple(images, factor)
+    more = ((0, 0), (0, 0), (0, -height % factor), (0, -width % factor))
+    assert np.array_equal(padded.numpy(), np.pad(images.numpy(), more, mode="reflect"))
+    assert padded.shape[2] % factor == padded.shape[3] % factor == 0
+    assert torch.equal(padded[..., :height, :width], images)
+
+
+def test_nothing_is_padded_where_nothing_is_missing():
+    image = torch.rand(3, 8, 16)
+    assert pad_to_multiple(image, 8) is image

@@ -9,44 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentae.errors import DataError, ModelError
-from latentae.evaluation.baselines import compress_latent, decompress_latent, fit_pca, jpeg_within
-
-
-def test_pca_has_the_error_of_scikit_learns(smooth_images):
-    decomposition = pytest.importorskip("sklearn.decomposition")
-    images, patch, components = smooth_images(12, 16), 4, 7
-    pca = fit_pca(images, patch, components)
-    tokens = torch.nn.functional.unfold(images.double(), patch, stride=patch).transpose(1, 2).flatten(0, 1).numpy()
-    theirs = decomposition.PCA(components, svd_solver="full").fit(tokens)
-    error = np.square(theirs.inverse_transform(theirs.transform(tokens)) - tokens).sum()
-    centred = tokens - pca.mean.numpy()
-    ours = np.square(centred @ pca.basis.numpy() @ pca.basis.numpy().T - centred).sum()
-    assert ours == pytest.approx(error, rel=1e-8)
-    cosines = np.linalg.svd(theirs.components_ @ pca.basis.numpy(), compute_uv=False)
-    assert cosines == pytest.approx(np.ones(components), abs=1e-8)  # the same subspace
-
-
-def test_pca_of_batches_is_the_pca_of_all(smooth_images):
-    images = smooth_images(10, 16)
-    whole, parts = fit_pca(images, 4, 5), fit_pca(iter(images.split(3)), 4, 5)
-    assert whole.patches == parts.patches == 160
-    assert torch.allclose(whole.basis @ whole.basis.T, parts.basis @ parts.basis.T, atol=1e-9)
-
-
-def test_full_rank_pca_is_exact_and_a_truncated_one_gets_better_with_components(smooth_images):
-    images = smooth_images(12, 16)
-    assert torch.equal(fit_pca(images, 4, 48).reconstruct(images), images)
-    assert torch.equal(fit_pca(images, 4, 99).reconstruct(images), images)
-    errors = [(fit_pca(images, 4, k).reconstruct(images).float() - images.float()).square().mean() for k in (1, 4, 16)]
-    assert errors[0] > errors[1] > errors[2] > 0
-
-
-def test_pca_of_too_few_patches_is_refused(smooth_images):
-    with pytest.raises(DataError, match="48 patches"):
-        fit_pca(smooth_images(2, 16), 4, 8)
-    with pytest.raises(DataError, match="0 patches"):
-        fit_pca(iter(()), 4, 8)
+from latentae.errors import ModelError
+from latentae.evaluation.baselines import compress_latent, decompress_latent, jpeg_within
 
 
 @settings(max_examples=30, deadline=None)

@@ -26,14 +26,15 @@ def picture(tmp_path, smooth_images):
 def test_originals_stand_over_reconstructions_of_their_own_size(workspace, tmp_path, picture, capsys):
     out = reconstruct(workspace / "model", [picture, picture], out=tmp_path / "deep" / "grid.png", device="cpu")
     grid = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1)
-    assert grid.shape == (3, 4 + 40 + 4 + 40 + 4, 4 + 48 + 4 + 48 + 4)  # 50 x 41 cropped to multiples of 4
-    original = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)[:, 0:40, 1:49]
-    assert torch.equal(grid[:, 4:44, 4:52], original)
+    assert grid.shape == (3, 4 + 41 + 4 + 41 + 4, 4 + 50 + 4 + 50 + 4)
+    original = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)
+    assert torch.equal(grid[:, 4:45, 4:54], original)
     model, _ = load_model(workspace / "model")
+    padded = torch.nn.functional.pad(to_float(original[None]), (0, 2, 0, 3), mode="reflect")  # to multiples of 4
     with torch.inference_mode():
-        expected = to_uint8(model.decode(model.encode(to_float(original[None])).mode()))
-    assert torch.equal(grid[:, 48:88, 4:52], expected[0])
-    assert f"{psnr(expected, original[None]).item():.2f} dB PSNR at 48 x 40" in capsys.readouterr().out
+        expected = to_uint8(model.decode(model.encode(padded).mode()))[..., :41, :50]
+    assert torch.equal(grid[:, 49:90, 4:54], expected[0])
+    assert f"{psnr(expected, original[None]).item():.2f} dB PSNR at 50 x 41" in capsys.readouterr().out
 
 
 def test_a_resolution_resizes_and_crops(workspace, tmp_path, picture):
@@ -50,15 +51,19 @@ def test_large_images_are_reduced_and_grayscale_works(workspace, tmp_path, monke
     assert "80 x 20 pixels, reduced to 32 x 8" in capsys.readouterr().err
 
 
+def test_an_image_smaller_than_a_latent_pixel_works(workspace, tmp_path):
+    small = save(tmp_path / "small.png", np.zeros((3, 9, 3), dtype=np.uint8))
+    reconstruct(workspace / "model", [small], out=tmp_path / "grid.png")
+    assert np.array(Image.open(tmp_path / "grid.png")).shape == (4 + 3 + 4 + 3 + 4, 4 + 9 + 4, 3)
+
+
 def test_bad_input_is_one_clear_line_and_writes_nothing(workspace, tmp_path, picture):
     model, out = workspace / "model", tmp_path / "out" / "grid.png"
     (tmp_path / "text.png").write_text("no image")
-    small = save(tmp_path / "small.png", np.zeros((3, 9, 3), dtype=np.uint8))
     for images, match in [
         ([], "no images"),
         ([tmp_path / "gone.png"], r"could not read .*gone\.png"),
         ([picture, tmp_path / "text.png"], r"text\.png"),
-        ([small], "9 x 3 pixels, smaller than the model's factor 4"),
         ([tmp_path], "could not read"),
     ]:
         with pytest.raises(ImageError, match=match):

@@ -131,9 +131,10 @@ def test_without_image_losses_there_still_is_a_graph(learned):
 
 
 def test_kl_weight_scales_the_latent_term_only():
-    posterior = small().encode(torch.rand(2, 3, 32, 32))
-    images = torch.zeros(2, 3, 32, 32)
-    terms = objective(kl=1e-3).latent_terms(posterior, images)
+    images = torch.rand(2, 3, 32, 32)
+    output = small()(images)
+    posterior = output.posterior
+    terms = objective(kl=1e-3).latent_terms(output, images)
     torch.testing.assert_close(terms.total, 1e-3 * terms.scalars["kl"])
     torch.testing.assert_close(terms.scalars["kl"], posterior.kl().mean() / (3 * 32 * 32))
 

@@ -10,9 +10,9 @@ import torchvision
 from latentae_kernels import use_backend
 
 from latentae.data.decode import decode_image
+from latentae.data.photos import photo_file
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.errors import WeightsError
-from latentae.examples.photos import photo_file
 from latentae.losses.perceptual import (
     LPIPS,
     EfficientNetDistance,

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from latentae.losses.adversarial import discriminator_loss, generator_loss
+from latentae.losses.adversarial import discriminator_loss, generator_loss, twice_differentiable
+from latentae.losses.spectrum import spectrum_matching
 from latentae.training.keyed import keyed_normal, keyed_uniform
 from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.steps import Part, Trainer
@@ -81,7 +82,7 @@ def test_constant_weights_equal_the_naive_formula(kind, network, small, accelera
     judge.zero_grad()
     expected = gradients(model)
 
-    scalars, fake = trainer._autoencoder_backward(Part(x, adversarial=True))
+    scalars, _, fake = trainer._autoencoder_backward(Part(x, adversarial=True))
     assert all(p.grad is None for p in judge.parameters()), "the autoencoder's loss must not train the discriminator"
     assert_equal(gradients(model), expected)
     assert scalars["loss/total"].item() == pytest.approx(naive.item(), rel=1e-10)
@@ -128,7 +129,7 @@ def test_the_adaptive_weight_equals_the_naive_formula(limit, learned, small, acc
     judge.zero_grad()
     expected = gradients(model, trainer.objective)
 
-    scalars, _ = trainer._autoencoder_backward(Part(x, adversarial=True))
+    scalars, *_ = trainer._autoencoder_backward(Part(x, adversarial=True))
     assert_equal(gradients(model, trainer.objective), expected)
     assert scalars["adversarial/ratio"].item() == pytest.approx(ratio.item(), rel=1e-9)
 
@@ -149,7 +150,7 @@ def test_the_alignment_equals_the_naive_formula(part, small, accelerator):
     (image + 0.1 * ratio * alignment + 1e-3 * out.posterior.kl().mean() / x[0].numel()).backward()
     expected = gradients(model, trainer.objective)
 
-    scalars, _ = trainer._autoencoder_backward(Part(x))
+    scalars, *_ = trainer._autoencoder_backward(Part(x))
     assert_equal(gradients(model, trainer.objective), expected, rtol=1e-7)
     assert scalars["alignment/ratio"].item() == pytest.approx(ratio.item(), rel=1e-7)
 
@@ -259,13 +260,140 @@ def test_training_the_decoder_leaves_the_latent_bitwise(part, small, accelerator
 def test_latent_noise_is_what_the_decoder_gets(small, accelerator):
     trainer = in_fp64(small(**{"model.latent_noise": 3.0}), accelerator)
     x = images().double() / 127.5 - 1
-    transform = trainer._latent_transform(Part(x))
+    transform = trainer.corruption.latent_path((8, 8, 8), trainer._draws(Part(x))).latent
+    assert transform is not None
     z = torch.ones(4, 8, 8, 8, dtype=torch.float64)
     noise, share = keyed_normal((4, 8, 8, 8), 0, 0, 0, "latent noise"), keyed_uniform(4, 0, 0, 0, "latent noise share")
     t = share.view(4, 1, 1, 1).double()
     torch.testing.assert_close(transform(z), (1 - t) * z + t * 3 * noise.double())
     other = keyed_normal((4, 8, 8, 8), 0, 0, 0)
     assert not torch.allclose(noise, other), "not the noise of the posterior again"
+
+
+def run_naive(trainer: Trainer, x: torch.Tensor):
+    """What the step is given: corrupted images, the latent's path and the noise of the posterior."""
+    part = Part(x)
+    given = trainer.corruption.images(x, trainer._draws(part), 0)
+    return given, trainer.corruption.latent_path((8, 8, 8), trainer._draws(part)), trainer._noise(part)
+
+
+def test_the_loss_is_against_the_clean_image_and_the_fill_learns(small, accelerator):
+    options = {
+        "corruption.noise": [0.1, 0.5],
+        "corruption.blur": [0.5, 2.0],
+        "corruption.mask": [0.3, 0.6],
+        "corruption.mask_patch": 5,
+    }
+    for where in ("all", "hidden"):
+        trainer = in_fp64(small(**options, **{"corruption.mask_loss": where, "loss.l2": 1.0, "loss.l1": 0.5}), accelerator)
+        trainer.corruption.double()
+        model, x = trainer.raw_autoencoder, images().double() / 127.5 - 1
+        given, _, noise = run_naive(trainer, x)
+        assert not torch.equal(given.images, x)
+        out = model(given.images, noise=noise)
+        d = out.reconstruction - x
+        if where == "hidden":
+            hidden = given.hidden
+            assert set(hidden.unique().tolist()) == {0.0, 1.0}
+            per_image = lambda v, h=hidden: (v * h).sum((1, 2, 3)) / (3 * h.sum((1, 2, 3)))  # noqa: E731
+            naive = 0.5 * per_image(d.abs()).mean() + per_image(d.square()).mean()
+        else:
+            naive = 0.5 * d.abs().mean() + d.square().mean()
+        naive = naive + trainer.recipe.loss.kl * out.posterior.kl().mean() / x[0].numel()
+        naive.backward()
+        expected = gradients(model, trainer.corruption)
+        assert expected["1.fill"].any()
+        trainer._autoencoder_backward(Part(x))
+        assert_equal(gradients(model, trainer.corruption), expected)
+
+
+def test_equivariance_compares_with_the_transformed_image_in_both_networks(small, accelerator):
+    options = {"loss.equivariance.probability": 1.0, "loss.equivariance.smallest_scale": 0.5, "loss.l2": 1.0}
+    trainer = in_fp64(small(**ADVERSARIAL, **options), accelerator)
+    model, x = trainer.raw_autoencoder, images().double() / 127.5 - 1
+    trainer.state.step = next(step for step in range(20) if _scale(trainer, x, step) < 32)
+    _, path, noise = run_naive(trainer, x)
+    out = model(x, noise=noise, latent_transform=path.latent)
+    target = path.target(x)
+    assert out.reconstruction.shape == target.shape != x.shape
+    naive = (out.reconstruction - target).square().mean() + trainer.recipe.loss.kl * out.posterior.kl().mean() / x[0].numel()
+    naive = naive + 0.3 * generator_loss("hinge", trainer.raw_discriminator(out.reconstruction)).mean()
+    naive.backward()
+    trainer.raw_discriminator.zero_grad()
+    expected = gradients(model)
+    _, real, fake = trainer._autoencoder_backward(Part(x, adversarial=True))
+    assert_equal(gradients(model), expected)
+    torch.testing.assert_close(real, target)
+    assert fake.shape == target.shape
+
+
+def _scale(trainer: Trainer, x: torch.Tensor, step: int) -> int:
+    trainer.state.step = step
+    return run_naive(trainer, x)[1].target(x).shape[-1]
+
+
+def test_a_smaller_latent_is_decoded_in_the_same_pass(small, accelerator):
+    options = {"loss.equivariance.downscaled": 0.25, "loss.equivariance.factors": [2], "loss.l2": 1.0, "loss.learn_logvar": True}
+    trainer = in_fp64(small(**options), accelerator)
+    model, x = trainer.raw_autoencoder, images().double() / 127.5 - 1
+    _, path, noise = run_naive(trainer, x)
+    out = model(x, noise=noise, also_decode=path.smaller)
+    s = trainer.objective.logvar
+    terms = [(out.reconstruction - x).square().mean(), 0.25 * (out.also - path.smaller_target(x)).square().mean()]
+    naive = sum(terms) / s.exp() + 1.25 * s + trainer.recipe.loss.kl * out.posterior.kl().mean() / x[0].numel()
+    naive.backward()
+    expected = gradients(model, trainer.objective)
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    scalars, *_ = trainer._autoencoder_backward(Part(x))
+    assert_equal(gradients(model, trainer.objective), expected)
+    assert len(calls) == 1
+    assert scalars["loss/total"].item() == pytest.approx(naive.item(), rel=1e-10)
+
+
+def test_penalties_on_the_latent_equal_the_naive_formulas(small, accelerator):
+    options = {
+        "loss.l2": 1.0,
+        "loss.sparsity.weight": 0.3,
+        "loss.sparsity.kind": "kl",
+        "loss.contractive.weight": 0.2,
+        "loss.contractive.probes": 2,
+        "loss.spectrum": 0.1,
+        "loss.free_bits": 0.02,
+        "loss.kl": 1e-3,
+    }
+    trainer = in_fp64(small(**options), accelerator)
+    model, x = trainer.raw_autoencoder, images().double() / 127.5 - 1
+    part = Part(x)
+    noise, probes = trainer._noise(part), trainer._probes(part, trainer._draws(part)).double()
+    x.requires_grad_()
+    with twice_differentiable():
+        out = model(x, noise=noise)
+    energy = 0.0
+    for probe in probes:
+        (pulled,) = torch.autograd.grad((out.posterior.mean * probe).sum(), x, create_graph=True)
+        energy = energy + pulled.square().sum() / len(probes) / 4
+    rho = out.posterior.mean.sigmoid().mean((0, 2, 3))
+    sparse = (0.05 * torch.log(0.05 / rho) + 0.95 * torch.log(0.95 / (1 - rho))).mean()
+    kl = 0.5 * (out.posterior.mean.square() + out.posterior.logvar.exp() - 1 - out.posterior.logvar).sum((2, 3)).mean(0)
+    naive = (out.reconstruction - x.detach()).square().mean() + 0.3 * sparse + 0.2 * energy / x[0].numel()
+    naive = naive + 1e-3 * kl.clamp_min(0.02 * 64).sum() / x[0].numel() + 0.1 * spectrum_matching(out.latent, x.detach()).mean()
+    naive.backward()
+    expected = gradients(model)
+    scalars, *_ = trainer._autoencoder_backward(Part(x.detach()))
+    assert_equal(gradients(model), expected, rtol=1e-8)
+    assert scalars["loss/total"].item() == pytest.approx(naive.item(), rel=1e-9)
+    assert 0 <= scalars["loss/active"].item() <= 1
+
+
+def test_a_plain_code_is_not_sampled_and_its_variance_stays(small, accelerator):
+    trainer = Trainer(small(**{"model.bottleneck": "deterministic", "loss.kl": 0.0, "model.initial_logvar": 0.0}), accelerator)
+    assert trainer.recipe.loss.kl == 0
+    for _ in range(3):
+        trainer.update([images()])
+    posterior = trainer.raw_autoencoder.encode(images().float() / 127.5 - 1)
+    assert (posterior.logvar == -30).all()
+    torch.testing.assert_close(posterior.sample(), posterior.mode(), rtol=0, atol=1e-5)
 
 
 def test_a_reported_step_has_the_norm_of_every_term_and_the_same_weights(small, accelerator):
@@ -286,7 +414,7 @@ def test_a_step_that_is_not_finite_is_left_out(small, accelerator):
     before = {k: v.clone() for part in trainer.saved.values() for k, v in part.state_dict().items()}
     healthy = trainer.objective.image_terms
 
-    def poisoned(x, target):
+    def poisoned(x, target, where=None):
         return healthy(x * float("nan"), target)
 
     trainer.objective.image_terms = poisoned

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from latentae.data.decode import decode_image
-from latentae.data.writing import encode_png
+from latentae.data.shrinking import encode_png
 from latentae.errors import MissingDependencyError
 from latentae.files import atomic_file
 
-__all__ = ["HELD_OUT", "TRAINING", "photo_file", "write_photo_tiles"]
+__all__ = ["HELD_OUT", "TRAINING", "photo_file", "photo_tiles", "write_photo_tiles"]
 
 # The held-out photos are all colour, of different subjects; nothing of them is in training. The two motorcycle photos are a
 # stereo pair, so both are on the same side.
@@ -67,22 +67,27 @@ def _starts(length: int, size: int, stride: int) -> Iterator[int]:
     yield length - size
 
 
-def write_photo_tiles(folder: str | Path, names: tuple[str, ...], size: int, stride: int) -> int:
-    """Write square tiles of the named photos as `folder/<photo>/<row>-<column>.png`; returns how many.
+def photo_tiles(names: Sequence[str], size: int, stride: int) -> Iterator[tuple[str, Tensor]]:
+    """Square tiles of the named photos: `PHOTO/ROW-COLUMN` and uint8 [C, size, size].
 
     Args:
-        folder: where to write.
         names: photos, from `TRAINING` or `HELD_OUT`.
         size: side of a tile in pixels.
         stride: pixels between tiles; below `size` they overlap.
     """
-    count = 0
     for name in names:
         file = photo_file(name)
         image = _reduced(decode_image(file.read_bytes(), name))
         for top in _starts(image.shape[1], size, stride):
             for left in _starts(image.shape[2], size, stride):
-                with atomic_file(Path(folder) / file.stem / f"{top:04}-{left:04}.png") as temporary:
-                    temporary.write_bytes(encode_png(image[:, top : top + size, left : left + size]))
-                count += 1
+                yield f"{file.stem}/{top:04}-{left:04}", image[:, top : top + size, left : left + size]
+
+
+def write_photo_tiles(folder: str | Path, names: Sequence[str], size: int, stride: int) -> int:
+    """Write what `photo_tiles` gives as `folder/PHOTO/ROW-COLUMN.png`; returns how many."""
+    count = 0
+    for key, tile in photo_tiles(names, size, stride):
+        with atomic_file(Path(folder) / f"{key}.png") as temporary:
+            temporary.write_bytes(encode_png(tile))
+        count += 1
     return count

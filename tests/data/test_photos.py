@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentae.data.decode import decode_image
-from latentae.examples.photos import HELD_OUT, TRAINING, _starts, photo_file, write_photo_tiles
+from latentae.data.photos import HELD_OUT, TRAINING, _starts, photo_file, write_photo_tiles
 
 
 def test_held_out_photos_are_other_photos():

@@ -1,0 +1,179 @@
+"""Principal components of image patches: the best linear autoencoder there is (Baldi & Hornik 1989), in closed form or in one cheap pass.
+
+`fit_pca` sums the covariance, exact and independent of the order of images, and takes d^2 numbers of memory and d^3 of time for
+patches of d numbers. `sketch_pca` keeps the leading directions seen so far and needs memory for a few times `components` patches.
+On the photos of scikit-image its reconstructions are within 0.001 dB of the closed form, also where images come sorted by brightness
+(16 x 16 patches with 32 components, 32 x 32 with 64); a random sketch of the covariance of the same size lost 0.2 dB there, and
+randomised subspace iteration came as near in its third pass only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentae.errors import DataError, ImageError
+
+__all__ = ["MAX_PATCH_NUMBERS", "PatchPCA", "fit_pca", "principal_angles", "sketch_pca"]
+
+MAX_PATCH_NUMBERS = 3 * 32 * 32
+"""Where the closed form gets dear: the covariance of f32 patches takes 75 MB, of f64 patches 1.2 GB and minutes."""
+PATCHES_PER_COMPONENT = 20
+"""What a sketch asks for at least: with as few, the photos of scikit-image lose 0.25 dB on others; with half, 0.5 dB and more."""
+_ORIGIN = 127.5  # a fixed one near the mean keeps the subtraction of the mean from the second moment exact
+
+
+@dataclass(frozen=True)
+class PatchPCA:
+    """Principal components of image patches.
+
+    Numbers of a patch are ordered [C, patch, patch], as in the weight of a convolution.
+
+    Attributes:
+        mean: fp64 [d], d = C * patch * patch, on the [0, 255] scale.
+        basis: fp64 [d, k], orthonormal columns, largest variance first.
+        variances: fp64 [k], mean square of each component over the patches, on the [0, 255] scale.
+        patch: side of a patch in pixels.
+        patches: how many patches it was fitted on.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variances: Tensor
+    patch: int
+    patches: int
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Project the patches of uint8 images [B, C, H, W] onto the components and back; uint8, the same shape.
+
+        Raises:
+            ImageError: a side that `patch` does not divide.
+        """
+        tokens = _patches(images, self.patch)
+        mean, basis = self.mean.to(tokens), self.basis.to(tokens)
+        projected = mean + ((tokens - mean) @ basis) @ basis.T
+        folded = F.fold(projected.transpose(1, 2), images.shape[2:], kernel_size=self.patch, stride=self.patch)
+        return folded.round().clamp(0, 255).to(torch.uint8)
+
+
+def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
+    """PCA of the patch x patch patches of images, in closed form: mean, fp64 covariance, eigenvectors.
+
+    Args:
+        images: uint8 [N, C, H, W], or an iterable of such batches (memory does not grow with their number).
+        patch: side of a patch; it divides H and W.
+        components: how many to keep; a model with z channels and downsampling f keeps as many floats as z components
+            of f x f patches. At most C * patch * patch.
+
+    Raises:
+        DataError: fewer patches than numbers in a patch.
+        ImageError: a side that `patch` does not divide.
+    """
+    total, products, count = None, None, 0
+    for batch in _batches(images):
+        tokens = _patches(batch, patch).flatten(0, 1) - _ORIGIN
+        total = tokens.sum(0) if total is None else total + tokens.sum(0)
+        products = tokens.T @ tokens if products is None else products + tokens.T @ tokens
+        count += len(tokens)
+    if total is None or products is None or count < len(total):
+        raise _too_few(count, patch, 0 if total is None else len(total))
+    mean = total / count
+    values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+    variances, basis = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
+    return PatchPCA(mean + _ORIGIN, basis.clone(), variances, patch, count)
+
+
+def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
+    """The leading principal components of large patches in one pass, for patches whose covariance is too large.
+
+    Sequential Karhunen-Loeve (Ross, Lim, Lin & Yang 2008, "Incremental learning for robust visual tracking", sec. 3.1): each block of
+    patches is stacked on the leading singular vectors of all before it, and their SVD truncated. Twice the wanted number are carried, so
+    that a direction which begins faint is not lost. Mean exact, nothing random: equal images in equal order give equal components.
+
+    Args:
+        images: uint8 [N, C, H, W], or an iterable of such batches, best in mixed order. It is read once; how it is cut into batches
+            changes nothing.
+        patch: side of a patch; it divides H and W.
+        components: how many to keep, at most C * patch * patch. Fewer patches than 20 for each are refused.
+
+    Raises:
+        DataError: too few patches.
+        ImageError: a side that `patch` does not divide.
+    """
+    rank = 2 * components + 16
+    mean, leading, count = None, None, 0  # `leading` [rank, d]: right singular vectors times singular values
+    for block in _blocks(_batches(images), patch, 2 * rank):
+        added, block_mean = len(block), block.mean(0)
+        if mean is None or leading is None:
+            mean, rows = block_mean, block - block_mean
+        else:
+            shift = (count * added / (count + added)) ** 0.5 * (mean - block_mean)
+            rows = torch.cat([leading, block - block_mean, shift[None]])
+            mean = mean + added / (count + added) * (block_mean - mean)
+        count += added
+        leading = _leading(rows, rank)
+    if mean is None or leading is None or count < PATCHES_PER_COMPONENT * components:
+        raise _too_few(count, patch, PATCHES_PER_COMPONENT * components)
+    _, singular, vectors = torch.linalg.svd(leading, full_matrices=False)
+    return PatchPCA(mean + _ORIGIN, vectors[:components].T.clone(), singular[:components].square() / count, patch, count)
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Angles between two subspaces in degrees, smallest first: fp64 [min(k, m)].
+
+    From sines below 45 degrees and from cosines above, so that small angles keep their digits (Bjorck & Golub 1973, "Numerical methods
+    for computing angles between linear subspaces", eq. 13 and 15).
+
+    Args:
+        a: [d, k], independent columns that span the one.
+        b: [d, m], those of the other.
+    """
+    a, b = (torch.linalg.qr(basis.double())[0] for basis in (a, b))
+    if a.shape[1] < b.shape[1]:
+        a, b = b, a
+    products = a.T @ b
+    cosines = torch.linalg.svdvals(products).clamp(max=1)
+    sines = torch.linalg.svdvals(b - a @ products).flip(0).clamp(max=1)
+    return torch.where(cosines > 0.5**0.5, sines.asin(), cosines.acos()).rad2deg()
+
+
+def _leading(rows: Tensor, rank: int) -> Tensor:
+    """The `rank` leading right singular vectors of rows [n, d] times their singular values, through the small [n, n] products."""
+    vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors
+    return vectors.flip(1)[:, :rank].T @ rows
+
+
+def _too_few(count: int, patch: int, needed: int) -> DataError:
+    what = f"at least {needed} patches of {patch} x {patch} pixels" if count else "any"
+    return DataError(f"PCA was given {count} patches, it needs {what}; give it more images")
+
+
+def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    return [images] if isinstance(images, Tensor) else images
+
+
+def _blocks(batches: Iterable[Tensor], patch: int, size: int) -> Iterator[Tensor]:
+    """The patches of all batches, fp64 [size, d] at a time, about the fixed origin; the last block may be smaller."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        waiting.append(_patches(batch, patch).flatten(0, 1) - _ORIGIN)
+        if sum(map(len, waiting)) >= size:
+            *full, rest = torch.cat(waiting).split(size)
+            if len(rest) == size:
+                full, rest = [*full, rest], rest[:0]
+            yield from full
+            waiting = [rest]
+    rest = torch.cat(waiting) if waiting else torch.empty(0)
+    if len(rest):
+        yield rest
+
+
+def _patches(images: Tensor, patch: int) -> Tensor:
+    """uint8 [B, C, H, W] -> fp64 [B, patches, C * patch * patch]."""
+    if images.shape[2] % patch or images.shape[3] % patch:
+        raise ImageError(f"image is {images.shape[2]} x {images.shape[3]}, patches of {patch} need sides that {patch} divides")
+    return F.unfold(images.double(), kernel_size=patch, stride=patch).transpose(1, 2)

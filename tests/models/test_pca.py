@@ -1,0 +1,135 @@
+"""PCA of patches: against scikit-learn's, the sketch against the closed form, and angles between subspaces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from latentae.errors import DataError, ImageError
+from latentae.models.pca import fit_pca, principal_angles, sketch_pca
+
+
+def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
+    """Coloured gradients with a little noise: compressible as photos are; uint8 [N, 3, size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+    noise = 0.03 * torch.randn(count, 3, size, size, generator=generator)
+    return ((smooth + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def photo_tiles(size: int) -> Tensor:
+    """Tiles of two photos, in order of brightness, the worst for a sketch; uint8 [N, 3, size, size]."""
+    data = pytest.importorskip("skimage.data")
+    tiles = []
+    for photo in (data.astronaut(), data.chelsea()):
+        image = torch.from_numpy(photo).permute(2, 0, 1)
+        grid = image.unfold(1, size, size // 2).unfold(2, size, size // 2)
+        tiles.append(grid.permute(1, 2, 0, 3, 4).flatten(0, 1))
+    found = torch.cat(tiles)
+    return found[found.double().mean((1, 2, 3)).argsort()].contiguous()
+
+
+def tokens_of(images: Tensor, patch: int) -> Tensor:
+    return torch.nn.functional.unfold(images.double(), patch, stride=patch).transpose(1, 2).flatten(0, 1)
+
+
+def psnr(tokens: Tensor, mean: Tensor, basis: Tensor) -> float:
+    centred = tokens - mean
+    error = (centred - centred @ basis @ basis.T).square().mean()
+    return float(10 * (255**2 / error).log10())
+
+
+def test_pca_is_scikit_learns():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    images, patch, components = smooth_images(12, 16), 4, 7
+    pca = fit_pca(images, patch, components)
+    tokens = tokens_of(images, patch).numpy()
+    theirs = decomposition.PCA(components, svd_solver="full").fit(tokens)
+    assert pca.mean.numpy() == pytest.approx(theirs.mean_, rel=1e-12)
+    population = (len(tokens) - 1) / len(tokens)  # scikit-learn's are those of a sample
+    assert pca.variances.numpy() == pytest.approx(theirs.explained_variance_ * population, rel=1e-8)
+    error = np.square(theirs.inverse_transform(theirs.transform(tokens)) - tokens).sum()
+    centred = tokens - pca.mean.numpy()
+    ours = np.square(centred @ pca.basis.numpy() @ pca.basis.numpy().T - centred).sum()
+    assert ours == pytest.approx(error, rel=1e-8)
+    assert principal_angles(pca.basis, torch.from_numpy(theirs.components_.T)).max() < 1e-6
+
+
+@pytest.mark.parametrize("fit", [fit_pca, sketch_pca])
+def test_pca_of_batches_is_the_pca_of_all(fit):
+    images = smooth_images(10, 16)
+    whole, parts = fit(images, 4, 5), fit(iter(images.split(3)), 4, 5)
+    assert whole.patches == parts.patches == 160
+    torch.testing.assert_close(whole.mean, parts.mean, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(whole.variances, parts.variances, rtol=1e-9, atol=1e-9)
+    assert principal_angles(whole.basis, parts.basis).max() < 1e-6
+
+
+def test_full_rank_pca_is_exact_and_a_truncated_one_gets_better_with_components():
+    images = smooth_images(12, 16)
+    assert torch.equal(fit_pca(images, 4, 48).reconstruct(images), images)
+    assert torch.equal(fit_pca(images, 4, 99).reconstruct(images), images)
+    errors = [(fit_pca(images, 4, k).reconstruct(images).float() - images.float()).square().mean() for k in (1, 4, 16)]
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_a_sketch_that_holds_everything_is_the_closed_form():
+    images = smooth_images(40, 16)
+    exact, sketch = fit_pca(images, 2, 6), sketch_pca(images, 2, 6)  # it carries 28 directions, a patch has 12 numbers
+    torch.testing.assert_close(sketch.mean, exact.mean, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(sketch.variances, exact.variances, rtol=1e-9, atol=1e-7)
+    assert principal_angles(sketch.basis, exact.basis).max() < 1e-5
+
+
+def test_a_sketch_of_photos_loses_nothing_to_see_even_in_the_worst_order():
+    images, patch, components = photo_tiles(32), 8, 12
+    exact, sketch = fit_pca(images, patch, components), sketch_pca(images.split(50), patch, components)
+    tokens = tokens_of(images, patch)
+    torch.testing.assert_close(sketch.mean, exact.mean, rtol=1e-12, atol=1e-9)
+    assert 0 <= psnr(tokens, exact.mean, exact.basis) - psnr(tokens, sketch.mean, sketch.basis) < 0.01
+    torch.testing.assert_close(sketch.basis.T @ sketch.basis, torch.eye(components).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sketch.variances, exact.variances, rtol=0.01, atol=0)
+
+
+def test_a_sketch_of_large_patches_finds_the_directions_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.linalg.qr(torch.randn(3 * 64 * 64, 4, generator=generator))[0] * torch.tensor([9e3, 6e3, 4e3, 2.5e3])
+    images = 127.5 + torch.randn(200, 4, generator=generator) @ patterns.T + torch.randn(200, 3 * 64 * 64, generator=generator)
+    images = images.round().clamp(0, 255).to(torch.uint8).reshape(-1, 3, 64, 64)
+    pca = sketch_pca(images.split(64), 64, 4)
+    assert pca.basis.shape == (3 * 64 * 64, 4)
+    tokens = images.flatten(1).double()
+    theirs = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[2][:4].T
+    assert principal_angles(pca.basis, theirs).max() < 0.1
+
+
+def test_equal_images_give_equal_bits():
+    images = smooth_images(10, 16)
+    assert torch.equal(sketch_pca(images, 8, 2).basis, sketch_pca(images, 8, 2).basis)
+
+
+def test_pca_of_too_few_patches_is_refused():
+    with pytest.raises(DataError, match=r"given 32 patches, it needs at least 48 patches of 4 x 4"):
+        fit_pca(smooth_images(2, 16), 4, 8)
+    with pytest.raises(DataError, match=r"given 32 patches, it needs at least 160 patches of 4 x 4"):
+        sketch_pca(smooth_images(2, 16), 4, 8)
+    for fit in (fit_pca, sketch_pca):
+        with pytest.raises(DataError, match="0 patches, it needs any"):
+            fit(iter(()), 4, 8)
+        with pytest.raises(ImageError, match="16 x 16, patches of 5"):
+            fit(smooth_images(2, 16), 5, 8)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1e-7, 0.5, 44.0, 46.0, 90.0])
+def test_principal_angles_of_planes_turned_by_a_known_angle(degrees: float):
+    turn = torch.tensor(degrees).double().deg2rad()
+    a = torch.eye(5, dtype=torch.float64)[:, :2]
+    b = a.clone()
+    b[:, 1] = turn.cos() * a[:, 1] + turn.sin() * torch.eye(5, dtype=torch.float64)[:, 3]
+    mixed = b @ torch.tensor([[2.0, 1.0], [0.0, -3.0]]).double()  # other columns, the same plane
+    found = principal_angles(a, mixed)
+    assert found.tolist() == pytest.approx([0, degrees], rel=1e-6, abs=1e-12)
+    assert principal_angles(mixed[:, :1], a).tolist() == pytest.approx([0], abs=1e-7)  # a line in the plane
