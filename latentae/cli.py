@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from latentae.cli_latents import decode, encode, stats, verify
 from latentae.cli_options import Device, Model, Shards, Weights
+from latentae.cli_tasks import anomaly, denoise, features, interpolate, sample
 from latentae.errors import LatentAEError, RecipeError, ShardError
 
 __all__ = ["app", "main"]
@@ -94,7 +95,8 @@ def shards(
     images: Annotated[
         str,
         typer.Argument(
-            help="Folder of images, searched with its subfolders; or a Hugging Face dataset: its folder, or hf://NAME:SPLIT."
+            help="Folder of images, searched with its subfolders; a Hugging Face dataset: its folder, or hf://NAME:SPLIT; "
+            "or images that installed packages hold: sklearn:digits, sklearn:binary-digits or skimage:photos, or with :held-out."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
@@ -229,7 +231,7 @@ def reconstruct(
     latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device)
 
 
-for _verb in (encode, verify, stats, decode):
+for _verb in (encode, verify, stats, decode, features, anomaly, denoise, interpolate, sample):
     app.command()(_verb)
 
 
@@ -237,27 +239,54 @@ for _verb in (encode, verify, stats, decode):
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    format: Annotated[str, typer.Option(help="diffusers: a folder that diffusers' AutoencoderKL loads.")] = "diffusers",
+    format: Annotated[
+        str, typer.Option(help="diffusers, ldm (one file, for ComfyUI and others), onnx, pt2 (AOTInductor) or all.")
+    ] = "diffusers",
+    fold_normalization: Annotated[
+        bool, typer.Option("--fold-normalization", help="Normalise latents inside the weights: scaling 1, shift 0.")
+    ] = False,
     variant: Annotated[str | None, typer.Option(help="Also write half-precision weights: fp16 or bf16.")] = None,
     scaling_factor: Annotated[float | None, typer.Option(help="Latent scaling; measured or the config's when not given.")] = None,
     shift_factor: Annotated[float | None, typer.Option(help="Latent shift; measured or the config's when not given.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Output folder of encode or evaluate, for measured factors.")] = None,
     metrics: Annotated[Path | None, typer.Option(help="Output folder of evaluate, for the model card.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SHARDS", help="Measure on them: quality, latents, previews, fp16 and bf16, tiling.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Measure on at most so many images of the data.")] = 256,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(help="Image side in pixels to measure at; give it again for more. The model's own without."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time when measuring.")] = 8,
+    perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository on the Hugging Face Hub.")
+    ] = None,
     weights: Weights = "ema",
+    device: Device = "auto",
 ) -> None:
-    """Write a model as a component that diffusers loads."""
+    """Write a model as a component that diffusers, ComfyUI, ONNX Runtime or torch alone load, with a model card."""
     import latentae
 
     latentae.export(
         model,
         out,
         format=format,
+        fold_normalization=fold_normalization,
         variant=variant,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
         statistics=statistics,
         metrics=metrics,
+        data=data,
+        images=images,
+        resolution=resolution,
+        batch_size=batch_size,
+        perceptual=perceptual,
+        push_to_hub=push_to_hub,
         weights=weights,
+        device=device,
     )
 
 

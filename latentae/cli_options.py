@@ -9,7 +9,10 @@ import typer
 
 __all__ = ["Device", "Model", "Shards", "Weights"]
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or exported folder.")]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="Run, checkpoint, exported folder, file of weights, or owner/name on the Hub."),
+]
 Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder, file, glob or brace pattern ({000..099}.tar).")]
 Weights = Annotated[str, typer.Option(help="Which weights of a run: ema or raw.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -1,27 +1,37 @@
-"""The verb `export`: a model of ours as a folder that other libraries load."""
+"""The verb `export`: a model of ours as a folder that other libraries load.
+
+OUT/ config.json, diffusion_pytorch_model[.fp16].safetensors   diffusers
+     config.json, vae.ldm.safetensors                          ldm
+     vae_encoder/, vae_decoder/                                onnx
+     pt2/                                                      pt2
+     latent_statistics.json, latent_preview.json               where they were measured
+     training/                                                 all, of a run
+     README.md, latentae.json                                  the model card, and where everything came from
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentae.errors import OutputError, RecipeError
-from latentae.exporting.card import CardFacts, model_card
-from latentae.exporting.diffusers import VARIANTS, component_config, write_diffusers
+from latentae.device import choose_device
+from latentae.errors import ModelError, OutputError
+from latentae.exporting.building import ExportPlan, build
+from latentae.exporting.card import model_card
+from latentae.exporting.figures import data_request
+from latentae.exporting.formats import check_format
 from latentae.exporting.measured import read_latents, read_metrics
-from latentae.exporting.scaling import choose_scaling
+from latentae.exporting.push import check_repository, push
+from latentae.exporting.scaling import check_scaling
 from latentae.files import sha256, staged_folder, write_text
 from latentae.jobs import RECORD, Job
-from latentae.models.pretrained import ModelSource, load_model, resolve_model
+from latentae.models.config import AutoencoderKLConfig
+from latentae.models.pretrained import resolve_model
 from latentae.progress import say
-from latentae.version import __version__
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["export"]
 
-FORMATS = ("diffusers",)
 CARD = "README.md"
 
 
@@ -30,81 +40,107 @@ def export(
     out: str | Path,
     *,
     format: str = "diffusers",
+    fold_normalization: bool = False,
     variant: str | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
     statistics: str | Path | None = None,
     metrics: Mapping[str, Any] | str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    images: int = 256,
+    resolution: int | Sequence[int] | None = None,
+    batch_size: int = 8,
+    perceptual: str = "auto",
+    push_to_hub: str | None = None,
     weights: str = "ema",
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Write a model as a component that others load; the folder appears whole or not at all.
 
     Args:
-        model: run folder, checkpoint, exported folder or safetensors file.
+        model: run folder, checkpoint, exported folder, file of weights or owner/name on the Hub.
         out: folder to make; the same export again says it is done.
-        format: "diffusers": a folder for `diffusers.AutoencoderKL.from_pretrained`.
-        variant: "fp16" or "bf16": write the weights once more in half precision.
+        format: "diffusers", "ldm" (one file for ComfyUI, A1111, kohya), "onnx", "pt2" (AOTInductor), or "all" of them, with what a
+            further training needs.
+        fold_normalization: normalise latents by channel inside the weights, so that scaling is 1 and shift 0; needs statistics or data.
+        variant: "fp16" or "bf16": write the diffusers weights once more in half precision.
         scaling_factor: what a diffusion model multiplies latents by; measured or the config's if not given.
         shift_factor: what is subtracted before; measured or the config's if not given.
-        statistics: output folder of `encode` or `evaluate` (or the JSON file in it), for measured factors.
-        metrics: what the card says of quality: what `evaluate` returned or wrote, or name -> number.
+        statistics: output folder of `encode` or `evaluate` (or the JSON file in it), for measured factors; goes before `data`.
+        metrics: what the card says of quality: what `evaluate` returned or wrote, or name -> number; a run's last validation if neither
+            this nor data is given.
+        data: shards to measure on: quality, latents, previews, half precision and tiling.
+        images: at most so many of them, the first in shard order.
+        resolution: image side in pixels to measure at, or several: quality at each, latents, previews and half precision at the
+            first. The model's own if not given.
+        batch_size: images at a time when measuring.
+        perceptual: distance to measure, as for `evaluate`.
+        push_to_hub: "owner/name" of a repository on the Hugging Face Hub to upload the folder to; made if it is not there.
         weights: "ema" or "raw" weights of a run.
+        device: where to measure, and what a "pt2" package is compiled for: "auto", "cpu", "cuda" or "cuda:N".
 
     Returns:
-        A summary: `out`, `format`, `scaling_factor`, `shift_factor`, `files`.
+        A summary: `out`, `format`, `scaling_factor`, `shift_factor`, `files`, and `repository` (an address) if it was uploaded.
 
     Raises:
-        RecipeError: an unknown format or variant, or a factor, statistics or metrics that can't be used.
+        RecipeError: an option, or a factor, statistics or metrics that can't be used.
         ModelError: no such model, weights that are not finite, or statistics of another model.
-        OutputError: `out` can't be written or holds something else.
+        OutputError: `out` can't be written or holds something else, or the upload failed (the same command tries only that again).
+        MissingDependencyError: a format needs a package that is not installed.
+        DataError: `data` can't be read.
     """
-    if format not in FORMATS:
-        raise RecipeError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
-    if variant is not None and variant not in VARIANTS:
-        raise RecipeError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
-    out = Path(out)
-    source = resolve_model(model, weights)
-    latents = None if statistics is None else read_latents(statistics, source.fingerprint, source.config.latent_channels)
-    scaling = choose_scaling(source.config, latents, scaling_factor, shift_factor)
-    quality = read_metrics(metrics, source.fingerprint)
-    options = {"format": format, "variant": variant, "scaling": asdict(scaling), "metrics": quality}
-    inputs = json.loads(json.dumps({"model": source.fingerprint, "resolution": source.resolution, **options}))
-    summary = {"out": str(out), "format": format, "scaling_factor": scaling.scaling_factor, "shift_factor": scaling.shift_factor}
-    if (out / RECORD).is_file():
-        Job.open(out, "export", inputs)  # refuses another job's folder
-        files = _intact_files(out)
-        say(f"export: {out} already holds this export; nothing to do")
-        return {**summary, "files": files}
-
-    with staged_folder(out) as staging:
-        job = Job.open(staging, "export", inputs)
-        autoencoder, _ = load_model(source.weights_file)  # not source.path: a run may have moved on
-        config = component_config(
-            source.config, resolution=source.resolution, scaling_factor=scaling.scaling_factor, shift_factor=scaling.shift_factor
+    check_format(format, variant)
+    check_scaling(scaling_factor, shift_factor, fold_normalization, statistics is not None or data is not None)
+    check_repository(push_to_hub)
+    source, where = resolve_model(model, weights), choose_device(device)
+    if not isinstance(source.config, AutoencoderKLConfig):
+        raise ModelError(
+            f"{model} is a {source.config.class_name}; what others load is an AutoencoderKL, so only that is exported"
         )
-        write_diffusers(autoencoder, config, staging, variant)
-        parameters = sum(p.numel() for p in autoencoder.parameters())
-        words = _weights_in_words(source, weights)
-        facts = CardFacts(out.name, config, scaling, parameters, source.resolution, words, __version__, variant, quality)
-        write_text(staging / CARD, model_card(facts))
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir()) if p.name != RECORD}
-        job.finish(weights=words, parameters=parameters, files=files)
-    say(f"export: wrote {out} ({', '.join(files)})")
-    return {**summary, "files": files}
+    sizes = [resolution] if isinstance(resolution, int) else resolution
+    options = {"resolutions": sizes, "images": images, "batch_size": batch_size, "perceptual": perceptual}
+    plan = ExportPlan(
+        source=source,
+        config=source.config,
+        weights=weights,
+        format=format,
+        variant=variant,
+        fold=fold_normalization,
+        factors={"scaling_factor": scaling_factor, "shift_factor": shift_factor},
+        latents=None if statistics is None else read_latents(statistics, source.fingerprint, source.config.latent_channels),
+        metrics=read_metrics(metrics, source.fingerprint),
+        request=None if data is None else data_request(source, data, **options, device=where),
+        device=where,
+    )
+    record = _finished(Path(out), plan) or _make(Path(out), plan)
+    summary = {"out": str(out), "format": format, **record["scaling"], "files": record["files"]}
+    return summary if push_to_hub is None else {**summary, "repository": push(Path(out), CARD, push_to_hub)}
 
 
-def _weights_in_words(source: ModelSource, weights: str) -> str:
-    """For the card: which weights, without this machine's paths."""
-    if source.kind in ("run", "checkpoint"):
-        return f"{'EMA' if weights == 'ema' else 'raw (not EMA)'} weights of a training run, {source.weights_file.parent.name}"
-    return f"as in {source.weights_file.name}"
-
-
-def _intact_files(folder: Path) -> dict[str, Any]:
-    """The files of a finished export, as recorded; an error where one is missing or has another size."""
-    files = Job.read(folder).get("files", {})
-    for name, facts in files.items():
-        path = folder / name
+def _finished(out: Path, plan: ExportPlan) -> dict[str, Any] | None:
+    """The record of this very export if it is there; an error where another is, or a file of it is missing or of another size."""
+    if not (out / RECORD).is_file():
+        return None
+    Job.open(out, "export", plan.inputs())  # refuses another job's folder
+    record = Job.read(out)
+    for name, facts in record.get("files", {}).items():
+        path = out / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise OutputError(f"{path} is missing or damaged; delete {folder} and export again")
-    return files
+            raise OutputError(f"{path} is missing or damaged; delete {out} and export again")
+    say(f"export: {out} already holds this export; nothing to do")
+    return record
+
+
+def _make(out: Path, plan: ExportPlan) -> dict[str, Any]:
+    """Do the work; the record that the folder then holds."""
+    with staged_folder(out) as staging:
+        job = Job.open(staging, "export", plan.inputs())
+        facts = build(plan, staging, out.name)
+        write_text(staging / CARD, model_card(facts))
+        paths = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != RECORD)
+        files = {p.relative_to(staging).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+        job.finish(**facts.record(), files=files)
+    for note in facts.ldm_notes:
+        say(f"export: note: {note}")
+    say(f"export: wrote {out} ({', '.join(dict.fromkeys(name.split('/')[0] for name in files))})")
+    return Job.read(out)

@@ -1,10 +1,11 @@
-"""Reading what was measured elsewhere: latent statistics of `encode`, metrics of `evaluate`.
+"""Reading what was measured elsewhere: latent statistics of `encode`, metrics of `evaluate`, a run's last validation.
 
-An export measures nothing itself. It takes numbers from the files of the two verbs that do, and refuses those of another model.
+Numbers of another model are refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 from latentae.errors import ModelError, RecipeError
 from latentae.files import read_json
+from latentae.models.pretrained import META, ModelSource
 
-__all__ = ["MeasuredLatents", "read_latents", "read_metrics"]
+__all__ = ["MeasuredLatents", "metric_text", "read_latents", "read_metrics", "read_validation"]
 
+_PREFIX = "validation/"
 STATISTICS, METRICS = "statistics.json", "metrics.json"
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
@@ -30,6 +33,17 @@ class MeasuredLatents:
     std: tuple[float, ...]
     """By channel."""
     images: int
+
+    def to_json(self, fingerprint: str) -> dict[str, Any]:
+        """As `encode` writes them, so that `read_latents` reads them for the model of this fingerprint."""
+        return {
+            "model": fingerprint,
+            "samples": self.images,
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "latents_mean": list(self.mean),
+            "latents_std": list(self.std),
+        }
 
 
 def read_latents(path: str | Path, fingerprint: str, channels: int) -> MeasuredLatents:
@@ -82,19 +96,38 @@ def read_metrics(metrics: Mapping[str, Any] | str | Path | None, fingerprint: st
         where = where / METRICS if where.is_dir() else where
         values = _read(where)
     if "metrics" not in values:
-        return {str(name): _text(value) for name, value in values.items()}
+        return {str(name): metric_text(value) for name, value in values.items()}
     try:
         if values["model"]["fingerprint"] != fingerprint:
             raise ModelError(f"{where} describes another model; evaluate this one")
         labels = {**LABELS, "perceptual": values["perceptual"]["name"]}
-        rows = {labels.get(name, name): _text(value) for name, value in values["metrics"].items()}
+        rows = {str(labels.get(name, name)): metric_text(value) for name, value in values["metrics"].items()}
         data = values["data"]
         return {"Images": f"{data['images']}, at {data['resolution']} x {data['resolution']} pixels", **rows}
     except (KeyError, TypeError) as error:
         raise RecipeError(f"{where} is no evaluation ({error!r}); give what evaluate writes") from error
 
 
-def _text(value: Any) -> str:
+def read_validation(source: ModelSource, weights: str) -> dict[str, str] | None:
+    """What a run's log says of its checkpoint's EMA weights on held-out images, label -> text; None where it says nothing."""
+    if source.metrics_log is None or weights != "ema":
+        return None
+    try:
+        step = read_json(source.weights_file.with_name(META))["step"]
+        lines = [json.loads(line) for line in source.metrics_log.read_text(encoding="utf-8").splitlines()]
+        values = next(line for line in reversed(lines) if line["step"] == step and any(name.startswith(_PREFIX) for name in line))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):  # a log is no part of a model; without it nothing is known
+        return None
+    labels = {**LABELS, "perceptual": "Perceptual distance of the training"}
+    found = {
+        name.removeprefix(_PREFIX): value for name, value in values.items() if name.startswith(_PREFIX) and value is not None
+    }
+    rows = {str(labels.get(name, name)): metric_text(value) for name, value in found.items()}
+    size = source.resolution
+    return {"Images": f"the run's own held-out ones, at {size} x {size} pixels, after step {step}", **rows} if rows else None
+
+
+def metric_text(value: Any) -> str:
     """24.61 (95 % interval 24.10 to 25.13), of a mean and its interval or of a bare number."""
     if isinstance(value, Mapping):
         if value["mean"] is None:

@@ -24,7 +24,7 @@ from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import DOWN, UP, AutoencoderKLConfig
 
-__all__ = ["discriminator_from_ldm", "from_ldm", "infer_config", "ldm_names", "ldm_prefix", "to_ldm"]
+__all__ = ["discriminator_from_ldm", "from_ldm", "infer_config", "ldm_names", "ldm_prefix", "renamed_to_ldm", "to_ldm"]
 
 _PREFIXES = ("first_stage_model.", "vae.", "")  # a latent diffusion model, a bundle of components, an autoencoder alone
 _MARK = "encoder.mid.block_1.conv1.weight"
@@ -58,6 +58,14 @@ def _ldm_name(key: str, levels: int) -> str:
     for pattern, replacement in _RENAMED:
         key = re.sub(pattern, replacement, key)
     return re.sub(r"^decoder\.up_blocks\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", key)
+
+
+def renamed_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under diffusers' names of today, put under LDM's, of which `infer_config` reads the shape; values stay as they are."""
+    levels = 0
+    while f"decoder.up_blocks.{levels}.resnets.0.conv1.weight" in tensors:
+        levels += 1
+    return {_ldm_name(key, levels): value for key, value in tensors.items()}
 
 
 def _shapes(config: AutoencoderKLConfig) -> dict[str, tuple[int, ...]]:

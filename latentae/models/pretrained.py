@@ -1,9 +1,10 @@
 """Finding, loading and saving the weights of an autoencoder.
 
-exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names)
+exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names), or config.json, vae.ldm.safetensors
 checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
 run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
-file              diffusers' names with a config.json beside it, or LDM's names with or without
+file              .safetensors, or pickled: LDM's names or diffusers', with a config.json beside it or without
+owner/name        a repository on the Hub that holds an exported folder, or one as `vae/`
 """
 
 from __future__ import annotations
@@ -22,20 +23,26 @@ from torch import Tensor
 
 from latentae.errors import ModelError
 from latentae.files import atomic_file, read_json, sha256, write_json
-from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderKLConfig
-from latentae.models.ldm import from_ldm, infer_config, ldm_prefix
+from latentae.models.architectures import build
+from latentae.models.base import Autoencoder
+from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig, read_config
+from latentae.models.hub import hub_id, snapshot
+from latentae.models.ldm import from_ldm, infer_config, ldm_prefix, renamed_to_ldm
+from latentae.models.pickled import PICKLES, read_pickle
+from latentae.progress import say
 
 __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "LATEST",
+    "LDM_WEIGHTS",
     "META",
     "METRICS_LOG",
+    "TRAINING",
     "WEIGHTS",
     "ModelSource",
     "fitting_state",
-    "ldm_config",
+    "inferred_config",
     "load_model",
     "load_weights",
     "read_tensors",
@@ -47,8 +54,12 @@ __all__ = [
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CHECKPOINTS, LATEST, META, METRICS_LOG = "checkpoints", "latest", "meta.json", "metrics.jsonl"
+LDM_WEIGHTS, TRAINING = "vae.ldm.safetensors", "training"  # of an exported folder
 PROVENANCE = "latentae.json"
 CHECKPOINT_WEIGHTS = {"ema": "ema.safetensors", "raw": "autoencoder.safetensors"}
+
+_DIFFUSERS_MARK = "encoder.mid_block.resnets.0.conv1.weight"
+_HUB_FILES = tuple(f"{folder}{name}" for folder in ("", "vae/") for name in (CONFIG, WEIGHTS, LDM_WEIGHTS, PROVENANCE))
 
 # diffusers wrote attention layers under these names until 2023; its oldest VAE folders still have them.
 _DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -59,8 +70,8 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        path: as given by the user.
-        weights_file: the safetensors file.
+        path: as given by the user, or the folder that the Hub's client put it in.
+        weights_file: the file of weights.
         config: the model's shape.
         kind: what `path` is.
         resolution: image side in pixels it was trained at, or the config's sample_size.
@@ -70,7 +81,7 @@ class ModelSource:
 
     path: Path
     weights_file: Path
-    config: AutoencoderKLConfig
+    config: AutoencoderConfig
     kind: Literal["run", "checkpoint", "folder", "file"]
     resolution: int
     fingerprint: str
@@ -78,19 +89,26 @@ class ModelSource:
 
 
 def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
-    """Find config and weights behind a run folder, checkpoint, exported folder or safetensors file (diffusers' or LDM's).
+    """Find config and weights behind a run folder, checkpoint, exported folder, file of weights or name of a repository on the Hub.
+
+    A file may be .safetensors, .ckpt, .pt, .pth or .bin, and its names diffusers' or LDM's, with the prefixes "",
+    "first_stage_model." and "vae."; its shape is that of the config.json beside it, or what the tensors say. Pickled files are read
+    as tensors only: one that wants more of Python is refused. What is no path here and reads `owner/name` is looked for on the Hub.
 
     Raises:
         ModelError: `path` is none of these, or a part is missing.
     """
     if weights not in CHECKPOINT_WEIGHTS:
         raise ModelError(f"weights is {weights!r}, expected 'ema' or 'raw'")
-    path = Path(path)
+    name = hub_id(path)
+    path = Path(path) if name is None else snapshot(name, _HUB_FILES)
     if not path.exists():
-        raise ModelError(f"{path} does not exist; give a run folder, a checkpoint, an exported folder or a safetensors file")
+        raise ModelError(
+            f"{path} does not exist; give a run folder, a checkpoint, an exported folder, a file of weights or owner/name on the Hub"
+        )
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ModelError(f"{path} is not a .safetensors file; pickled weights are not read here, convert them first")
+        if path.suffix not in (".safetensors", *PICKLES):
+            raise ModelError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)}")
         return _source(path, path, path.with_name(CONFIG), "file")
     latest = path / CHECKPOINTS / LATEST
     if latest.is_file():
@@ -101,11 +119,11 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
         raise ModelError(f"{path} is a run without a finished checkpoint yet; let it train on, or give another model")
     if (path / META).is_file():
         return _source(path, path / CHECKPOINT_WEIGHTS[weights], path / CONFIG, "checkpoint")
-    if (path / WEIGHTS).is_file():
-        return _source(path, path / WEIGHTS, path / CONFIG, "folder")
-    if (path / "vae" / WEIGHTS).is_file():
-        return _source(path, path / "vae" / WEIGHTS, path / "vae" / CONFIG, "folder")
-    raise ModelError(f"{path} holds no model: expected {WEIGHTS}, a checkpoint's {META} or a run's {CHECKPOINTS}/{LATEST}")
+    for file in (path / WEIGHTS, path / "vae" / WEIGHTS, path / LDM_WEIGHTS, path / "vae" / LDM_WEIGHTS):
+        if file.is_file():
+            return _source(path, file, file.with_name(CONFIG), "folder")
+    where = f"{name} on the Hub" if name else str(path)
+    raise ModelError(f"{where} holds no model: expected {WEIGHTS}, a checkpoint's {META} or a run's {CHECKPOINTS}/{LATEST}")
 
 
 def _source(
@@ -118,9 +136,9 @@ def _source(
     if not weights_file.is_file():
         raise ModelError(f"{path} has no {weights_file.name}; the {kind} is incomplete, use another one")
     if kind == "file" and not config_file.exists():
-        config = ldm_config(weights_file, read_tensors(weights_file))
+        config = inferred_config(weights_file, read_tensors(weights_file))
     else:
-        config = AutoencoderKLConfig.from_json(config_file)
+        config = read_config(config_file)
     size = config.sample_size
     resolution = size if isinstance(size, int) else min(size)
     if kind in ("run", "checkpoint"):
@@ -131,36 +149,50 @@ def _source(
     return ModelSource(path, weights_file, config, kind, resolution, weights_fingerprint(weights_file, config), log)
 
 
-def weights_fingerprint(file: Path, config: AutoencoderKLConfig) -> str:
+def weights_fingerprint(file: Path, config: AutoencoderConfig) -> str:
     """Hex digest of a file of weights and the config it is read with."""
     return hashlib.sha256((sha256(file) + config.model_dump_json()).encode()).hexdigest()
 
 
-def ldm_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
-    """The shape of the autoencoder in an LDM file, from its tensors.
+def inferred_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
+    """The shape of the autoencoder in a file of weights without config, from its tensors.
+
+    Tensors do not tell the number of groups in a norm. LDM knows no other than 32; under diffusers' names 32 is taken too, and said.
 
     Raises:
-        ModelError: `tensors` are not those of an LDM autoencoder that this library has.
+        ModelError: `tensors` are not those of an autoencoder that this library has.
     """
-    if ldm_prefix(tensors) is None:
-        raise ModelError(f"{file} has no {CONFIG} beside it, which weights need that are not under LDM's names; put it there")
+    if ldm_prefix(tensors) is not None:
+        with _naming(file):
+            return infer_config(tensors)
+    current = {_current_name(key): value for key, value in tensors.items()}
+    if _DIFFUSERS_MARK not in current:
+        raise ModelError(
+            f"{file} has no {CONFIG} beside it, and its tensors are not those of an AutoencoderKL; put its {CONFIG} there"
+        )
     with _naming(file):
-        return infer_config(tensors)
+        config = infer_config(renamed_to_ldm(current))
+    say(
+        f"{file}: no {CONFIG} beside it; its shape was read from the tensors, norms taken to have {config.norm_num_groups} groups"
+    )
+    return config
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """Everything in a safetensors file.
+    """Everything in a file of weights; of a pickled one its tensors, without running any code.
 
     Raises:
         ModelError: it is damaged or can't be read.
     """
+    if Path(file).suffix in PICKLES:
+        return read_pickle(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"could not read {file} ({error}); the file is damaged, use another copy") from error
 
 
-def fitting_state(model: AutoencoderKL, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
+def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """The content of `file` as a state dict of `model` (which may be on the meta device: only shapes are read).
 
     Names may be LDM's, or those that diffusers used until 2023.
@@ -168,7 +200,7 @@ def fitting_state(model: AutoencoderKL, tensors: Mapping[str, Tensor], file: str
     Raises:
         ModelError: a key or shape does not fit; the first one is named.
     """
-    if ldm_prefix(tensors) is not None:
+    if isinstance(model.config, AutoencoderKLConfig) and ldm_prefix(tensors) is not None:
         with _naming(file):
             return from_ldm(tensors, model.config)
     state = {_current_name(key): _as_current(key, value) for key, value in tensors.items()}
@@ -191,8 +223,8 @@ def fitting_state(model: AutoencoderKL, tensors: Mapping[str, Tensor], file: str
     return state
 
 
-def load_weights(model: AutoencoderKL, file: str | Path) -> None:
-    """Copy a safetensors file into `model`.
+def load_weights(model: Autoencoder, file: str | Path) -> None:
+    """Copy a file of weights into `model`.
 
     Raises:
         ModelError: the file is damaged, or a key or shape does not fit.
@@ -220,14 +252,14 @@ def _as_current(key: str, value: Tensor) -> Tensor:
     return value[:, :, 0, 0] if "attentions" in key and value.ndim == 4 else value
 
 
-def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> tuple[AutoencoderKL, ModelSource]:
+def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> tuple[Autoencoder, ModelSource]:
     """The model behind `path` in evaluation mode, channels_last, fp32, and where it came from.
 
     Raises:
         ModelError: see `resolve_model` and `load_weights`.
     """
     source = resolve_model(path, weights)
-    model = AutoencoderKL(source.config)
+    model = build(source.config)
     load_weights(model, source.weights_file)
     return model.to(device).eval(), source
 
@@ -244,7 +276,7 @@ def save_weights(state: dict[str, Tensor], file: str | Path, dtype: torch.dtype 
         save_file(plain, temporary, metadata={"format": "pt"})
 
 
-def save_model(model: AutoencoderKL, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Autoencoder, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write diffusers' `config.json` and weights file into `folder`."""
     folder = Path(folder)
     save_weights(model.state_dict(), folder / WEIGHTS, dtype)

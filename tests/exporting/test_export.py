@@ -151,6 +151,21 @@ def test_measured_scaling_reaches_config_and_card(model, tmp_path):
     assert "| 3 | -0.75 | 2 |" in card
 
 
+def test_new_factors_drop_statistics_by_channel_that_came_with_the_config(model, tmp_path):
+    """SDXL would scale by both."""
+    source = tmp_path / "model"
+    AutoencoderKL.from_pretrained(model).save_pretrained(source)
+    by_channel = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+    write_json(source / "config.json", {**read_json(source / "config.json"), **by_channel})
+    export(source, tmp_path / "inherited")
+    assert read_json(tmp_path / "inherited/config.json")["latents_std"] == [2.0] * 4
+    assert "(z - latents_mean) * scaling_factor / latents_std" in (tmp_path / "inherited/README.md").read_text()
+    write_json(tmp_path / "statistics.json", statistics(source))
+    export(source, tmp_path / "measured", statistics=tmp_path / "statistics.json")
+    assert read_json(tmp_path / "measured/config.json")["latents_std"] is None
+    assert "latents_mean" not in (tmp_path / "measured/README.md").read_text()
+
+
 def test_given_factors_win_and_config_is_the_last_resort(model, tmp_path):
     write_json(tmp_path / "statistics.json", statistics(model))
     export(model, tmp_path / "given", statistics=tmp_path / "statistics.json", scaling_factor=2.0)
@@ -332,3 +347,13 @@ def test_it_reconstructs_the_same_where_latentae_is_not_installed(model, tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1e-5
+
+
+def test_only_an_autoencoder_kl_is_a_component(tmp_path):
+    from latentae.models.config import LinearAutoencoderConfig
+    from latentae.models.linear import LinearAutoencoder
+
+    LinearAutoencoder(LinearAutoencoderConfig()).save_pretrained(tmp_path / "linear")
+    with pytest.raises(ModelError, match="is a LinearAutoencoder; what others load is an AutoencoderKL"):
+        export(tmp_path / "linear", tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()

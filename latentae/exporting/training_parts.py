@@ -1,0 +1,63 @@
+"""What only a further training needs: the discriminator, what the losses learned, and which losses they were.
+
+Frozen networks (LPIPS, VGG, feature backbones) are in no checkpoint and so in no export.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from latentae.errors import ModelError
+from latentae.files import read_json, write_json
+from latentae.models.pretrained import META, TRAINING, ModelSource, read_tensors
+
+__all__ = ["copy_training_parts"]
+
+PARTS = {
+    "discriminator.safetensors": "the network trained against",
+    "objective.safetensors": "what the losses learned",
+    "lecam.safetensors": "LeCAM's running means of the logits",
+}
+RECIPE, NOTE = "recipe.toml", "training.json"
+_PATHS = ("weights", "backbone_weights")  # of perceptual networks: files of the machine that trained
+
+
+def copy_training_parts(source: ModelSource, folder: Path) -> dict[str, str]:
+    """Copy a checkpoint's parts to `folder`/training; what is there, name -> in words. Nothing where the model is no run, or has none.
+
+    Raises:
+        ModelError: a part is damaged.
+    """
+    if source.kind not in ("run", "checkpoint"):
+        return {}
+    checkpoint = source.weights_file.parent
+    found = {name: words for name, words in PARTS.items() if (checkpoint / name).is_file()}
+    if not found:
+        return {}
+    (folder / TRAINING).mkdir()
+    for name in found:
+        read_tensors(checkpoint / name)
+        shutil.copyfile(checkpoint / name, folder / TRAINING / name)
+    write_json(folder / TRAINING / NOTE, _note(checkpoint))
+    return {**found, NOTE: "step, images seen and the losses' options"}
+
+
+def _note(checkpoint: Path) -> dict[str, Any]:
+    """How far the training had come and with which losses; no paths of its machine."""
+    try:
+        meta = read_json(checkpoint / META)
+        recipe = tomllib.loads((checkpoint / RECIPE).read_text(encoding="utf-8"))
+        phases = [{"images": phase.get("images"), "loss": phase.get("loss", {})} for phase in recipe.get("phases", ())]
+        values = {name: meta[name] for name in ("latentae", "step", "images_seen")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{checkpoint} is damaged ({error!r}); export another checkpoint") from error
+    return _without_paths({**values, "loss": recipe.get("loss", {}), "phases": phases})
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items() if key not in _PATHS}
+    return [_without_paths(item) for item in value] if isinstance(value, list) else value
