@@ -40,7 +40,7 @@ def read_pixels(image: Image.Image, reopen: Callable[[], Image.Image], data: byt
     Args:
         image: opened and not loaded.
         reopen: opens it again.
-        data: the file.
+        data: the file; empty where there is only an opened image.
         name: what error messages call it.
         bits: 8 or 16, what the caller will ask for: 16 refuses what Pillow reads with 8 bits only.
 
@@ -134,7 +134,7 @@ def _hidden_depth(image: Image.Image, raw_mode: str, data: bytes) -> str | None:
 
 def _jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     """By simplejpeg, at the size that the opened image has; None where it is not installed, no JPEG, or anything but sound."""
-    if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+    if simplejpeg is None or not data or image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
     try:
         colour = "GRAY" if image.mode == "L" else "RGB"

@@ -35,8 +35,11 @@ class Fusion:
     def undo(self) -> None:
         """Give the module its own forwards and memory order back. Calling it twice does nothing."""
         for module in self._patched:
+            own = MethodType(type(module).forward, module)
             if "_old_forward" in module.__dict__:  # accelerate's hooks came later and call it by this name
-                module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+                module.__dict__["_old_forward"] = own
+            elif chain := _diffusers_hooks(module):  # diffusers' came later; the first of them calls it
+                chain[0].forward = own
             else:
                 module.__dict__.pop("forward", None)
         if self._patched and self._contiguous:
@@ -114,7 +117,12 @@ def _is_contiguous(module: nn.Module) -> bool:
 def _hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward (offloading, feature extraction), so that it has to be called."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or hasattr(module, "_hf_hook")
+    return any(own) or hasattr(module, "_hf_hook") or bool(_diffusers_hooks(module))
+
+
+def _diffusers_hooks(module: nn.Module) -> list[Any]:
+    """What diffusers' own hooks (group offloading, layerwise casting) call in turn, the module's forward at the first."""
+    return getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", [])
 
 
 def _not_plain(module: nn.Module | None, kind: type[nn.Module]) -> str | None:

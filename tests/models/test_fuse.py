@@ -158,6 +158,29 @@ def test_weights_that_come_and_go_with_hooks_still_work():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("order", ["fuse, then hooks", "hooks, then fuse"])
+def test_diffusers_own_hooks_are_not_passed_by(order):
+    """Layerwise casting keeps weights in 8 bits and widens them in a hook of each layer: without it, results would be nonsense."""
+    vae, plain, x = build(torch.float32), build(torch.float32), images(dtype=torch.float32)
+    cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    plain.enable_layerwise_casting(**cast)
+    if order.startswith("fuse"):
+        fusion = latentae.fuse(vae)
+        vae.enable_layerwise_casting(**cast)
+    else:
+        vae.enable_layerwise_casting(**cast)
+        fusion = latentae.fuse(vae)
+    assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    with torch.no_grad():
+        expected = outputs(plain, x)
+        found = outputs(vae, x)
+        fusion.undo()
+        found += outputs(vae, x)
+    assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    for ours, theirs in zip(found, expected + expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     vae, x = build(), images()
     latentae.fuse(vae)
