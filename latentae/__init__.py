@@ -12,22 +12,31 @@ from typing import TYPE_CHECKING, Any
 from latentae.version import __version__
 
 _HOME = {
+    "Autoencoder": "latentae.models.base",
     "AutoencoderKL": "latentae.models.autoencoder",
     "AutoencoderKLConfig": "latentae.models.config",
-    "AutoencoderOutput": "latentae.models.autoencoder",
+    "AutoencoderOutput": "latentae.models.base",
     "DiagonalGaussian": "latentae.models.posterior",
     "LatentAEError": "latentae.errors",
     "LatentDataset": "latentae.encoding.latents",
+    "LinearAutoencoder": "latentae.models.linear",
+    "LinearAutoencoderConfig": "latentae.models.config",
+    "anomaly": "latentae.tasks.detecting",
     "config": "latentae.training.plan",
     "decode": "latentae.encoding.preview",
+    "denoise": "latentae.tasks.denoising",
     "encode": "latentae.encoding.encode",
     "evaluate": "latentae.evaluation.evaluate",
     "export": "latentae.exporting.export",
+    "features": "latentae.tasks.extracting",
     "fuse": "latentae.models.fuse",
     "index": "latentae.data.indexing",
+    "interpolate": "latentae.tasks.interpolating",
     "order": "latentae.data.listing",
+    "pipeline": "latentae.inference.pipeline",
     "quickstart": "latentae.examples.quickstart",
     "reconstruct": "latentae.evaluation.reconstruct",
+    "sample": "latentae.tasks.sampling",
     "shards": "latentae.data.writing",
     "stats": "latentae.encoding.stats",
     "train": "latentae.training.train",
@@ -50,10 +59,18 @@ if TYPE_CHECKING:
     from latentae.evaluation.reconstruct import reconstruct
     from latentae.examples.quickstart import quickstart
     from latentae.exporting.export import export
-    from latentae.models.autoencoder import AutoencoderKL, AutoencoderOutput
-    from latentae.models.config import AutoencoderKLConfig
+    from latentae.inference.pipeline import pipeline
+    from latentae.models.autoencoder import AutoencoderKL
+    from latentae.models.base import Autoencoder, AutoencoderOutput
+    from latentae.models.config import AutoencoderKLConfig, LinearAutoencoderConfig
     from latentae.models.fuse import fuse
+    from latentae.models.linear import LinearAutoencoder
     from latentae.models.posterior import DiagonalGaussian
+    from latentae.tasks.denoising import denoise
+    from latentae.tasks.detecting import anomaly
+    from latentae.tasks.extracting import features
+    from latentae.tasks.interpolating import interpolate
+    from latentae.tasks.sampling import sample
     from latentae.training.plan import config
     from latentae.training.train import train
 

