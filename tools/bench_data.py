@@ -44,9 +44,9 @@ from latentae.data.index import load_index
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
 from latentae.data.order import derive_seed
+from latentae.data.photos import HELD_OUT, TRAINING, photo_file
 from latentae.data.transforms import random_crop_flip
 from latentae.errors import MissingDependencyError
-from latentae.examples.photos import HELD_OUT, TRAINING, photo_file
 
 SHORT, LONG = 512, (512, 683, 768)  # pixels; images take the long sides in turn
 QUALITY = 90

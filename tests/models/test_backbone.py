@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentae.data.decode import decode_image
+from latentae.data.photos import photo_file
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.errors import MissingDependencyError, ModelError, WeightsError
-from latentae.examples.photos import photo_file
 from latentae.models import backbone
 from latentae.models.backbone import FrozenBackbone, efficientnet_input, efficientnet_lite0
 
