@@ -17,7 +17,7 @@ __all__ = ["BUILTIN", "HELD_OUT_DIGITS", "BuiltinImages", "digits", "is_builtin"
 BUILTIN = ("sklearn:digits", "sklearn:binary-digits", "skimage:photos")
 SPLITS = ("train", "held-out")
 HELD_OUT_DIGITS = 360
-"""The last fifth of the 1,797 digits; UCI lists them writer by writer, so it is largely by other hands."""
+"""The last fifth of the 1,797 digits, which come largely writer by writer, so that it is mostly by other hands."""
 TILE = 128
 
 

@@ -1,8 +1,8 @@
 """The regularizers of a latent: one line each.
 
-`REGULARIZERS["name"]` is the module beside this one that has a function of the same name, `(output: AutoencoderOutput, images [B, C, H, W] in
-[-1, 1]) -> [B]`, and what its weight does, in one sentence. The line makes the weight an option of every recipe, `loss.NAME`, with a
-line of the log and of the list of effective weights. docs/add_a_loss.md goes through it.
+A line has the name of a module beside this one with a function of the same name, and what its weight does, in one sentence. The function
+is `(output: AutoencoderOutput, images [B, C, H, W] in [-1, 1]) -> [B]`. The line makes its weight an option of every recipe, `loss.NAME`,
+a curve of the log and one of the effective weights that a run prints. docs/add_a_loss.md goes through it.
 """
 
 from __future__ import annotations

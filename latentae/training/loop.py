@@ -200,7 +200,8 @@ class PhaseLoop:
             log.write(self.state.step, seen, values)
             write_png(self.run / "samples" / f"{seen:09}.png", picture)
             log.picture(seen, pil_image(picture))
-            say(f"held out, {seen} images seen: PSNR {values['validation/psnr']:.2f} dB, SSIM {values['validation/ssim']:.3f}")
+            similar = f", SSIM {values['validation/ssim']:.3f}" if "validation/ssim" in values else ""
+            say(f"held out, {seen} images seen: PSNR {values['validation/psnr']:.2f} dB{similar}")
             self._warn(values)
         trainer.accelerator.wait_for_everyone()
         self.timer.restart()

@@ -14,7 +14,7 @@ from latentae.data.shards import expand_shards
 from latentae.data.streaming import streams
 from latentae.data.transforms import to_float, to_uint8
 from latentae.evaluation.images import image_grid
-from latentae.evaluation.metrics import psnr, ssim
+from latentae.evaluation.metrics import TAPS, psnr, ssim
 from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
 from latentae.progress import say
@@ -83,8 +83,9 @@ class Validation:
             stop: asked before each batch.
 
         Returns:
-            `validation/psnr` (dB), `validation/ssim` and, with a perceptual loss, `validation/perceptual`; means over images. And
-            a picture, uint8 [3, H, W], originals over reconstructions. None where `stop` said so: half a set is no measurement.
+            `validation/psnr` (dB), `validation/ssim` (of images of 11 x 11 pixels or more) and, with a perceptual loss,
+            `validation/perceptual`; means over images. And a picture, uint8 [3, H, W], originals over reconstructions. None where
+            `stop` said so: half a set is no measurement.
         """
         model = _averaged(trainer)
         columns: dict[str, list[Tensor]] = {}
@@ -96,7 +97,8 @@ class Validation:
             images = to_float(source)
             made = to_uint8(model(images, sample_posterior=False).reconstruction)
             columns.setdefault("psnr", []).append(psnr(source, made))
-            columns.setdefault("ssim", []).append(ssim(source, made))
+            if min(source.shape[-2:]) >= TAPS:  # a digit of 8 x 8 is smaller than SSIM's window
+                columns.setdefault("ssim", []).append(ssim(source, made))
             if trainer.objective.perceptual is not None:
                 columns.setdefault("perceptual", []).append(trainer.objective.perceptual(images, to_float(made)))
             pairs += zip(batch.images, made.cpu(), strict=True)
