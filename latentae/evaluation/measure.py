@@ -15,7 +15,7 @@ from latentae.errors import ModelError
 from latentae.evaluation.baselines import compress_latent, decompress_latent, jpeg_within
 from latentae.evaluation.distance import Distance
 from latentae.evaluation.latent_report import LatentReport
-from latentae.evaluation.metrics import psnr, ssim
+from latentae.evaluation.metrics import TAPS, psnr, ssim
 from latentae.evaluation.summary import Scores
 from latentae.models.base import Autoencoder
 from latentae.models.pca import PatchPCA
@@ -115,10 +115,18 @@ def _reconstruct(model: Autoencoder, keys: list[str], images: Tensor, measuremen
 def _score(measurement: Measurement, images: Tensor, reconstructions: dict[str, Tensor], distance: Distance) -> None:
     for method, reconstruction in reconstructions.items():
         scores = measurement.scores.setdefault(method, Scores())
-        scores.add("psnr", psnr(reconstruction, images))
-        scores.add("ssim", ssim(reconstruction, images))
-        if distance.module is not None:
-            scores.add("perceptual", distance(reconstruction, images))
+        for metric, values in _compare(reconstruction, images, distance).items():
+            scores.add(metric, values)
+
+
+def _compare(made: Tensor, images: Tensor, distance: Distance) -> dict[str, Tensor]:
+    """Every metric that there is for images of this size, one value an image; SSIM has a window of 11 pixels."""
+    values = {"psnr": psnr(made, images)}
+    if min(images.shape[-2:]) >= TAPS:
+        values["ssim"] = ssim(made, images)
+    if distance.module is not None:
+        values["perceptual"] = distance(made, images) if len(images) else torch.empty(0)
+    return values
 
 
 def _score_jpeg(
@@ -135,10 +143,7 @@ def _score_jpeg(
         [file.image if file else torch.zeros_like(image) for file, image in zip(files, batch.images, strict=True)]
     )
     images, decoded = batch.images[fits].to(device), decoded.to(device)
-    values = {"psnr": psnr(decoded[fits], images), "ssim": ssim(decoded[fits], images)}
-    if distance.module is not None:
-        values["perceptual"] = distance(decoded[fits], images) if fits else torch.empty(0)
-    for metric, found in values.items():
+    for metric, found in _compare(decoded[fits], images, distance).items():
         row = torch.full((len(files),), MISSING, dtype=torch.float64)
         row[fits] = found.cpu().double()
         scores.add(metric, row)
