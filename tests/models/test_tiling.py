@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from latentae.errors import ImageError, ModelError, OutputError, RecipeError
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import preset
+from latentae.models.tiling import Tiled, maps
+from latentae.models.tiling import tiled as tiled_module
+from latentae.models.tiling.blended import UNUSED
+from latentae.models.tiling.statistics import Source
+from latentae.models.tiling.steps import (
+    Affine,
+    Step,
+    change,
+    decoder_steps,
+    encoder_steps,
+    halo,
+    run,
+    split_decoder,
+    split_encoder,
+)
+
+NARROW = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+ATTENTION = {"down_block_types": ("DownEncoderBlock2D", *("AttnDownEncoderBlock2D",) * 2)}
+ATTENTION |= {"up_block_types": (*("AttnUpDecoderBlock2D",) * 2, "UpDecoderBlock2D")}
+PLAIN = {1: {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}}
+PLAIN[2] = {key: 2 * value for key, value in PLAIN[1].items()}
+SHAPES = {
+    "f8, attention in the middle": ("kl-f8", NARROW),
+    "f4, no attention, one group": ("tiny", {}),
+    "f4, attention at two levels": ("kl-f4", {**NARROW, **ATTENTION, "block_out_channels": (8, 8, 16)}),
+    "f2, no 1x1 convolutions": (
+        "tiny",
+        {"block_out_channels": (8, 8), **PLAIN[2], "use_quant_conv": False, "use_post_quant_conv": False},
+    ),
+    "f1, attention": ("tiny", {"block_out_channels": (16,), **PLAIN[1], "mid_block_add_attention": True}),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, **replaced) -> AutoencoderKL:
+    model = AutoencoderKL(preset(name, **replaced)).eval().to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):  # as after training: no two channels alike
+            nn.init.normal_(module.weight, 1.0, 0.2)
+            nn.init.normal_(module.bias, 0.0, 0.2)
+    return model
+
+
+def picture(height: int, width: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Smooth colours, dark at one corner, with fine structure in one half only: tiles of it are unlike each other."""
+    y, x = torch.linspace(-1, 1, height, dtype=dtype).view(-1, 1), torch.linspace(-1, 1, width, dtype=dtype)
+    base = torch.stack([torch.sin(3 * y + x), y * x, torch.cos(2 * x) * y])
+    noise = torch.randn(3, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return (0.6 * base + 0.3 * noise * (x > 0))[None].clamp(-1, 1)
+
+
+@torch.no_grad()
+def psnr(found: torch.Tensor, whole: torch.Tensor) -> float:
+    """Against the spread of the whole, so that latents and images are judged alike."""
+    return float(10 * torch.log10(whole.var() / (found - whole).square().mean()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_is_the_untiled_result(shape):
+    name, replaced = SHAPES[shape]
+    model = build(name, **replaced)
+    f, z = model.config.downsampling, model.config.latent_channels
+    tiled = Tiled(model, "exact", tile=4 * f)
+    with torch.no_grad():
+        image, latent = (
+            torch.cat([picture(11 * f, 5 * f), -picture(11 * f, 5 * f)]),
+            torch.randn(2, z, 5, 11, dtype=torch.float64),
+        )
+        found, whole = tiled.encode(image), model.encode(image)
+        assert found.mean.shape == whole.mean.shape
+        torch.testing.assert_close(found.mean, whole.mean, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.logvar, whole.logvar, rtol=0, atol=1e-10)
+        torch.testing.assert_close(tiled.decode(latent), model.decode(latent), rtol=0, atol=1e-10)
+
+
+def test_exact_in_fp32_is_within_rounding():
+    model = build("kl-f8", torch.float32, **NARROW)
+    tiled = Tiled(model, "exact", tile=32)
+    with torch.no_grad():
+        image, latent = picture(136, 88, torch.float32), torch.randn(1, 4, 11, 17)
+        torch.testing.assert_close(tiled.encode(image).mean, model.encode(image).mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(tiled.decode(latent), model.decode(latent), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width"), [(1024, 1024), (1536, 1000)])
+def test_exact_at_full_size(height, width):
+    """In fp64 equal; in fp32 nearer to that than the model itself, whose GroupNorm adds up millions of values in fp32."""
+    precise = build("kl-f8", **NARROW)
+    model = copy.deepcopy(precise).float()
+    with torch.no_grad():
+        image = picture(height, width)
+        latent = precise.encode(image).mean
+        for step, x, whole in ((0, image, latent), (1, latent, precise.decode(latent))):
+            found, narrow, own = (
+                (each.decode(given) if step else each.encode(given).mean)
+                for each, given in (
+                    (Tiled(precise, "exact", tile=256), x),
+                    (Tiled(model, "exact", tile=256), x.float()),
+                    (model, x.float()),
+                )
+            )
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+            assert (narrow - whole).abs().max() < 1e-4
+            assert (narrow - whole).square().mean() < 1.1 * (own - whole).square().mean()
+
+
+@pytest.mark.parametrize("step", ["encode", "decode"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_the_true_statistics_blended_is_the_untiled_result(shape, step, monkeypatch):
+    """So all of blended's error is that of its statistics, and no tile shows."""
+    name, replaced = SHAPES[shape]
+    model = build(name, **replaced)
+    f, z = model.config.downsampling, model.config.latent_channels
+    fine = split_encoder(encoder_steps(model))[0] if step == "encode" else split_decoder(decoder_steps(model))[1]
+    reach = halo(fine, 1 if step == "encode" else round(f * change(split_decoder(decoder_steps(model))[0])))
+    tile = max(4, math.ceil((reach / UNUSED + 2 * f) / 0.45 / f)) * f
+    monkeypatch.setattr(tiled_module, "estimate", true_statistics)
+    tiled = Tiled(model, tile=tile, overlap=0.45)
+    height, width = 2 * tile - 3 * f, tile + f
+    with torch.no_grad():
+        if step == "encode":
+            image = picture(height, width)
+            found, whole = tiled.encode(image).mean, model.encode(image).mean
+        else:
+            latent = torch.randn(1, z, height // f, width // f, dtype=torch.float64)
+            found, whole = tiled.decode(latent), model.decode(latent)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
+
+
+def true_statistics(steps: list[Step], source: Source, tile: int) -> dict[nn.GroupNorm, Affine]:
+    known = {}
+
+    def norms(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        known[norm] = maps.affine(norm, mean, variance)
+        return known[norm]
+
+    run(steps, source.cut(0, 0, source.height, source.width), norms)
+    return known
+
+
+def test_an_image_no_larger_than_a_tile_is_the_models_own():
+    model = build("tiny")
+    image = picture(32, 64)
+    tiled = Tiled(model, tile=64)
+    with torch.no_grad():
+        posterior = model.encode(image)
+        assert torch.equal(tiled.encode(image).mean, posterior.mean)
+        assert torch.equal(tiled.decode(posterior.mean), model.decode(posterior.mean))
+
+
+@pytest.mark.parametrize("step", ["encode", "decode"])
+def test_blended_beats_diffusers_at_the_same_tile_and_cost(step, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = build("kl-f8", torch.float32, **NARROW)
+    model.save_pretrained(tmp_path)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path).eval()
+    theirs.enable_tiling()
+    theirs.tile_sample_min_size, theirs.tile_latent_min_size = 128, 16
+    tiled = Tiled(model, tile=128, overlap=0.125)  # 25 tiles and 2 samples; diffusers computes 27.6
+    image = picture(512, 512, torch.float32)
+    with torch.no_grad():
+        latent = model.encode(image).mean
+        if step == "encode":
+            whole, ours, their = latent, tiled.encode(image).mean, theirs.encode(image).latent_dist.mean
+        else:
+            whole, ours, their = model.decode(latent), tiled.decode(latent), theirs.decode(latent).sample
+    assert psnr(ours, whole) > psnr(their, whole) + 6  # half of its error
+    assert (ours - whole).abs().max() < (their - whole).abs().max()
+
+
+@pytest.mark.parametrize("mode", ["exact", "blended"])
+def test_without_a_gradient_and_in_half_precision(mode):
+    model = build("tiny", torch.float32)
+    latent = torch.randn(1, 8, 20, 24)
+    wide = Tiled(model, mode, tile=48).decode(latent)
+    assert not wide.requires_grad
+    half = Tiled(model.to(torch.bfloat16), mode, tile=48).decode(latent.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert psnr(half.float(), wide) > 30
+
+
+def test_batches_are_image_by_image():
+    model = build("tiny")
+    latents = torch.randn(2, 8, 20, 24, dtype=torch.float64)
+    latents[1] *= 3
+    tiled = Tiled(model, tile=48)
+    torch.testing.assert_close(tiled.decode(latents)[1:], tiled.decode(latents[1:]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "fast"}, "mode is 'fast', expected blended or exact"),
+        ({"tile": 12}, "tile is 12 pixels, expected a multiple of 4 and at least 16"),
+        ({"tile": 66}, "tile is 66 pixels"),
+        ({"overlap": 0.5}, "overlap is 0.5"),
+        ({"overlap": -0.1}, "overlap is -0.1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        Tiled(build("tiny"), **arguments)
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(ModelError, match="made for AutoencoderKL, this is a Identity"):
+        Tiled(nn.Identity())
+
+
+@pytest.mark.parametrize("mode", ["exact", "blended"])
+def test_wrong_shapes_are_the_models_errors(mode):
+    tiled = Tiled(build("tiny"), mode, tile=16)
+    with pytest.raises(ImageError, match="multiples of 4"):
+        tiled.encode(torch.zeros(1, 3, 30, 64, dtype=torch.float64))
+    with pytest.raises(ModelError, match="expected \\[B, 8, h, w\\]"):
+        tiled.decode(torch.zeros(1, 4, 64, 64, dtype=torch.float64))
+
+
+def test_scratch_files_are_used_and_gone_afterwards_also_after_an_error(tmp_path, monkeypatch):
+    model, latent = build("tiny"), torch.randn(1, 8, 20, 24, dtype=torch.float64)
+    tiled = Tiled(model, "exact", tile=32, scratch=tmp_path)
+    written = []
+    put = maps.Map.put
+
+    def counting(self, start, strip):
+        put(self, start, strip)
+        written.append(strip.nbytes)
+        if len(written) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(maps.Map, "put", counting)
+    stop = -1
+    tiled.decode(latent)
+    assert sum(written) > 10 * latent.nbytes
+    stop = len(written) + 20
+    with pytest.raises(KeyboardInterrupt):
+        tiled.decode(latent)
+    assert list(tmp_path.iterdir()) == []
+    assert [link for link in Path("/proc/self/fd").glob("*") if str(tmp_path) in _target(link)] == []
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:  # closed meanwhile
+        return ""
+
+
+def test_a_scratch_folder_that_does_not_do_is_named(tmp_path, monkeypatch):
+    latent = torch.randn(1, 8, 20, 24, dtype=torch.float64)
+    with pytest.raises(OutputError, match="missing"):
+        Tiled(build("tiny"), "exact", tile=32, scratch=tmp_path / "missing").decode(latent)
+    monkeypatch.setattr(maps.shutil, "disk_usage", lambda _: maps.shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(OutputError, match=r"0\.0 GiB free.*larger disk"):
+        Tiled(build("tiny"), "exact", tile=32, scratch=tmp_path).decode(latent)
+
+
+MEMORY = """
+import sys, torch
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import preset
+from latentae.models.tiling import Tiled
+
+def status(field):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = AutoencoderKL(preset("kl-f8", block_out_channels=(64, 64, 64, 64), norm_num_groups=8, layers_per_block=1)).eval()
+tiled = Tiled(model, sys.argv[1], tile=128, scratch=sys.argv[2])
+tiled.decode(torch.randn(1, 4, 20, 20))  # loads what stays loaded
+latent = torch.randn(1, 4, int(sys.argv[3]), int(sys.argv[3]))
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+tiled.decode(latent)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.parametrize("mode", ["exact", "blended"])
+def test_memory_is_bounded_by_the_tile(mode, tmp_path):
+    """docs/tiling.md: output, and 6 times the values that a tile has where channels are most."""
+    side = 96
+    command = [sys.executable, "-c", MEMORY, mode, str(tmp_path), str(side)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    image, tile = 3 * (8 * side) ** 2 * 4, 64 * 128 * 128 * 4
+    assert int(done.stdout) < image + 6 * tile + 2**25
+    # one map of the whole image would not fit
+    assert image + 6 * tile + 2**25 < 64 * (8 * side) ** 2 * 4
