@@ -323,7 +323,8 @@ def _parse(value: Any, field: FieldInfo) -> Any:
     """Text from a command line becomes a TOML value, unless the option takes text."""
     if isinstance(value, Path):
         return str(value)
-    takes_text = str in (field.annotation, *get_args(field.annotation)) or get_origin(field.annotation) is Literal
+    choices = get_args(field.annotation)
+    takes_text = str in (field.annotation, *choices) or (get_origin(field.annotation) is Literal and isinstance(choices[0], str))
     if not isinstance(value, str) or takes_text:
         return value
     try:

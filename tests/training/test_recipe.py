@@ -107,3 +107,9 @@ def test_the_printed_recipe_is_toml_with_every_value():
     values = tomllib.loads(config("tiny-cpu", optimizer={"lr": 0.5}))
     assert values["optimizer"]["lr"] == 0.5
     assert values["loss"]["perceptual"]["net"] == "efficientnet-lite0"
+
+
+def test_a_choice_between_numbers_can_be_typed():
+    assert load_recipe("tiny-cpu", {"data.channels": "3"}).data.channels == 3
+    with pytest.raises(RecipeError, match=r"data\.channels is 2"):
+        load_recipe("tiny-cpu", {"data.channels": "2"})

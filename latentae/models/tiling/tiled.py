@@ -61,7 +61,7 @@ class Tiled:
         mode: str = "blended",
         *,
         tile: int = 512,
-        overlap: float = 0.25,
+        overlap: float = 0.125,
         scratch: str | Path | None = None,
     ) -> None:
         if not isinstance(model, AutoencoderKL):
