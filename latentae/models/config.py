@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -29,7 +30,7 @@ _Config = TypeVar("_Config", bound="AutoencoderConfig")
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
-class AutoencoderConfig(BaseModel):
+class AutoencoderConfig(BaseModel, ABC):
     """The shape of an autoencoder: what `config.json` says, under diffusers' keys where diffusers has the class."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,9 +46,9 @@ class AutoencoderConfig(BaseModel):
         shift_factor: float
 
     @property
+    @abstractmethod
     def downsampling(self) -> int:
         """Image pixels per latent pixel along a side, f."""
-        raise NotImplementedError
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], path: str | Path) -> Self:
