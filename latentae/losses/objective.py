@@ -101,13 +101,13 @@ class Objective(FrozenParts):
         """Losses between reconstruction and target, [B, C, H, W] x 2 in [-1, 1], averaged over the batch.
 
         Where `where`, [B, 1, H, W], is 0 the target stands in for the reconstruction, and pixel losses are means over the rest (as far as
-        they are sums over pixels: a wavelet's support crosses the border). Each image has a rest.
+        they are sums over pixels: a wavelet's support crosses the border); 0 for an image without a rest.
 
         With an output log-variance s every weighted term is divided by exp(s), and a learned s is a term itself (LDM's
         `contperceptual` sums L / exp(s) + s over elements; here it is their mean). A constant s would add nothing to learn.
         """
         weights = {name: getattr(self.options, name) for name in _PIXEL_LOSSES}
-        share = None if where is None else where.flatten(1).mean(dim=1)
+        share = None if where is None else where.flatten(1).mean(dim=1).clamp_min(1 / where[0].numel())
         x = x if where is None else torch.where(where > 0, x, target)
         values = {name: loss(x, target) for name, loss in _PIXEL_LOSSES.items() if weights[name]}
         if share is not None:

@@ -191,3 +191,13 @@ def test_terms_add_up():
 def test_an_unknown_option_is_refused():
     with pytest.raises(ValueError, match="l3"):
         LossOptions(l3=1.0)  # pyright: ignore
+
+
+def test_losses_on_a_part_are_means_over_it():
+    x, y = pair(32)
+    where = torch.zeros(len(x), 1, 32, 32)
+    where[0, :, :8, 4:20] = 1.0  # of the first image only
+    terms = objective(l1=1.0, l2=1.0).image_terms(x, y, where)
+    d = (x - y)[0, :, :8, 4:20]
+    torch.testing.assert_close(terms.scalars["l1"], d.abs().mean() / len(x))
+    torch.testing.assert_close(terms.scalars["l2"], d.square().mean() / len(x))
