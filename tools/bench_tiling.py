@@ -8,6 +8,7 @@ MODEL is a run, an exported folder, or a preset's name for random weights. The f
 photos. Largest difference, root mean square and PSNR: images span [-1, 1], latents are divided by their standard deviation. At the
 borders of tiles: the mean step of the difference in 1/255 of the range (of two standard deviations), and its ratio to the mean step
 elsewhere; 1 is no seam. `computed`: pixels that the levels near the image computed, samples for statistics included, over the image's.
+Seconds are the processor's.
 The second form measures one large image, blended, in a new process: seconds and peak resident memory. They write tiling.json and
 tiling_memory.json into benchmarks/DEVICE.
 """
@@ -81,12 +82,12 @@ def rows(name: str, model: AutoencoderKL, file: Path, options: argparse.Namespac
         calls += [("blended", overlap, ours(tiled, step)) for overlap, tiled in blended.items()]
         calls.append(("exact", 0.0, ours(exact, step)))
         for method, overlap, call in calls:
-            start = time.perf_counter()
+            start = time.process_time()
             out = call(given)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             row: dict[str, Any] = {"model": Path(name).name, "photo": file.name, "height": x.shape[2], "width": x.shape[3]}
             row |= {"step": step, "method": method, "tile": tile, "overlap": overlap}
-            row |= {"computed": round(computed(model, method, overlap, x, tile), 3), "seconds": round(seconds, 2)}
+            row |= {"computed": round(computed(model, method, overlap, x, tile), 3), "cpu_seconds": round(seconds, 2)}
             row |= compare(out, whole, borders(method, overlap, tile, f, x, step), step)
             print(line(row), flush=True)
             found.append(row)
@@ -176,7 +177,7 @@ def line(row: dict[str, Any]) -> str:
     what = f"{row['step']} {row['photo']} {row['height']}x{row['width']} tile {row['tile']} {row['method']} {row['overlap']}"
     error = f"max {row['max']:.5f} rms {row['rms']:.5f} psnr {row['psnr']:.1f}"
     seams = f"border step {row['border_step']:.3f} seam {row['seam']:.2f}"
-    return f"{what}: computed {row['computed']:.2f} {row['seconds']:.1f} s {error} {seams}"
+    return f"{what}: computed {row['computed']:.2f} {row['cpu_seconds']:.1f} s {error} {seams}"
 
 
 def measure_memory(name: str, step: str, options: argparse.Namespace) -> dict[str, Any]:
