@@ -26,11 +26,12 @@ test: install ## every test that this machine can run
 test-fast: install ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-check: install ## linter, formatter, types, import direction
+check: install ## linter, formatter, types, import direction, and that every test can be collected
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --collect-only -qq --no-summary
 
 kernels: install ## every kernel compiled for sm_80, sm_90 and sm_100, with its gates
 	env -u TRITON_INTERPRET $(BIN)/python -m latentae_kernels.aot
