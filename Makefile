@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 6
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-fast check kernels format bench clean
@@ -20,11 +21,11 @@ install: .venv/installed ## the environment in .venv, from pyproject.toml and co
 quickstart: install ## the whole line on photos that ship with the dependencies; MINUTES=6 of training
 	$(BIN)/python -m latentae quickstart --out quickstart --minutes $(MINUTES)
 
-test: install ## every test that this machine can run
-	$(BIN)/python -m pytest
+test: install ## every test that this machine can run; JOBS=2 at the same time, each with one thread
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 test-fast: install ## without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow"
 
 check: install ## linter, formatter, types, import direction, and that every test can be collected
 	$(BIN)/ruff check .

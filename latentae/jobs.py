@@ -1,23 +1,24 @@
 """One rule for every output folder: the same job resumes, a finished one says so, anything else is refused.
 
 Each verb that fills a folder opens a `Job` on it. The folder then holds `latentae.json`, which names the verb and the
-inputs it was started with, and whether it finished.
+inputs it was started with, and whether it finished. Where several processes share a job, a launcher told each its number.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from latentae.errors import OutputError
+from latentae.errors import OutputError, RecipeError
 from latentae.files import write_json
 from latentae.version import __version__
 
-__all__ = ["FORMAT_VERSION", "RECORD", "Job", "RemoteJob"]
+__all__ = ["FORMAT_VERSION", "RECORD", "Job", "RemoteJob", "resolve_task", "task_from_environment"]
 
 FORMAT_VERSION = 1
 RECORD = "latentae.json"
@@ -188,3 +189,24 @@ def first_difference(there: Any, here: Any, name: str = "") -> str | None:
                 return difference
         return None
     return None if there == here else f"{name} is {there!r} there and {here!r} here"
+
+
+def task_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(task_id, num_tasks) as a launcher set them: RANK and WORLD_SIZE, else a SLURM array's variables, else (0, 1)."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
+        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+        step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environment["SLURM_ARRAY_TASK_COUNT"])
+    return 0, 1
+
+
+def resolve_task(task_id: int | None, num_tasks: int | None) -> tuple[int, int]:
+    """(task_id, num_tasks) as given, else as a launcher set them; RecipeError where they make no sense."""
+    if (task_id is None) != (num_tasks is None):
+        raise RecipeError(f"task id is {task_id} and num tasks is {num_tasks}; give both or neither")
+    task, tasks = task_from_environment(os.environ) if task_id is None or num_tasks is None else (task_id, num_tasks)
+    if not 0 <= task < tasks:
+        raise RecipeError(f"task id is {task} of {tasks} tasks, expected 0 to {tasks - 1}")
+    return task, tasks

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from latentae.errors import OutputError
-from latentae.jobs import Job, first_difference
+from latentae.errors import OutputError, RecipeError
+from latentae.jobs import Job, first_difference, resolve_task, task_from_environment
 
 
 def test_the_same_job_resumes_and_a_finished_one_says_so(tmp_path):
@@ -52,3 +52,32 @@ def test_a_damaged_or_newer_record_is_said(content, tmp_path):
 
 def test_first_difference_of_equal_values_is_none():
     assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+
+
+def test_tasks_that_make_no_sense() -> None:
+    assert resolve_task(1, 3) == (1, 3)
+    for task, tasks in ((0, None), (None, 2), (2, 2), (-1, 2)):
+        with pytest.raises(RecipeError):
+            resolve_task(task, tasks)
+
+
+@pytest.mark.parametrize(
+    ("environment", "task"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        ({"RANK": "3"}, (0, 1)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+            (2, 4),
+        ),
+        ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+    ],
+)
+def test_task_from_environment(environment: dict[str, str], task: tuple[int, int]) -> None:
+    assert task_from_environment(environment) == task

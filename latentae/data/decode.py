@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from latentae.data.headers import IMAGE_EXTENSIONS
-from latentae.data.pixels import fit, orientation, read_pixels, upright
+from latentae.data.pixels import fit, orientation, read_pixels, stored_kind, upright
 from latentae.errors import DataError, ImageError
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGE_EXTENSIONS",
     "MAX_PIXELS",
+    "ImageKind",
     "Sample",
     "decode_at_least",
     "decode_image",
     "decode_sample",
     "image_extension",
+    "image_kind",
     "read_image",
 ]
 
@@ -48,6 +50,25 @@ class Sample:
 
     key: str
     image: Tensor  # uint8 or uint16 [C, H, W], sRGB
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """How a file stores its image, whatever it is decoded to."""
+
+    gray: bool
+    deep: bool
+    """More than 8 bits a channel."""
+
+
+def image_kind(raw: RawSample) -> ImageKind:
+    """How the image of a raw sample is stored, by its header; ImageError where it has none that can be read."""
+    extension = image_extension(raw)
+    if extension is None:
+        raise ImageError(f"sample {raw['__key__']} has no image")
+    data = raw[extension]
+    colours, deep = stored_kind(_open(data, str(raw["__key__"])), data)
+    return ImageKind(colours == 1, deep)
 
 
 def image_extension(raw: Mapping[str, Any]) -> str | None:

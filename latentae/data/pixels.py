@@ -23,7 +23,7 @@ try:  # a third faster than Pillow, and bit for bit the same
 except ImportError:
     simplejpeg = None
 
-__all__ = ["fit", "orientation", "read_pixels", "upright"]
+__all__ = ["fit", "orientation", "read_pixels", "stored_kind", "upright"]
 
 Pixels = NDArray[np.uint8 | np.uint16]
 
@@ -71,6 +71,13 @@ def read_pixels(image: Image.Image, reopen: Callable[[], Image.Image], data: byt
         pixels = _jpeg(image, data)
         pixels = _shallow(image, name) if pixels is None else pixels
     return _to_srgb(pixels, profile, name, bits) if profile else pixels
+
+
+def stored_kind(image: Image.Image, data: bytes) -> tuple[int, bool]:
+    """How an image is stored, by the header of an opened file: colours (1 gray, 3 otherwise), and whether it has more than 8 bits."""
+    raw_mode = _raw_mode(image)
+    deep = image.mode.startswith("I") or ";16" in raw_mode or _hidden_depth(image, raw_mode, data) is not None
+    return (1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3), deep
 
 
 def _check_covered(image: Image.Image, name: str) -> None:

@@ -25,12 +25,12 @@ from latentae.device import choose_device
 from latentae.encoding.encoders import Encoder, ModelEncoder, build_encoder
 from latentae.encoding.pipeline import default_workers
 from latentae.encoding.places import has_label
-from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers, resolve_task
+from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers
 from latentae.encoding.shard import DTYPES, UNREADABLE, ShardSettings, encode_shards
 from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import ImageError, ModelError, RecipeError
-from latentae.jobs import Job, RemoteJob
+from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.models.pretrained import ModelSource, resolve_model
 from latentae.progress import Progress, say

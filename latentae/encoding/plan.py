@@ -15,7 +15,7 @@ from latentae.data.index import ShardIndex
 from latentae.data.sources import is_remote, shown
 from latentae.encoding.sidecar import Sidecar, finished_sidecar, fits, is_of, parse_sidecar, sidecar_name
 from latentae.encoding.store import Store
-from latentae.errors import RecipeError, ShardError
+from latentae.errors import ShardError
 from latentae.files import INCOMPLETE, abandoned
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
     "plan_shards",
     "read_sidecars",
     "remove_leftovers",
-    "resolve_task",
-    "task_from_environment",
 ]
 
 THREADS = 32  # that read remote sidecars; they wait for the server
@@ -124,27 +122,6 @@ def _parts(shard: str) -> tuple[str, ...]:
     if ".." in parts:
         raise ShardError(f"{shown(shard)} goes up with '..'; give the address without it")
     return (f"{scheme}://", *parts)
-
-
-def task_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(task_id, num_tasks) as a launcher set them: RANK and WORLD_SIZE, else a SLURM array's variables, else (0, 1)."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
-        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environment["SLURM_ARRAY_TASK_COUNT"])
-    return 0, 1
-
-
-def resolve_task(task_id: int | None, num_tasks: int | None) -> tuple[int, int]:
-    """(task_id, num_tasks) as given, else as a launcher set them; RecipeError where they make no sense."""
-    if (task_id is None) != (num_tasks is None):
-        raise RecipeError(f"task id is {task_id} and num tasks is {num_tasks}; give both or neither")
-    task, tasks = task_from_environment(os.environ) if task_id is None or num_tasks is None else (task_id, num_tasks)
-    if not 0 <= task < tasks:
-        raise RecipeError(f"task id is {task} of {tasks} tasks, expected 0 to {tasks - 1}")
-    return task, tasks
 
 
 def remove_leftovers(store: Store) -> None:

@@ -19,11 +19,9 @@ from latentae.encoding.plan import (
     plan_digest,
     plan_shards,
     remove_leftovers,
-    resolve_task,
-    task_from_environment,
 )
 from latentae.encoding.store import Store
-from latentae.errors import RecipeError, ShardError
+from latentae.errors import ShardError
 from latentae.files import atomic_file
 
 NAMES = st.lists(st.lists(st.sampled_from(["a", "b", "c.d", "e"]), min_size=1, max_size=3).map("/".join), min_size=1, unique=True)
@@ -107,13 +105,6 @@ def test_what_is_finished(tmp_path: Path, kind: str) -> None:
     assert finished() == []
 
 
-def test_tasks_that_make_no_sense() -> None:
-    assert resolve_task(1, 3) == (1, 3)
-    for task, tasks in ((0, None), (None, 2), (2, 2), (-1, 2)):
-        with pytest.raises(RecipeError):
-            resolve_task(task, tasks)
-
-
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     shard = tmp_path / "deep/a[0].tar"
@@ -137,25 +128,3 @@ def abandoned_name(path: Path, process: int) -> Path:
         temporary.touch()
     path.unlink()
     return temporary.with_name(temporary.name.replace(f".{os.getpid()}.", f".{process}."))
-
-
-@pytest.mark.parametrize(
-    ("environment", "task"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
-        ({"RANK": "3"}, (0, 1)),
-        (
-            {
-                "SLURM_ARRAY_TASK_ID": "5",
-                "SLURM_ARRAY_TASK_COUNT": "4",
-                "SLURM_ARRAY_TASK_MIN": "1",
-                "SLURM_ARRAY_TASK_STEP": "2",
-            },
-            (2, 4),
-        ),
-        ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
-    ],
-)
-def test_task_from_environment(environment: dict[str, str], task: tuple[int, int]) -> None:
-    assert task_from_environment(environment) == task
