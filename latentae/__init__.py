@@ -13,6 +13,8 @@ from latentae.version import __version__
 
 _HOME = {
     "Autoencoder": "latentae.models.base",
+    "AutoencoderDC": "latentae.models.dc.autoencoder",
+    "AutoencoderDCConfig": "latentae.models.config",
     "AutoencoderKL": "latentae.models.autoencoder",
     "AutoencoderKLConfig": "latentae.models.config",
     "AutoencoderOutput": "latentae.models.base",
@@ -22,6 +24,7 @@ _HOME = {
     "LinearAutoencoder": "latentae.models.linear",
     "LinearAutoencoderConfig": "latentae.models.config",
     "anomaly": "latentae.tasks.detecting",
+    "compare": "latentae.evaluation.compare",
     "config": "latentae.training.plan",
     "decode": "latentae.encoding.preview",
     "denoise": "latentae.tasks.denoising",
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from latentae.encoding.stats import stats
     from latentae.encoding.verify import verify
     from latentae.errors import LatentAEError
+    from latentae.evaluation.compare import compare
     from latentae.evaluation.evaluate import evaluate
     from latentae.evaluation.reconstruct import reconstruct
     from latentae.examples.quickstart import quickstart
@@ -62,7 +66,8 @@ if TYPE_CHECKING:
     from latentae.inference.pipeline import pipeline
     from latentae.models.autoencoder import AutoencoderKL
     from latentae.models.base import Autoencoder, AutoencoderOutput
-    from latentae.models.config import AutoencoderKLConfig, LinearAutoencoderConfig
+    from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig, LinearAutoencoderConfig
+    from latentae.models.dc.autoencoder import AutoencoderDC
     from latentae.models.fuse import fuse
     from latentae.models.linear import LinearAutoencoder
     from latentae.models.posterior import DiagonalGaussian

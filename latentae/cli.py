@@ -182,36 +182,64 @@ def config(words: Words) -> None:
 def evaluate(
     model: Model,
     shards: Shards,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="MODEL", help="Another model to measure on the same images; give it again for more."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json, per_image.csv and report.html; a table without it.")
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own when not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many images, spread evenly over the shards.")] = None,
     perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "auto",
+    frechet: Annotated[
+        str, typer.Option(help="Features for the Frechet distance: auto, inception, none, or a backbone of timm.")
+    ] = "auto",
+    details: Annotated[
+        bool, typer.Option(help="Look closer at a few images: disturbed latents, half precision, rate and distortion.")
+    ] = True,
+    diffusability: Annotated[
+        bool, typer.Option("--diffusability", help="Also interpolate latents and train tiny flows on them; takes minutes.")
+    ] = False,
     pca_shards: Annotated[
-        str | None, typer.Option(help="Images to fit the PCA baseline on; the run's own when not given.")
+        str | None, typer.Option(help="Images to fit the PCA and DCT baselines on; the run's own when not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap, of noise and of what is trained.")] = 0,
     weights: Weights = "ema",
     device: Device = "auto",
 ) -> None:
-    """Measure reconstructions, latents and baselines on held-out shards."""
+    """Measure reconstructions, the latent space and baselines on held-out shards, with a report that opens offline."""
     import latentae
 
     latentae.evaluate(
         model,
         shards,
+        compare=compare,
         out=out,
         resolution=resolution,
         batch_size=batch_size,
         limit=limit,
         perceptual=perceptual,
+        frechet=frechet,
+        details=details,
+        diffusability=diffusability,
         pca_shards=pca_shards,
         seed=seed,
         weights=weights,
         device=device,
     )
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or output folders of evaluate.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+) -> None:
+    """Put runs side by side: what differs in their recipes, their curves, and their metrics."""
+    import latentae
+
+    latentae.compare(runs, out)
 
 
 @app.command()

@@ -125,7 +125,7 @@ def test_the_module_runs_and_the_line_works_from_a_folder_of_images(tmp_path):
     for words in (
         ["shards", ".", "shards"],
         ["train", "tiny-cpu", *small, "--data.shards", "shards", "--images", "4", "--batch_size", "2", "--output", "run"],
-        ["evaluate", "run", "shards", "--out", "evaluation", "--perceptual", "none"],
+        ["evaluate", "run", "shards", "--out", "evaluation", "--perceptual", "none", "--no-details"],
         ["encode", "run", "shards", "latents"],
         ["export", "run", "export", "--statistics", "latents", "--metrics", "evaluation"],
         ["reconstruct", "export", "photo 0.png", "photo 1.png", "--out", "grid.png"],

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentae.data.transforms import to_float
 from latentae.errors import ImageError, RecipeError, WeightsError
 from latentae.losses.options import PerceptualNet
-from latentae.losses.perceptual import build_perceptual, perceptual_available
+from latentae.losses.perceptual import FrozenDistance, build_perceptual, perceptual_available
 
 __all__ = ["Distance", "choose_distance"]
 
@@ -28,7 +29,7 @@ class Distance:
         reason: why it was chosen, or why there is none.
     """
 
-    module: nn.Module | None
+    module: FrozenDistance | None
     name: str | None
     reason: str
 
@@ -37,6 +38,16 @@ class Distance:
         if self.module is None:
             raise WeightsError(f"there is no perceptual distance: {self.reason}")
         return self.module(to_float(x), to_float(y)).double()
+
+    def seen(self, images: Tensor) -> Sequence[Tensor]:
+        """What the network sees in uint8 [B, 3, H, W], for `between`: images that several are compared with are looked at once."""
+        return [] if self.module is None else self.module.features(to_float(images))
+
+    def between(self, made: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """Distance of each image from those that `seen` came from, fp64 [B]; `made` is uint8 [B, 3, H, W]."""
+        if self.module is None:
+            raise WeightsError(f"there is no perceptual distance: {self.reason}")
+        return self.module.distance(self.module.features(to_float(made)), seen).double()
 
 
 def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu") -> Distance:

@@ -1,163 +1,184 @@
-"""One streaming pass over images: the model, its quantised latents and the baselines, one value per image and metric."""
+"""One pass over images: what the model and every other method make of them, and what the latents look like."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.loader import Batch
-from latentae.data.transforms import to_float, to_uint8
-from latentae.errors import ModelError
-from latentae.evaluation.baselines import compress_latent, decompress_latent, jpeg_within
+from latentae.data.decode import decode_sample, image_kind
+from latentae.data.shards import RawSample
+from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
+from latentae.errors import ImageError, ModelError
 from latentae.evaluation.distance import Distance
-from latentae.evaluation.latent_report import LatentReport
+from latentae.evaluation.extractors import Extractor, as_rgb
+from latentae.evaluation.latents.probe import pooled
+from latentae.evaluation.methods.base import Made, Method
+from latentae.evaluation.methods.quantised import quantise
 from latentae.evaluation.metrics import TAPS, psnr, ssim
+from latentae.evaluation.part import ORIGINALS, Part
 from latentae.evaluation.summary import Scores
 from latentae.models.base import Autoencoder
-from latentae.models.pca import PatchPCA
-from latentae.progress import Progress
+from latentae.models.posterior import DiagonalGaussian
 
-__all__ = ["JPEG", "MODEL", "PCA", "QUANTISED", "Example", "Measurement", "measure"]
+__all__ = ["MODEL", "QUANTISED", "Instruments", "Loaded", "load_images", "measure"]
 
-MODEL, QUANTISED, PCA, JPEG = "model", "latent_8bit", "pca", "jpeg"
-MISSING = math.nan
+MODEL, QUANTISED = "model", "latent_8bit"
 
 
 @dataclass(frozen=True)
-class Example:
-    """One image and what each method made of it: uint8 [3, H, W] and PSNR in dB.
+class Loaded:
+    """One image as it is evaluated, or why it can't be."""
 
-    Methods without a result are left out, and so are the 8-bit latents, which the eye can't tell from the model.
-    """
-
+    position: int
     key: str
-    original: Tensor
-    images: dict[str, Tensor]
-    psnr: dict[str, float]
+    image: Tensor | None
+    """uint8 [C, R, R]; None where it can't be read."""
+    reason: str = ""
+    label: str = ""
+    enlarged: bool = False
+    gray: bool = False
+    deep: bool = False
 
 
-@dataclass
-class Measurement:
-    """Everything one pass gives; `scores` is by method, in the order of `keys`."""
+@dataclass(frozen=True)
+class Instruments:
+    """Everything that looks at a batch.
 
-    keys: list[str] = field(default_factory=list)
-    scores: dict[str, Scores] = field(default_factory=dict)
-    latents: LatentReport = field(default_factory=LatentReport)
-    latent_shape: tuple[int, ...] = ()
-    examples: list[Example] = field(default_factory=list)
-
-
-@torch.inference_mode()
-def measure(
-    model: Autoencoder,
-    batches: Iterable[Batch],
-    *,
-    distance: Distance,
-    pca: PatchPCA | None = None,
-    device: torch.device | None = None,
-    total: int | None = None,
-    examples: Iterable[int] = (),
-) -> Measurement:
-    """Run model and baselines over batches; memory does not grow with their number, but for one row of numbers per image.
-
-    Args:
+    Attributes:
         model: in evaluation mode, on `device`.
-        batches: uint8 images whose sides the model's downsampling divides.
+        methods: the others, in the order of the table.
         distance: the perceptual distance.
-        pca: fitted components; None leaves PCA out.
+        extractor: of features for the Frechet distance; None leaves it out.
         device: where the model is.
-        total: number of images, for the progress bar.
-        examples: positions of the images to keep as pictures.
-
-    Raises:
-        ModelError: a latent or a reconstruction is not finite.
     """
-    measurement, wanted = Measurement(), set(examples)
-    with Progress("evaluating", total) as progress:
-        for batch in batches:
-            images, keys = batch.images.to(device), [_printable(key) for key in batch.keys]
-            reconstructions = _reconstruct(model, keys, images, measurement)
-            if pca is not None:
-                reconstructions[PCA] = pca.reconstruct(images)
-            _score(measurement, images, reconstructions, distance)
-            _score_jpeg(measurement, batch, reconstructions, distance, device)
-            for offset, key in enumerate(keys):
-                if len(measurement.keys) + offset in wanted:
-                    measurement.examples.append(_example(measurement, key, offset, len(keys), batch.images, reconstructions))
-            measurement.keys.extend(keys)
-            progress.advance(len(keys))
-    return measurement
+
+    model: Autoencoder
+    methods: Sequence[Method]
+    distance: Distance
+    extractor: Extractor | None
+    device: torch.device
+
+    def reconstruct(self, images: Tensor, keys: Sequence[str]) -> tuple[dict[str, Made], DiagonalGaussian]:
+        """What every method makes of uint8 [B, C, R, R] on the device, the model first, and the model's posterior.
+
+        Raises:
+            ModelError: the model's latent or reconstruction is not finite.
+        """
+        posterior = self.model.encode(to_float(images))
+        mode = posterior.mode()
+        exact = self.model.decode(mode)
+        _check_finite(mode, exact, keys)
+        stored, sizes = quantise(mode)
+        made = {
+            MODEL: Made(to_uint8(exact)),
+            QUANTISED: Made(to_uint8(self.model.decode(stored)), {"bytes": [float(size) for size in sizes]}),
+        }
+        for method in self.methods:
+            made[method.name] = method(images, sizes)
+        return made, posterior
 
 
-def _reconstruct(model: Autoencoder, keys: list[str], images: Tensor, measurement: Measurement) -> dict[str, Tensor]:
-    """uint8 images from the posterior mean, and from the posterior mean in 8 bits; counts the latents and their bytes."""
-    posterior = model.encode(to_float(images))
-    mode = posterior.mode()
-    exact = model.decode(mode)
-    finite = torch.isfinite(mode).flatten(1).all(1) & torch.isfinite(exact).flatten(1).all(1)
+def _check_finite(latent: Tensor, image: Tensor, keys: Sequence[str]) -> None:
+    finite = torch.isfinite(latent).flatten(1).all(1) & torch.isfinite(image).flatten(1).all(1)
     if not finite.all():
         key = keys[int((~finite).nonzero()[0])]
         raise ModelError(
             f"the reconstruction of {key} has NaN or infinite values; the model has diverged, evaluate an earlier checkpoint"
         )
-    streams = [compress_latent(latent) for latent in mode]
-    stored = torch.stack([decompress_latent(stream, mode.shape[1:]) for stream in streams]).to(mode)
-    measurement.latents.add(posterior)
-    measurement.latent_shape = tuple(mode.shape[1:])
-    measurement.scores.setdefault(QUANTISED, Scores()).add("bytes", [float(len(stream)) for stream in streams])
-    return {MODEL: to_uint8(exact), QUANTISED: to_uint8(model.decode(stored))}
 
 
-def _score(measurement: Measurement, images: Tensor, reconstructions: dict[str, Tensor], distance: Distance) -> None:
-    for method, reconstruction in reconstructions.items():
-        scores = measurement.scores.setdefault(method, Scores())
-        for metric, values in _compare(reconstruction, images, distance).items():
-            scores.add(metric, values)
+def load_images(samples: Iterable[tuple[int, RawSample]], resolution: int, channels: int) -> Iterator[Loaded]:
+    """Decode, resize and crop samples; one that can't be read comes with the reason instead of an image."""
+    for position, raw in samples:
+        key, label = printable(raw["__key__"]), _label(raw)
+        try:
+            kind, image = image_kind(raw), decode_sample(raw, channels=channels).image
+        except ImageError as error:
+            yield Loaded(position, key, None, printable(str(error)), label)
+            continue
+        small = min(image.shape[1:]) < resolution
+        cropped = resize_and_center_crop(image, resolution)
+        yield Loaded(position, key, cropped, label=label, enlarged=small, gray=kind.gray, deep=kind.deep)
 
 
-def _compare(made: Tensor, images: Tensor, distance: Distance) -> dict[str, Tensor]:
-    """Every metric that there is for images of this size, one value an image; SSIM has a window of 11 pixels."""
-    values = {"psnr": psnr(made, images)}
+@torch.inference_mode()
+def measure(instruments: Instruments, images: Iterable[Loaded], batch_size: int) -> Part:
+    """Run the model and every method over images.
+
+    Args:
+        instruments: what looks at them.
+        images: of one size, from `load_images`.
+        batch_size: images at a time.
+
+    Raises:
+        ModelError: a latent or a reconstruction of the model is not finite.
+    """
+    part, stream = Part(), iter(images)
+    while batch := list(itertools.islice(stream, batch_size)):
+        part.skipped.extend((item.key, item.reason) for item in batch if item.image is None)
+        sound = [item for item in batch if item.image is not None]
+        if sound:
+            _measure_batch(part, instruments, sound)
+    return part
+
+
+def _measure_batch(part: Part, instruments: Instruments, batch: Sequence[Loaded]) -> None:
+    images = torch.stack([item.image for item in batch if item.image is not None]).to(instruments.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    made, posterior = instruments.reconstruct(images, [item.key for item in batch])
+    part.latents.add(posterior, to_float(images))
+    part.latent_shape = tuple(posterior.mean.shape[1:])
+    seen = instruments.distance.seen(as_rgb(images))
+    for method, result in made.items():
+        _score(part.scores.setdefault(method, Scores()), result, images, instruments.distance, seen)
+    if instruments.extractor is not None:
+        part.features.setdefault(ORIGINALS, []).append(_features(instruments.extractor, images, frozenset()))
+        for method, result in made.items():
+            part.features.setdefault(method, []).append(_features(instruments.extractor, result.images, result.missing))
+    labelled = [row for row, item in enumerate(batch) if item.label]
+    if labelled:
+        part.pooled.append(pooled(posterior.mean)[labelled].cpu().float().numpy())
+    part.positions.extend(item.position for item in batch)
+    part.keys.extend(item.key for item in batch)
+    part.labels.extend(item.label for item in batch)
+    for name in ("enlarged", "gray", "deep"):
+        part.counts[name] = part.counts.get(name, 0) + sum(getattr(item, name) for item in batch)
+
+
+def _score(scores: Scores, made: Made, images: Tensor, distance: Distance, seen: Sequence[Tensor]) -> None:
+    """Every metric that there is for images of this size, of the images that there is a result for; NaN for the others."""
+    for name, values in made.numbers.items():
+        scores.add(name, values)
+    rows = [row for row in range(len(images)) if row not in made.missing]
+    restored, originals = made.images[rows], images[rows]
+    found = {"psnr": psnr(restored, originals)}
     if min(images.shape[-2:]) >= TAPS:
-        values["ssim"] = ssim(made, images)
+        found["ssim"] = ssim(restored, originals)
     if distance.module is not None:
-        values["perceptual"] = distance(made, images) if len(images) else torch.empty(0)
-    return values
+        found["perceptual"] = distance.between(as_rgb(restored), [layer[rows] for layer in seen]) if rows else torch.empty(0)
+    for metric, values in found.items():
+        column = torch.full((len(images),), math.nan, dtype=torch.float64)
+        column[rows] = values.cpu().double()
+        scores.add(metric, column)
 
 
-def _score_jpeg(
-    measurement: Measurement, batch: Batch, reconstructions: dict[str, Tensor], distance: Distance, device: torch.device | None
-) -> None:
-    """JPEG in the bytes of each image's own latent; NaN for an image whose smallest JPEG is larger."""
-    budgets = measurement.scores[QUANTISED].values["bytes"][-len(batch.keys) :]
-    files = [jpeg_within(image, int(budget)) for image, budget in zip(batch.images, budgets, strict=True)]
-    scores = measurement.scores.setdefault(JPEG, Scores())
-    scores.add("bytes", [float(len(file.data)) if file else MISSING for file in files])
-    scores.add("quality", [float(file.quality) if file else MISSING for file in files])
-    fits = [index for index, file in enumerate(files) if file]
-    decoded = torch.stack(
-        [file.image if file else torch.zeros_like(image) for file, image in zip(files, batch.images, strict=True)]
-    )
-    images, decoded = batch.images[fits].to(device), decoded.to(device)
-    for metric, found in _compare(decoded[fits], images, distance).items():
-        row = torch.full((len(files),), MISSING, dtype=torch.float64)
-        row[fits] = found.cpu().double()
-        scores.add(metric, row)
-    reconstructions[JPEG] = decoded
+def _features(extractor: Extractor, images: Tensor, missing: frozenset[int]) -> np.ndarray:
+    found = extractor(images).cpu().float().numpy()
+    found[sorted(missing)] = np.nan
+    return found
 
 
-def _example(
-    measurement: Measurement, key: str, offset: int, batch: int, images: Tensor, reconstructions: dict[str, Tensor]
-) -> Example:
-    values = {method: measurement.scores[method].values["psnr"][offset - batch] for method in reconstructions}
-    shown = [method for method in reconstructions if method != QUANTISED and not math.isnan(values[method])]
-    return Example(key, images[offset], {m: reconstructions[m][offset].cpu() for m in shown}, {m: values[m] for m in shown})
+def _label(raw: RawSample) -> str:
+    value = raw.get("cls", b"")
+    return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value)
 
 
-def _printable(key: str) -> str:
+def printable(text: str) -> str:
     """Tar names may be no UTF-8; Python then carries the bytes as surrogates, which no text file takes."""
-    return key.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

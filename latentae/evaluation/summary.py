@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,8 +103,20 @@ def interval_text(metric: str, interval: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def methods(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every method of an evaluation that has numbers, the model first; each has `label` and `metrics`."""
-    return [{"label": "this model", "metrics": result["metrics"]}, *(b for b in result["baselines"].values() if "metrics" in b)]
+    """Every method of an evaluation that has numbers, the model first; each has `name`, `label` and `metrics`."""
+    return [
+        {"name": "model", "label": "this model", "metrics": result["metrics"]},
+        *({"name": name, **other} for name, other in _named(result) if "metrics" in other),
+    ]
+
+
+def _named(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """8-bit latents, then the models compared, then the baselines."""
+    baselines = dict(result["baselines"])
+    quantised = baselines.pop("latent_8bit", None)
+    yield from [("latent_8bit", quantised)] if quantised else []
+    yield from ((other["name"], other) for other in result.get("compared", ()))
+    yield from baselines.items()
 
 
 def print_table(result: Mapping[str, Any]) -> None:
@@ -117,9 +129,13 @@ def print_table(result: Mapping[str, Any]) -> None:
     table.add_column("method")
     for metric in result["metrics"]:
         table.add_column(metric_label(metric, result), justify="right")
+    distances = result.get("frechet", {}).get("values", {})
+    if distances:
+        table.add_column(f"{result['frechet']['name']} ↓", justify="right")
     table.add_column("bytes / image", justify="right")
     for method in methods(result):
         cells = ["{} ({})".format(*interval_text(metric, method["metrics"][metric])) for metric in result["metrics"]]
+        cells += [f"{distances[method['name']]:.4g}" if method["name"] in distances else "-"] if distances else []
         size = method.get("bytes_per_image")
         table.add_row(method["label"], *cells, "-" if size is None else f"{size:,.0f}")
     console = Console()

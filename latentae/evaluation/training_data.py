@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from latentae.data.index import ShardIndex, load_index
-from latentae.data.loader import image_batches, is_held_out
+from latentae.data.loader import Batch, image_batches, is_held_out
 from latentae.data.shards import expand_shards
 from latentae.errors import ShardError
 from latentae.models.pretrained import ModelSource
@@ -69,15 +67,17 @@ def recorded_recipe(source: ModelSource) -> dict[str, Any] | None:
     return None
 
 
-def training_images(training: TrainingData, resolution: int, batch_size: int, wanted: int, seed: int) -> Iterator[Tensor]:
-    """About `wanted` images uint8 [B, 3, R, R], as many from each shard, without those that training held out."""
+def training_images(
+    training: TrainingData, resolution: int, batch_size: int, wanted: int, seed: int, channels: int = 3
+) -> Iterator[Batch]:
+    """About `wanted` images uint8 [B, C, R, R] and their keys, as many from each shard, without those that training held out."""
     entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
     random.Random(seed).shuffle(entries)
     share = math.ceil(wanted / max(len(entries), 1))
-    with Progress("fitting PCA", None) as progress:
+    with Progress("reading training images", None) as progress:
         for entry in entries[:wanted]:
-            for batch in image_batches([entry.path], resolution, batch_size, limit=share):
+            for batch in image_batches([entry.path], resolution, batch_size, limit=share, channels=channels):
                 kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, training.held_out)]
                 progress.advance(len(kept))
                 if kept:
-                    yield batch.images[kept]
+                    yield Batch(tuple(batch.keys[i] for i in kept), batch.images[kept])

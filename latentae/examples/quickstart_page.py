@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from latentae.data.photos import HELD_OUT, TRAINING
-from latentae.evaluation.evaluation_page import detail_sections, evaluation_sections, training_sections
 from latentae.evaluation.images import write_png
-from latentae.evaluation.report import Code, Facts, Gallery, GalleryRow, Links, Paragraph, Picture, Section, build_report
+from latentae.evaluation.page.evaluation_page import detail_sections, evaluation_sections, training_sections
+from latentae.evaluation.page.report import Code, Facts, Gallery, GalleryRow, Links, Paragraph, Picture, Section, build_report
 from latentae.examples.diffusers_check import DiffusersCheck
 from latentae.files import write_text
 from latentae.training.recipe import Recipe

@@ -14,11 +14,13 @@ from latentae.exporting.diffusers import component_config
 from latentae.exporting.figures import DataRequest, measure_component, measure_model
 from latentae.exporting.folding import fold_normalization
 from latentae.exporting.formats import ALL, Component, write_formats, written_formats
+from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.exporting.ldm_file import ldm_notes
 from latentae.exporting.measured import MeasuredLatents, read_validation
 from latentae.exporting.scaling import LatentScaling, choose_scaling
 from latentae.exporting.training_parts import copy_training_parts
 from latentae.files import write_json
+from latentae.models.architectures import build as build_network
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.pretrained import ModelSource, load_weights
@@ -38,7 +40,7 @@ class ExportPlan:
     """An export as asked for, checked, with everything read that was measured before."""
 
     source: ModelSource
-    config: AutoencoderKLConfig
+    config: ExportableConfig
     """The source's."""
     weights: str
     """Which of a run: "ema" or "raw"."""
@@ -70,16 +72,14 @@ class ExportPlan:
 def build(plan: ExportPlan, folder: Path, name: str) -> CardFacts:
     """Measure what is asked for and write every file but the card into `folder`, which will be called `name`."""
     source, request = plan.source, plan.request
-    model = AutoencoderKL(plan.config)
-    load_weights(model, source.weights_file)  # not by source.path: a run may have moved on
-    model.eval().to(plan.device)
+    model = _load(plan)
     figures = None if request is None else measure_model(model, request)
     latents = plan.latents or (None if figures is None else figures.latents)
     scaling = choose_scaling(plan.config, latents, **plan.factors, folded=plan.fold)
-    component = fold_normalization(model, latents.mean, latents.std) if scaling.folded and latents is not None else model
+    component = _folded(model, latents) if scaling.folded and latents is not None else model
     audit, tiling = (None, None) if request is None else measure_component(component, request)
     config = component_config(
-        component.config if latents is None else component.config.model_copy(update=NO_CHANNELS),
+        _without_channels(component.config) if latents is not None else component.config,
         resolution=source.resolution,
         scaling_factor=scaling.scaling_factor,
         shift_factor=scaling.shift_factor,
@@ -88,10 +88,11 @@ def build(plan: ExportPlan, folder: Path, name: str) -> CardFacts:
     write_formats(plan.format, Component(component.cpu(), config, plan.variant, str(plan.device)), folder)
     preview = None if figures is None or figures.preview is None else normalised_preview(figures.preview, scaling)
     if latents is not None:
-        write_json(folder / STATISTICS, {**latents.to_json(source.fingerprint), "folded_into_the_weights": scaling.folded})
+        found = (scaling.measured or latents).to_json(source.fingerprint)
+        write_json(folder / STATISTICS, {**found, "folded_into_the_weights": scaling.folded})
     if preview is not None:
         write_json(folder / PREVIEW, preview.to_json())
-    formats = written_formats(plan.format)
+    formats = written_formats(plan.format, config)
     return CardFacts(
         name=name,
         config=config,
@@ -107,9 +108,26 @@ def build(plan: ExportPlan, folder: Path, name: str) -> CardFacts:
         audit=audit,
         tiling=tiling,
         preview=preview,
-        ldm_notes=ldm_notes(config) if "ldm" in formats else (),
+        ldm_notes=ldm_notes(config) if "ldm" in formats and isinstance(config, AutoencoderKLConfig) else (),
         training=copy_training_parts(source, folder) if plan.format == ALL else {},
     )
+
+
+def _load(plan: ExportPlan) -> Exportable:
+    """The model in evaluation mode where it is measured; of a posterior that others' class has not, the mean."""
+    model: Any = build_network(plan.config)
+    load_weights(model, plan.source.weights_file)  # not by source.path: a run may have moved on
+    model = model if isinstance(model, AutoencoderKL) else model.without_posterior()
+    return model.eval().to(plan.device)
+
+
+def _folded(model: Exportable, latents: MeasuredLatents) -> Exportable:
+    assert isinstance(model, AutoencoderKL)  # others were refused
+    return fold_normalization(model, latents.mean, latents.std)
+
+
+def _without_channels(config: ExportableConfig) -> ExportableConfig:
+    return config.model_copy(update=NO_CHANNELS) if isinstance(config, AutoencoderKLConfig) else config
 
 
 def _in_words(plan: ExportPlan) -> str:

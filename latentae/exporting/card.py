@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from latentae.exporting.kinds import ExportableConfig
 from latentae.exporting.measured import LABELS, metric_text
 from latentae.exporting.scaling import LatentScaling
 from latentae.exporting.snippets import snippets
 from latentae.models.config import AutoencoderKLConfig
 
 if TYPE_CHECKING:
-    from latentae.exporting.audit import HalfAudit
+    from latentae.evaluation.latents.half import HalfAudit
     from latentae.exporting.figures import Quality, TilingError
     from latentae.exporting.preview import Preview
 
@@ -27,7 +28,7 @@ class CardFacts:
 
     name: str
     """Of the folder."""
-    config: AutoencoderKLConfig
+    config: ExportableConfig
     scaling: LatentScaling
     parameters: int
     resolution: int
@@ -78,7 +79,7 @@ tags:
 
 # {facts.name}
 
-A convolutional KL autoencoder (`AutoencoderKL`) that turns {config.in_channels}-channel images into {z}-channel latents
+{_kind(config)} that turns {config.in_channels}-channel images into {z}-channel latents
 at 1/{f} of their height and width, and back.
 
 | | |
@@ -93,7 +94,7 @@ at 1/{f} of their height and width, and back.
 
 ## Latent scaling
 
-{_scaling(facts.scaling)}
+{_scaling(facts)}
 {_by_channel(config)}{_channels(facts.scaling)}
 ## Use
 
@@ -110,7 +111,7 @@ at 1/{f} of their height and width, and back.
 
 ## Tiling
 
-{_tiling(facts.tiling)}
+{_tiling(facts)}
 {_previews(facts.preview)}{_training(facts.training)}
 ## Licence
 
@@ -131,8 +132,21 @@ def _hub_hint(facts: CardFacts) -> str:
     )
 
 
-def _scaling(scaling: LatentScaling) -> str:
-    if scaling.folded:
+def _kind(config: ExportableConfig) -> str:
+    if isinstance(config, AutoencoderKLConfig):
+        return "A convolutional KL autoencoder (`AutoencoderKL`)"
+    return "A deep-compression autoencoder (`AutoencoderDC`), deterministic,"
+
+
+def _scaling(facts: CardFacts) -> str:
+    scaling, shift = facts.scaling, f"\n| `shift_factor` | {facts.scaling.shift_factor:.6g} |"
+    if not isinstance(facts.config, AutoencoderKLConfig):
+        shift = ""
+        what = (
+            "A diffusion model sees `z * scaling_factor`; its latents go to the decoder as `latents / scaling_factor`. Where it was\n"
+            "measured it is 1 / root mean square of the latents."
+        )
+    elif scaling.folded:
         what = (
             "The weights give and take latents that are normalised already, each channel with mean 0 and standard deviation 1 over the\n"
             "images measured. There is nothing to scale or shift: every pipeline's formula leaves them as they are."
@@ -146,14 +160,13 @@ def _scaling(scaling: LatentScaling) -> str:
 
 | | |
 |---|---|
-| `scaling_factor` | {scaling.scaling_factor:.6g} |
-| `shift_factor` | {scaling.shift_factor:.6g} |
+| `scaling_factor` | {scaling.scaling_factor:.6g} |{shift}
 | Where they come from | {scaling.origin} |"""
 
 
-def _by_channel(config: AutoencoderKLConfig) -> str:
+def _by_channel(config: ExportableConfig) -> str:
     """What a config that came with statistics by channel means, or nothing."""
-    if config.latents_mean is None or config.latents_std is None:
+    if not isinstance(config, AutoencoderKLConfig) or config.latents_mean is None or config.latents_std is None:
         return ""
     return (
         "\nThe config also has `latents_mean` and `latents_std`. Pipelines that read them, such as SDXL's, normalise by channel instead:\n"
@@ -175,11 +188,18 @@ def _precision(facts: CardFacts) -> str:
     weights = "The weights are fp32."
     if facts.variant is not None:
         weights = f'The weights are fp32, and once more in {facts.variant} (`from_pretrained(..., variant="{facts.variant}")`).'
+    kl = facts.config if isinstance(facts.config, AutoencoderKLConfig) else None
     if facts.audit is None:
-        return f"{weights} Half-precision *activations* were not measured, so `force_upcast` is true: pipelines run this component in fp32."
-    verdict = "true: pipelines run this component in fp32" if facts.config.force_upcast else "false: fp16 was measured to be safe"
+        advice = "so `force_upcast` is true: pipelines run this component in fp32" if kl else "so run this component in fp32"
+        return f"{weights} Half-precision *activations* were not measured, {advice}."
+    if kl is not None:
+        verdict = "true: pipelines run this component in fp32" if kl.force_upcast else "false: fp16 was measured to be safe"
+        verdict = f"`force_upcast` is {verdict}."
+    else:
+        unsafe = facts.audit.force_upcast
+        verdict = "Run this component in fp32, not in fp16." if unsafe else "fp16 was measured to be safe."
     rows = [f"| {name} | {text} |" for name, text in facts.audit.rows()]
-    return "\n".join([f"{weights} `force_upcast` is {verdict}.", "", "| | |", "|---|---|", *rows])
+    return "\n".join([f"{weights} {verdict}", "", "| | |", "|---|---|", *rows])
 
 
 def _quality(facts: CardFacts) -> str:
@@ -199,7 +219,10 @@ def _quality(facts: CardFacts) -> str:
     return "\n\n".join("\n".join(part) for part in parts) or MISSING
 
 
-def _tiling(error: TilingError | None) -> str:
+def _tiling(facts: CardFacts) -> str:
+    error = facts.tiling
+    if not isinstance(facts.config, AutoencoderKLConfig):
+        return "latentae has no tiling for this kind of model; diffusers' own (`vae.enable_tiling()`) was not measured."
     if error is None:
         return "The error of tiled encoding and decoding was not measured."
     psnr = "infinite" if error.psnr is None else f"{error.psnr:.1f} dB"

@@ -1,4 +1,4 @@
-"""A plain diffusers AutoencoderKL folder: `config.json` and safetensors, no trace of us in either.
+"""A plain diffusers folder of an AutoencoderKL or AutoencoderDC: `config.json` and safetensors, no trace of us in either.
 
 State-dict keys are already diffusers' own, so the weights are copied. The config has exactly the keys of diffusers' class: an
 extra one would warn at every load.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from latentae.errors import ModelError
+from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.files import write_json
-from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig
 from latentae.models.pretrained import CONFIG, WEIGHTS, save_weights
 
 __all__ = ["TILE", "VARIANTS", "check_finite", "component_config", "write_diffusers"]
@@ -25,13 +25,17 @@ TILE = 256  # diffusers takes sample_size for its tile side: a small one makes t
 
 
 def component_config(
-    config: AutoencoderKLConfig, *, resolution: int, scaling_factor: float, shift_factor: float, force_upcast: bool = True
-) -> AutoencoderKLConfig:
+    config: ExportableConfig, *, resolution: int, scaling_factor: float, shift_factor: float, force_upcast: bool = True
+) -> ExportableConfig:
     """The config a pipeline reads: the model's own, with the latent scaling and the tile side filled in.
 
     `sample_size` becomes the training resolution, but no less than TILE, in whole latent pixels; `force_upcast` is false only where
-    it was measured that fp16 activations do not overflow.
+    it was measured that fp16 activations do not overflow. diffusers' AutoencoderDC knows the scaling factor alone.
     """
+    if isinstance(config, AutoencoderDCConfig):
+        return config.model_copy(
+            update={"scaling_factor": scaling_factor, "sample_size": resolution, "bottleneck": "deterministic"}
+        )
     f = config.downsampling
     values = {
         "sample_size": -(-max(resolution, TILE) // f) * f,
@@ -54,7 +58,7 @@ def check_finite(state: Mapping[str, Tensor], variant: str | None = None) -> Non
                 raise ModelError(f"{name} has values that are not finite in {dtype}; export a healthy checkpoint")
 
 
-def write_diffusers(model: AutoencoderKL, config: AutoencoderKLConfig, folder: Path, variant: str | None = None) -> None:
+def write_diffusers(model: Exportable, config: ExportableConfig, folder: Path, variant: str | None = None) -> None:
     """Write `config.json` and the fp32 weights, and the same weights once more in half precision where a variant is asked for."""
     state = model.state_dict()
     save_weights(state, folder / WEIGHTS, torch.float32)

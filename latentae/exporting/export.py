@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from latentae.device import choose_device
-from latentae.errors import ModelError, OutputError
+from latentae.errors import OutputError
 from latentae.exporting.building import ExportPlan, build
 from latentae.exporting.card import model_card
 from latentae.exporting.figures import data_request
 from latentae.exporting.formats import check_format
+from latentae.exporting.kinds import check_kind, exportable
 from latentae.exporting.measured import read_latents, read_metrics
 from latentae.exporting.push import check_repository, push
 from latentae.exporting.scaling import check_scaling
 from latentae.files import sha256, staged_folder, write_text
 from latentae.jobs import RECORD, Job
-from latentae.models.config import AutoencoderKLConfig
 from latentae.models.pretrained import resolve_model
 from latentae.progress import say
 
@@ -57,11 +57,13 @@ def export(
 ) -> dict[str, Any]:
     """Write a model as a component that others load; the folder appears whole or not at all.
 
+    An AutoencoderDC has no posterior in diffusers: what is written, and measured, has the mean for its latent.
+
     Args:
         model: run folder, checkpoint, exported folder, file of weights or owner/name on the Hub.
         out: folder to make; the same export again says it is done.
-        format: "diffusers", "ldm" (one file for ComfyUI, A1111, kohya), "onnx", "pt2" (AOTInductor), or "all" of them, with what a
-            further training needs.
+        format: "diffusers", "ldm" (one file for ComfyUI, A1111, kohya; of an AutoencoderKL), "onnx", "pt2" (AOTInductor), or "all" of
+            them that the model can have, with what a further training needs.
         fold_normalization: normalise latents by channel inside the weights, so that scaling is 1 and shift 0; needs statistics or data.
         variant: "fp16" or "bf16": write the diffusers weights once more in half precision.
         scaling_factor: what a diffusion model multiplies latents by; measured or the config's if not given.
@@ -93,15 +95,13 @@ def export(
     check_scaling(scaling_factor, shift_factor, fold_normalization, statistics is not None or data is not None)
     check_repository(push_to_hub)
     source, where = resolve_model(model, weights), choose_device(device)
-    if not isinstance(source.config, AutoencoderKLConfig):
-        raise ModelError(
-            f"{model} is a {source.config.class_name}; what others load is an AutoencoderKL, so only that is exported"
-        )
+    config = exportable(source.config, str(model))
+    check_kind(config, format, fold_normalization, shift_factor)
     sizes = [resolution] if isinstance(resolution, int) else resolution
     options = {"resolutions": sizes, "images": images, "batch_size": batch_size, "perceptual": perceptual}
     plan = ExportPlan(
         source=source,
-        config=source.config,
+        config=config,
         weights=weights,
         format=format,
         variant=variant,

@@ -22,16 +22,17 @@ from latentae.data.shards import expand_shards
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.evaluation.distance import Distance, choose_distance
-from latentae.evaluation.latent_report import LatentReport
-from latentae.evaluation.metrics import psnr, ssim
+from latentae.evaluation.latents.report import LatentReport
+from latentae.evaluation.metrics import TAPS, psnr, ssim
 from latentae.evaluation.summary import Scores
 from latentae.exporting.measured import MeasuredLatents
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 from latentae.models.pretrained import ModelSource
 from latentae.progress import Progress
 
 if TYPE_CHECKING:
-    from latentae.exporting.audit import HalfAudit
+    from latentae.evaluation.latents.half import HalfAudit
     from latentae.exporting.preview import Preview
 
 __all__ = ["DataRequest", "Figures", "Quality", "TilingError", "data_request", "measure_component", "measure_model"]
@@ -143,7 +144,7 @@ def data_request(
 
 
 @torch.inference_mode()
-def measure_model(model: AutoencoderKL, request: DataRequest) -> Figures:
+def measure_model(model: Autoencoder, request: DataRequest) -> Figures:
     """Reconstruct the images from the posterior mean, at every resolution.
 
     Args:
@@ -192,7 +193,8 @@ def _finite(made: Tensor, batch: Batch) -> Tensor:
 
 def _score(scores: Scores, source: Tensor, made: Tensor, distance: Distance) -> None:
     scores.add("psnr", psnr(made, source))
-    scores.add("ssim", ssim(made, source))
+    if min(source.shape[2:]) >= TAPS:
+        scores.add("ssim", ssim(made, source))
     if distance.module is not None:
         scores.add("perceptual", distance(made, source))
 
@@ -207,29 +209,34 @@ def _measured(report: LatentReport) -> MeasuredLatents:
     return MeasuredLatents(summary["scaling_factor"], summary["shift_factor"], tuple(mean), tuple(std), summary["samples"])
 
 
-def measure_component(model: AutoencoderKL, request: DataRequest) -> tuple[HalfAudit, TilingError | None]:
-    """Half precision over all images at the first resolution, and tiling on a few at the largest; None where no tile fits in that.
+def measure_component(model: Autoencoder, request: DataRequest) -> tuple[HalfAudit, TilingError | None]:
+    """Half precision over all images at the first resolution, and tiling on a few at the largest; None where that can't be done.
 
     Args:
         model: the component as it will be written, in evaluation mode, on the request's device.
         request: what to measure on.
     """
-    from latentae.exporting.audit import audit_half
+    from latentae.evaluation.latents.half import audit_half
 
     audit = audit_half(model, (to_float(batch.images.to(request.device)) for batch in request.batches(request.resolutions[0])))
     return audit, tiling_error(model, request)
 
 
 @torch.inference_mode()
-def tiling_error(model: AutoencoderKL, request: DataRequest) -> TilingError | None:
-    """Blended tiles of half the side against none, on the first images at the largest resolution."""
+def tiling_error(model: Autoencoder, request: DataRequest) -> TilingError | None:
+    """Blended tiles of half the side against none, on the first images at the largest resolution.
+
+    None where a tile would be too small to be one, or the model is of a kind that has no tiling.
+    """
     from latentae.models.tiling import Tiled
 
+    if not isinstance(model, AutoencoderKL):
+        return None
     f, side = model.config.downsampling, max(request.resolutions)
     tile = side // (2 * f) * f
     try:
         tiled = Tiled(model, "blended", tile=tile, overlap=OVERLAP)
-    except RecipeError:  # the tile would be too small to be one
+    except RecipeError:
         return None
     images, largest, squares, count = 0, 0.0, 0.0, 0
     for batch in request.batches(side, TILED_IMAGES):

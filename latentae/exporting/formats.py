@@ -1,4 +1,4 @@
-"""One writer a format; `all` is every one of them."""
+"""One writer a format; `all` is every one that a model of its kind can have."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from latentae.errors import RecipeError
 from latentae.exporting.diffusers import VARIANTS, check_finite, write_diffusers
+from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.exporting.ldm_file import write_ldm
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig
 
 __all__ = ["ALL", "FORMATS", "Component", "check_format", "write_formats", "written_formats"]
 
@@ -19,9 +20,9 @@ __all__ = ["ALL", "FORMATS", "Component", "check_format", "write_formats", "writ
 class Component:
     """What every writer is given."""
 
-    model: AutoencoderKL
+    model: Exportable
     """In fp32, in evaluation mode, on a CPU."""
-    config: AutoencoderKLConfig
+    config: ExportableConfig
     """What pipelines read; `model.config` with the scaling and tile side of the export."""
     variant: str | None
     device: str
@@ -33,6 +34,8 @@ def _diffusers(component: Component, folder: Path) -> None:
 
 
 def _ldm(component: Component, folder: Path) -> None:
+    assert isinstance(component.model, AutoencoderKL)
+    assert isinstance(component.config, AutoencoderKLConfig)
     write_ldm(component.model, component.config, folder)
 
 
@@ -71,9 +74,12 @@ def check_format(format: str, variant: str | None) -> None:
         require_onnx()
 
 
-def written_formats(format: str) -> tuple[str, ...]:
-    """The formats that `format` stands for."""
-    return tuple(WRITERS) if format == ALL else (format,)
+def written_formats(format: str, config: AutoencoderConfig | None = None) -> tuple[str, ...]:
+    """The formats that `format` stands for, for a model of this config: "all" are those that its kind has."""
+    if format != ALL:
+        return (format,)
+    no_ldm = config is not None and not isinstance(config, AutoencoderKLConfig)
+    return tuple(name for name in WRITERS if name != "ldm" or not no_ldm)
 
 
 def write_formats(format: str, component: Component, folder: Path) -> None:
@@ -84,5 +90,5 @@ def write_formats(format: str, component: Component, folder: Path) -> None:
         MissingDependencyError: a package that a format needs is not installed.
     """
     check_finite(component.model.state_dict(), component.variant)
-    for name in written_formats(format):
+    for name in written_formats(format, component.config):
         WRITERS[name](component, folder)

@@ -1,4 +1,4 @@
-"""Encoder and decoder as graphs of standard operators: what ONNX, AOTInductor and the audit of half precision start from."""
+"""Encoder and decoder as graphs of standard operators: what ONNX and AOTInductor start from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from latentae.exporting.kinds import Exportable
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.dc.autoencoder import AutoencoderDC
 
 __all__ = ["DECODER", "ENCODER", "coder_graphs", "coder_programs", "largest_difference"]
 
@@ -43,13 +45,43 @@ class DecoderGraph(nn.Module):
         return self.decoder(z)[0]
 
 
-def coder_graphs(model: AutoencoderKL, device: str | torch.device = "cpu") -> dict[str, nn.Module]:
-    """Encoder and decoder of a copy of `model`, in fp32 on `device`, as modules of one tensor in and one out."""
+class DCEncoderGraph(nn.Module):
+    """Images -> latents, of an AutoencoderDC."""
+
+    def __init__(self, model: AutoencoderDC) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> [B, z, H/f, W/f]."""
+        return self.encoder(sample)[0]
+
+
+class DCDecoderGraph(nn.Module):
+    """Raw latents -> images, of an AutoencoderDC."""
+
+    def __init__(self, model: AutoencoderDC) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        """[B, z, h, w] -> [B, C, f*h, f*w], about [-1, 1]."""
+        return self.decoder(latent_sample)[0]
+
+
+def coder_graphs(model: Exportable, device: str | torch.device = "cpu") -> dict[str, nn.Module]:
+    """Encoder and decoder of a copy of `model`, in fp32 on `device`, as modules of one tensor in and one out.
+
+    Of an AutoencoderKL the encoder gives the posterior's moments, of an AutoencoderDC the latent, or the posterior's mean.
+    """
     plain = copy.deepcopy(model).to(device, torch.float32).eval().requires_grad_(False)
+    if isinstance(plain, AutoencoderDC):
+        plain = plain.without_posterior()
+        return {ENCODER: DCEncoderGraph(plain), DECODER: DCDecoderGraph(plain)}
     return {ENCODER: EncoderGraph(plain), DECODER: DecoderGraph(plain)}
 
 
-def coder_programs(model: AutoencoderKL, graphs: dict[str, nn.Module]) -> dict[str, ExportedProgram]:
+def coder_programs(model: Exportable, graphs: dict[str, nn.Module]) -> dict[str, ExportedProgram]:
     """`torch.export` of what `coder_graphs` made of `model`: standard operators only, dynamic batch, height and width.
 
     The batch is 1 or more; images have sides that are multiples of f, latents at least SMALLEST pixels a side.
@@ -71,7 +103,7 @@ def coder_programs(model: AutoencoderKL, graphs: dict[str, nn.Module]) -> dict[s
 
 
 def largest_difference(
-    model: AutoencoderKL, name: str, graph: nn.Module, other: Callable[[Tensor], Tensor], device: str | torch.device = "cpu"
+    model: Exportable, name: str, graph: nn.Module, other: Callable[[Tensor], Tensor], device: str | torch.device = "cpu"
 ) -> float:
     """How far `other` is from `graph`, one of `coder_graphs(model)`, on random inputs of two sizes that no program was traced at.
 

@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 
 from latentae.errors import MissingDependencyError, ModelError
 from latentae.exporting.graphs import DECODER, ENCODER, coder_graphs, coder_programs, largest_difference
+from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.files import atomic_file, write_json
-from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.pretrained import CONFIG
 
@@ -40,6 +40,7 @@ ONNX_FOLDERS = {
     ENCODER: Names("vae_encoder", "sample", "latent_parameters"),
     DECODER: Names("vae_decoder", "latent_sample", "sample"),
 }
+DC_FOLDERS = {**ONNX_FOLDERS, ENCODER: Names("vae_encoder", "sample", "latent")}
 _IMAGE_AXES, _LATENT_AXES = ("batch_size", "height", "width"), ("batch_size", "latent_height", "latent_width")
 
 
@@ -56,13 +57,14 @@ def require_onnx() -> None:
         )
 
 
-def write_onnx(model: AutoencoderKL, config: AutoencoderKLConfig, folder: Path) -> None:
+def write_onnx(model: Exportable, config: ExportableConfig, folder: Path) -> None:
     """Write `folder`/vae_encoder and `folder`/vae_decoder, each with model.onnx (fp32, opset 18) and a config.json.
 
     The encoder maps `sample` [B, C, H, W] in [-1, 1] to `latent_parameters` [B, 2z, H/f, W/f], the posterior's moments after quant_conv:
-    mean and log-variance, neither clamped nor sampled. The decoder maps raw `latent_sample` [B, z, h, w] to `sample` [B, C, f*h, f*w].
-    Batch, height and width are dynamic: any batch from 1 on, any sides that f divides. The files hold standard operators only. Where
-    onnxruntime is installed both are run at a size unseen at export and compared with the model.
+    mean and log-variance, neither clamped nor sampled; that of an AutoencoderDC to `latent` [B, z, H/f, W/f]. The decoder maps raw
+    `latent_sample` [B, z, h, w] to `sample` [B, C, f*h, f*w]. Batch, height and width are dynamic: any batch from 1 on, any sides that f
+    divides. The files hold standard operators only. Where onnxruntime is installed both are run at a size unseen at export and compared
+    with the model.
 
     Args:
         model: what to write; it is copied, not changed.
@@ -81,7 +83,7 @@ def write_onnx(model: AutoencoderKL, config: AutoencoderKLConfig, folder: Path) 
     for name, program in coder_programs(model, graphs).items():
         target = Path(folder) / ONNX_FOLDERS[name].folder
         with atomic_file(target / MODEL) as path:
-            path.write_bytes(_to_onnx(name, program).SerializeToString())
+            path.write_bytes(_to_onnx(name, program, _folders(config)[name]).SerializeToString())
         write_json(target / CONFIG, config.diffusers_dict())
     if importlib.util.find_spec("onnxruntime") is not None:
         _check_files(model, graphs, Path(folder))
@@ -96,9 +98,12 @@ def _check_size(name: str, graph: nn.Module) -> None:
         )
 
 
-def _to_onnx(name: str, program: ExportedProgram) -> ModelProto:
+def _folders(config: ExportableConfig) -> dict[str, Names]:
+    return ONNX_FOLDERS if isinstance(config, AutoencoderKLConfig) else DC_FOLDERS
+
+
+def _to_onnx(name: str, program: ExportedProgram, names: Names) -> ModelProto:
     """The program as an ONNX model that names its axes and says nothing about the machine it was made on."""
-    names = ONNX_FOLDERS[name]
     converted = torch.onnx.export(
         program, (), input_names=[names.input], output_names=[names.output], opset_version=OPSET, dynamo=True, verbose=False
     )
@@ -115,11 +120,11 @@ def _to_onnx(name: str, program: ExportedProgram) -> ModelProto:
     return proto
 
 
-def _check_files(model: AutoencoderKL, graphs: dict[str, nn.Module], folder: Path) -> None:
+def _check_files(model: Exportable, graphs: dict[str, nn.Module], folder: Path) -> None:
     """Run both files in ONNX Runtime beside the model."""
     import onnxruntime
 
-    for name, names in ONNX_FOLDERS.items():
+    for name, names in _folders(model.config).items():
         path = folder / names.folder / MODEL
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only

@@ -13,9 +13,8 @@ from torch.export import ExportedProgram
 from latentae.device import choose_device
 from latentae.errors import MissingDependencyError, ModelError
 from latentae.exporting.graphs import coder_graphs, coder_programs, largest_difference
+from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.files import atomic_file
-from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderKLConfig
 
 __all__ = ["FOLDER", "write_pt2"]
 
@@ -23,11 +22,12 @@ FOLDER = "pt2"
 TOLERANCE = 1e-4  # of the largest value, or absolute where that is below 1
 
 
-def write_pt2(model: AutoencoderKL, config: AutoencoderKLConfig, folder: Path, device: str = "cpu") -> None:
+def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device: str = "cpu") -> None:
     """Write `folder`/pt2/encoder.pt2 and decoder.pt2, and run what was written beside the model.
 
     `torch._inductor.aoti_load_package(path)` gives a function of one fp32 tensor on `device`. The encoder maps images [B, C, H, W] in
-    [-1, 1] to moments [B, 2z, H/f, W/f] (mean and log-variance, neither clamped nor sampled), the decoder raw latents [B, z, h, w] to
+    [-1, 1] to moments [B, 2z, H/f, W/f] (mean and log-variance, neither clamped nor sampled; of an AutoencoderDC to its latents
+    [B, z, H/f, W/f]), the decoder raw latents [B, z, h, w] to
     images [B, C, f*h, f*w]. Batch, height and width are dynamic: any batch from 1 on, latents of 2 and more pixels a side, sides that f
     divides. The metadata of a package (`get_metadata()`) has the model's config under "config".
 
@@ -61,7 +61,7 @@ def write_pt2(model: AutoencoderKL, config: AutoencoderKLConfig, folder: Path, d
                 package.unlink(missing_ok=True)
 
 
-def _build(program: ExportedProgram, path: Path, config: AutoencoderKLConfig) -> Callable[[Tensor], Tensor]:
+def _build(program: ExportedProgram, path: Path, config: ExportableConfig) -> Callable[[Tensor], Tensor]:
     """Compile, write and load."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler

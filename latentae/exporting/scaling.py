@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentae.errors import RecipeError
+from latentae.exporting.kinds import ExportableConfig
 from latentae.exporting.measured import MeasuredLatents
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderDCConfig
 
 __all__ = ["LatentScaling", "check_scaling", "choose_scaling"]
 
@@ -45,14 +46,21 @@ def check_scaling(scaling_factor: float | None, shift_factor: float | None, fold
 
 
 def choose_scaling(
-    config: AutoencoderKLConfig,
+    config: ExportableConfig,
     measured: MeasuredLatents | None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
     *,
     folded: bool = False,
 ) -> LatentScaling:
-    """A factor that was given wins over a measured one, and that over the config's; folded, there is nothing to choose."""
+    """A factor that was given wins over a measured one, and that over the config's; folded, there is nothing to choose.
+
+    Pipelines shift no latents of an AutoencoderDC: its measured factor is 1 / root mean square, as diffusers defines it.
+    """
+    if isinstance(config, AutoencoderDCConfig) and measured is not None:
+        squares = [mean**2 + std**2 for mean, std in zip(measured.mean, measured.std, strict=True)]
+        factor = math.sqrt(len(squares) / sum(squares))
+        measured = replace(measured, scaling_factor=factor, shift_factor=0.0)
     if folded and measured is not None:
         return LatentScaling(1.0, 0.0, f"folded into the weights, by statistics over {measured.images} images", measured, True)
     scaling, its_origin = _choose("scaling_factor", scaling_factor, measured, config)
@@ -61,7 +69,7 @@ def choose_scaling(
     return LatentScaling(scaling, shift, origin, measured)
 
 
-def _choose(name: str, given: float | None, measured: MeasuredLatents | None, config: AutoencoderKLConfig) -> tuple[float, str]:
+def _choose(name: str, given: float | None, measured: MeasuredLatents | None, config: ExportableConfig) -> tuple[float, str]:
     if given is not None:
         return float(given), "given at export"
     if measured is not None:

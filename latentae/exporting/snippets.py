@@ -26,6 +26,11 @@ def _block(title: str, code: str) -> str:
     return f"{title}\n\n```python\n{code.strip()}\n```\n"
 
 
+def _deterministic(facts: CardFacts) -> bool:
+    """Whether the encoder gives latents, and no posterior: an AutoencoderDC's."""
+    return facts.config.class_name == "AutoencoderDC"
+
+
 def _formulas(scaling: LatentScaling) -> tuple[str, str]:
     """From the posterior's mean to latents as a diffusion model sees them, and back, in figures."""
     factor, shift = scaling.scaling_factor, scaling.shift_factor
@@ -35,6 +40,19 @@ def _formulas(scaling: LatentScaling) -> tuple[str, str]:
 
 
 def _diffusers(facts: CardFacts) -> str:
+    if _deterministic(facts):
+        return _block(
+            "With diffusers:",
+            f"""
+import torch
+from diffusers import AutoencoderDC
+
+vae = AutoencoderDC.from_pretrained("{facts.name}")
+with torch.no_grad():
+    latents = vae.encode(images).latent * vae.config.scaling_factor
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+""",
+        )
     return _block(
         "With diffusers:",
         f"""
@@ -50,6 +68,19 @@ with torch.no_grad():
 
 
 def _latentae(facts: CardFacts) -> str:
+    if _deterministic(facts):
+        return _block(
+            "With latentae:",
+            f"""
+import torch
+from latentae import AutoencoderDC
+
+vae = AutoencoderDC.from_pretrained("{facts.name}")
+with torch.no_grad():
+    latents = vae.encode(images).mode() * vae.config.scaling_factor
+    decoded = vae.decode(latents / vae.config.scaling_factor).clamp(-1, 1)
+""",
+        )
     return _block(
         "With latentae:",
         f"""
@@ -85,16 +116,20 @@ with torch.no_grad():
 
 def _onnx(facts: CardFacts) -> str:
     normalise, back = _formulas(facts.scaling)
+    if _deterministic(facts):
+        note, taken = "", '(mean,) = encoder.run(None, {"sample": np.asarray(images)})'
+    else:
+        note = " (the encoder gives mean and log-variance, before any clamp)"
+        taken = '(moments,) = encoder.run(None, {"sample": np.asarray(images)})\nmean, logvar = np.split(moments, 2, axis=1)'
     return _block(
-        "With ONNX Runtime; `images` as a NumPy array of float32 (the encoder gives mean and log-variance, before any clamp):",
+        f"With ONNX Runtime; `images` as a NumPy array of float32{note}:",
         f"""
 import numpy as np
 import onnxruntime
 
 encoder = onnxruntime.InferenceSession("{facts.name}/vae_encoder/model.onnx")
 decoder = onnxruntime.InferenceSession("{facts.name}/vae_decoder/model.onnx")
-(moments,) = encoder.run(None, {{"sample": np.asarray(images)}})
-mean, logvar = np.split(moments, 2, axis=1)
+{taken}
 latents = {normalise}
 (decoded,) = decoder.run(None, {{"latent_sample": {back}}})
 """,
@@ -103,6 +138,11 @@ latents = {normalise}
 
 def _pt2(facts: CardFacts) -> str:
     normalise, back = _formulas(facts.scaling)
+    taken = (
+        "mean = encode(images.contiguous())"
+        if _deterministic(facts)
+        else "mean, logvar = encode(images.contiguous()).chunk(2, dim=1)"
+    )
     return _block(
         "With torch alone, compiled by AOTInductor for the machine and torch version it was exported on (input must be contiguous):",
         f"""
@@ -111,7 +151,7 @@ from torch._inductor import aoti_load_package
 
 encode = aoti_load_package("{facts.name}/pt2/encoder.pt2")
 decode = aoti_load_package("{facts.name}/pt2/decoder.pt2")
-mean, logvar = encode(images.contiguous()).chunk(2, dim=1)
+{taken}
 latents = {normalise}
 decoded = decode(({back}).contiguous()).clamp(-1, 1)
 """,

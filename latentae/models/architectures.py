@@ -6,13 +6,15 @@ from typing import Any
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig, LinearAutoencoderConfig
+from latentae.models.config import AutoencoderConfig, AutoencoderDCConfig, AutoencoderKLConfig, LinearAutoencoderConfig
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.linear import LinearAutoencoder
 
 __all__ = ["build"]
 
 ARCHITECTURES: dict[type[AutoencoderConfig], type[Autoencoder]] = {
     AutoencoderKLConfig: AutoencoderKL,
+    AutoencoderDCConfig: AutoencoderDC,
     LinearAutoencoderConfig: LinearAutoencoder,
 }
 

@@ -2,100 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from latentae.errors import ModelError
+from latentae.models.base_config import AutoencoderConfig, read_config_values
+from latentae.models.dc.config import DC_PRESETS, AutoencoderDCConfig, dc_values
 
 __all__ = [
     "LINEAR",
     "PRESETS",
     "AutoencoderConfig",
+    "AutoencoderDCConfig",
     "AutoencoderKLConfig",
     "LinearAutoencoderConfig",
     "preset",
     "preset_config",
+    "preset_kind",
     "preset_names",
     "read_config",
+    "read_config_values",
 ]
 
 LINEAR = "linear"  # the preset of the linear autoencoder
 _Config = TypeVar("_Config", bound="AutoencoderConfig")
 
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-
-
-class AutoencoderConfig(BaseModel, ABC):
-    """The shape of an autoencoder: what `config.json` says, under diffusers' keys where diffusers has the class."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    class_name: ClassVar[str]
-    """`_class_name` in config.json."""
-
-    if TYPE_CHECKING:  # fields of every subclass, each in its own order
-        in_channels: int
-        out_channels: int
-        latent_channels: int
-        sample_size: int | tuple[int, ...]
-        scaling_factor: float
-        shift_factor: float
-
-    @property
-    @abstractmethod
-    def downsampling(self) -> int:
-        """Image pixels per latent pixel along a side, f."""
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any], path: str | Path) -> Self:
-        """The content of a `config.json`; keys that start with `_` are diffusers' own notes and are left out.
-
-        Raises:
-            ModelError: it is of another class, or has a key or value this family does not know; `path` is named.
-        """
-        kind = values.get("_class_name", cls.class_name)
-        if kind != cls.class_name:
-            raise ModelError(f"{path} describes a {kind}; this loader reads {cls.class_name}")
-        try:
-            return cls(**{key: value for key, value in values.items() if not key.startswith("_")})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ModelError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read a diffusers `config.json`.
-
-        Raises:
-            ModelError: the file is missing, damaged, of another class, or has a key or value this family does not know.
-        """
-        return cls.from_values(read_config_values(path), path)
-
-    def diffusers_dict(self) -> dict[str, Any]:
-        """The values as plain JSON types, with the class name diffusers looks for."""
-        return {"_class_name": self.class_name, "_diffusers_version": "0.34.0", **self.model_dump(mode="json")}
-
-
-def read_config_values(path: str | Path) -> dict[str, Any]:
-    """The object in a `config.json`.
-
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"could not read {path}: {error.strerror}; a model folder needs a diffusers config.json") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); a model folder needs a diffusers config.json") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds a {type(values).__name__}, expected an object with diffusers' keys")
-    return values
 
 
 class AutoencoderKLConfig(AutoencoderConfig):
@@ -242,7 +176,18 @@ def preset(name: str, **overrides: Any) -> AutoencoderKLConfig:
 
 def preset_names() -> list[str]:
     """The presets of all architectures."""
-    return [*PRESETS, LINEAR]
+    return [*PRESETS, *DC_PRESETS, LINEAR]
+
+
+def preset_kind(name: str) -> type[AutoencoderConfig]:
+    """The class of a preset's config.
+
+    Raises:
+        ModelError: unknown preset.
+    """
+    if name not in preset_names():
+        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(preset_names())}")
+    return AutoencoderDCConfig if name in DC_PRESETS else LinearAutoencoderConfig if name == LINEAR else AutoencoderKLConfig
 
 
 def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
@@ -253,10 +198,11 @@ def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
     """
     if "in_channels" in overrides:
         overrides.setdefault("out_channels", overrides["in_channels"])
-    if name == LINEAR:
+    kind = preset_kind(name)
+    if kind is LinearAutoencoderConfig:
         return _checked(LinearAutoencoderConfig, name, overrides)
-    if name not in PRESETS:
-        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(preset_names())}")
+    if kind is AutoencoderDCConfig:
+        return _checked(AutoencoderDCConfig, name, dc_values(name, overrides))
     return preset(name, **overrides)
 
 
@@ -277,7 +223,8 @@ def read_config(path: str | Path) -> AutoencoderConfig:
     """
     values = read_config_values(path)
     name = values.get("_class_name", AutoencoderKLConfig.class_name)
-    kinds: dict[str, type[AutoencoderConfig]] = {kind.class_name: kind for kind in (AutoencoderKLConfig, LinearAutoencoderConfig)}
+    classes: tuple[type[AutoencoderConfig], ...] = (AutoencoderKLConfig, AutoencoderDCConfig, LinearAutoencoderConfig)
+    kinds = {kind.class_name: kind for kind in classes}
     if name not in kinds:
-        raise ModelError(f"{path} describes a {name}; this loader reads {' and '.join(kinds)}")
+        raise ModelError(f"{path} describes a {name}; this loader reads {', '.join(kinds)}")
     return kinds[name].from_values(values, path)

@@ -13,16 +13,19 @@ from latentae_kernels import norm_act
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
 from latentae.models.coders import Coder
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["decoder_weight_gradient", "encoder_weight_gradient"]
 
 
 @torch.no_grad()
-def decoder_weight_gradient(model: AutoencoderKL, features: Tensor, gradient: Tensor) -> Tensor:
-    """d sum(gradient * reconstruction) / d decoder.conv_out.weight, in at least fp32.
+def decoder_weight_gradient(model: Autoencoder, features: Tensor, gradient: Tensor) -> Tensor:
+    """d sum(gradient * reconstruction) / d weight of the decoder's last convolution, in at least fp32.
 
     Args:
         model: the autoencoder, its weights as they were in the forward pass.
@@ -30,17 +33,22 @@ def decoder_weight_gradient(model: AutoencoderKL, features: Tensor, gradient: Te
         gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work and give [n C, ...].
 
     Returns:
-        [C, C_in, 3, 3].
+        [C, C_in, 3, 3]; [4 C, C_in, 3, 3] where the last convolution is followed by a pixel shuffle.
+
+    Raises:
+        ModelError: a model without such a layer.
     """
-    activation = _activation(model.decoder, features)
-    weight = model.decoder.conv_out.weight
-    shape = (gradient.shape[1], *weight.shape[1:])
     with torch.autocast(features.device.type, enabled=False):
+        if isinstance(model, AutoencoderDC):
+            return model.decoder.weight_gradient(features, gradient)
+        activation = _activation(_kl(model).decoder, features)
+        weight = _kl(model).decoder.conv_out.weight
+        shape = (gradient.shape[1], *weight.shape[1:])
         return conv2d_weight(activation, list(shape), gradient.to(activation.dtype), padding=1)
 
 
-def encoder_weight_gradient(model: AutoencoderKL, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
-    """d sum(gradient * latent) / d encoder.conv_out.weight, in at least fp32.
+def encoder_weight_gradient(model: Autoencoder, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
+    """d sum(gradient * latent) / d weight of the encoder's last convolution, in at least fp32.
 
     The layers after it, down to the sample, are run again: at the latent's resolution they cost next to nothing.
 
@@ -51,11 +59,17 @@ def encoder_weight_gradient(model: AutoencoderKL, features: Tensor, noise: Tenso
         gradient: [B, z, h, w].
 
     Returns:
-        [2z, C_in, 3, 3].
+        [2z, C_in, 3, 3], the weight of mean and log-variance. Of an AutoencoderDC [z, C_in, 3, 3], that of the mean.
+
+    Raises:
+        ModelError: a model without such a layer.
     """
-    activation = _activation(model.encoder, features)
+    if isinstance(model, AutoencoderDC):
+        with torch.autocast(features.device.type, enabled=False):
+            return model.encoder.weight_gradient(features, gradient)
+    activation = _activation(_kl(model).encoder, features)
     wide = activation.dtype
-    conv, quant = model.encoder.conv_out, model.quant_conv
+    conv, quant = _kl(model).encoder.conv_out, _kl(model).quant_conv
     assert conv.bias is not None
     with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
         weight = conv.weight.detach().to(wide).requires_grad_()
@@ -66,6 +80,12 @@ def encoder_weight_gradient(model: AutoencoderKL, features: Tensor, noise: Tenso
         posterior = DiagonalGaussian(moments)
         latent = posterior.mode() if noise is None else posterior.sample(noise=noise.to(wide))
         return torch.autograd.grad(latent, weight, gradient.to(wide))[0]
+
+
+def _kl(model: Autoencoder) -> AutoencoderKL:
+    if not isinstance(model, AutoencoderKL):
+        raise ModelError(f"a {type(model).__name__} has no last layer to weigh losses at; set adaptive = false")
+    return model
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ randomised subspace iteration came as near in its third pass only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,28 @@ from torch import Tensor
 
 from latentae.errors import DataError, ImageError
 
-__all__ = ["MAX_PATCH_NUMBERS", "PatchPCA", "fit_pca", "principal_angles", "sketch_pca"]
+__all__ = [
+    "MAX_PATCH_NUMBERS",
+    "PATCH_ORIGIN",
+    "PatchBasis",
+    "PatchPCA",
+    "fit_pca",
+    "image_patches",
+    "principal_angles",
+    "sketch_pca",
+]
 
 MAX_PATCH_NUMBERS = 3 * 32 * 32
 """Where the closed form gets dear: the covariance of f32 patches takes 75 MB, of f64 patches 1.2 GB and minutes."""
 PATCHES_PER_COMPONENT = 20
 """What a sketch asks for at least: with as few, the photos of scikit-image lose 0.25 dB on others; with half, 0.5 dB and more."""
-_ORIGIN = 127.5  # a fixed one near the mean keeps the subtraction of the mean from the second moment exact
+PATCH_ORIGIN = 127.5
+"""Where second moments are summed about: a fixed place near the mean keeps the subtraction of the mean from them exact."""
 
 
 @dataclass(frozen=True)
-class PatchPCA:
-    """Principal components of image patches.
+class PatchBasis:
+    """An orthonormal basis that patches are projected on: `components` floats a patch in place of C * patch * patch.
 
     Numbers of a patch are ordered [C, patch, patch], as in the weight of a convolution.
 
@@ -47,17 +58,54 @@ class PatchPCA:
     patch: int
     patches: int
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images it was fitted on."""
+        return len(self.mean) // self.patch**2
+
+    @property
+    def components(self) -> int:
+        """Floats that are kept of a patch, k."""
+        return self.basis.shape[1]
+
+    def truncated(self, components: int) -> Self:
+        """The same with the leading `components` only."""
+        return replace(self, basis=self.basis[:, :components], variances=self.variances[:components])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The components of the patches of uint8 images [B, C, H, W]: fp64 [B, k, H / patch, W / patch], about the mean.
+
+        Raises:
+            ImageError: a side that `patch` does not divide, or other channels than those it was fitted on.
+        """
+        if images.shape[1] != self.channels:
+            raise ImageError(
+                f"images have {images.shape[1]} channels, these components are of images with {self.channels}; fit them on such images"
+            )
+        tokens = image_patches(images, self.patch)
+        height, width = images.shape[2] // self.patch, images.shape[3] // self.patch
+        found = (tokens - self.mean.to(tokens)) @ self.basis.to(tokens)
+        return found.transpose(1, 2).unflatten(2, (height, width))
+
+    def decode(self, components: Tensor) -> Tensor:
+        """Images uint8 [B, C, H, W] from components [B, k, H / patch, W / patch], computed in fp64, rounded and clamped."""
+        found = components.double().flatten(2).transpose(1, 2)
+        tokens = self.mean.to(found) + found @ self.basis.to(found).T
+        size = (components.shape[2] * self.patch, components.shape[3] * self.patch)
+        folded = F.fold(tokens.transpose(1, 2), size, kernel_size=self.patch, stride=self.patch)
+        return folded.round().clamp(0, 255).to(torch.uint8)
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """Project the patches of uint8 images [B, C, H, W] onto the components and back; uint8, the same shape.
 
         Raises:
-            ImageError: a side that `patch` does not divide.
+            ImageError: a side that `patch` does not divide, or other channels than those it was fitted on.
         """
-        tokens = _patches(images, self.patch)
-        mean, basis = self.mean.to(tokens), self.basis.to(tokens)
-        projected = mean + ((tokens - mean) @ basis) @ basis.T
-        folded = F.fold(projected.transpose(1, 2), images.shape[2:], kernel_size=self.patch, stride=self.patch)
-        return folded.round().clamp(0, 255).to(torch.uint8)
+        return self.decode(self.encode(images))
+
+
+class PatchPCA(PatchBasis):
+    """Principal components of image patches: the basis with the smallest squared error on the patches it was fitted on."""
 
 
 def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
@@ -75,7 +123,7 @@ def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> P
     """
     total, products, count = None, None, 0
     for batch in _batches(images):
-        tokens = _patches(batch, patch).flatten(0, 1) - _ORIGIN
+        tokens = image_patches(batch, patch).flatten(0, 1) - PATCH_ORIGIN
         total = tokens.sum(0) if total is None else total + tokens.sum(0)
         products = tokens.T @ tokens if products is None else products + tokens.T @ tokens
         count += len(tokens)
@@ -84,7 +132,7 @@ def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> P
     mean = total / count
     values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
     variances, basis = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
-    return PatchPCA(mean + _ORIGIN, basis.clone(), variances, patch, count)
+    return PatchPCA(mean + PATCH_ORIGIN, basis.clone(), variances, patch, count)
 
 
 def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
@@ -119,7 +167,18 @@ def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -
     if mean is None or leading is None or count < PATCHES_PER_COMPONENT * components:
         raise _too_few(count, patch, PATCHES_PER_COMPONENT * components)
     _, singular, vectors = torch.linalg.svd(leading, full_matrices=False)
-    return PatchPCA(mean + _ORIGIN, vectors[:components].T.clone(), singular[:components].square() / count, patch, count)
+    return PatchPCA(mean + PATCH_ORIGIN, vectors[:components].T.clone(), singular[:components].square() / count, patch, count)
+
+
+def image_patches(images: Tensor, patch: int) -> Tensor:
+    """Cut uint8 images [B, C, H, W] into patches: fp64 [B, patches, C * patch * patch].
+
+    Raises:
+        ImageError: a side that `patch` does not divide.
+    """
+    if images.shape[2] % patch or images.shape[3] % patch:
+        raise ImageError(f"image is {images.shape[2]} x {images.shape[3]}, patches of {patch} need sides that {patch} divides")
+    return F.unfold(images.double(), kernel_size=patch, stride=patch).transpose(1, 2)
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
@@ -160,7 +219,7 @@ def _blocks(batches: Iterable[Tensor], patch: int, size: int) -> Iterator[Tensor
     """The patches of all batches, fp64 [size, d] at a time, about the fixed origin; the last block may be smaller."""
     waiting: list[Tensor] = []
     for batch in batches:
-        waiting.append(_patches(batch, patch).flatten(0, 1) - _ORIGIN)
+        waiting.append(image_patches(batch, patch).flatten(0, 1) - PATCH_ORIGIN)
         if sum(map(len, waiting)) >= size:
             *full, rest = torch.cat(waiting).split(size)
             if len(rest) == size:
@@ -170,10 +229,3 @@ def _blocks(batches: Iterable[Tensor], patch: int, size: int) -> Iterator[Tensor
     rest = torch.cat(waiting) if waiting else torch.empty(0)
     if len(rest):
         yield rest
-
-
-def _patches(images: Tensor, patch: int) -> Tensor:
-    """uint8 [B, C, H, W] -> fp64 [B, patches, C * patch * patch]."""
-    if images.shape[2] % patch or images.shape[3] % patch:
-        raise ImageError(f"image is {images.shape[2]} x {images.shape[3]}, patches of {patch} need sides that {patch} divides")
-    return F.unfold(images.double(), kernel_size=patch, stride=patch).transpose(1, 2)

@@ -10,6 +10,7 @@ from torch import nn
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
+from latentae.models.dc.autoencoder import AutoencoderDC
 
 __all__ = ["Part", "select_trainable"]
 
@@ -23,20 +24,21 @@ def select_trainable(model: Autoencoder, part: Part) -> None:
         model: its parameters' `requires_grad` is set.
         part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its finest level and what comes after), which
             leave the latent as it is; "encoder" (with the 1x1 convolution after it); or "latent", the coarsest level and the middle of
-            both: what DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled high-resolution adaptation").
+            both: what DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled high-resolution adaptation"). Of an
+            AutoencoderDC levels are those that have blocks.
 
     Raises:
         ModelError: an unknown part, or one that this architecture does not have.
     """
     if part not in get_args(Part):
         raise ModelError(f"unknown part {part!r} to train; the parts are {', '.join(get_args(Part))}")
-    if not isinstance(model, AutoencoderKL):
+    if not isinstance(model, AutoencoderKL | AutoencoderDC):
         if part != "all":
             raise ModelError(f"a {type(model).__name__} is trained as a whole, not by parts such as {part!r}; take 'all'")
         model.requires_grad_(True)
         return
     model.requires_grad_(False)
-    for module in _modules(model, part):
+    for module in _modules(model, part) if isinstance(model, AutoencoderKL) else _dc_modules(model, part):
         if module is not None:
             module.requires_grad_(True)
 
@@ -52,3 +54,16 @@ def _modules(model: AutoencoderKL, part: Part) -> Iterator[nn.Module | None]:
     if part == "latent":
         yield from (encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out, model.quant_conv)
         yield from (model.post_quant_conv, decoder.conv_in, decoder.mid_block, decoder.up_blocks[0])
+
+
+def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
+    encoder, decoder = model.encoder, model.decoder
+    down, up = ([level for level in levels if len(level)] for levels in (encoder.down_blocks, decoder.up_blocks))  # pyright: ignore
+    if part in ("all", "encoder"):
+        yield encoder
+    if part in ("all", "decoder"):
+        yield decoder
+    if part == "decoder-head":
+        yield from (*up[:1], decoder.norm_out, decoder.conv_out)
+    if part == "latent":
+        yield from (*down[-1:], encoder.conv_out, encoder.conv_out_logvar, decoder.conv_in, *up[-1:])

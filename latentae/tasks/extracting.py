@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentae.errors import ImageError, RecipeError
+from latentae.evaluation.latents.probe import probe_report
 from latentae.files import atomic_file, read_json, write_json
 from latentae.jobs import Job
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, InputSpec, Labels, open_images, read_labels
 from latentae.tasks.network import Network, batches
 from latentae.tasks.parts import Parts
-from latentae.tasks.probe import probe_report
 
 __all__ = ["FORMATS", "POOLS", "features", "pool_latents"]
 

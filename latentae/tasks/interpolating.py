@@ -11,14 +11,13 @@ from torch import Tensor
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
 from latentae.evaluation.images import image_grid
+from latentae.evaluation.latents.mixing import MODES, mix_latents
 from latentae.progress import say
 from latentae.tasks.inputs import Item, open_images, read_labels
 from latentae.tasks.network import Batch, Network
 from latentae.tasks.pictures import check_png, enlarge, rgb, write_noted_png
 
-__all__ = ["MODES", "interpolate", "mix_latents"]
-
-MODES = ("linear", "spherical")
+__all__ = ["interpolate"]
 
 
 def interpolate(
@@ -69,30 +68,6 @@ def interpolate(
     write_noted_png(file, image_grid([[enlarge(rgb(image)) for image in row] for row in (between, fade)], columns=steps), note)
     say(f"interpolate: {mode}, {steps} pictures in {file}, over the cross-fade of its ends")
     return {"file": str(file), **note}
-
-
-def mix_latents(a: Tensor, b: Tensor, share: float, mode: str, center: float = 0.0) -> Tensor:
-    """A latent between two.
-
-    "linear" is a + t (b - a). "spherical" is sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b about the centre, w the angle between the two
-    (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3); linear where w is 0 or 180 degrees, which leaves the arc open.
-
-    Args:
-        a: [z, h, w].
-        b: the same.
-        share: t, 0 is `a` and 1 is `b`.
-        mode: one of `MODES`.
-        center: what is subtracted first, and added again.
-    """
-    if mode == "linear":
-        return torch.lerp(a, b, share)
-    x, y = a.double() - center, b.double() - center
-    cosine = (x * y).sum() / (x.norm() * y.norm()).clamp_min(1e-300)
-    angle = cosine.clamp(-1, 1).acos()
-    if angle.sin() < 1e-6:
-        return torch.lerp(a, b, share)
-    mixed = ((1 - share) * angle).sin() / angle.sin() * x + (share * angle).sin() / angle.sin() * y
-    return (mixed + center).to(a.dtype)
 
 
 def _read(network: Network, path: str | Path, resolution: int) -> Item:

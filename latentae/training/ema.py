@@ -24,6 +24,8 @@ class Ema:
     def __init__(self, module: nn.Module, half_life_images: int) -> None:
         self.half_life_images = half_life_images
         self.weights = {name: p.detach().to(torch.float32, copy=True) for name, p in module.named_parameters()}
+        # what a state dict has beside: stored statistics of frozen normalizations, which stay as they are
+        self.fixed = {name: value.detach() for name, value in module.state_dict().items() if name not in self.weights}
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """Share of the old average kept at this step."""
@@ -39,8 +41,8 @@ class Ema:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name."""
-        return self.weights
+        """The averaged weights by parameter name, and what else the module's state dict has."""
+        return {**self.weights, **self.fixed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore averaged weights, copied to where the average lies.
@@ -48,9 +50,9 @@ class Ema:
         Raises:
             ValueError: a name or a shape differs.
         """
-        for name in self.weights.keys() ^ state.keys():
-            raise ValueError(f"the average {'lacks' if name in self.weights else 'has unknown'} {name}")
-        for name, value in self.weights.items():
+        for name in (self.weights | self.fixed).keys() ^ state.keys():
+            raise ValueError(f"the average {'has unknown' if name in state else 'lacks'} {name}")
+        for name, value in (self.weights | self.fixed).items():
             if state[name].shape != value.shape:
                 raise ValueError(f"the average of {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}")
             value.copy_(state[name])

@@ -11,6 +11,7 @@ from latentae.models.architectures import build
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.backbone import FrozenBackbone
 from latentae.models.base import Autoencoder
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminator, UNetDiscriminator
 from latentae.models.initial import load_discriminator, load_initial
 from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
@@ -29,20 +30,24 @@ def build_autoencoder(recipe: Recipe) -> Autoencoder:
     torch.manual_seed(recipe.seed)
     model = build(recipe.autoencoder_config())
     if recipe.model.init_from is not None:
-        _load(model, recipe.model.init_from)
-    elif isinstance(model, AutoencoderKL):
+        _load(model, recipe.model.init_from, recipe.model.initial_logvar)
+    elif isinstance(model, AutoencoderKL | AutoencoderDC):
         if recipe.model.initialization == "linear":
             start_linear(model)
         set_initial_logvar(model, recipe.model.initial_logvar)
-    if recipe.model.bottleneck == "deterministic" and isinstance(model, AutoencoderKL):
+    if recipe.model.bottleneck == "deterministic":
         set_deterministic(model)
     select_trainable(model, recipe.model.train)
     model.gradient_checkpointing = recipe.model.gradient_checkpointing
     return model
 
 
-def _load(model: Autoencoder, path: str) -> None:
+def _load(model: Autoencoder, path: str, logvar: float) -> None:
+    """Copy weights; a posterior that they do not have begins at `logvar`."""
     state, expected = load_initial(path).state, model.state_dict()
+    if isinstance(model, AutoencoderDC):
+        set_initial_logvar(model, logvar)
+        state = model.with_own_head(state)
     wrong = [
         key for key in {**expected, **state} if key not in state or key not in expected or state[key].shape != expected[key].shape
     ]

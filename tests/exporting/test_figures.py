@@ -65,7 +65,7 @@ def no_audit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quality_is_what_evaluate_measures(model, measured, photo_shards):
     for quality in read_json(measured / "latentae.json")["figures"]["quality"]:
-        result = evaluate(model, photo_shards, resolution=quality["resolution"], perceptual="none", out=None)
+        result = evaluate(model, photo_shards, resolution=quality["resolution"], perceptual="none", frechet="none", details=False)
         assert quality["images"] == 6
         for name in ("psnr", "ssim"):
             assert quality["metrics"][name]["mean"] == pytest.approx(result["metrics"][name]["mean"], rel=1e-9)
@@ -169,6 +169,13 @@ def test_at_most_so_many_images_are_read(model, photo_shards, no_audit, tmp_path
     assert "| 64 x 64 | 2 | " in card
     assert "activations* were not measured" in card
     assert read_json(tmp_path / "vae/config.json")["force_upcast"] is True
+
+
+def test_images_smaller_than_the_window_of_ssim_have_the_other_figures(model, photo_shards, no_audit, tmp_path):
+    export(model, tmp_path / "vae", data=photo_shards, images=2, resolution=8, perceptual="none")
+    (quality,) = read_json(tmp_path / "vae/latentae.json")["figures"]["quality"]
+    assert set(quality["metrics"]) == {"psnr"}
+    assert "| 8 x 8 | 2 | " in (tmp_path / "vae/README.md").read_text()
 
 
 def test_gray_models_have_figures_but_no_preview(photo_shards, no_audit, tmp_path):

@@ -133,3 +133,40 @@ def test_principal_angles_of_planes_turned_by_a_known_angle(degrees: float):
     found = principal_angles(a, mixed)
     assert found.tolist() == pytest.approx([0, degrees], rel=1e-6, abs=1e-12)
     assert principal_angles(mixed[:, :1], a).tolist() == pytest.approx([0], abs=1e-7)  # a line in the plane
+
+
+@pytest.mark.parametrize("fit", [fit_pca, sketch_pca])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_gray_colour_and_alpha_are_all_projected_as_numpy_would(fit, channels: int):
+    images = torch.cat([smooth_images(16, 24), smooth_images(16, 24, seed=1)], 1)[:, :channels, :16]
+    pca = fit(images, 4, 5)
+    assert (pca.channels, pca.components, pca.patches) == (channels, 5, 16 * 4 * 6)
+    assert pca.basis.shape == (channels * 16, 5)
+    grid = images.double().numpy().reshape(16, channels, 4, 4, 6, 4).transpose(0, 2, 4, 1, 3, 5)
+    tokens = grid.reshape(-1, channels * 16)
+    vectors = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[2][:5]
+    exact = tokens.mean(0) + (tokens - tokens.mean(0)) @ vectors.T @ vectors
+    plain = exact.reshape(16, 4, 6, channels, 4, 4).transpose(0, 3, 1, 4, 2, 5).reshape(images.shape).round().clip(0, 255)
+    difference = np.abs(pca.reconstruct(images).double().numpy() - plain)
+    assert difference.max() <= (1 if fit is fit_pca else 4)  # a value may round the other way; a sketch leaves a little out
+    assert difference.mean() < (1e-3 if fit is fit_pca else 0.2)
+
+
+def test_components_are_images_of_their_own_and_can_be_cut_short():
+    images = smooth_images(12, 16)
+    pca = fit_pca(images, 4, 9)
+    components = pca.encode(images)
+    assert components.shape == (12, 9, 4, 4)
+    token = tokens_of(images, 4)[6]  # the first image, second row, third column
+    torch.testing.assert_close(components[0, :, 1, 2], (token - pca.mean) @ pca.basis, rtol=0, atol=1e-9)
+    torch.testing.assert_close(components.square().mean((0, 2, 3)), pca.variances, rtol=1e-9, atol=1e-9)
+    assert torch.equal(pca.decode(components), pca.reconstruct(images))
+    short = pca.truncated(4)
+    assert (type(short), short.components) == (type(pca), 4)
+    assert torch.equal(short.reconstruct(images), pca.decode(torch.cat([components[:, :4], 0 * components[:, 4:]], 1)))
+    assert torch.equal(short.reconstruct(images), fit_pca(images, 4, 4).reconstruct(images))
+
+
+def test_images_with_other_channels_are_refused():
+    with pytest.raises(ImageError, match="images have 1 channels, these components are of images with 3"):
+        fit_pca(smooth_images(12, 16), 4, 3).reconstruct(smooth_images(2, 16)[:, :1])

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
 
 import latentae
-from latentae.data.selection import is_held_out
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError
 from latentae.models.linear import LinearAutoencoder
 from latentae.tasks import extracting
-from latentae.tasks.probe import HELD_OUT, fit_probe, probe_report
 
 
 def _latents(model, images):
@@ -46,26 +43,6 @@ def test_features_are_the_latents_of_the_images_and_tell_digits_apart(made, tmp_
     assert probe["tested_on"] + probe["trained_on"] == 300
     assert probe["accuracy"] > 0.85 > 0.3 > probe["most_frequent_class"]
     assert not (tmp_path / "out" / "parts").exists()
-
-
-def test_the_probe_is_scikit_learns(made):
-    model, _, images = made
-    features = _latents(model, images).double()
-    classes = torch.arange(300) % 3
-    probe = fit_probe(features, classes, 3)
-    standard = (features - features.mean(0)) / features.std(0, correction=0)
-    theirs = LogisticRegression(C=1.0, max_iter=5000, tol=1e-9).fit(standard.numpy(), classes.numpy())
-    np.testing.assert_allclose(probe.weight.numpy(), theirs.coef_, atol=1e-4)
-    assert (probe.predict(features).numpy() == theirs.predict(standard.numpy())).all()
-
-
-def test_the_probe_is_tested_on_images_it_was_not_fitted_on():
-    keys = [f"image-{number}" for number in range(200)]
-    random = torch.randn(200, 150, dtype=torch.float64)  # enough numbers to learn any labels by heart
-    report = probe_report(keys, ["a" if number % 2 else "b" for number in range(200)], random)
-    assert report["training_accuracy"] == 1.0
-    assert report["accuracy"] < 0.75
-    assert report["tested_on"] == sum(is_held_out(key, HELD_OUT) for key in keys)
 
 
 def test_one_class_alone_has_no_probe(made, tmp_path):

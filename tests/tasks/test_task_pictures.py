@@ -15,7 +15,6 @@ from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.linear import LinearAutoencoder
-from latentae.tasks.interpolating import mix_latents
 from latentae.tasks.latent_gaussian import fit_latent_gaussian
 from latentae.tasks.pictures import NOTE, heat_picture
 from latentae.training.keyed import keyed_normal
@@ -97,22 +96,6 @@ def test_a_strip_begins_and_ends_with_the_reconstructions(made, tmp_path):
         for row in (0, 1):
             left, top = 4 + 132 * column, 4 + 132 * row
             assert np.abs(strip[top : top + 128 : 16, left : left + 128 : 16, 0] - expected).max() <= 1
-
-
-def test_spherical_keeps_the_length_and_linear_the_line():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
-    b = b * a.norm() / b.norm()
-    center = 0.25
-    for share in (0.0, 0.2, 0.5, 1.0):
-        on_arc = mix_latents(a + center, b + center, share, "spherical", center) - center
-        assert float(on_arc.norm()) == pytest.approx(float(a.norm()))
-        angle = torch.acos((a * b).sum() / a.norm() ** 2)
-        assert float(torch.acos(((on_arc * a).sum() / a.norm() ** 2).clamp(max=1))) == pytest.approx(
-            float(share * angle), abs=1e-6
-        )
-        torch.testing.assert_close(mix_latents(a, b, share, "linear"), a + share * (b - a))
-    torch.testing.assert_close(mix_latents(a, 3 * a, 0.5, "spherical"), 2 * a)
 
 
 def test_samples_of_a_fitted_gaussian_are_nearer_to_digits_than_noise_is(made, digits, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.config import AutoencoderDCConfig, preset
 from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.recipe import load_recipe, shipped_recipes
 from latentae.training.steps import Trainer
@@ -28,6 +28,8 @@ def narrow(name, folder):
     elif recipe.model.preset == "init":
         AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 8), norm_num_groups=4)).save_pretrained(folder)
         options |= {"model.init_from": str(folder), "model.norm_num_groups": 4}
+    elif isinstance(recipe.autoencoder_config(), AutoencoderDCConfig):
+        options |= {"model.latent_channels": 4, "model.block_out_channels": [8] * 4}
     else:
         options["model.norm_num_groups"] = 4
         options["model.block_out_channels"] = [8] * len(recipe.autoencoder_config().block_out_channels)

@@ -1,0 +1,1 @@
+"""The pages people read: blocks and charts, the evaluation page, and runs side by side."""

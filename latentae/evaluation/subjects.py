@@ -1,0 +1,189 @@
+"""What `compare` compares: what runs and evaluations have left in their folders, finished or not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from latentae.errors import DataError
+from latentae.evaluation.page.curves import Series, read_log
+from latentae.files import read_json
+from latentae.jobs import RECORD
+from latentae.models.pretrained import METRICS_LOG
+
+__all__ = ["EVENTS", "METRICS", "RECIPE", "ROWS", "Subject", "read_subjects"]
+
+RECIPE, EVENTS = "recipe.toml", "events.jsonl"
+METRICS, ROWS = "metrics.json", "per_image.csv"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, an evaluation, or a run with its evaluation.
+
+    Attributes:
+        name: the shortest end of its path that no other has.
+        run: the run folder, if it is one.
+        evaluated: the folder of the evaluation, if there is one.
+        recipe: values by dotted key; None without a recipe that can be read.
+        series: every number of the log as (images seen, value).
+        record: latentae.json of the run.
+        ran_on: what the run said it ran on, last.
+        evaluation: metrics.json.
+        rows: the model's own numbers by the key of the image.
+    """
+
+    name: str
+    run: Path | None = None
+    evaluated: Path | None = None
+    recipe: Mapping[str, Any] | None = None
+    series: Mapping[str, Series] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    ran_on: str | None = None
+    evaluation: Mapping[str, Any] | None = None
+    rows: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The folder that was given."""
+        path = self.run or self.evaluated
+        assert path is not None
+        return path
+
+    @property
+    def images(self) -> int | None:
+        """Images seen at the last line of the log."""
+        return int(max(series[-1][0] for series in self.series.values())) if self.series else None
+
+
+def read_subjects(paths: Sequence[Path]) -> list[Subject]:
+    """One subject for each folder, in their order; an evaluation of one of the runs goes with it.
+
+    Raises:
+        DataError: a folder is neither a run nor an evaluation, or can't be read.
+    """
+    names = _names(paths)
+    subjects = [_read(path, name) for path, name in zip(paths, names, strict=True)]
+    runs = {subject.run.resolve(): subject.name for subject in subjects if subject.run is not None}
+    taken: dict[str, Subject] = {}
+    rest = []
+    for subject in subjects:
+        of = runs.get(Path(subject.evaluation["model"]["path"]).resolve()) if subject.evaluation is not None else None
+        if of is None or of in taken:
+            rest.append(subject)
+        else:
+            taken[of] = subject
+    joined = [_joined(subject, taken.get(subject.name)) for subject in rest]
+    return joined if len(joined) > 1 else subjects  # a run beside nothing but its own evaluation: two rows say more than one
+
+
+def _joined(run: Subject, evaluation: Subject | None) -> Subject:
+    if evaluation is None:
+        return run
+    return replace(run, evaluated=evaluation.evaluated, evaluation=evaluation.evaluation, rows=evaluation.rows)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths, in whole parts, that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(path: Path, name: str) -> Subject:
+    if (path / METRICS).is_file():
+        evaluation = _evaluation(path / METRICS)
+        return Subject(name, evaluated=path, evaluation=evaluation, rows=dict(_rows(path / ROWS)))
+    if not _is_run(path):
+        raise DataError(_refusal(path))
+    record: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        record = read_json(path / RECORD)
+    log = path / METRICS_LOG
+    series = read_log(log, ("",)) if log.is_file() else {}
+    known = record if isinstance(record, dict) else {}
+    return Subject(name, run=path, recipe=_recipe(path / RECIPE), series=series, record=known, ran_on=_ran_on(path / EVENTS))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / RECIPE).is_file() or (path / METRICS_LOG).is_file()
+
+
+def _refusal(path: Path) -> str:
+    if not path.is_dir():
+        return f"{path} is no folder; give those that `latentae train` or `latentae evaluate --out` made"
+    record: Any = None
+    with suppress(OSError, ValueError):
+        record = read_json(path / RECORD)
+    if isinstance(record, dict) and record.get("verb") == "evaluate":
+        return f"the evaluation in {path} has not finished; run the same `latentae evaluate` again"
+    inside = sorted(child.name for child in path.iterdir() if child.is_dir() and (_is_run(child) or (child / METRICS).is_file()))
+    meant = f"did you mean {' or '.join(str(path / name) for name in inside[:3])}?" if inside else "give another folder"
+    return f"{path} is neither a run ({RECIPE} or {METRICS_LOG}) nor an evaluation ({METRICS}); {meant}"
+
+
+def _evaluation(file: Path) -> Mapping[str, Any]:
+    try:
+        evaluation = read_json(file)
+        complete = (
+            all(isinstance(evaluation[part], dict) for part in ("model", "data", "metrics")) and evaluation["model"]["path"]
+        )
+    except OSError as error:
+        raise DataError(f"could not read {file}: {error.strerror}; evaluate again") from error
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise DataError(f"{file} does not hold what `latentae evaluate` writes; evaluate again, into an empty folder")
+    return evaluation
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """The model's own columns of per_image.csv; rows that are damaged are passed over."""
+    with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace", newline="") as lines:
+        for row in csv.DictReader(lines):
+            with suppress(ValueError):
+                metrics = ("psnr", "ssim", "perceptual")
+                values = {name: float(row[name] or math.nan) for name in metrics if row.get(name) is not None}
+                if row.get("key") is not None and values:
+                    yield row["key"], values
+
+
+def _recipe(file: Path) -> dict[str, Any] | None:
+    """By dotted key; None where there is none, or it can't be read."""
+    try:
+        return dict(_flat(tomllib.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError):
+        return None
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}.{number}")
+    else:
+        yield prefix, value
+
+
+def _ran_on(file: Path) -> str | None:
+    """The message of the last start in a run's events."""
+    found = None
+    with suppress(OSError):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and event.get("kind") == "start":
+                    found = str(event.get("message", "")) or found
+    return found

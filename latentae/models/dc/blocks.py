@@ -1,0 +1,249 @@
+"""The layers of the deep-compression autoencoder; attribute names give diffusers' state-dict keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from latentae_kernels import conv3x3, row_norm_act
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "AttentionBlock",
+    "Down",
+    "FrozenBatchNorm",
+    "GatedConv",
+    "RMSNorm",
+    "ResidualBlock",
+    "Up",
+    "add",
+    "grouped_mean",
+    "repeated",
+]
+
+EPS = 1e-5
+_SPARE = 1e-15  # of linear attention, where no key answers a query
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+}
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the channels of each pixel with weight and bias, eps 1e-5, statistics in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, act: str = "identity") -> Tensor:
+        """[B, C, H, W] -> the same shape; `act` is an activation's name, or "identity"."""
+        fused = "silu" if act in ("silu", "swish") else "identity"
+        y = row_norm_act(x, self.weight, self.bias, EPS, "rms", fused)
+        return y if fused == "silu" or act == "identity" else ACTIVATIONS[act](y)
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Batch normalization by its stored mean and variance, in training as well; weight and bias learn.
+
+    A published model that has it can be fine-tuned so, whatever the batch, the number of processes and what is recomputed.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=EPS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def normalization(kind: str, channels: int) -> nn.Module:
+    """Of a residual branch: "rms_norm" or "batch_norm"."""
+    return RMSNorm(channels) if kind == "rms_norm" else FrozenBatchNorm(channels)
+
+
+class ResidualBlock(nn.Module):
+    """Convolution, activation, convolution and normalization around a skip: diffusers' `ResBlock`."""
+
+    def __init__(self, channels: int, norm: str, act: str) -> None:
+        super().__init__()
+        self.act = act
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = normalization(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        h = ACTIVATIONS[self.act](conv3x3(x, self.conv1.weight, self.conv1.bias))
+        return add(self.norm(conv3x3(h, self.conv2.weight)), x)
+
+
+class Projection(nn.Module):
+    """Queries, keys and values seen through a larger window: a depthwise convolution, then one over the channels of each head."""
+
+    def __init__(self, channels: int, heads: int, kernel: int) -> None:
+        super().__init__()
+        wide = 3 * channels
+        self.proj_in = nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=wide, bias=False)
+        self.proj_out = nn.Conv2d(wide, wide, 1, groups=3 * heads, bias=False)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """[B, 3C, H, W] -> the same shape."""
+        return self.proj_out(self.proj_in(qkv))
+
+
+class Attention(nn.Module):
+    """Multi-scale ReLU linear attention around a skip (Cai et al. 2023, "EfficientViT", eq. 2).
+
+    For a query q and all pairs of key and value, relu(q) sum_j relu(k_j)^T v_j / relu(q) sum_j relu(k_j)^T: work and memory grow linearly
+    with the number of pixels. diffusers forms the products in the other order on maps of no more pixels than a head has channels; the
+    value is the same.
+    """
+
+    def __init__(self, channels: int, head: int, kernels: tuple[int, ...], norm: str) -> None:
+        super().__init__()
+        self.head = head
+        heads = channels // head
+        inner = heads * head
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner, bias=False) for _ in range(3))
+        self.to_qkv_multiscale = nn.ModuleList([Projection(inner, heads, kernel) for kernel in kernels])
+        self.to_out = nn.Linear(inner * (1 + len(kernels)), channels, bias=False)
+        self.norm_out = normalization(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        qkv = F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
+        scales = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
+        if torch.is_autocast_enabled(x.device.type):  # sums over all pixels need fp32
+            with torch.autocast(x.device.type, enabled=False):
+                mixed = linear_attention(scales, self.head)
+        else:
+            mixed = linear_attention(scales, self.head)
+        out = self.to_out(mixed.to(scales.dtype)).movedim(-1, 1)
+        return add(self.norm_out(out), x)
+
+
+def linear_attention(qkv: Tensor, head: int) -> Tensor:
+    """[B, heads * 3 * head, H, W], q, k and v of each head one after the other -> [B, H, W, heads * head], in at least fp32."""
+    batch, channels, height, width = qkv.shape
+    rows = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).movedim(1, -1)
+    rows = rows.reshape(batch, height * width, channels // (3 * head), 3 * head).transpose(1, 2)  # [B, heads, HW, 3 head]
+    q, k, v = rows.chunk(3, dim=-1)
+    q, k = F.relu(q), F.relu(k)
+    total = q @ k.sum(dim=2).unsqueeze(-1)  # [B, heads, HW, 1]
+    mixed = (q @ (k.transpose(-1, -2) @ v)) / total.clamp(min=_SPARE)  # ONNX's optimizer takes so small a number, added, for zero
+    return mixed.transpose(1, 2).reshape(batch, height, width, channels // 3)
+
+
+class GatedConv(nn.Module):
+    """Expand, look around, gate, contract, normalise, around a skip: the gated feed-forward of EfficientViT, diffusers' `GLUMBConv`."""
+
+    EXPANSION = 4
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = self.EXPANSION * channels
+        self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.norm = RMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        h, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
+        return add(self.norm(self.conv_point(h * F.silu(gate))), x)
+
+
+class AttentionBlock(nn.Module):
+    """Attention, then the gated feed-forward: diffusers' `EfficientViTBlock`."""
+
+    def __init__(self, channels: int, head: int, kernels: tuple[int, ...], norm: str) -> None:
+        super().__init__()
+        self.attn = Attention(channels, head, kernels, norm)
+        self.conv_out = GatedConv(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        return self.conv_out(self.attn(x))
+
+
+class Down(nn.Module):
+    """Halve height and width: a convolution, and beside it space moved to channels, of which each group's mean is taken.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output; with a shortcut a divisor of 4 `in_channels`.
+        strided: the convolution has stride 2, instead of moving space to channels after it.
+        shortcut: whether there is anything beside the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, strided: bool, shortcut: bool = True) -> None:
+        super().__init__()
+        self.out_channels, self.strided, self.shortcut = out_channels, strided, shortcut
+        made = out_channels if strided else out_channels // 4
+        self.conv = nn.Conv2d(in_channels, made, 3, stride=2 if strided else 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H/2, W/2]."""
+        h = self.conv(x)
+        h = h if self.strided else F.pixel_unshuffle(h, 2)
+        return add(h, grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels)) if self.shortcut else h
+
+
+class Up(nn.Module):
+    """Double height and width: a convolution, and beside it channels repeated and moved to space.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output; with a shortcut 4 times as many are a multiple of `in_channels`.
+        interpolate: the convolution follows nearest-neighbour doubling, instead of preceding the move of channels to space.
+        shortcut: whether there is anything beside the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, interpolate: bool, shortcut: bool = True) -> None:
+        super().__init__()
+        self.out_channels, self.interpolate, self.shortcut = out_channels, interpolate, shortcut
+        self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, 2H, 2W]."""
+        h = self.from_conv(self.conv(self.to_conv(x)))
+        return add(h, F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2)) if self.shortcut else h
+
+    def to_conv(self, x: Tensor) -> Tensor:
+        """What the convolution reads."""
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.interpolate else x
+
+    def from_conv(self, h: Tensor) -> Tensor:
+        """What its output becomes."""
+        return h if self.interpolate else F.pixel_shuffle(h, 2)
+
+    def to_conv_output(self, gradient: Tensor) -> Tensor:
+        """The gradient at the convolution's output, of one at the block's."""
+        return gradient if self.interpolate else F.pixel_unshuffle(gradient, 2)
+
+
+def grouped_mean(x: Tensor, channels: int) -> Tensor:
+    """[B, C, H, W] -> [B, channels, H, W]: the mean of each group of neighbouring channels."""
+    return x if x.shape[1] == channels else x.unflatten(1, (channels, -1)).mean(dim=2)
+
+
+def repeated(x: Tensor, channels: int) -> Tensor:
+    """[B, C, H, W] -> [B, channels, H, W]: each channel several times in a row."""
+    times = channels // x.shape[1]
+    return x if times == 1 else x.repeat_interleave(times, dim=1, output_size=channels)
+
+
+def add(branch: Tensor, skip: Tensor) -> Tensor:
+    """A branch, whose memory nobody else reads, onto its skip."""
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or branch.dtype != skip.dtype:
+        return branch + skip
+    return branch.add_(skip)  # fresh memory costs a CPU more than the addition

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentae.evaluation.diffusability import interpolated
+from latentae.evaluation.diffusability.interpolated import draw_neighbours, halfway, nearest
+from latentae.evaluation.diffusability.latents import Latents, Whitening
+
+PLAIN = Whitening(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+
+
+def latents(count: int, seed: int = 0) -> Latents:
+    means = tuple(torch.randn(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed)))
+    return Latents(tuple(f"{seed}-{number}" for number in range(count)), means, means, None, count)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 30), st.integers(1, 12), st.integers(1, 9), st.booleans(), st.integers(0, 99))
+def test_the_nearest_are_those_of_the_whole_table_of_cosines(queries, references, count, block, itself, seed):
+    a = latents(queries, seed)
+    b = latents(references, seed + 100) if itself else a
+    whitening = Whitening(torch.tensor([0.5, -1.0, 0.0])[:, None, None], torch.tensor([1.0, 2.0, 0.5])[:, None, None])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpolated, "_AT_A_TIME", block)
+        found = nearest(a.means, b.means, whitening, itself=itself, count=count)
+    x, y = ((torch.stack(each.means) - whitening.mean).div(whitening.std).flatten(1).double().numpy() for each in (a, b))
+    cosines = (x @ y.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
+    if not itself:
+        np.fill_diagonal(cosines, -np.inf)
+    expected = np.sort(cosines, axis=1)[:, ::-1][:, : min(count, len(y) - (not itself))]
+    np.testing.assert_allclose(np.take_along_axis(cosines, np.array(found, dtype=int), axis=1), expected, atol=1e-6)
+    assert all(len(set(row)) == len(row) for row in found)
+
+
+def test_no_latent_is_its_own_neighbour_among_the_same_images():
+    same = latents(12)
+    for seed in range(5):
+        chosen = draw_neighbours(same, same, PLAIN, itself=False, seed=seed)
+        assert all(position != row for row, position in enumerate(chosen))
+    assert draw_neighbours(same, same, PLAIN, itself=True, count=1) == list(range(12))
+
+
+def test_neighbours_are_drawn_by_the_softmax_of_minus_the_mean_squared_difference():
+    own, references = latents(1), latents(3, seed=1)
+    distances = [(mean - own.means[0]).double().square().mean().item() for mean in references.means]
+    expected = np.exp(-np.array(distances)) / np.exp(-np.array(distances)).sum()
+    drawn = [draw_neighbours(own, references, PLAIN, itself=True, seed=seed)[0] for seed in range(4000)]
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, expected, atol=0.03)
+
+
+def test_draws_depend_on_the_seed_and_the_key_not_on_the_position():
+    images, references = latents(8), latents(20, seed=1)
+    turned = Latents(images.keys[::-1], images.means[::-1], images.stds[::-1], None, 8)
+    chosen = draw_neighbours(images, references, PLAIN, itself=True)
+    assert draw_neighbours(turned, references, PLAIN, itself=True) == chosen[::-1]
+    assert draw_neighbours(images, references, PLAIN, itself=True, seed=1) != chosen
+
+
+def test_half_way_on_the_sphere():
+    a, b = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    x, y = (z / z.flatten(1).norm(dim=1)[:, None, None, None] for z in (a, b))
+    middle = halfway(x, y).flatten(1)
+    torch.testing.assert_close(middle.norm(dim=1), torch.ones(5, dtype=torch.float64))  # it stays on the sphere
+    torch.testing.assert_close((middle * x.flatten(1)).sum(1), (middle * y.flatten(1)).sum(1))  # at the same angle to both
+    for row in range(5):  # Shoemake's formula for vectors of any length
+        cosine = torch.nn.functional.cosine_similarity(a[row].flatten(), b[row].flatten(), dim=0)
+        angle = cosine.acos()
+        expected = (0.5 * angle).sin() / angle.sin() * (a[row] + b[row])
+        torch.testing.assert_close(halfway(a, b)[row], expected)
+    torch.testing.assert_close(halfway(a, a), a)
+    torch.testing.assert_close(halfway(a, -a), torch.zeros_like(a))  # opposite: there is no one arc
+    torch.testing.assert_close(halfway(torch.zeros_like(a), torch.zeros_like(a)), torch.zeros_like(a))

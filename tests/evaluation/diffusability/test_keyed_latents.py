@@ -1,0 +1,76 @@
+"""keyed.py and latents.py: which latents are kept, and how they are whitened."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from latentae.errors import DataError, ModelError
+from latentae.evaluation.diffusability import keyed, latents
+from latentae.evaluation.diffusability.latents import Whitening, collect
+from latentae.models.latent_statistics import LatentStatistics, merge
+
+
+def test_numbers_depend_on_every_word_and_on_nothing_else():
+    assert keyed.digest(1, "ab") != keyed.digest("1a", "b")
+    assert keyed.uniform(0, "x") == keyed.uniform(0, "x") != keyed.uniform(1, "x")
+    draws = np.array([keyed.uniform("spread", number) for number in range(4000)])
+    assert 0 <= draws.min() < 0.01 < 0.99 < draws.max() < 1
+    assert draws.mean() == pytest.approx(0.5, abs=0.03)
+    rows = keyed.normal(range(10), (3, 4), 7)
+    assert torch.equal(rows[4:6], keyed.normal([4, 5], (3, 4), 7))
+    assert keyed.normal(range(3000), (2,), 7).std().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_the_kept_images_do_not_depend_on_batches_or_order(patches, batches, moods, mood_extractor, size):
+    images = moods(20)
+    every = collect(patches(), batches(images, 20), mood_extractor, limit=6, progress=False)
+    kept = collect(patches(), reversed(list(batches(images, size))), mood_extractor, limit=6, progress=False)
+    assert (kept.keys, kept.seen, len(kept)) == (every.keys, 20, 6)
+    assert len(set(kept.keys)) == 6
+    for name in ("means", "stds"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(kept, name), getattr(every, name), strict=True))
+    torch.testing.assert_close(kept.features, every.features)
+    rows = [int(key) for key in kept.keys]
+    torch.testing.assert_close(kept.features, mood_extractor(images[rows]))
+    torch.testing.assert_close(torch.stack(kept.means), patches().encode(images[rows] / 127.5 - 1).mean)
+
+
+def test_memory_is_bounded_in_numbers_too(patches, batches, moods, monkeypatch):
+    monkeypatch.setattr(latents, "NUMBERS", 5 * 48 * 16)
+    assert len(collect(patches(), batches(moods(9), 4), progress=False)) == 5
+    monkeypatch.setattr(latents, "LATENTS", 3)
+    assert len(collect(patches(), batches(moods(9), 4), progress=False)) == 3
+    kept = collect(patches(), batches(moods(9), 4), progress=False)
+    assert all(mean.untyped_storage().nbytes() == mean.nbytes for mean in kept.means)  # a row does not hold its batch
+
+
+def test_no_image_gives_no_latent(patches):
+    empty = collect(patches(), [], progress=False)
+    assert (len(empty), empty.seen, empty.features) == (0, 0, None)
+
+
+def test_other_sizes_and_diverged_models_are_errors(patches, batches, moods):
+    with pytest.raises(DataError, match="one size"):
+        collect(patches(), [*batches(moods(2), 2), *batches(moods(2, 8), 2)], progress=False)
+    model = patches()
+    model.offset = torch.nan
+    with pytest.raises(ModelError, match="latent of 000 has NaN"):
+        collect(model, batches(moods(2), 2), progress=False)
+
+
+def test_whitened_samples_have_mean_0_and_variance_1():
+    mean = torch.randn(50, 3, 4, 4) * torch.tensor([0.5, 2.0, 0.0])[:, None, None] + 3
+    logvar = torch.full_like(mean, -1.0)
+    logvar[:, 2] = -200.0  # exp(-200) vanishes beside 3: a channel that never varies
+    statistics = merge([LatentStatistics.of(*pair) for pair in zip(mean, logvar.double(), strict=True)], 3)
+    whitening = Whitening.of(statistics)
+    white = whitening.whiten(mean + (0.5 * logvar).exp() * torch.randn(mean.shape))
+    assert white[:, :2].mean(dim=(0, 2, 3)).abs().max() < 0.1
+    assert (white[:, :2].std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
+    assert torch.isfinite(white).all()
+    torch.testing.assert_close(whitening.restore(whitening.whiten(mean)), mean)
+    with pytest.raises(DataError, match="no latent"):
+        Whitening.of(LatentStatistics.empty(3))

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentae.errors import DataError, ImageError, ModelError
+from latentae.evaluation.latents.report import LatentReport
+from latentae.models.posterior import DiagonalGaussian
+
+
+def report_of(moments, images=None, batch=7):
+    report = LatentReport()
+    for start in range(0, len(moments), batch):
+        part = slice(start, start + batch)
+        report.add(DiagonalGaussian(moments[part]), None if images is None else images[part])
+    return report
+
+
+def same_bits(a, b):
+    a, b = a.to_arrays(), b.to_arrays()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_statistics_are_those_of_samples():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.tensor([3.0, -1.0, 0.5]).view(1, 3, 1, 1) + torch.randn(40, 3, 16, 16, generator=generator)
+    logvar = torch.tensor([0.0, -2.0, 1.0]).view(1, 3, 1, 1).expand_as(mean)
+    posterior = DiagonalGaussian(torch.cat([mean, logvar], 1))
+    result = report_of(torch.cat([mean, logvar], 1)).result()
+    sample = posterior.sample(generator).double()
+    assert result["channel_mean"] == pytest.approx(sample.mean((0, 2, 3)).tolist(), abs=0.05)
+    assert result["channel_std"] == pytest.approx(sample.std((0, 2, 3)).tolist(), rel=0.02)
+    assert result["scaling_factor"] == pytest.approx(1 / sample.std().item(), rel=0.02)
+    assert result["shift_factor"] == pytest.approx(sample.mean().item(), abs=0.05)
+    assert result["channel_posterior_std"] == pytest.approx(torch.tensor([0.0, -1.0, 0.5]).exp().tolist(), rel=1e-6)
+    assert result["kl_nats_per_image"] == pytest.approx(posterior.kl().mean().item(), rel=1e-5)
+
+
+def test_every_number_is_that_of_all_latents_at_once(moments):
+    values = moments(20, 5)
+    posterior = DiagonalGaussian(values.double())
+    result = report_of(values, torch.rand(20, 3, 64, 64) * 2 - 1).result()
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0)).sum((2, 3)).mean(0)
+    rows = posterior.mean.transpose(0, 1).flatten(1).numpy()
+    covariance = np.cov(rows, bias=True)
+    shares = np.linalg.svd(covariance, compute_uv=False) / np.trace(covariance)
+    np.testing.assert_allclose(result["kl_nats_per_channel"], kl, rtol=1e-12)
+    assert result["kl_nats_per_image"] == pytest.approx(float(kl.sum()), rel=1e-12)
+    np.testing.assert_allclose(result["channel_mean_variance"], covariance.diagonal(), rtol=1e-11)
+    assert result["effective_rank"] == pytest.approx(float(np.exp(-(shares * np.log(shares)).sum())), rel=1e-9)
+    assert result["active_units"] == 5
+    assert result["largest_absolute_mean"] == float(posterior.mean.abs().max())
+    assert set(result["spectrum"]) == {"frequency", "latent", "image", "high_frequency_share"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 13), st.integers(1, 13), st.integers(1, 12), st.booleans())
+def test_how_images_are_batched_changes_no_bit(moments, first, second, count, planar):
+    values, images = moments(count), torch.rand(count, 1, 16, 16)
+    if not planar:
+        values = values.contiguous(memory_format=torch.channels_last)
+    same_bits(report_of(values, images, first), report_of(moments(count), images, second))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=4))
+def test_parts_merge_to_the_whole_and_survive_a_file_to_the_last_bit(moments, cuts):
+    values, images = moments(12), torch.rand(12, 3, 32, 32)
+    edges = [0, *sorted(cuts), 12]
+    parts = [report_of(values[a:b], images[a:b]) for a, b in itertools.pairwise(edges)]
+    stored = []
+    for part in parts:
+        file = io.BytesIO()
+        np.savez(file, **part.to_arrays())
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            stored.append(LatentReport.from_arrays(dict(arrays)))
+        same_bits(stored[-1], part)
+    merged, again = LatentReport(), LatentReport()
+    for part, copy in zip(parts, stored, strict=True):
+        merged, again = merged.merge(part), again.merge(copy)
+    same_bits(merged, again)
+    whole = report_of(values, images)
+    for name, value in whole.to_arrays().items():
+        np.testing.assert_allclose(merged.to_arrays()[name], value, rtol=1e-10, atol=1e-9)
+    assert merged.result().keys() == whole.result().keys()
+
+
+def test_merging_changes_neither_part(moments):
+    a, b = report_of(moments(3)), report_of(moments(4, seed=1))
+    before = report_of(moments(3)), report_of(moments(4, seed=1))
+    a.merge(b)
+    same_bits(a, before[0])
+    same_bits(b, before[1])
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 32, 32), torch.rand(2, 3, 32, 32)])
+def test_a_constant_latent_has_neither_rank_nor_spectrum(images):
+    report = LatentReport()
+    report.add(DiagonalGaussian(torch.cat([torch.full((2, 2, 4, 4), 0.1), torch.full((2, 2, 4, 4), -30.0)], 1)), images)
+    result = report.result()
+    assert result["std"] < 1e-6
+    assert result["effective_rank"] is None
+    assert result["spectrum"] is None
+    assert result["active_units"] == 0
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_shifted_latent_keeps_its_precision(moments):
+    """Sums of squares would have lost the small variance beside the large mean."""
+    values = moments(6).double() * 1e-3
+    values[:, :3] += 1e4
+    result = report_of(values).result()
+    rows = values[:, :3].transpose(0, 1).flatten(1).numpy()
+    np.testing.assert_allclose(result["channel_mean_variance"], rows.var(axis=1), rtol=1e-9)
+    assert result["effective_rank"] == pytest.approx(report_of(moments(6)).result()["effective_rank"], rel=1e-5)
+
+
+def test_no_latents_at_all():
+    report = LatentReport()
+    assert report.statistics is None
+    assert report.to_arrays() == {}
+    same_bits(LatentReport.from_arrays({}), report)
+    same_bits(report.merge(LatentReport()), report)
+    with pytest.raises(DataError, match="no latents"):
+        report.result()
+
+
+def test_what_does_not_belong_together_is_refused(moments):
+    report = report_of(moments(2), torch.rand(2, 3, 16, 16))
+    with pytest.raises(ImageError, match=r"3 x 8 x 8 and 3 x 4 x 4"):
+        report.add(DiagonalGaussian(moments(1, side=4)), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ImageError, match="without spectra"):
+        report.merge(report_of(moments(2)))
+    with pytest.raises(ImageError, match="for as many latents"):
+        report.add(DiagonalGaussian(moments(2)), torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="3 channels"):
+        LatentReport.from_arrays({**report.to_arrays(), "kl": np.zeros(2)})
+
+
+@pytest.mark.parametrize("channel", [0, 3])
+def test_latents_that_are_not_finite_are_refused(moments, channel):
+    values = moments(2)
+    values[1, channel, 2, 2] = torch.nan
+    with pytest.raises(ModelError, match="diverged"):
+        LatentReport().add(DiagonalGaussian(values))

@@ -1,0 +1,184 @@
+"""Images and models that are unusual: sizes, depths, channels, damage, other models, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentae.data.writing import shards
+from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.evaluation.evaluate import evaluate
+from latentae.models.config import LinearAutoencoderConfig
+from latentae.models.linear import LinearAutoencoder
+
+FEW = {"perceptual": "none", "frechet": "none", "details": False}
+
+
+def test_unlike_images_are_evaluated_and_said(workspace, tmp_path, smooth_images):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    color = smooth_images(3, 64).permute(0, 2, 3, 1).numpy()
+    Image.fromarray(color[0]).save(folder / "a.png")
+    Image.fromarray(color[1, :20, :40]).save(folder / "b-small.png")
+    Image.fromarray(color[2, :, :, 0]).save(folder / "c-gray.png")
+    Image.fromarray(color[0, :, :40, 1].astype(np.uint16) * 257).save(folder / "d-16-bit.png")
+    shards(folder, tmp_path / "shards")
+    result = evaluate(workspace / "model", tmp_path / "shards", out=tmp_path / "out", **FEW)
+    data = result["data"]
+    assert (data["images"], data["enlarged"], data["gray"], data["sixteen_bit"]) == (4, 1, 2, 1)
+    texts = " ".join(found["text"] for found in result["findings"])
+    for text in ("smaller than 32 pixels", "stored as gray", "more than 8 bits"):
+        assert text in texts
+        assert text in (tmp_path / "out" / "report.html").read_text()
+
+
+def damaged(tmp_path, smooth_images, write_images, bad):
+    """A shard of four images, the second cut short after it was packed."""
+    folder = write_images(tmp_path / "images", smooth_images(4, 48))
+    shards(folder, tmp_path / "shards")
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    data = bytearray(shard.read_bytes())
+    at, count = -1, 0
+    while (at := data.find(b"IDAT", at + 1)) >= 0:
+        if count in bad:
+            data[at + 4 : at + 40] = bytes(36)
+        count += 1
+    shard.write_bytes(data)
+    return tmp_path / "shards"
+
+
+def test_a_damaged_image_is_left_out_and_named(workspace, tmp_path, smooth_images, write_images):
+    result = evaluate(workspace / "model", damaged(tmp_path, smooth_images, write_images, {1}), out=tmp_path / "out", **FEW)
+    assert result["data"]["images"] == result["metrics"]["psnr"]["n"] == 3
+    assert result["data"]["skipped_count"] == 1
+    assert result["data"]["skipped"][0]["key"] == "001"
+    assert any(found["kind"] == "bad" and "1 image could not be read" in found["text"] for found in result["findings"])
+    rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").read_text().splitlines()))
+    assert [row["key"] for row in rows] == ["000", "002", "003"]
+
+
+def test_no_image_at_all_is_one_line(workspace, tmp_path, smooth_images, write_images):
+    with pytest.raises(ImageError, match=r"none of 4 images can be evaluated; the first: .*000"):
+        evaluate(workspace / "model", damaged(tmp_path, smooth_images, write_images, range(4)), out=tmp_path / "out", **FEW)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("channels", "missing"), [(1, set()), (4, {"jpeg"})])
+def test_gray_and_transparent_models(workspace, tmp_path, tiny_model, channels, missing):
+    tiny_model(in_channels=channels, out_channels=channels).save_pretrained(tmp_path / "model")
+    arguments = {"pca_shards": workspace / "training", "out": tmp_path / "out"}
+    result = evaluate(tmp_path / "model", workspace / "held_out", frechet="none", details=False, **arguments)
+    assert result["data"]["channels"] == channels
+    assert result["metrics"]["psnr"]["n"] == 5
+    assert {"pca", "dct"} & {name for name, method in result["baselines"].items() if "missing" in method} == set()
+    assert missing <= {name for name, method in result["baselines"].items() if "missing" in method}
+    assert result["metrics"]["perceptual"]["n"] == 5
+    for example in result["examples"]:
+        assert (tmp_path / "out" / example["files"]["original"]).is_file()
+
+
+def test_a_model_that_is_exact(workspace, tmp_path):
+    model = LinearAutoencoder(LinearAutoencoderConfig(patch=2, latent_channels=12, sample_size=32))
+    with torch.no_grad():
+        model.encoder.weight.copy_(torch.eye(12).reshape(12, 3, 2, 2))
+        torch.nn.init.zeros_(model.encoder.bias)  # pyright: ignore[reportArgumentType]
+    model.save_pretrained(tmp_path / "model")
+    result = evaluate(tmp_path / "model", workspace / "held_out", out=tmp_path / "out", **FEW)
+    assert result["metrics"]["psnr"]["mean"] is None
+    assert result["metrics"]["psnr"]["infinite"] == 5
+    assert result["metrics"]["ssim"]["mean"] == pytest.approx(1)
+    json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_other_models_are_measured_on_the_same_images(workspace, tmp_path, tiny_model):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    shape = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+    }
+    diffusers.AutoencoderTiny(**shape).save_pretrained(tmp_path / "x" / "model")
+    out = tmp_path / "out"
+    result = evaluate(
+        workspace / "model",
+        workspace / "held_out",
+        compare=[tmp_path / "x" / "model", workspace / "model"],
+        out=out,
+        frechet="none",
+    )
+    theirs, same = result["compared"]
+    assert theirs["name"] != same["name"]
+    assert theirs["latent"] == {"shape": [4, 16, 16], "floats_per_pixel": 1.0}
+    assert same["metrics"] == result["metrics"]
+    assert same["paired"]["psnr"]["mean"] == 0
+    assert same["bytes_per_image"] == result["baselines"]["latent_8bit"]["bytes_per_image"]
+    rows = list(csv.DictReader((out / "per_image.csv").read_text().splitlines()))
+    assert np.mean([float(row[f"{theirs['name']}_psnr"]) for row in rows]) == pytest.approx(theirs["metrics"]["psnr"]["mean"])
+    alone = evaluate(tmp_path / "x" / "model", workspace / "held_out", resolution=32, **FEW)
+    assert alone["metrics"]["psnr"] == theirs["metrics"]["psnr"]
+    assert {curve["name"] for curve in result["rate_distortion"]["curves"]} >= {"model", theirs["name"], "jpeg", "webp"}
+    tiny_model(in_channels=1, out_channels=1).save_pretrained(tmp_path / "gray")
+    with pytest.raises(ModelError, match="1 channels in"):
+        evaluate(workspace / "model", workspace / "held_out", compare=[tmp_path / "gray"])
+    with pytest.raises(ImageError, match="suits all models"):
+        evaluate(tmp_path / "x" / "model", workspace / "held_out", resolution=30, compare=[workspace / "model"])
+
+
+def start(arguments, out, rank, world):
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)}
+    command = [sys.executable, "-m", "latentae", "evaluate", *arguments, "--out", str(out), "--no-details"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    """Wait for a process, whose pipe is closed then; what it said."""
+    return process.communicate()[1]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, smooth_images, write_images):
+    root = tmp_path_factory.mktemp("many")
+    shards(write_images(root / "images", smooth_images(70, 32, seed=5)), root / "shards", shard_size=20)
+    return root / "shards"
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_numbers_of_one_even_if_one_of_them_is_killed(workspace, many, tmp_path):
+    arguments = [str(workspace / "model"), str(many), "--pca-shards", str(workspace / "training"), "--perceptual", "none"]
+    alone = start(arguments, tmp_path / "one", 0, 1)
+    said = finished(alone)
+    assert alone.returncode == 0, said
+    three = [start(arguments, tmp_path / "three", rank, 3) for rank in range(3)]
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "three").glob("parts/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    three[1].send_signal(signal.SIGKILL)
+    for process in three:
+        finished(process)
+    again = start(arguments, tmp_path / "three", 1, 3)
+    said = finished(again)
+    assert again.returncode == 0, said
+    files = [(tmp_path / name / file).read_bytes() for file in ("metrics.json", "per_image.csv") for name in ("one", "three")]
+    assert files[0] == files[1]
+    assert files[2] == files[3]
+    assert json.loads(files[0])["data"]["images"] == 70
+    assert not (tmp_path / "three" / "parts").exists()
+
+
+def test_several_processes_need_a_folder(workspace, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="give one with --out"):
+        evaluate(workspace / "model", workspace / "held_out", **FEW)

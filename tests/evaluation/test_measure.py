@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from latentae.data.transforms import to_float, to_uint8
+from latentae.errors import ImageError, ModelError
+from latentae.evaluation.distance import Distance
+from latentae.evaluation.extractors import Extractor
+from latentae.evaluation.frechet import Moments, frechet_distance
+from latentae.evaluation.measure import MODEL, QUANTISED, Instruments, Loaded, measure
+from latentae.evaluation.measurement import join
+from latentae.evaluation.methods.base import Made
+from latentae.evaluation.methods.model import ModelMethod
+from latentae.evaluation.metrics import psnr, ssim
+from latentae.evaluation.part import Part
+
+NONE = Distance(None, None, "not asked for")
+COLOURS = Extractor("FD-colours", 3, "mean colour", "a test", lambda x: x.float().mean(dim=(2, 3)))
+
+
+class Half:
+    """A method that has no result for every second image."""
+
+    name, label = "half", "half"
+
+    def __call__(self, images, budgets):
+        return Made(
+            images, {"bytes": [1.0 if row % 2 else math.nan for row in range(len(images))]}, frozenset(range(0, len(images), 2))
+        )
+
+
+def loaded(images, labels=None):
+    for row, image in enumerate(images):
+        yield Loaded(row, f"{row:03}", image, label="" if labels is None else labels[row])
+
+
+def instruments(model, *methods, extractor: Extractor | None = COLOURS):
+    return Instruments(model.eval(), methods, NONE, extractor, torch.device("cpu"))
+
+
+def test_rows_are_those_of_plain_code_however_images_are_batched(tiny_model, smooth_images):
+    model, images = tiny_model(), smooth_images(7, 32)
+    with torch.inference_mode():
+        made = to_uint8(model.decode(model.encode(to_float(images)).mode()))
+    for batch in (1, 3, 8):
+        part = measure(instruments(model), loaded(images), batch)
+        assert part.keys == [f"{row:03}" for row in range(7)]
+        assert part.positions == list(range(7))
+        np.testing.assert_allclose(part.scores[MODEL].values["psnr"], psnr(made, images), atol=0.02)
+        np.testing.assert_allclose(part.scores[MODEL].values["ssim"], ssim(made, images), atol=1e-3)
+        assert all(size > 0 for size in part.scores[QUANTISED].values["bytes"])
+
+
+def test_images_without_a_result_are_left_out_of_everything(tiny_model, smooth_images):
+    part = measure(instruments(tiny_model(), Half()), loaded(smooth_images(6, 32)), 3)
+    finite = np.isfinite(part.feature_rows("half")).all(axis=1)
+    assert finite.tolist() == [False, True, False, False, True, False]
+    assert [math.isnan(value) for value in part.scores["half"].values["psnr"]] == (~finite).tolist()
+    total = join([part])
+    assert set(total.frechet()) == {MODEL, QUANTISED}
+
+
+def test_frechet_distances_are_those_of_all_features_at_once(tiny_model, smooth_images):
+    model, images = tiny_model(), smooth_images(9, 32)
+    parts = [
+        measure(instruments(model), (item for item in loaded(images) if item.position in chunk), 2)
+        for chunk in (range(4), range(4, 9))
+    ]
+    with torch.inference_mode():
+        made = to_uint8(model.decode(model.encode(to_float(images)).mode()))
+    expected = frechet_distance(Moments.of(COLOURS(made)), Moments.of(COLOURS(images)))
+    total = join(parts)
+    assert total.frechet()[MODEL] == pytest.approx(expected, rel=1e-2)
+    assert total.originals is not None
+    assert total.keys == [f"{row:03}" for row in range(9)]
+
+
+def test_labels_become_a_probe(tiny_model, smooth_images):
+    images = torch.cat([smooth_images(40, 32) // 4, 255 - smooth_images(40, 32, seed=1) // 4])
+    labels = ["dark"] * 40 + ["light"] * 40
+    probe = join([measure(instruments(tiny_model(), extractor=None), loaded(images, labels), 16)]).probe
+    assert probe["classes"] == 2
+    assert probe["accuracy"] > 0.9
+    without = join([measure(instruments(tiny_model(), extractor=None), loaded(images[:2]), 16)]).probe
+    assert "no labels" in without["skipped"]
+
+
+def test_a_compared_model_that_diverged_has_no_result_and_the_model_itself_is_an_error(tiny_model, smooth_images):
+    model, images = tiny_model().eval(), smooth_images(2, 32)
+    torch.nn.init.constant_(model.decoder.conv_out.bias, torch.nan)
+    with torch.inference_mode():
+        assert ModelMethod("other", "other", model)(images, [1, 1]).missing == {0, 1}
+    with pytest.raises(ModelError, match="reconstruction of 000 has NaN"):
+        measure(instruments(model), loaded(images), 2)
+
+
+def test_nothing_to_measure_is_one_line():
+    with pytest.raises(ImageError, match="none of 1 images can be evaluated; the first: cut short"):
+        join([Part(skipped=[("a", "cut short")])])

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from latentae.errors import ModelError
+from latentae.models.foreign import ForeignAutoencoder, load_any_model
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def tiny(cls, **changes):
+    torch.manual_seed(0)
+    shapes = {
+        "AutoencoderTiny": {
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "num_encoder_blocks": (1, 1),
+            "num_decoder_blocks": (1, 1),
+        },
+        "VQModel": {"block_out_channels": (8, 8), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
+                    "up_block_types": ("UpDecoderBlock2D",) * 2, "num_vq_embeddings": 16},
+        "AsymmetricAutoencoderKL": {"down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8), "norm_num_groups": 4,
+                                    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
+    }  # fmt: skip
+    return getattr(diffusers, cls)(**{**shapes[cls], **changes}).eval()
+
+
+@pytest.mark.parametrize("cls", ["AutoencoderTiny", "VQModel", "AsymmetricAutoencoderKL"])
+@torch.inference_mode()
+def test_any_image_autoencoder_of_diffusers_gives_its_own_outputs(cls, tmp_path):
+    theirs = tiny(cls)
+    theirs.save_pretrained(tmp_path / "model")
+    ours, source = load_any_model(tmp_path / "model")
+    assert isinstance(ours, ForeignAutoencoder)
+    assert ours.config.kind == cls
+    x = torch.rand(2, 3, 32, 48) * 2 - 1
+    made = theirs.encode(x)
+    latent = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    posterior = ours.encode(x)
+    assert torch.equal(posterior.mode(), latent)
+    assert latent.shape == (2, ours.config.latent_channels, 32 // ours.config.downsampling, 48 // ours.config.downsampling)
+    assert torch.equal(ours.decode(latent), theirs.decode(latent).sample)
+    if hasattr(made, "latent_dist"):
+        assert torch.allclose(posterior.std, made.latent_dist.std)
+    else:
+        assert posterior.std.max() < 1e-6
+    assert source.fingerprint == load_any_model(tmp_path / "model")[1].fingerprint
+
+
+def test_other_weights_have_another_fingerprint(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        model = tiny("AutoencoderTiny")
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(next(model.parameters()))
+        model.save_pretrained(tmp_path / name)
+    assert load_any_model(tmp_path / "a")[1].fingerprint != load_any_model(tmp_path / "b")[1].fingerprint
+
+
+def test_our_own_classes_stay_ours(tmp_path):
+    from latentae.models.autoencoder import AutoencoderKL
+    from latentae.models.config import preset
+
+    AutoencoderKL(preset("tiny")).save_pretrained(tmp_path / "vae")
+    assert isinstance(load_any_model(tmp_path / "vae")[0], AutoencoderKL)
+    assert isinstance(load_any_model(tmp_path)[0], AutoencoderKL)  # of a pipeline
+
+
+def test_what_is_no_image_autoencoder_is_refused_in_one_line(tmp_path):
+    config = tmp_path / "model" / "config.json"
+    config.parent.mkdir()
+    for values, message in [
+        ({"_class_name": "AutoencoderOfNobody"}, "neither this library nor diffusers"),
+        ({"_class_name": "DDPMScheduler"}, "neither this library nor diffusers"),
+        ({"_class_name": "AutoencoderTiny"}, "could not load the AutoencoderTiny"),
+    ]:
+        config.write_text(json.dumps(values))
+        with pytest.raises(ModelError, match=message) as caught:
+            load_any_model(config.parent)
+        assert "\n" not in str(caught.value)
+    model = diffusers.UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=16,
+                                  down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    model.save_pretrained(tmp_path / "unet")
+    with pytest.raises(ModelError, match="does not take images"):
+        load_any_model(tmp_path / "unet")

@@ -1,0 +1,195 @@
+"""Time what `latentae evaluate` does with each image beside the model alone, into benchmarks/DEVICE/evaluate.json.
+
+    python tools/bench_evaluate.py [--preset kl-f8] [--images 16] [--batch 4] [--resolution 256] [--repeats 3] [--stream 2000]
+                                   [--out FILE.json]
+
+Variants take turns in one process on the same decoded images; medians of seconds by the clock for each image.
+
+- model: encoding and decoding, nothing else.
+- whole: everything that `evaluate` does with an image: the model, its 8-bit latents, PCA, block DCT, JPEG, WebP, all metrics, the
+  perceptual distance and the features of each, and the sums over latents.
+- one row for each part of it, on its own.
+
+`times_the_model` is whole / model. `grown_mib` is by how much the most resident memory between two chunks exceeds that of the first quarter
+of `--stream` images through a tiny model: rows of numbers and features go to a file a chunk, so it should not grow with their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_data import QUALITY, sources, write_tars
+from benchmarking import ROOT, about, default_device, folder_name, write_json
+from torch import Tensor
+
+from latentae.data.shards import expand_shards, read_shard
+from latentae.data.transforms import to_float, to_uint8
+from latentae.errors import LatentAEError
+from latentae.evaluation.latents.report import LatentReport
+from latentae.evaluation.measure import MODEL, Instruments, Loaded, load_images, measure
+from latentae.evaluation.metrics import psnr, ssim
+from latentae.evaluation.setting import prepare
+from latentae.evaluation.work import PartsFolder
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import preset
+
+Call = Callable[[], object]
+
+
+def instruments_of(options: argparse.Namespace, folder: Path, device: torch.device) -> Instruments:
+    """As `evaluate` makes them, with the baselines fitted on the same images."""
+    setting = prepare(
+        folder / "model",
+        str(folder / "shards"),
+        compare=(),
+        resolution=options.resolution,
+        batch_size=options.batch,
+        limit=None,
+        perceptual="auto",
+        frechet="auto",
+        details=False,
+        diffusability=False,
+        pca_shards=str(folder / "shards"),
+        seed=0,
+        weights="ema",
+        device=str(device),
+    )
+    return setting.instruments()
+
+
+def calls(instruments: Instruments, images: list[Loaded], batch: int) -> dict[str, Call]:
+    """Everything that is timed, by name."""
+    stacked = torch.stack([item.image for item in images if item.image is not None]).to(instruments.device)
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in stacked.split(batch)]
+    with torch.inference_mode():
+        posteriors = [instruments.model.encode(to_float(part)) for part in parts]
+        made = [to_uint8(instruments.model.decode(posterior.mode())) for posterior in posteriors]
+        budgets = [int(size) for size in measure(instruments, images, batch).scores["latent_8bit"].values["bytes"]]
+
+    def model() -> None:
+        for part in parts:
+            to_uint8(instruments.model.decode(instruments.model.encode(to_float(part)).mode()))
+
+    def each(function: Callable[[Tensor, Tensor], object]) -> Call:
+        return lambda: [function(x, y) for x, y in zip(made, parts, strict=True)]
+
+    def method(apply: Callable[[Tensor, list[int]], object]) -> Call:
+        return lambda: [apply(part, budgets[row * batch : (row + 1) * batch]) for row, part in enumerate(parts)]
+
+    report = LatentReport()
+    found: dict[str, Call] = {
+        "model": model,
+        "whole": lambda: measure(instruments, images, batch),
+        "PSNR and SSIM": each(lambda x, y: (psnr(x, y), ssim(x, y))),
+        "sums over latents": lambda: [report.add(p, to_float(x)) for p, x in zip(posteriors, parts, strict=True)],
+        **{other.name: method(other) for other in instruments.methods},
+    }
+    if instruments.distance.module is not None:
+        found["perceptual distance"] = each(instruments.distance)
+    if instruments.extractor is not None:
+        found["features"] = each(lambda x, y: instruments.extractor(x) if instruments.extractor else None)
+    return found
+
+
+@torch.inference_mode()
+def timed(found: dict[str, Call], repeats: int, images: int) -> dict[str, float]:
+    """Median seconds an image of each call, taking turns; the first turn does not count."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for repeat in range(repeats + 1):
+        for name, call in found.items():
+            start = time.perf_counter()
+            call()
+            if repeat:
+                times[name].append((time.perf_counter() - start) / images)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def growth(instruments: Instruments, images: list[Loaded], count: int, folder: Path) -> float:
+    """MiB between the most resident memory at the end of a chunk within the first quarter of `count` images, and after it."""
+
+    def stream(positions: range) -> Iterator[Loaded]:
+        for position in positions:
+            item = images[position % len(images)]
+            yield Loaded(position, f"{position:08}", item.image)
+
+    parts, early, late = PartsFolder(folder / "parts", count), 0.0, 0.0
+    for number, chunk in enumerate(parts.chunks):
+        measure(instruments, stream(chunk), 8).save(parts.path(number))
+        if chunk.stop * 4 <= count:
+            early = max(early, resident())
+        else:
+            late = max(late, resident())
+    return late - early if early else 0.0
+
+
+def resident() -> float:
+    """MiB of this process in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    AutoencoderKL(preset(options.preset)).save_pretrained(folder / "model")
+    source, photos = sources()
+    (folder / "shards").mkdir()
+    write_tars(folder / "shards", photos, options.images, options.images)
+    raws = (raw for path in expand_shards(str(folder / "shards")) for raw in read_shard(path))
+    images = list(load_images(enumerate(raws), options.resolution, 3))
+    instruments = instruments_of(options, folder, device)
+    seconds = timed(calls(instruments, images, options.batch), options.repeats, len(images))
+    report = {
+        "preset": options.preset,
+        "images": f"{options.images} from {source}, JPEG quality {QUALITY}",
+        "resolution": options.resolution,
+        "batch": options.batch,
+        "perceptual": instruments.distance.name,
+        "extractor": None if instruments.extractor is None else instruments.extractor.name,
+        "times_the_model": seconds["whole"] / seconds[MODEL],
+        "rows": [{"part": name, "seconds_per_image": value} for name, value in seconds.items()],
+    }
+    if options.stream:
+        tiny = folder / "tiny"
+        tiny.mkdir()
+        AutoencoderKL(preset("tiny")).save_pretrained(tiny / "model")
+        (tiny / "shards").symlink_to(folder / "shards")
+        small = argparse.Namespace(**{**vars(options), "resolution": 64})
+        raws = (raw for path in expand_shards(str(folder / "shards")) for raw in read_shard(path))
+        few = list(load_images(enumerate(raws), 64, 3))
+        report |= {"stream": options.stream, "grown_mib": growth(instruments_of(small, tiny, device), few, options.stream, tiny)}
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="kl-f8", help="the model's shape")
+    parser.add_argument("--images", type=int, default=16, help="samples")
+    parser.add_argument("--batch", type=int, default=4, help="images at once")
+    parser.add_argument("--resolution", type=int, default=256, help="side in pixels")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
+    parser.add_argument("--stream", type=int, default=2000, help="images that memory is watched over; 0 leaves it out")
+    parser.add_argument("--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/evaluate.json")
+    options = parser.parse_args()
+    device = default_device()
+    out = options.out or ROOT / "benchmarks" / folder_name(device) / "evaluate.json"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = {**about(device), **run(options, device, Path(folder))}
+    except LatentAEError as error:
+        raise SystemExit(f"bench_evaluate: {error}") from None
+    write_json(out, report)
+    for row in report["rows"]:
+        print(f"{row['part']:>22}: {1000 * row['seconds_per_image']:8.1f} ms an image")
+    print(f"whole / model {report['times_the_model']:.2f}; wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
