@@ -29,7 +29,8 @@ def narrow(name, folder):
         AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 8), norm_num_groups=4)).save_pretrained(folder)
         options |= {"model.init_from": str(folder), "model.norm_num_groups": 4}
     elif isinstance(recipe.autoencoder_config(), AutoencoderDCConfig):
-        options |= {"model.latent_channels": 4, "model.block_out_channels": [8] * 4}
+        config = recipe.autoencoder_config()  # a head of its attention has 32 channels
+        options |= {"model.latent_channels": 4, "model.block_out_channels": [32] * len(config.encoder_block_out_channels)}
     else:
         options["model.norm_num_groups"] = 4
         options["model.block_out_channels"] = [8] * len(recipe.autoencoder_config().block_out_channels)

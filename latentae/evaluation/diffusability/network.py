@@ -1,7 +1,7 @@
 """The fixed network that every latent space is given to: a scalable interpolant transformer (SiT) of about 1.5 million parameters.
 
 Adaptive layer norm with zeroed gates (Peebles & Xie 2022, DiT; Ma et al. 2024, SiT), without classes. Width, depth and heads never
-change; only the layers that read and write tokens know how many channels there are. The patch is the smallest that gives 256 tokens
+change; only the layers that read and write tokens know how many channels there are. The patch is the smallest that gives 64 tokens
 or fewer, so that a 32 x 32 latent is seen in patches of 2 as usual, and an 8 x 8 one number by number.
 
 Inputs and outputs are scaled for whitened data, as Karras et al. 2022 (EDM), sec. 5 and app. B.6, do for theirs. With
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 __all__ = ["DEPTH", "HEADS", "TOKENS", "WIDTH", "TinyTransformer", "patch_side"]
 
-WIDTH, DEPTH, HEADS, TOKENS = 160, 3, 5, 256
+WIDTH, DEPTH, HEADS, TOKENS = 160, 3, 5, 64
 
 
 def patch_side(height: int, width: int, tokens: int = TOKENS) -> int:

@@ -101,7 +101,7 @@ def test_a_real_model_with_large_images_works(tiny_model, smooth_images, batches
         model, batches(images, 2), mood_extractor, statistics=statistics_of(model, images), seeds=(0,), steps=1, batch=2,
         samples=2, progress=False,
     )  # fmt: skip
-    assert {"patch": 5, "tokens": 256, "samples": 2}.items() <= found.result["flow"].items()
+    assert {"patch": 10, "tokens": 64, "samples": 2}.items() <= found.result["flow"].items()
     assert found.pictures["samples"].shape == (3, 264, 4 + 2 * 260)  # shown at 256 pixels
 
 
