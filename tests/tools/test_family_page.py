@@ -33,6 +33,7 @@ def test_the_page_shows_every_recipe_of_the_family_with_a_small_picture():
     page = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
     recipes = {file.stem for file in (ROOT / "latentae" / "recipes").glob("*-digits.toml")}
     recipes |= {file.stem for file in (ROOT / "latentae" / "recipes").glob("*-tiny.toml")}
+    recipes.discard("dc-tiny")  # another architecture, in docs/deep_compression.md
     assert len(recipes) == 16
     assert not [name for name in recipes if f"`{name}`" not in page]
     pictures = re.findall(r"\]\((images/family-.*?\.png)\)", page)
