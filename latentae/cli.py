@@ -17,6 +17,8 @@ from latentae.errors import LatentAEError, RecipeError, ShardError
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 app = typer.Typer(
     name="latentae",
     help="Train, measure and ship the latent space of a generative model. MODEL is a run folder, a checkpoint or an exported folder.",
@@ -390,13 +392,15 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from what is finished", 130)
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's and click's own usage errors
             _fail(f"{error.format_message()} (see latentae --help)", 2)  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(error, OSError) and not debug:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         raise
+    if code == INTERRUPTED:  # some versions of typer turn Ctrl-C into this code themselves
+        _fail("interrupted; the same command goes on from what is finished", INTERRUPTED)
     _exit(code if isinstance(code, int) else 0)
 
 

@@ -94,7 +94,9 @@ def test_a_full_disk_and_ctrl_c_are_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(latentae, "shards", interrupted, raising=False)
-    assert call("shards", "a", "b", capsys=capsys)[0] == 130
+    code, _, error = call("shards", "a", "b", capsys=capsys)
+    assert code == 130
+    assert "interrupted; the same command goes on" in error
 
 
 def test_other_ranks_sign_their_errors(monkeypatch, capsys):
