@@ -34,6 +34,7 @@ _HOME = {
     "features": "latentae.tasks.extracting",
     "fuse": "latentae.models.fuse",
     "index": "latentae.data.indexing",
+    "init": "latentae.training.init",
     "interpolate": "latentae.tasks.interpolating",
     "order": "latentae.data.listing",
     "pipeline": "latentae.inference.pipeline",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from latentae.tasks.extracting import features
     from latentae.tasks.interpolating import interpolate
     from latentae.tasks.sampling import sample
+    from latentae.training.init import init
     from latentae.training.plan import config
     from latentae.training.train import train
 

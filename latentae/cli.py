@@ -61,12 +61,12 @@ Words = Annotated[
 ]
 
 
-def _split(words: list[str]) -> tuple[str, dict[str, str]]:
-    """One recipe, and `--option value` or `--option=value` in any order."""
-    recipes, overrides, rest = [], {}, iter(words)
+def _split(words: list[str], expected: str = "RECIPE") -> tuple[list[str], dict[str, str]]:
+    """The words that are `expected`, and `--option value` or `--option=value`, in any order."""
+    given, overrides, rest = [], {}, iter(words)
     for word in rest:
         if not word.startswith("--"):
-            recipes.append(word)
+            given.append(word)
             continue
         name, equals, value = word[2:].partition("=")
         if not equals:
@@ -74,9 +74,9 @@ def _split(words: list[str]) -> tuple[str, dict[str, str]]:
             if not value or value.startswith("--"):
                 raise RecipeError(f"option --{name} needs a value")
         overrides[name.replace("-", "_")] = value
-    if len(recipes) != 1:
-        raise RecipeError(f"expected one RECIPE, got {' '.join(recipes) or 'none'}")
-    return recipes[0], overrides
+    if len(given) != len(expected.split()):
+        raise RecipeError(f"expected {expected.replace('RECIPE', 'one RECIPE')}, got {' '.join(given) or 'none'}")
+    return given, overrides
 
 
 @app.command()
@@ -166,9 +166,24 @@ def train(
     """Train an autoencoder; the same command goes on where it stopped."""
     import latentae
 
-    recipe, overrides = _split(words)
+    (recipe,), overrides = _split(words)
     options: dict[str, Any] = dict(overrides)
     latentae.train(recipe, output, resume=resume, init_from=init_from, dry_run=dry_run, **options)
+
+
+@app.command(**_RECIPE)
+def init(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE SHARDS OUT [--OPTION VALUE]...", help="A recipe, training shards (or images), a folder to make."),
+    ],
+) -> None:
+    """Write an AutoencoderDC that starts at PCA of the images: a model folder, before any training."""
+    import latentae
+
+    (recipe, shards, out), overrides = _split(words, "RECIPE SHARDS OUT")
+    options: dict[str, Any] = dict(overrides)
+    latentae.init(recipe, shards, out, **options)
 
 
 @app.command(**_RECIPE)
@@ -176,7 +191,7 @@ def config(words: Words) -> None:
     """Print a recipe with every option resolved, as TOML, headed by what each phase amounts to."""
     from latentae.training.plan import config as resolved
 
-    recipe, overrides = _split(words)
+    (recipe,), overrides = _split(words)
     typer.echo(resolved(recipe, **overrides), nl=False)
 
 

@@ -10,9 +10,11 @@ from torch import nn
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
+from latentae.models.blocks import Attention, ResnetBlock
 from latentae.models.dc.autoencoder import AutoencoderDC
+from latentae.models.dc.blocks import AttentionBlock, ResidualBlock
 
-__all__ = ["Part", "select_trainable"]
+__all__ = ["Part", "select_trainable", "trunk_names"]
 
 Part = Literal["all", "decoder", "decoder-head", "encoder", "latent"]
 
@@ -67,3 +69,9 @@ def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
         yield from (*up[:1], decoder.norm_out, decoder.conv_out)
     if part == "latent":
         yield from (*down[-1:], encoder.conv_out, encoder.conv_out_logvar, decoder.conv_in, *up[-1:])
+
+
+def trunk_names(model: Autoencoder) -> set[str]:
+    """Names of the parameters that are in no residual branch: what an image passes through if all branches add nothing."""
+    branches = [name for name, m in model.named_modules() if isinstance(m, ResnetBlock | Attention | ResidualBlock | AttentionBlock)]
+    return {name for name, _ in model.named_parameters() if not any(name.startswith(f"{branch}.") for branch in branches)}

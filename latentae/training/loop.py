@@ -103,6 +103,8 @@ class PhaseLoop:
             Interrupted: a signal came; the state was saved first.
             TrainingError: losses were not finite for too long, or there is no checkpoint to return to.
         """
+        if self.state.images_seen == 0 and self.trainer.recipe.model.initialization == "pca":
+            self.validate()  # this start is worth looking at
         batches = iter(self.loader)
         self._warm_up(batches)
         self.timer.restart()
@@ -181,7 +183,7 @@ class PhaseLoop:
         values["bad_samples"] *= accelerator.num_processes  # their sum
         values |= self.timer.read(accelerator.num_processes)
         values |= {
-            "lr": self.trainer.optimizers["autoencoder"].param_groups[0]["lr"],
+            "lr": next(iter(self.trainer.optimizers.values())).param_groups[0]["lr"],
             "time": time.time(),
             "memory_gb": peak_memory_gb(accelerator.device),
         }

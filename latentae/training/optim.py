@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentae.models.base import Autoencoder
+from latentae.models.trainable import trunk_names
 from latentae.training.muon import Muon
 from latentae.training.options import OptimizerOptions
 
@@ -39,18 +41,22 @@ def adamw(
 
 
 def autoencoder_optimizers(
-    model: nn.Module, owned: Iterable[nn.Parameter], options: OptimizerOptions
+    model: Autoencoder, owned: Iterable[nn.Parameter], options: OptimizerOptions
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of an autoencoder's trainable parameters and of those that its losses own, by the name they are saved under."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [name for name, p in named.items() if options.name == "muon" and _is_hidden(name, p)]
-    rest = [p for name, p in named.items() if name not in hidden]
-    found: dict[str, torch.optim.Optimizer] = {
-        "autoencoder": adamw(rest, options.lr, options.betas, options.weight_decay, undecayed=owned)
-    }
+    trunk = trunk_names(model) & named.keys() if options.trunk_lr_ratio < 1 else set[str]()
+    hidden = {name for name, p in named.items() if options.name == "muon" and _is_hidden(name, p)} - trunk
+    rest, owned = [p for name, p in named.items() if name not in hidden | trunk], list(owned)
+    found: dict[str, torch.optim.Optimizer] = {}
+    if rest or owned:
+        found["autoencoder"] = adamw(rest, options.lr, options.betas, options.weight_decay, undecayed=owned)
+    if trunk:
+        slow = [named[name] for name in named if name in trunk]
+        found["autoencoder-trunk"] = adamw(slow, options.trunk_lr_ratio * options.lr, options.betas, options.weight_decay)
     if hidden:
         lr = options.muon_lr or options.lr
-        found["autoencoder-muon"] = Muon([named[name] for name in hidden], lr, weight_decay=options.weight_decay)
+        found["autoencoder-muon"] = Muon([named[name] for name in named if name in hidden], lr, weight_decay=options.weight_decay)
     return found
 
 

@@ -69,8 +69,10 @@ class ModelOptions(BaseModel):
     )
     layers_per_block: int | None = Field(default=None, ge=1, description="Residual blocks per level instead of the preset's.")
     norm_num_groups: int | None = Field(default=None, ge=1, description="Groups of every GroupNorm instead of the preset's.")
-    initialization: Literal["torch", "linear"] = Field(
-        default="torch", description="Weights at the start: PyTorch's own, or a nearly linear codec (quicker when time is short)."
+    initialization: Literal["torch", "linear", "pca"] = Field(
+        default="torch",
+        description="Weights at the start: PyTorch's own; a nearly linear codec (quicker when time is short); or, of an AutoencoderDC, "
+        "PCA of the training images.",
     )
     initial_logvar: float = Field(
         default=0.0,
@@ -120,6 +122,13 @@ class OptimizerOptions(BaseModel):
     )
     muon_lr: float | None = Field(default=None, gt=0, description="Peak learning rate of Muon's weights; lr when not given.")
     lr: float = Field(default=1e-4, gt=0, description="Peak learning rate of the autoencoder.")
+    trunk_lr_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Learning rate of the autoencoder's weights outside of residual branches over lr, with AdamW. Below 1 it keeps a start "
+        "at PCA from being shaken; 0 leaves them as they are.",
+    )
     discriminator_lr: float | None = Field(
         default=None, gt=0, description="Peak learning rate of the discriminator; lr when not given."
     )

@@ -124,6 +124,16 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _pca(self) -> Self:
+        kind = None if self.model.preset == "init" else preset_kind(self.model.preset)
+        if self.model.initialization == "pca" and self.model.init_from is None and kind is not AutoencoderDCConfig:
+            raise ValueError(
+                f"model.initialization is 'pca', but only an AutoencoderDC can start there and model.preset is {self.model.preset!r}: the "
+                "decoder of an AutoencoderKL can't draw a patch linearly; take a dc- preset, or initialization = 'linear'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _linear(self) -> Self:
         """What a linear autoencoder, which has no levels and no last layer behind an activation, can't do."""
         if self.model.preset == LINEAR:

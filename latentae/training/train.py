@@ -12,6 +12,7 @@ from latentae.files import write_text
 from latentae.jobs import RECORD, Job
 from latentae.progress import Progress, say
 from latentae.training.checkpoint import find_checkpoint, read_state, save_checkpoint
+from latentae.training.head_start import take_head_start
 from latentae.training.launch import build_accelerator, close_accelerator, in_contact, on_main
 from latentae.training.loop import PhaseLoop
 from latentae.training.mirror import Mirror
@@ -206,6 +207,7 @@ class _Run:
         self.trainer = Trainer(recipe, self.accelerator)
         check_sizes(recipe, self.trainer)
         if checkpoint is None:
+            take_head_start(self.trainer, self.validation)
             return
         position = restore(self.trainer, checkpoint, phase)
         if position is not None:

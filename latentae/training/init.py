@@ -1,0 +1,81 @@
+"""The verb `init`: a model folder that starts at PCA of a data set, before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentae.data.transforms import to_float, to_uint8
+from latentae.errors import RecipeError
+from latentae.evaluation.metrics import psnr
+from latentae.files import write_json
+from latentae.jobs import Job
+from latentae.models.dc.autoencoder import AutoencoderDC
+from latentae.progress import say
+from latentae.training.head_start import HeadStart, fit_head_start
+from latentae.training.preparation import job_inputs, make_shards
+from latentae.training.recipe import Recipe, load_recipe
+from latentae.training.validation import held_out_batches
+
+__all__ = ["init"]
+
+REPORT = "head_start.json"
+
+
+def init(recipe: str | Path | Recipe, shards: str | Path, out: str | Path, **overrides: Any) -> dict[str, Any]:
+    """Write the recipe's autoencoder as it is before its first step if it starts at PCA of the shards' images.
+
+    The folder loads wherever a MODEL does, in diffusers too, and as `model.init_from` of any recipe of the same shape.
+
+    Args:
+        recipe: a shipped recipe's name, a TOML path, or a Recipe; its model is an AutoencoderDC.
+        shards: training shards, or a folder of images, of which shards are made beside `out`.
+        out: folder to make.
+        **overrides: options of the recipe, as for `train`.
+
+    Returns:
+        What is in `out`/head_start.json: `patches` and `crops` that PCA was fitted on, `explained` (share of the variance) and, where there
+        are held-out images, `pca_psnr` and `psnr` of the model, in dB.
+
+    Raises:
+        RecipeError, DataError, ModelError, OutputError: one line each.
+    """
+    overrides = {**overrides, "data.shards": str(shards), "model.initialization": "pca"}
+    resolved = load_recipe(recipe, overrides)
+    if resolved.model.init_from is not None:
+        raise RecipeError(f"the recipe begins with the weights of {resolved.model.init_from}; leave model.init_from out to begin at PCA")
+    resolved = make_shards(resolved, Path(out))
+    job = Job.open(out, "init", job_inputs(resolved))
+    if job.state == "finished":
+        say(f"{out} is finished; nothing to do")
+        return Job.read(job.folder)["summary"]
+    head_start = fit_head_start(resolved)
+    say(str(head_start))
+    model = head_start.build(resolved).eval()
+    report = _report(resolved, head_start, model)
+    model.save_pretrained(job.folder)
+    write_json(job.folder / REPORT, report)
+    job.finish(summary=report)
+    say(f"wrote {out}")
+    return report
+
+
+def _report(recipe: Recipe, head_start: HeadStart, model: AutoencoderDC) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "patches": head_start.pca.patches,
+        "crops": sum(map(len, head_start.images)),
+        "explained": head_start.explained,
+    }
+    batches = [batch.images for batch in held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images)]
+    if batches:
+        report |= {"pca_psnr": head_start.psnr(batches), "psnr": _psnr(model, batches)}
+        say(f"held out: PCA {report['pca_psnr']:.2f} dB, the model {report['psnr']:.2f} dB")
+    return report
+
+
+@torch.inference_mode()
+def _psnr(model: AutoencoderDC, batches: list[torch.Tensor]) -> float:
+    pairs = ((images, to_uint8(model(to_float(images), sample_posterior=False).reconstruction)) for images in batches)
+    return torch.cat([psnr(images if images.dtype == torch.uint8 else to_uint8(to_float(images)), made) for images, made in pairs]).mean().item()

@@ -1,0 +1,254 @@
+"""What a start at PCA is worth: quality on held-out photos against CPU minutes, beside other starts and ways to go on from it.
+
+    python tools/head_start_study.py [--minutes 1] [--seeds 0 1 2] [--factors 8 16 32] [--arms ...] [--out FILE.json]
+
+A run is one process with one thread; its clock is CPU time and begins before PCA is fitted, so that this counts. Crops, batch, losses and
+optimizer are those of the recipe dc-tiny (AdamW at f16 and f32, whose shapes are those of the presets, narrow), with a constant rate, so that no schedule knows when the clock stops. Judged are the averaged
+weights, on 52 tiles of 128 pixels of three photos that are not trained on. Two runs go on at a time.
+
+With --plot, the figure of docs/deep_compression.md is drawn from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarking import ROOT, about, folder_name, write_json
+from equal_time import prepare_photos
+
+from latentae.data.transforms import to_float, to_uint8
+from latentae.evaluation.diffusability.flow import fit_flow
+from latentae.evaluation.diffusability.latents import Latents, Whitening
+from latentae.evaluation.metrics import psnr
+from latentae.losses.objective import Objective
+from latentae.models import architectures
+from latentae.training.head_start import HeadStart, fit_head_start, take_head_start
+from latentae.training.launch import build_accelerator
+from latentae.training.preparation import build_loader
+from latentae.training.recipe import Recipe, load_recipe
+from latentae.training.steps import Trainer
+from latentae.training.validation import Validation, held_out_batches
+
+ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3}  # orthogonalizing wide matrices takes most of a step on one core
+SHAPES: dict[int, dict[str, Any]] = {
+    8: {},
+    16: {"model.preset": "dc-f16", "model.block_out_channels": [24, 48, 96, 192, 192], "model.layers_per_block": 1, **ADAMW},
+    32: {
+        "model.preset": "dc-f32-z32",
+        "model.block_out_channels": [24, 48, 96, 192, 192, 192],
+        "model.layers_per_block": 1,
+        "data.resolution": 128,
+        "batch_size": 4,
+        **ADAMW,
+    },
+}
+PLAIN = {"optimizer.trunk_lr_ratio": 1.0}
+GAN = {"loss.adversarial.weight": 0.02, "loss.adversarial.start_images": 0, "loss.adversarial.channels": 32, "loss.adversarial.layers": 2}
+ARMS: dict[str, dict[str, Any]] = {
+    "pca": {},
+    "linear": {**PLAIN, "model.initialization": "linear"},
+    "torch": {**PLAIN, "model.initialization": "torch"},
+    "pca, trunk at full rate": PLAIN,
+    "pca, trunk frozen": {"optimizer.trunk_lr_ratio": 0.0},
+    "pca, trunk frozen for the first half": {},
+    "pca, adversarial": GAN,
+    "linear, adversarial": {**PLAIN, "model.initialization": "linear", **GAN},
+    "pca, no perceptual loss": {"loss.perceptual.net": "none"},
+}
+MAIN = ("pca", "linear", "torch")
+POINTS = 5
+FLOW_STEPS, FLOW_BATCH = 400, 16
+
+
+def recipe_of(home: Path, factor: int, arm: str, seed: int) -> Recipe:
+    values = {"data.shards": str(home / "training"), "data.validation": str(home / "held-out"), "data.workers": 0, "seed": seed}
+    values |= {"precision": "fp32", "images": 10**9, "optimizer.schedule": "constant"}
+    return load_recipe("dc-tiny", {**values, **SHAPES[factor], **ARMS[arm]})
+
+
+class Judge:
+    """Means over the held-out tiles."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.batches = held_out_batches(recipe.data.model_copy(update={"resolution": 128}), 8, 1000)
+        self.distance = Objective(load_recipe("dc-tiny").loss, recipe.autoencoder_config().latent_channels).perceptual
+
+    @torch.inference_mode()
+    def __call__(self, reconstruct: Any) -> dict[str, float]:
+        pairs = [(batch.images, reconstruct(batch.images)) for batch in self.batches]
+        assert self.distance is not None
+        distances = [self.distance(to_float(a), to_float(b)) for a, b in pairs]
+        return {"psnr": torch.cat([psnr(a, b) for a, b in pairs]).mean().item(), "perceptual": torch.cat(distances).mean().item()}
+
+
+def averaged(trainer: Trainer) -> Any:
+    model = architectures.build(trainer.raw_autoencoder.config)
+    model.load_state_dict(trainer.ema.state_dict())
+    return model.eval()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One run in this process."""
+    torch.set_num_threads(1)
+    factor, arm = options.factors[0], options.arms[0]
+    recipe = recipe_of(options.home, factor, arm, options.seeds[0])
+    judge, accelerator = Judge(recipe), build_accelerator("fp32")
+    begin = time.process_time()
+    trainer = Trainer(recipe, accelerator)
+    take_head_start(trainer, Validation([]))
+    rate, staged = trainer.peak_lr.get("autoencoder-trunk", 0.0), "first half" in arm
+    if staged:
+        trainer.peak_lr["autoencoder-trunk"] = 0.0
+    spent, curve, seconds = time.process_time() - begin, [], 60 * options.minutes
+    head_start_seconds = spent
+    curve.append({"minutes": spent / 60, "images": 0, **judge(_reconstruct(averaged(trainer)))})
+    batches = iter(build_loader(recipe, accelerator))
+    while spent < seconds:
+        begin = time.process_time()
+        trainer.update([next(batches).images])
+        spent += time.process_time() - begin
+        if staged and spent > seconds / 2:
+            trainer.peak_lr["autoencoder-trunk"] = rate
+        if spent >= seconds * len(curve) / POINTS:
+            figures = judge(_reconstruct(averaged(trainer)))
+            curve.append({"minutes": spent / 60, "images": trainer.state.images_seen, **figures})
+    model = averaged(trainer)
+    row = {"factor": factor, "arm": arm, "seed": options.seeds[0], "start_seconds": head_start_seconds, "curve": curve}
+    row["pca_likeness"], row["flow_loss"] = latent_figures(recipe, model, judge)
+    return row
+
+
+@torch.inference_mode()
+def latent_figures(recipe: Recipe, model: Any, judge: Judge) -> tuple[float, float | None]:
+    """How much of the latent's variance PCA's components of the same patches explain linearly, and the loss of a tiny flow on it."""
+    pca = fit_head_start(load_recipe(recipe, {"model.initialization": "pca"})).pca
+    z, components = [], []
+    for batch in judge.batches:
+        z.append(model.encode(to_float(batch.images)).mode())
+        components.append(pca.encode(batch.images).float())
+    latents, known = torch.cat(z), torch.cat(components)
+    y, x = (t.movedim(1, -1).flatten(0, 2).double() for t in (latents, known))
+    y, x = y - y.mean(0), torch.cat([x - x.mean(0)], 1)
+    left = y - x @ torch.linalg.lstsq(x, y).solution
+    likeness = (1 - left.square().sum(0) / y.square().sum(0)).mean().item()
+    training = build_loader(recipe, build_accelerator("fp32"))
+    crops = [model.encode(to_float(batch.images)).mode() for _, batch in zip(range(512 // recipe.batch_size), training, strict=False)]
+    flat = torch.cat(crops)
+    means = tuple(flat)
+    fitted = Latents(tuple(map(str, range(len(means)))), means, tuple(map(torch.zeros_like, means)), None, len(means))
+    whitening = Whitening(flat.mean((0, 2, 3))[:, None, None], flat.std((0, 2, 3))[:, None, None])
+    return likeness, fit_flow(fitted, whitening, steps=FLOW_STEPS, batch=FLOW_BATCH, seed=0).loss
+
+
+def _reconstruct(model: Any) -> Any:
+    return lambda images: to_uint8(model(to_float(images), sample_posterior=False).reconstruction)
+
+
+def baseline(home: Path, factor: int) -> dict[str, float]:
+    """PCA itself."""
+    recipe = recipe_of(home, factor, "pca", 0)
+    found: HeadStart = fit_head_start(recipe)
+    return Judge(recipe)(found.pca.reconstruct)
+
+
+def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
+    jobs = [(f, arm, seed) for arm in options.arms for f in options.factors for seed in options.seeds if f == 8 or arm in MAIN[:2]]
+
+    def one(job: tuple[int, str, int]) -> dict[str, Any]:
+        factor, arm, seed = job
+        command = [sys.executable, __file__, "--one", "--home", str(home), "--minutes", str(options.minutes)]
+        command += ["--factors", str(factor), "--arms", arm, "--seeds", str(seed)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(f"f{factor} {arm}, seed {seed}: {row['curve'][0]} -> {row['curve'][-1]}, {row['pca_likeness']:.3f}", flush=True)
+        return row
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(one, jobs))
+    pca = {f"f{factor}": baseline(home, factor) for factor in options.factors}
+    return {**about(torch.device("cpu")), "minutes": options.minutes, "pca": pca, "medians": medians(rows), "rows": rows}
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of the seeds of each arm: at the start, at the end, and the lowest PSNR on the way."""
+    found = {}
+    for factor, arm in sorted({(row["factor"], row["arm"]) for row in rows}):
+        same = [row for row in rows if (row["factor"], row["arm"]) == (factor, arm)]
+        middle = lambda get: statistics.median(get(row) for row in same)  # noqa: E731, B023
+        found[f"f{factor}, {arm}"] = {
+            "start_psnr": middle(lambda row: row["curve"][0]["psnr"]),
+            "start_perceptual": middle(lambda row: row["curve"][0]["perceptual"]),
+            "lowest_psnr": middle(lambda row: min(point["psnr"] for point in row["curve"])),
+            "psnr": middle(lambda row: row["curve"][-1]["psnr"]),
+            "perceptual": middle(lambda row: row["curve"][-1]["perceptual"]),
+            "images": middle(lambda row: row["curve"][-1]["images"]),
+            "pca_likeness": middle(lambda row: row["pca_likeness"]),
+            "flow_loss": middle(lambda row: row["flow_loss"] or float("inf")),
+        }
+    return found
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """PSNR and perceptual distance against minutes, one column a factor, one line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    factors = sorted({row["factor"] for row in result["rows"]})
+    colours = dict(zip(MAIN, ("tab:blue", "tab:orange", "tab:gray"), strict=True))
+    figure, axes = plt.subplots(2, len(factors), figsize=(4 * len(factors), 6), sharex=True, squeeze=False, layout="constrained")
+    for column, factor in enumerate(factors):
+        for row, key in enumerate(("psnr", "perceptual")):
+            axis = axes[row][column]
+            axis.axhline(result["pca"][f"f{factor}"][key], color="black", linewidth=0.8, linestyle="--", label="PCA itself")
+            for one in (r for r in result["rows"] if r["factor"] == factor and r["arm"] in MAIN):
+                xs, ys = zip(*((p["minutes"], p[key]) for p in one["curve"]), strict=True)
+                label = f"start: {one['arm']}" if one["seed"] == min(r["seed"] for r in result["rows"]) else None
+                axis.plot(xs, ys, color=colours[one["arm"]], linewidth=1.2, label=label)
+        axes[0][column].set_title(f"f{factor} z{16 if factor == 8 else 32}")
+        axes[1][column].set_xlabel("CPU minutes of one core")
+    axes[0][0].set_ylabel("PSNR, dB (higher is better)")
+    axes[1][0].set_ylabel("EfficientNet distance (lower is better)")
+    axes[0][0].legend()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=1.0, help="CPU minutes of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each")
+    parser.add_argument("--factors", type=int, nargs="+", default=[8, 16, 32], choices=SHAPES, help="downsampling factors")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="starts; all but the first two at f8 only")
+    parser.add_argument("--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/head_start.json")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure from --out and stop")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # one run, in the process started for it
+    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run(options)))
+        return
+    out = options.out or ROOT / "benchmarks" / folder_name(torch.device("cpu")) / "head_start.json"
+    if options.plot:
+        plot(json.loads(out.read_text(encoding="utf-8")), options.plot)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_photos(Path(folder))
+        result = measure(options, Path(folder))
+    write_json(out, result)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
