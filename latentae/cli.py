@@ -175,7 +175,9 @@ def train(
 def init(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE SHARDS OUT [--OPTION VALUE]...", help="A recipe, training shards (or images), a folder to make."),
+        typer.Argument(
+            metavar="RECIPE SHARDS OUT [--OPTION VALUE]...", help="A recipe, training shards (or images), a folder to make."
+        ),
     ],
 ) -> None:
     """Write an AutoencoderDC that starts at PCA of the images: a model folder, before any training."""

@@ -20,6 +20,7 @@ VERBS = [
     "quickstart",
     "shards",
     "index",
+    "init",
     "train",
     "config",
     "evaluate",

@@ -3,10 +3,12 @@
     python tools/head_start_study.py [--minutes 1] [--seeds 0 1 2] [--factors 8 16 32] [--arms ...] [--out FILE.json]
 
 A run is one process with one thread; its clock is CPU time and begins before PCA is fitted, so that this counts. Crops, batch, losses and
-optimizer are those of the recipe dc-tiny (AdamW at f16 and f32, whose shapes are those of the presets, narrow), with a constant rate, so that no schedule knows when the clock stops. Judged are the averaged
-weights, on 52 tiles of 128 pixels of three photos that are not trained on. Two runs go on at a time.
+optimizer are those of the recipe dc-tiny (AdamW at f16 and f32, whose shapes are those of the presets, narrow), with a constant rate, so
+that no schedule knows when the clock stops. Judged are the averaged weights, on 52 tiles of 128 pixels of three photos that are not
+trained on. Two runs go on at a time.
 
-With --plot, the figure of docs/deep_compression.md is drawn from the file.
+The file is written after each run, and the same command goes on with what it lacks. With --plot, the figure of docs/deep_compression.md
+is drawn from the file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,11 @@ from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer
 from latentae.training.validation import Validation, held_out_batches
 
-ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3}  # orthogonalizing wide matrices takes most of a step on one core
+ADAMW = {
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1e-3,
+    "optimizer.trunk_lr_ratio": 0.015,
+}  # orthogonalizing wide matrices takes most of a step on one core
 SHAPES: dict[int, dict[str, Any]] = {
     8: {},
     16: {"model.preset": "dc-f16", "model.block_out_channels": [24, 48, 96, 192, 192], "model.layers_per_block": 1, **ADAMW},
@@ -54,16 +60,21 @@ SHAPES: dict[int, dict[str, Any]] = {
     },
 }
 PLAIN = {"optimizer.trunk_lr_ratio": 1.0}
-GAN = {"loss.adversarial.weight": 0.02, "loss.adversarial.start_images": 0, "loss.adversarial.channels": 32, "loss.adversarial.layers": 2}
+GAN = {
+    "loss.adversarial.weight": 0.02,
+    "loss.adversarial.start_images": 0,
+    "loss.adversarial.channels": 32,
+    "loss.adversarial.layers": 2,
+}
 ARMS: dict[str, dict[str, Any]] = {
     "pca": {},
     "linear": {**PLAIN, "model.initialization": "linear"},
     "torch": {**PLAIN, "model.initialization": "torch"},
-    "pca, trunk at full rate": PLAIN,
-    "pca, trunk frozen": {"optimizer.trunk_lr_ratio": 0.0},
-    "pca, trunk frozen for the first half": {},
     "pca, adversarial": GAN,
     "linear, adversarial": {**PLAIN, "model.initialization": "linear", **GAN},
+    "pca, trunk frozen": {"optimizer.trunk_lr_ratio": 0.0},
+    "pca, trunk at full rate": PLAIN,
+    "pca, trunk frozen for the first half": {},
     "pca, no perceptual loss": {"loss.perceptual.net": "none"},
 }
 MAIN = ("pca", "linear", "torch")
@@ -86,6 +97,7 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, reconstruct: Any) -> dict[str, float]:
+        """Of a function from uint8 images to uint8 images."""
         pairs = [(batch.images, reconstruct(batch.images)) for batch in self.batches]
         assert self.distance is not None
         distances = [self.distance(to_float(a), to_float(b)) for a, b in pairs]
@@ -143,7 +155,9 @@ def latent_figures(recipe: Recipe, model: Any, judge: Judge) -> tuple[float, flo
     left = y - x @ torch.linalg.lstsq(x, y).solution
     likeness = (1 - left.square().sum(0) / y.square().sum(0)).mean().item()
     training = build_loader(recipe, build_accelerator("fp32"))
-    crops = [model.encode(to_float(batch.images)).mode() for _, batch in zip(range(512 // recipe.batch_size), training, strict=False)]
+    crops = [
+        model.encode(to_float(batch.images)).mode() for _, batch in zip(range(512 // recipe.batch_size), training, strict=False)
+    ]
     flat = torch.cat(crops)
     means = tuple(flat)
     fitted = Latents(tuple(map(str, range(len(means)))), means, tuple(map(torch.zeros_like, means)), None, len(means))
@@ -162,22 +176,29 @@ def baseline(home: Path, factor: int) -> dict[str, float]:
     return Judge(recipe)(found.pca.reconstruct)
 
 
-def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
-    jobs = [(f, arm, seed) for arm in options.arms for f in options.factors for seed in options.seeds if f == 8 or arm in MAIN[:2]]
+def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
+    """All runs that `out` does not hold yet; it is written after each."""
+    pca = {f"f{factor}": baseline(home, factor) for factor in options.factors}
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+    there = {(row["factor"], row["arm"], row["seed"]) for row in rows}
+    jobs = [
+        (f, arm, seed) for arm in options.arms for f in options.factors for seed in options.seeds if f == 8 or arm in MAIN[:2]
+    ]
 
     def one(job: tuple[int, str, int]) -> dict[str, Any]:
         factor, arm, seed = job
         command = [sys.executable, __file__, "--one", "--home", str(home), "--minutes", str(options.minutes)]
         command += ["--factors", str(factor), "--arms", arm, "--seeds", str(seed)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        row = json.loads(done.stdout.splitlines()[-1])
-        print(f"f{factor} {arm}, seed {seed}: {row['curve'][0]} -> {row['curve'][-1]}, {row['pca_likeness']:.3f}", flush=True)
-        return row
+        return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(one, jobs))
-    pca = {f"f{factor}": baseline(home, factor) for factor in options.factors}
-    return {**about(torch.device("cpu")), "minutes": options.minutes, "pca": pca, "medians": medians(rows), "rows": rows}
+        for done in as_completed([pool.submit(one, job) for job in jobs if job not in there]):
+            row = done.result()
+            rows.append(row)
+            print(f"f{row['factor']} {row['arm']}, {row['seed']}: {row['curve'][0]} -> {row['curve'][-1]}", flush=True)
+            figures = {"minutes": options.minutes, "pca": pca, "medians": medians(rows), "rows": rows}
+            write_json(out, {**about(torch.device("cpu")), **figures})
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -245,8 +266,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare_photos(Path(folder))
-        result = measure(options, Path(folder))
-    write_json(out, result)
+        measure(options, Path(folder), out)
     print(f"wrote {out}")
 
 

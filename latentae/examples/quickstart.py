@@ -17,16 +17,17 @@ from latentae.exporting.export import export
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.progress import say
+from latentae.training.init import init
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.rehearsal import measure_speed
 from latentae.training.train import train
 
 __all__ = ["quickstart"]
 
-RECIPE = "tiny-cpu"
+RECIPE = "dc-tiny"
 TRAINING_TILE, TRAINING_STRIDE = 256, 128  # overlapping: crops of any position, small enough to decode quickly
 HELD_OUT_TILE = 128  # side by side: every pixel is judged once
-PLAN = "plan.json"
+PLAN, START = "plan.json", "step-0"
 
 
 def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: int | None = None, seed: int = 0) -> Path:
@@ -36,7 +37,7 @@ def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: 
     follows depends on the clock.
 
     Args:
-        out: folder for everything: shards, run, evaluation, latents, export, report.html.
+        out: folder for everything: shards, the model at its start, run, evaluation, latents, export, report.html.
         minutes: minutes of training.
         images: images to train on, instead of minutes.
         seed: of the run.
@@ -61,10 +62,18 @@ def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: 
     clock.lap("photos to shards")
     recipe = _planned(home, minutes, images, seed)
     clock.lap("measuring the speed")
+    start = home / START
+    init(recipe, str(recipe.data.shards), start)
+    clock.lap("the start")
     run = train(recipe, home / "run")
     clock.lap("training")
     result = evaluate(
-        run, home / "held-out-shards", resolution=HELD_OUT_TILE, out=home / "evaluation", pca_shards=home / "training-shards"
+        run,
+        home / "held-out-shards",
+        compare=[start],
+        resolution=HELD_OUT_TILE,
+        out=home / "evaluation",
+        pca_shards=home / "training-shards",
     )
     clock.lap("evaluation")
     encode(run, home / "training-shards", home / "latents", resolution=HELD_OUT_TILE)

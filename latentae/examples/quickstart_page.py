@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentae.data.photos import HELD_OUT, TRAINING
 from latentae.evaluation.images import write_png
 from latentae.evaluation.page.evaluation_page import detail_sections, evaluation_sections, training_sections
-from latentae.evaluation.page.report import Code, Facts, Gallery, GalleryRow, Links, Paragraph, Picture, Section, build_report
+from latentae.evaluation.page.pictures import read_png
+from latentae.evaluation.page.report import (
+    Code,
+    DataTable,
+    Facts,
+    Gallery,
+    GalleryRow,
+    Links,
+    Paragraph,
+    Picture,
+    Section,
+    build_report,
+)
+from latentae.evaluation.summary import interval_text, metric_label
 from latentae.examples.diffusers_check import DiffusersCheck
 from latentae.files import write_text
 from latentae.training.recipe import Recipe
@@ -18,13 +31,13 @@ from latentae.version import __version__
 __all__ = ["write_quickstart_page"]
 
 SNIPPET = """import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC
 
-vae = AutoencoderKL.from_pretrained("export")          # no latentae needed
+vae = AutoencoderDC.from_pretrained("export")          # no latentae needed
 images = torch.rand(1, 3, 128, 128) * 2 - 1            # [-1, 1]
-latents = vae.encode(images).latent_dist.sample()
-latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample"""
+latents = vae.encode(images).latent * vae.config.scaling_factor
+decoded = vae.decode(latents / vae.config.scaling_factor).sample"""
+STORY_ROWS = 4
 
 
 def write_quickstart_page(
@@ -34,6 +47,7 @@ def write_quickstart_page(
     write_png(out / "decoded-by-diffusers.png", check.decoded)
     evaluation = out / "evaluation"
     sections = [
+        _story_section(evaluation, result, recipe.autoencoder_config().downsampling),
         *evaluation_sections(evaluation, result),
         *training_sections(out / "run" / "metrics.jsonl"),
         _diffusers_section(check),
@@ -47,6 +61,45 @@ def write_quickstart_page(
     )
     footer = f"Made by latentae {__version__}. This page needs no network; keep it beside its folders for the links to work."
     write_text(out / "report.html", build_report("From photos to a diffusers component", subtitle, sections, footer))
+
+
+def _story_section(evaluation: Path, result: Mapping[str, Any], factor: int) -> Section:
+    """PCA, the model before its first step, and the model at the end: figures and pictures."""
+    (start,) = result["compared"]
+    tellers = [("pca", "PCA", result["baselines"]["pca"]), (start["name"], "step 0", start), ("model", "the end", result)]
+    metrics = list(result["metrics"])
+    rows = [
+        [(label, ""), *(interval_text(metric, entry["metrics"][metric]) for metric in metrics)]
+        for _, label, entry in tellers
+        if "metrics" in entry
+    ]
+    components, size = result["latent"]["shape"][0], f"{factor} x {factor}"
+    text = (
+        f"The training did not begin at random weights. Principal components of {size} pixels of the "
+        f"training photos, {components} of them, are the best a linear codec can do with so many numbers; the weights of an "
+        "ordinary AutoencoderDC were set so that it is that codec before its first step. What it learned from there, it learned on top."
+    )
+    table = DataTable(
+        ["", *(metric_label(metric, result) for metric in metrics)],
+        rows,
+        caption="Means over the held-out tiles.",
+        strong=frozenset({len(rows) - 1}),
+    )
+    examples = [e for e in result.get("examples") or () if e.get("kind", "spread") == "spread"][:STORY_ROWS]
+    return Section(
+        "From PCA to the end", [Paragraph(text), table, Gallery([_story_row(evaluation, e, tellers) for e in examples])]
+    )
+
+
+def _story_row(evaluation: Path, example: Mapping[str, Any], tellers: Sequence[tuple[str, str, Any]]) -> GalleryRow:
+    files, psnr = example["files"], example.get("psnr", {})
+    shown = [("original", "original")] + [(name, label) for name, label, _ in tellers]
+    pictures = [
+        Picture(read_png(evaluation / files[name]), label, f"{psnr[name]:.2f} dB" if psnr.get(name) is not None else "")
+        for name, label in shown
+        if name in files
+    ]
+    return GalleryRow(example["key"], pictures)
 
 
 def _diffusers_section(check: DiffusersCheck) -> Section:
@@ -67,9 +120,10 @@ def _line_section(recipe: Recipe, laps: Mapping[str, float]) -> Section:
     facts = [(name, f"{seconds:.0f} s") for name, seconds in laps.items()]
     commands = (
         "latentae shards photos/training training-shards\n"
-        "latentae train tiny-cpu --data.shards training-shards --data.validation held-out-shards "
+        "latentae init dc-tiny training-shards step-0 --data.validation held-out-shards\n"
+        "latentae train dc-tiny --data.shards training-shards --data.validation held-out-shards "
         f"--images {recipe.images} --output run\n"
-        "latentae evaluate run held-out-shards --resolution 128 --pca-shards training-shards --out evaluation\n"
+        "latentae evaluate run held-out-shards --compare step-0 --resolution 128 --pca-shards training-shards --out evaluation\n"
         "latentae encode run training-shards latents --resolution 128\n"
         "latentae export run export --statistics latents --metrics evaluation\n"
         "latentae reconstruct run my-photo.jpg --out grid.png"

@@ -73,5 +73,7 @@ def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
 
 def trunk_names(model: Autoencoder) -> set[str]:
     """Names of the parameters that are in no residual branch: what an image passes through if all branches add nothing."""
-    branches = [name for name, m in model.named_modules() if isinstance(m, ResnetBlock | Attention | ResidualBlock | AttentionBlock)]
+    branches = [
+        name for name, m in model.named_modules() if isinstance(m, ResnetBlock | Attention | ResidualBlock | AttentionBlock)
+    ]
     return {name for name, _ in model.named_parameters() if not any(name.startswith(f"{branch}.") for branch in branches)}

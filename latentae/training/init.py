@@ -45,7 +45,9 @@ def init(recipe: str | Path | Recipe, shards: str | Path, out: str | Path, **ove
     overrides = {**overrides, "data.shards": str(shards), "model.initialization": "pca"}
     resolved = load_recipe(recipe, overrides)
     if resolved.model.init_from is not None:
-        raise RecipeError(f"the recipe begins with the weights of {resolved.model.init_from}; leave model.init_from out to begin at PCA")
+        raise RecipeError(
+            f"the recipe begins with the weights of {resolved.model.init_from}; leave model.init_from out to begin at PCA"
+        )
     resolved = make_shards(resolved, Path(out))
     job = Job.open(out, "init", job_inputs(resolved))
     if job.state == "finished":
@@ -78,4 +80,8 @@ def _report(recipe: Recipe, head_start: HeadStart, model: AutoencoderDC) -> dict
 @torch.inference_mode()
 def _psnr(model: AutoencoderDC, batches: list[torch.Tensor]) -> float:
     pairs = ((images, to_uint8(model(to_float(images), sample_posterior=False).reconstruction)) for images in batches)
-    return torch.cat([psnr(images if images.dtype == torch.uint8 else to_uint8(to_float(images)), made) for images, made in pairs]).mean().item()
+    return (
+        torch.cat([psnr(images if images.dtype == torch.uint8 else to_uint8(to_float(images)), made) for images, made in pairs])
+        .mean()
+        .item()
+    )

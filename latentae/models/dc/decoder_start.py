@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latentae.errors import ModelError
 from latentae.models.dc.blocks import ResidualBlock, Up
 from latentae.models.dc.coders import DCDecoder
 from latentae.models.dc.patches import PatchSample, parts
 
-__all__ = ["start_decoder"]
+__all__ = ["narrowest", "start_decoder"]
 
 SIGNAL = 0.5
 """What the finest level carries of a pixel's value. bf16 blurs a small one, beside what the shortcut brings; a large one asks for a large
@@ -62,11 +61,15 @@ class _Stage:
         return {(self.phases * place + phase) // self.repeats for place in self.places for phase in range(self.phases)}
 
 
+def narrowest(channels: int, size: int) -> int:
+    """Channels that the finest level takes: pairs of the numbers of its patch [channels, size, size], and a constant."""
+    return 2 * channels * size**2 + 1
+
+
 def start_decoder(decoder: DCDecoder, components: Tensor, offset: Tensor, sample: PatchSample) -> None:
     """Draw `components` [z, C, f, f] times the latent about the mean colour plus `offset` [C, f, f].
 
-    Raises:
-        ModelError: the finest level is too narrow for pairs of its patch's numbers and a constant.
+    The finest level is as wide as `narrowest` says, or wider.
     """
     members = torch.cat([components, offset[None]])
     stages = _stages(decoder, members)
@@ -88,7 +91,7 @@ def _stages(decoder: DCDecoder, members: Tensor) -> list[_Stage]:
     stages = []
     for number, (conv, width, phases, repeats) in enumerate(shapes):
         size = members.shape[-1] >> number
-        frame = _pairs(members.shape[1], size, width) if number == len(ups) else _frame(members, size, width)
+        frame = _pairs(members.shape[1], size) if number == len(ups) else _frame(members, size, width)
         # carried at the front and at the end by turns: what feeds the next carriers is then free
         begin = width - len(frame) if number % 2 else 0
         stages.append(_Stage(conv, width, phases, repeats, frame, list(range(begin, begin + len(frame)))))
@@ -103,17 +106,12 @@ def _frame(members: Tensor, size: int, width: int) -> Tensor:
     _, values, vectors = torch.linalg.svd(squares.flatten(0, 1).flatten(1), full_matrices=False)
     rank = min(int((values > FAINTEST * values[0]).sum()), width)
     spread = values[:rank] / squares.shape[1] ** 0.5
-    return (vectors[:rank] * spread[:, None]).unflatten(1, members.shape[1:2] + (size, size))
+    return (vectors[:rank] * spread[:, None]).unflatten(1, (members.shape[1], size, size))
 
 
-def _pairs(channels: int, size: int, width: int) -> Tensor:
+def _pairs(channels: int, size: int) -> Tensor:
     """[2 C size^2, C, size, size]: every number of the patch, then every number's negative."""
     numbers = channels * size * size
-    if width < 2 * numbers + 1:
-        raise ModelError(
-            f"the decoder's finest level has {width} channels, but a start at PCA carries {numbers} numbers in pairs and one constant "
-            f"there; give it {2 * numbers + 1} or more"
-        )
     each = torch.eye(numbers, dtype=torch.float64).reshape(numbers, channels, size, size)
     return torch.cat([each, -each]) / (2 * SIGNAL)
 

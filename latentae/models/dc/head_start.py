@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentae.errors import ModelError
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.dc.decoder_start import start_decoder
+from latentae.models.dc.decoder_start import narrowest, start_decoder
 from latentae.models.dc.encoder_start import start_encoder
 from latentae.models.dc.patches import PatchSample
 from latentae.models.initialization import start_linear
@@ -30,7 +30,8 @@ def check_head_start(model: AutoencoderDC) -> None:
     """Whether a model of this shape can start at PCA.
 
     Raises:
-        ModelError: its decoder doubles by 'interpolate', or ends in an activation by which no pair of channels passes a number.
+        ModelError: its decoder doubles by 'interpolate', ends in an activation by which no pair of channels passes a number, or is too
+            narrow there.
     """
     config = model.config
     if config.upsample_block_type == "interpolate":
@@ -42,6 +43,13 @@ def check_head_start(model: AutoencoderDC) -> None:
         raise ModelError(
             f"decoder_conv_act_fn is {config.decoder_conv_act_fn!r}, by which no pair of channels passes a number exactly: a start at "
             f"PCA needs one of {', '.join(ODD)}"
+        )
+    width, size = model.decoder.norm_out.weight.numel(), 1 if config.side("decoder")[0][2] else 2
+    needed = narrowest(config.in_channels, size)
+    if width < needed:
+        raise ModelError(
+            f"the decoder's finest level has {width} channels, but a start at PCA carries {needed // 2} numbers in pairs and one "
+            f"constant there; give it {needed} or more"
         )
 
 
