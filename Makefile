@@ -5,7 +5,7 @@ MINUTES ?= 6
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast check kernels format bench clean
+.PHONY: help install quickstart test test-fast check kernels gpu format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,17 @@ check: install ## linter, formatter, types, import direction, and that every tes
 
 kernels: install ## every kernel compiled for sm_80, sm_90 and sm_100, with its gates
 	env -u TRITON_INTERPRET $(BIN)/python -m latentae_kernels.aot
+
+gpu: install ## on a machine with a GPU: kernels and steps tested there, races looked for, then every benchmark into benchmarks/
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/kernels tests/models/test_fuse.py tests/models/test_dc_fuse.py tests/training/test_steps.py
+	@! command -v compute-sanitizer >/dev/null || for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool $(BIN)/python -m pytest -x tests/kernels/test_row_norm_act.py tests/kernels/test_lpips_head.py || exit 1; done
+	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/bench_training.py
+	$(BIN)/python tools/bench_autoencoder.py
+	$(BIN)/python tools/bench_encode.py --batch 16 --images 256 --shard-size 64
+	$(BIN)/python tools/kernel_tables.py
 
 format: install ## let the formatter and the linter mend what they can
 	$(BIN)/ruff format .

@@ -14,7 +14,7 @@ from latentae.models.architectures import build
 from latentae.models.config import preset_config
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.head_start import start_at_pca
-from latentae.models.pca import PatchPCA, fit_pca
+from latentae.models.pca import PatchPCA, fit_pca, sketch_pca
 
 ATTENDING = {
     "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
@@ -86,6 +86,20 @@ def test_step_0_is_the_pca_codec(options):
     torch.testing.assert_close(latent.double(), expected, atol=2e-3, rtol=0)
     assert quality(model, held_out) == pytest.approx(psnr(held_out, pca.reconstruct(held_out)).mean().item(), abs=0.1)
     assert len(model.encode(to_float(held_out)).logvar.unique()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "lost"), [("dc-f8", 0.02), ("dc-f16", 0.02), ("dc-f32-z32", 0.3)])
+def test_the_widths_of_the_presets_carry_it(preset, lost):
+    config = preset_config(preset, layers_per_block=1)
+    model = build(config)
+    assert isinstance(model, AutoencoderDC)
+    images = pictures(count=200, side=128)
+    fit = fit_pca if config.downsampling <= 16 else sketch_pca
+    pca = fit(images[4:], config.downsampling, config.latent_channels)
+    start_at_pca(model, pca, images[4:].split(16))
+    best = psnr(images[:4], pca.reconstruct(images[:4])).mean().item()
+    assert best - lost < quality(model.eval(), images[:4]) < best + 0.1
 
 
 def test_latents_are_whitened_or_components_as_they_are():

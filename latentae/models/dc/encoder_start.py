@@ -109,8 +109,9 @@ class _EncoderStart:
         wanted = parts(self.components, numbers.shape[-1]).flatten(0, 1)
         regression = whitened @ self.sample.moments(numbers, wanted)
         leading = torch.linalg.svd(regression, full_matrices=False)[0][:, :count]
-        rest = self._random(len(whitened), count - leading.shape[1])
-        return GAIN * torch.linalg.qr(torch.cat([leading, rest], dim=1))[0].T @ whitened
+        # room that is left goes to what varies most, from which what the shortcut adds can be told
+        most = torch.eye(len(whitened), dtype=torch.float64)[:, : count - leading.shape[1]]
+        return GAIN * torch.linalg.qr(torch.cat([leading, most], dim=1))[0].T @ whitened
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
