@@ -19,18 +19,21 @@ __all__ = ["start_encoder"]
 
 EXACT = 1e-6  # of a component's variance: missing so little is no loss
 GAIN = 5.0
+"""Of what a halving with too few channels keeps, over the means that its shortcut adds to it."""
 NOTHING = 1e-9  # of the largest variance: rounding, not something that the input holds
 FLOOR = 0.1
 """Of the mean variance, added to each before whitening: what is faint is not amplified into bf16's rounding."""
 
 
-def start_encoder(encoder: DCEncoder, components: Tensor, offset: Tensor, sample: PatchSample) -> Tensor:
+def start_encoder(encoder: DCEncoder, components: Tensor, spread: Tensor, offset: Tensor, sample: PatchSample) -> Tensor:
     """Make the latent `components` [z, C, f, f] of the patch about the mean colour plus `offset` [C, f, f].
+
+    An error of a component weighs as much as its `spread` [z], the size of what it draws.
 
     Returns:
         What the latent is of the patch: `components`, or of the same shape what comes nearest where levels are too narrow.
     """
-    start = _EncoderStart(components, sample)
+    start = _EncoderStart(components, components * spread[:, None, None, None], sample)
     pixel = torch.eye(components.shape[1], dtype=torch.float64)[:, :, None, None]
     if isinstance(encoder.conv_in, Down):
         first, numbers = encoder.conv_in.conv, start.down(encoder.conv_in, pixel)
@@ -49,8 +52,8 @@ def start_encoder(encoder: DCEncoder, components: Tensor, offset: Tensor, sample
 class _EncoderStart:
     """The convolutions of one encoder, from fine to coarse. `numbers` [w, C, f, f] are what a map's channels hold of their patch."""
 
-    def __init__(self, components: Tensor, sample: PatchSample) -> None:
-        self.components, self.sample, self.lossless = components, sample, True
+    def __init__(self, components: Tensor, weighted: Tensor, sample: PatchSample) -> None:
+        self.components, self.weighted, self.sample, self.lossless = components, weighted, sample, True
         self.generator = torch.Generator().manual_seed(0)
 
     def plain(self, conv: nn.Conv2d, numbers: Tensor) -> Tensor:
@@ -94,24 +97,26 @@ class _EncoderStart:
 
     def _rows(self, numbers: Tensor, count: int) -> Tensor:
         """[count, w]: combinations of the numbers that keep all they hold, or what of it predicts the components best."""
-        values, vectors = torch.linalg.eigh(self.sample.moments(numbers))
+        moments = self.sample.moments(numbers)
+        values, vectors = torch.linalg.eigh(moments)
         held = values > NOTHING * values[-1]
         values, vectors = values[held].flip(0), vectors[:, held].flip(1)
         if len(values) > count:
             self.lossless = False
-            return self._best(numbers, vectors.T / values.sqrt()[:, None], count)
+            best = self._best(numbers, vectors.T / values.sqrt()[:, None], count)
+            return GAIN * moments.diagonal().mean().sqrt() * best  # what the shortcut adds has the size of the input
         whitened = vectors.T / (values + FLOOR * values.mean()).sqrt()[:, None]
         mixtures = self._random(count - len(whitened), len(whitened))
         return torch.cat([whitened, mixtures / mixtures.norm(dim=1, keepdim=True) @ whitened])
 
     def _best(self, numbers: Tensor, whitened: Tensor, count: int) -> Tensor:
         """`count` rows of unit variance: the leading left singular vectors of the regression of all that is wanted of the patch."""
-        wanted = parts(self.components, numbers.shape[-1]).flatten(0, 1)
+        wanted = parts(self.weighted, numbers.shape[-1]).flatten(0, 1)
         regression = whitened @ self.sample.moments(numbers, wanted)
         leading = torch.linalg.svd(regression, full_matrices=False)[0][:, :count]
         # room that is left goes to what varies most, from which what the shortcut adds can be told
         most = torch.eye(len(whitened), dtype=torch.float64)[:, : count - leading.shape[1]]
-        return GAIN * torch.linalg.qr(torch.cat([leading, most], dim=1))[0].T @ whitened
+        return torch.linalg.qr(torch.cat([leading, most], dim=1))[0].T @ whitened
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)

@@ -80,7 +80,7 @@ def start_at_pca(model: AutoencoderDC, pca: PatchBasis, images: Tensor | Sequenc
     spread = pca.variances.double().sqrt().clamp(min=SMALLEST_SPREAD) / 127.5 if whiten else torch.ones(len(basis)).double()
     offset = (pca.mean.double() / 127.5 - 1).reshape(shape) - sample.colour[:, None, None]
     wanted = basis / spread[:, None, None, None]
-    latent = start_encoder(model.encoder, wanted, offset, sample)
+    latent = start_encoder(model.encoder, wanted, spread, offset, sample)
     drawn = basis * spread[:, None, None, None] if latent is wanted else sample.prediction(latent)
     start_decoder(model.decoder, drawn, offset, sample)
 
