@@ -52,14 +52,14 @@ EXACT = {
 
 
 def pictures(channels: int = 3, count: int = 48, side: int = 64) -> torch.Tensor:
-    """Waves of several scales, with edges: uint8 [N, C, H, W], whose spectrum falls as that of photos."""
+    """Edges at several scales, and noise: uint8 [N, C, H, W], whose spectrum falls as that of photos."""
     generator = torch.Generator().manual_seed(5)
     image = torch.zeros(count, channels, side, side)
     for size in (2, 4, 8, 16, 32, 64):
         coarse = torch.randn(count, channels, size, size, generator=generator)
         mixed = coarse + coarse.mean(1, keepdim=True)
         image += torch.nn.functional.interpolate(mixed, size=(side, side), mode="nearest") / size**0.8
-    return to_uint8(0.1 + 0.25 * image)
+    return to_uint8(0.1 + 0.25 * image + 0.04 * torch.randn(image.shape, generator=generator))
 
 
 def started(options: dict, images: torch.Tensor, whiten: bool = True) -> tuple[AutoencoderDC, PatchPCA]:
