@@ -35,7 +35,7 @@ from latentae.evaluation.diffusability.latents import Latents, Whitening
 from latentae.evaluation.metrics import psnr
 from latentae.losses.objective import Objective
 from latentae.models import architectures
-from latentae.training.head_start import HeadStart, fit_head_start, take_head_start
+from latentae.training.head_start import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
 from latentae.training.preparation import build_loader
 from latentae.training.recipe import Recipe, load_recipe
@@ -172,8 +172,7 @@ def _reconstruct(model: Any) -> Any:
 def baseline(home: Path, factor: int) -> dict[str, float]:
     """PCA itself."""
     recipe = recipe_of(home, factor, "pca", 0)
-    found: HeadStart = fit_head_start(recipe)
-    return Judge(recipe)(found.pca.reconstruct)
+    return Judge(recipe)(fit_head_start(recipe).pca.reconstruct)
 
 
 def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
@@ -203,21 +202,23 @@ def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of the seeds of each arm: at the start, at the end, and the lowest PSNR on the way."""
-    found = {}
-    for factor, arm in sorted({(row["factor"], row["arm"]) for row in rows}):
-        same = [row for row in rows if (row["factor"], row["arm"]) == (factor, arm)]
-        middle = lambda get: statistics.median(get(row) for row in same)  # noqa: E731, B023
-        found[f"f{factor}, {arm}"] = {
-            "start_psnr": middle(lambda row: row["curve"][0]["psnr"]),
-            "start_perceptual": middle(lambda row: row["curve"][0]["perceptual"]),
-            "lowest_psnr": middle(lambda row: min(point["psnr"] for point in row["curve"])),
-            "psnr": middle(lambda row: row["curve"][-1]["psnr"]),
-            "perceptual": middle(lambda row: row["curve"][-1]["perceptual"]),
-            "images": middle(lambda row: row["curve"][-1]["images"]),
-            "pca_likeness": middle(lambda row: row["pca_likeness"]),
-            "flow_loss": middle(lambda row: row["flow_loss"] or float("inf")),
+    arms = sorted({(row["factor"], row["arm"]) for row in rows})
+    return {f"f{f}, {arm}": _medians([row for row in rows if (row["factor"], row["arm"]) == (f, arm)]) for f, arm in arms}
+
+
+def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
+    figures = [
+        {
+            "start_psnr": row["curve"][0]["psnr"],
+            "start_perceptual": row["curve"][0]["perceptual"],
+            "lowest_psnr": min(point["psnr"] for point in row["curve"]),
+            **{name: row["curve"][-1][name] for name in ("psnr", "perceptual", "images")},
+            "pca_likeness": row["pca_likeness"],
+            "flow_loss": row["flow_loss"] or float("inf"),
         }
-    return found
+        for row in rows
+    ]
+    return {"seeds": len(rows), **{name: statistics.median(each[name] for each in figures) for name in figures[0]}}
 
 
 def plot(result: dict[str, Any], out: Path) -> None:

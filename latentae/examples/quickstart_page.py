@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from latentae.data.photos import HELD_OUT, TRAINING
 from latentae.evaluation.images import write_png
 from latentae.evaluation.page.evaluation_page import detail_sections, evaluation_sections, training_sections
-from latentae.evaluation.page.pictures import read_png
+from latentae.evaluation.page.pictures import example_row
 from latentae.evaluation.page.report import (
     Code,
     DataTable,
@@ -86,20 +86,9 @@ def _story_section(evaluation: Path, result: Mapping[str, Any], factor: int) -> 
         strong=frozenset({len(rows) - 1}),
     )
     examples = [e for e in result.get("examples") or () if e.get("kind", "spread") == "spread"][:STORY_ROWS]
-    return Section(
-        "From PCA to the end", [Paragraph(text), table, Gallery([_story_row(evaluation, e, tellers) for e in examples])]
-    )
-
-
-def _story_row(evaluation: Path, example: Mapping[str, Any], tellers: Sequence[tuple[str, str, Any]]) -> GalleryRow:
-    files, psnr = example["files"], example.get("psnr", {})
-    shown = [("original", "original")] + [(name, label) for name, label, _ in tellers]
-    pictures = [
-        Picture(read_png(evaluation / files[name]), label, f"{psnr[name]:.2f} dB" if psnr.get(name) is not None else "")
-        for name, label in shown
-        if name in files
-    ]
-    return GalleryRow(example["key"], pictures)
+    labels = {"original": "original"} | {name: label for name, label, _ in tellers}
+    rows_of_pictures = [example_row(evaluation, example, [*labels], labels) for example in examples]
+    return Section("From PCA to the end", [Paragraph(text), table, Gallery(rows_of_pictures)])
 
 
 def _diffusers_section(check: DiffusersCheck) -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,11 @@ from latentae.data.streaming import StreamLoader, streams
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError
 from latentae.evaluation.metrics import psnr
+from latentae.models.config import AutoencoderDCConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.head_start import check_head_start, start_at_pca
 from latentae.models.initialization import set_initial_logvar
-from latentae.models.pca import PATCHES_PER_COMPONENT, PatchPCA, fit_pca, sketch_pca
+from latentae.models.pca import PATCHES_PER_COMPONENT, PatchPCA, fit_pca, image_patches, sketch_pca
 from latentae.progress import Progress, say
 from latentae.training.launch import on_main
 from latentae.training.networks import build_autoencoder
@@ -24,7 +26,7 @@ from latentae.training.recipe import Recipe
 from latentae.training.steps import Trainer
 from latentae.training.validation import Validation
 
-__all__ = ["HeadStart", "fit_head_start", "take_head_start"]
+__all__ = ["HeadStart", "fit_head_start", "mean_psnr", "take_head_start"]
 
 CLOSED_FORM = 4 * 16 * 16  # numbers of a patch: an f32 patch takes a minute of one core there, and seconds in one pass
 PATCHES = 20_000  # at least; or so many for each number of a patch:
@@ -56,10 +58,6 @@ class HeadStart:
         set_initial_logvar(model, recipe.model.initial_logvar)
         return model
 
-    def psnr(self, batches: list[Tensor]) -> float:
-        """Of PCA itself in dB, the mean over uint8 images [B, C, H, W]."""
-        return torch.cat([psnr(images, self.pca.reconstruct(images)) for images in map(_narrow, batches)]).mean().item()
-
     def __str__(self) -> str:
         crops = sum(map(len, self.images))
         return (
@@ -76,9 +74,8 @@ def fit_head_start(recipe: Recipe) -> HeadStart:
         DataError: too few images for the components of so large a patch.
     """
     config = recipe.autoencoder_config()
-    with torch.device("meta"):
-        model = AutoencoderDC(config)  # pyright: ignore[reportArgumentType]
-    check_head_start(model)
+    assert isinstance(config, AutoencoderDCConfig)  # of a recipe that starts at PCA
+    check_head_start(config)
     f, z, numbers = config.downsampling, config.latent_channels, config.in_channels * config.downsampling**2
     if z > numbers:
         raise DataError(f"a patch of {f} x {f} pixels has {numbers} principal components, fewer than the {z} latent channels")
@@ -115,7 +112,12 @@ def _start(model: AutoencoderDC, recipe: Recipe, validation: Validation) -> None
     model.load_state_dict(head_start.build(recipe).state_dict())
     batches = [batch.images for batch in validation.batches]
     if batches:
-        say(f"held out, before the first step: PCA {head_start.psnr(batches):.2f} dB")
+        say(f"held out, before the first step: PCA {mean_psnr(head_start.pca.reconstruct, batches):.2f} dB")
+
+
+def mean_psnr(reconstruct: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
+    """In dB, the mean over images [B, C, H, W]; those of 16 bits are given and compared as such of 8."""
+    return torch.cat([psnr(images, reconstruct(images)) for images in map(_narrow, batches)]).mean().item()
 
 
 def _crops(recipe: Recipe, patches: int, f: int) -> list[Tensor]:
@@ -144,9 +146,5 @@ def _narrow(images: Tensor) -> Tensor:
 
 def _variance(images: list[Tensor], pca: PatchPCA) -> float:
     """Mean square of a patch about PCA's mean patch, on the [0, 255] scale."""
-    total, count = 0.0, 0
-    mean = pca.mean.reshape(1, pca.channels, 1, pca.patch, 1, pca.patch)
-    for batch in images:
-        centred = batch.double().unflatten(3, (-1, pca.patch)).unflatten(2, (-1, pca.patch)) - mean
-        total, count = total + centred.square().sum().item(), count + batch[:, 0].numel() // pca.patch**2
-    return total / max(count, 1)
+    squares = sum((image_patches(batch, pca.patch) - pca.mean).square().sum().item() for batch in images)
+    return squares / pca.patches

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
-from latentae.evaluation.metrics import psnr
 from latentae.files import write_json
 from latentae.jobs import Job
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.progress import say
-from latentae.training.head_start import HeadStart, fit_head_start
+from latentae.training.head_start import HeadStart, fit_head_start, mean_psnr
 from latentae.training.preparation import job_inputs, make_shards
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.validation import held_out_batches
@@ -72,16 +73,17 @@ def _report(recipe: Recipe, head_start: HeadStart, model: AutoencoderDC) -> dict
     }
     batches = [batch.images for batch in held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images)]
     if batches:
-        report |= {"pca_psnr": head_start.psnr(batches), "psnr": _psnr(model, batches)}
+        codecs = {"pca_psnr": head_start.pca.reconstruct, "psnr": _reconstruction(model)}
+        report |= {name: mean_psnr(codec, batches) for name, codec in codecs.items()}
         say(f"held out: PCA {report['pca_psnr']:.2f} dB, the model {report['psnr']:.2f} dB")
     return report
 
 
-@torch.inference_mode()
-def _psnr(model: AutoencoderDC, batches: list[torch.Tensor]) -> float:
-    pairs = ((images, to_uint8(model(to_float(images), sample_posterior=False).reconstruction)) for images in batches)
-    return (
-        torch.cat([psnr(images if images.dtype == torch.uint8 else to_uint8(to_float(images)), made) for images, made in pairs])
-        .mean()
-        .item()
-    )
+def _reconstruction(model: AutoencoderDC) -> Callable[[Tensor], Tensor]:
+    """Of uint8 images, as uint8 images."""
+
+    @torch.inference_mode()
+    def reconstruct(images: Tensor) -> Tensor:
+        return to_uint8(model(to_float(images), sample_posterior=False).reconstruction)
+
+    return reconstruct

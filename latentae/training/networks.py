@@ -32,7 +32,7 @@ def build_autoencoder(recipe: Recipe) -> Autoencoder:
     if recipe.model.init_from is not None:
         _load(model, recipe.model.init_from, recipe.model.initial_logvar)
     elif isinstance(model, AutoencoderKL | AutoencoderDC):
-        if recipe.model.initialization != "torch":  # PCA itself needs images, and replaces this (training/head_start.py)
+        if recipe.model.initialization == "linear":  # a start at PCA needs images (training/head_start.py)
             start_linear(model)
         set_initial_logvar(model, recipe.model.initial_logvar)
     if recipe.model.bottleneck == "deterministic":

@@ -188,3 +188,12 @@ def test_images_may_come_in_batches_of_several_sizes():
     torch.manual_seed(0)
     start_at_pca(model, pca, [images[:16], images[16:, :, :32], images[16:, :, 32:]])
     assert quality(model, images[:4]) == pytest.approx(quality(whole, images[:4]), abs=0.01)
+
+
+@pytest.mark.parametrize("widths", [(24, 48, 96, 192), (24, 48, 96, 96)])
+def test_images_that_say_little_make_a_finite_start(widths):
+    for images in (torch.zeros(24, 3, 64, 64, dtype=torch.uint8), pictures(1, 24).expand(-1, 3, -1, -1)):
+        model, pca = started({"block_out_channels": widths}, images)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        made = to_uint8(model(to_float(images[:4]), sample_posterior=False).reconstruction)
+        assert (made.int() - pca.reconstruct(images[:4]).int()).abs().float().mean() < 1

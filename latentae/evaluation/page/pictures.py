@@ -15,7 +15,7 @@ from torch import Tensor
 from latentae.evaluation.page.heat import BRIGHTEST, TICKS, heat_gradient
 from latentae.evaluation.page.report import Gallery, GalleryRow, Picture, Scale, Section
 
-__all__ = ["LARGEST", "heat_scale", "picture_sections", "read_png", "shown"]
+__all__ = ["LARGEST", "example_row", "heat_scale", "picture_sections", "read_png", "shown"]
 
 LARGEST = 512
 """Pixels of the longer side of a picture on a page, at most."""
@@ -48,8 +48,8 @@ def picture_sections(folder: Path, result: Mapping[str, Any]) -> list[Section]:
         if not chosen:
             continue
         full = kind == "spread"
-        methods = [*labels] if full else ["original", "model", "heat"]
-        rows = [_row(folder, example, methods, labels, limit) for example in chosen]
+        methods = _in_order(labels) if full else ["original", "model", "heat"]
+        rows = [example_row(folder, example, methods, labels, limit) for example in chosen]
         smaller = (
             f" Shown at {limit} pixels at most; the files in examples/ are larger." if _shrunk(folder, chosen, limit) else ""
         )
@@ -66,11 +66,25 @@ def heat_scale() -> Scale:
     return Scale(heat_gradient(), [*ticks, f"{last}+"], title)
 
 
-def _row(folder: Path, example: Mapping[str, Any], methods: Sequence[str], labels: Mapping[str, str], limit: int) -> GalleryRow:
+def _in_order(labels: Mapping[str, str]) -> list[str]:
+    """The image, the model and its error; then compared models; then baselines."""
+    return sorted(labels, key=lambda name: (name not in ("original", "model", "heat"), name in NAMES))
+
+
+def example_row(
+    folder: Path, example: Mapping[str, Any], methods: Sequence[str], labels: Mapping[str, str], limit: int = LARGEST
+) -> GalleryRow:
+    """An image and what methods made of it, as far as there are files, with the PSNR of each.
+
+    Args:
+        folder: of the evaluation.
+        example: of its result.
+        methods: by name, in the order shown; "original" is the image.
+        labels: of the methods.
+        limit: pixels of the longer side, at most.
+    """
     files, psnr = example["files"], example.get("psnr", {})
-    order = sorted(
-        (name for name in methods if name in files), key=lambda name: (name not in ("original", "model", "heat"), name in NAMES)
-    )
+    order = [name for name in methods if name in files]
     pictures = [Picture(shown(read_png(folder / files[name]), limit), labels[name], _detail(name, psnr)) for name in order]
     return GalleryRow(example["key"], pictures)
 

@@ -126,7 +126,8 @@ def _write(stage: _Stage, frame: Tensor, places: list[int], quiet: set[int], spa
     ignored[[*places, *quiet]] = False
     weight.mul_(0.5)
     weight[:, ignored] = 0.0
-    _clear(conv)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
     outputs = torch.tensor([phases * c + phase for c in sorted({*stage.places, *spare}) for phase in range(phases)])
     weight[outputs[:, None], places] = 0.0
     if stage.repeats:
@@ -138,11 +139,6 @@ def _write(stage: _Stage, frame: Tensor, places: list[int], quiet: set[int], spa
     for phase in range(phases):
         rows = torch.tensor([phases * place + phase for place in stage.places])
         weight[rows[:, None], torch.tensor(places), 1, 1] += maps[phase].to(weight)
-
-
-def _clear(conv: nn.Conv2d) -> None:
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
 
 
 def _add(stage: _Stage, channels: Iterable[int], values: Tensor) -> None:

@@ -59,7 +59,7 @@ class _EncoderStart:
     def plain(self, conv: nn.Conv2d, numbers: Tensor) -> Tensor:
         """Set a convolution without stride."""
         rows = self._rows(numbers, conv.out_channels)
-        set_centre(conv, rows)
+        _set_centre(conv, rows)
         return _combined(rows, numbers)
 
     def down(self, down: Down, numbers: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class _EncoderStart:
             rows = torch.linalg.lstsq(numbers.flatten(1).T, self.components.flatten(1).T, driver="gelsd").solution.T
         else:
             rows = self._predicting(numbers)
-        set_centre(encoder.conv_out, rows - _group_means(rows) if encoder.out_shortcut else rows)
+        _set_centre(encoder.conv_out, rows - _group_means(rows) if encoder.out_shortcut else rows)
         assert encoder.conv_out.bias is not None
         latent = self.components if self.lossless else _combined(rows, numbers)
         encoder.conv_out.bias.copy_(-(latent.flatten(1) @ offset.flatten()))
@@ -122,7 +122,7 @@ class _EncoderStart:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
 
-def set_centre(conv: nn.Conv2d, rows: Tensor) -> None:
+def _set_centre(conv: nn.Conv2d, rows: Tensor) -> None:
     """Make a convolution `rows` [out, in] of the pixel at its centre, without a bias."""
     nn.init.zeros_(conv.weight)
     conv.weight[:, :, 1, 1] = rows.to(conv.weight)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentae.errors import ModelError
 from latentae.models.dc.autoencoder import AutoencoderDC
+from latentae.models.dc.config import AutoencoderDCConfig
 from latentae.models.dc.decoder_start import narrowest, start_decoder
 from latentae.models.dc.encoder_start import start_encoder
 from latentae.models.dc.patches import PatchSample
@@ -26,14 +27,13 @@ SMALLEST_SPREAD = 0.01
 """A component that hardly varies is not blown up further than from this standard deviation, on the [0, 255] scale."""
 
 
-def check_head_start(model: AutoencoderDC) -> None:
+def check_head_start(config: AutoencoderDCConfig) -> None:
     """Whether a model of this shape can start at PCA.
 
     Raises:
         ModelError: its decoder doubles by 'interpolate', ends in an activation by which no pair of channels passes a number, or is too
             narrow there.
     """
-    config = model.config
     if config.upsample_block_type == "interpolate":
         raise ModelError(
             "upsample_block_type is 'interpolate', which gives four pixels the same mean whatever the weights: a start at PCA needs "
@@ -44,8 +44,8 @@ def check_head_start(model: AutoencoderDC) -> None:
             f"decoder_conv_act_fn is {config.decoder_conv_act_fn!r}, by which no pair of channels passes a number exactly: a start at "
             f"PCA needs one of {', '.join(ODD)}"
         )
-    width, size = model.decoder.norm_out.weight.numel(), 1 if config.side("decoder")[0][2] else 2
-    needed = narrowest(config.in_channels, size)
+    finest = 0 if config.decoder_layers_per_block[0] else 1
+    width, needed = config.decoder_block_out_channels[finest], narrowest(config.in_channels, 2**finest)
     if width < needed:
         raise ModelError(
             f"the decoder's finest level has {width} channels, but a start at PCA carries {needed // 2} numbers in pairs and one "
@@ -71,7 +71,7 @@ def start_at_pca(model: AutoencoderDC, pca: PatchBasis, images: Tensor | Sequenc
         ModelError: `pca` is of another shape, or the model can't start at PCA (`check_head_start`).
         ImageError: sides of `images` that the patch does not divide.
     """
-    check_head_start(model)
+    check_head_start(model.config)
     _check_shape(model, pca)
     start_linear(model)
     sample = PatchSample([images] if isinstance(images, Tensor) else images)

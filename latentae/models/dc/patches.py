@@ -46,7 +46,7 @@ class PatchSample:
             held = patches @ flat.T
             products += held.T @ held
             total += held.T @ patches
-        return torch.linalg.solve(products, total).reshape(numbers.shape)
+        return (torch.linalg.pinv(products, hermitian=True) @ total).reshape(numbers.shape)  # a number may be constant
 
     def _patches(self, size: int, wanted: int) -> Iterator[Tensor]:
         """About `wanted` patches, spread evenly over the images: fp64 [n, C * size * size] at a time."""
