@@ -5,7 +5,7 @@ MINUTES ?= 6
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast check kernels gpu format bench clean
+.PHONY: help install quickstart test test-all check kernels gpu format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -21,11 +21,13 @@ install: .venv/installed ## the environment in .venv, from pyproject.toml and co
 quickstart: install ## the whole line on photos that ship with the dependencies; MINUTES=6 of training
 	$(BIN)/python -m latentae quickstart --out quickstart --minutes $(MINUTES)
 
-test: install ## every test that this machine can run; JOBS=2 at the same time, each with one thread
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations 10 --durations-min 2
 
-test-fast: install ## without the slow ones
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow"
+test: install ## the tests, about 5 minutes; JOBS=2 processes with one thread each
+	$(PYTEST) -m "not slow"
+
+test-all: install ## all tests, with the slow ones: kills, full-size tiling, compilation, the quickstart
+	$(PYTEST)
 
 check: install ## linter, formatter, types, import direction, and that every test can be collected
 	$(BIN)/ruff check .

@@ -1,0 +1,228 @@
+"""Mutation testing: how many small faults, planted one at a time in ten drawn modules, make the tests fail.
+
+One module is drawn from each package. Its faults are changed comparisons, operators, constants, conditions and return values and
+removed calls. A fault runs the test files that import its module, the module's own first, and stops at the first failure.
+
+    python tools/mutation.py OUT.json --seed 17 --mutants 30 --jobs 2            # both commits: run it in two work trees
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+PACKAGES = ("data", "encoding", "evaluation", "exporting", "inference", "losses", "models", "tasks", "training", "kernels")
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+COMPARISONS |= {ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
+OPERATORS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+}
+LIMIT_S = 120.0
+
+
+def modules(root: Path, package: str) -> list[Path]:
+    """Modules of a package that have at least 40 places for a fault."""
+    folder = root / ("kernels/latentae_kernels" if package == "kernels" else f"latentae/{package}")
+    return [path for path in sorted(folder.rglob("*.py")) if len(faults(path.read_text())) >= 40]
+
+
+def faults(source: str) -> list[tuple[int, str]]:
+    """Every fault of a module: the number of the syntax tree's node that it changes, and how."""
+    nodes = list(ast.walk(ast.parse(source)))
+    skipped = {id(child) for node in nodes for hint in _hints(node) for child in ast.walk(hint)}
+    return [(number, kind) for number, node in enumerate(nodes) if id(node) not in skipped and (kind := _kind(node))]
+
+
+def planted(source: str, number: int, kind: str) -> tuple[str, str]:
+    """What a fault changes, with its line, and the faulty module."""
+    tree = ast.parse(source)
+    node = list(ast.walk(tree))[number]
+    label = f"{getattr(node, 'lineno', 0)}: {ast.unparse(node).splitlines()[0][:70]} -> {kind}"
+    _plant(node, kind)
+    return label, ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _hints(node: ast.AST) -> Iterator[ast.AST]:
+    """Annotations, docstrings and `__all__`: no behaviour hangs on them."""
+    for name in ("annotation", "returns"):
+        if isinstance(hint := getattr(node, name, None), ast.AST):
+            yield hint
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        yield node
+    if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "__all__" for name in node.targets):
+        yield node
+
+
+def _kind(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        return COMPARISONS[type(node.ops[0])].__name__
+    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)].__name__
+    if isinstance(node, ast.BoolOp):
+        return "Or" if isinstance(node.op, ast.And) else "And"
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return repr(not node.value) if isinstance(node.value, bool) else "one more"
+    if isinstance(node, ast.If | ast.IfExp):
+        return "condition negated"
+    if isinstance(node, ast.Return) and node.value is not None:
+        return "return None"
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return "call removed"
+    return None
+
+
+def _plant(node: ast.AST, kind: str) -> None:
+    if isinstance(node, ast.Compare):
+        node.ops[0] = COMPARISONS[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.AugAssign):
+        node.op = OPERATORS[type(node.op)]()
+    elif isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if kind == "Or" else ast.And()
+    elif isinstance(node, ast.Constant):
+        node.value = not node.value if isinstance(node.value, bool) else node.value + 1  # type: ignore[operator]
+    elif isinstance(node, ast.If | ast.IfExp):
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.Return | ast.Expr):
+        node.value = ast.Constant(None)
+
+
+def tests_of(root: Path, module: Path) -> list[str]:
+    """Test files that import the module, its own first; of a module that no test imports, those that import its importers."""
+    files = sorted((root / "tests").rglob("test_*.py"))
+    found = [path for path in files if _imports(path, root, module)]
+    if not found:
+        sources = [path for folder in ("latentae", "kernels") for path in (root / folder).rglob("*.py")]
+        importers = [path for path in sources if path != module and _imports(path, root, module)]
+        found = [path for path in files if any(_imports(path, root, importer) for importer in importers)]
+    found.sort(key=lambda path: (module.stem not in path.stem, path.stat().st_size))
+    return [str(path.relative_to(root)) for path in found]
+
+
+def _imports(path: Path, root: Path, module: Path) -> bool:
+    package, _, stem = ".".join(module.relative_to(root).with_suffix("").parts).removeprefix("kernels.").rpartition(".")
+    source = path.read_text()
+    public = rf"{re.escape(package)}\.{stem}\b|from {re.escape(package)} import [^\n]*\b{stem}\b"
+    relative = rf"from \.{stem} import|from \. import [^\n]*\b{stem}\b" if path.parent == module.parent else r"(?!)"
+    return bool(re.search(f"{public}|{relative}", source))
+
+
+SERVER = """
+import os, sys, pytest, torch, torchvision, hypothesis, timm, PIL.Image, diffusers, safetensors.torch, pydantic, typer
+for line in sys.stdin:
+    folder, *tests = line.split()
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        sys.path[:0] = [folder, folder + "/kernels"]
+        os.environ["PYTHONPATH"] = folder + os.pathsep + folder + "/kernels"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        os._exit(int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Worker:
+    """A copy of the tree, and a process that has the libraries loaded and forks for each fault."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        for name in ("latentae", "kernels", "tests", "tools", "docs", "benchmarks"):
+            shutil.copytree(root / name, folder / name)
+        for name in ("pyproject.toml", "README.md", "Makefile", "CHANGELOG.md", "constraints.txt"):
+            shutil.copy(root / name, folder / name)
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hyp"),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, tests: list[str], limit_s: float) -> tuple[str, float]:
+        """'survived', 'killed' or 'timed out', and the seconds it took."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        begun = time.monotonic()
+        self.process.stdin.write(" ".join([str(self.folder), *tests]) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        alarm = subprocess.Popen(["sh", "-c", f"sleep {limit_s}; kill -9 -{child}"], start_new_session=True)
+        code = int(self.process.stdout.readline())
+        os.killpg(alarm.pid, signal.SIGKILL)
+        alarm.wait()
+        took = time.monotonic() - begun
+        return ("survived" if code == 0 else "timed out" if code < 0 else "killed"), took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--mutants", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--drawn-from", type=Path, help="work tree whose modules are drawn and mutated (default: this one)")
+    options = parser.parse_args()
+    root = Path(__file__).resolve().parents[1]
+    origin = (options.drawn_from or root).resolve()
+    draw = random.Random(options.seed)
+    drawn = [draw.choice(modules(origin, package)) for package in PACKAGES]
+    print(f"seed {options.seed} draws: {', '.join(str(path.relative_to(origin)) for path in drawn)}", flush=True)
+    free: Queue[Worker] = Queue()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        for number in range(options.jobs):
+            free.put(Worker(root, Path(folder) / str(number)))
+
+        def measure(path: Path, tests: list[str], source: str | None) -> tuple[str, float]:
+            worker = free.get()
+            target = worker.folder / path.relative_to(origin)
+            correct = (root / path.relative_to(origin)).read_text()
+            try:
+                target.write_text(correct if source is None else source)
+                return worker.run(tests, LIMIT_S)
+            finally:
+                target.write_text(correct)
+                free.put(worker)
+
+        for path in drawn:
+            module = str(path.relative_to(origin))
+            tests = tests_of(root, root / path.relative_to(origin))
+            sound, took = measure(path, tests, None)
+            print(f"{module}: {len(tests)} test files, {took:.0f} s, {sound} without a fault", flush=True)
+            source = path.read_text()
+            drawn_faults = random.Random(f"{options.seed} {module}").sample(faults(source), options.mutants)
+            sample = [planted(source, number, kind) for number, kind in drawn_faults]
+            found = list(pool.map(lambda fault, path=path, tests=tests: measure(path, tests, fault[1]), sample))
+            survivors = [label for (label, _), (end, _) in zip(sample, found, strict=True) if end == "survived"]
+            rows.append({"module": module, "tests": tests, "sound": sound, "mutants": len(sample), "survivors": survivors})
+            print(f"  {len(sample) - len(survivors)} of {len(sample)} killed", *survivors, sep="\n    ", flush=True)
+            options.out.write_text(json.dumps({"seed": options.seed, "modules": rows}, indent=1))
+        while not free.empty():
+            free.get().process.terminate()
+
+
+if __name__ == "__main__":
+    main()
