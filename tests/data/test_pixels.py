@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from image_files import chunk, noise, png, saved
 from PIL import Image, ImageCms, features
 
 from latentae.data.decode import decode_image
@@ -17,16 +18,6 @@ from latentae.errors import DataError, ImageError
 
 DEEP = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> PNG colour type
 ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]  # y, x, step y, step x
-
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def noise(*shape: int, dtype=np.uint8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
 
 
 def array(data: bytes, **options) -> np.ndarray:
@@ -38,10 +29,6 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 # ---- depth
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def filtered(rows: np.ndarray, step: int) -> bytes:
@@ -60,9 +47,8 @@ def deep_png(pixels: np.ndarray, interlaced: bool = False, extra: bytes = b"") -
     height, width, channels = pixels.shape
     passes = [pixels[y::down, x::right] for y, x, down, right in ADAM7] if interlaced else [pixels]
     rows = [part.astype(">u2").view(np.uint8).reshape(part.shape[0], -1) for part in passes if part.size]
-    header = struct.pack(">IIBBBBB", width, height, 16, DEEP[channels], 0, 0, interlaced)
-    body = zlib.compress(b"".join(filtered(part, 2 * channels) for part in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    body = b"".join(filtered(part, 2 * channels) for part in rows)
+    return png(height, width, body, 16, DEEP[channels], interlaced, extra)
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -206,9 +192,9 @@ def to_srgb(pixels: np.ndarray) -> np.ndarray:
 def test_another_profile_is_converted_to_srgb(kind):
     pixels = noise(6, 5, 4) // 2 + 60  # inside sRGB
     options = {"icc_profile": p3()} | ({"lossless": True} if kind == "WEBP" else {})
-    found = array(saved(Image.fromarray(pixels[..., :3].copy()), kind, **options))
+    found = array(saved(pixels[..., :3].copy(), kind, **options))
     assert np.abs(found - to_srgb(pixels[..., :3])).max() < 2
-    with_alpha = array(saved(Image.fromarray(pixels), kind, **options), channels=4)
+    with_alpha = array(saved(pixels, kind, **options), channels=4)
     assert np.array_equal(with_alpha[..., :3], found)
     assert np.array_equal(with_alpha[..., 3], pixels[..., 3])
 
@@ -229,7 +215,7 @@ def test_srgb_by_any_name_changes_nothing():
     columns = {name: xyz(SRGB[:, number]) for number, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
     measured = icc(b"scnr", b"RGB ", b"XYZ ", columns | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve))
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), measured):
-        assert np.array_equal(array(saved(Image.fromarray(pixels), "PNG", icc_profile=profile)), pixels)
+        assert np.array_equal(array(saved(pixels, "PNG", icc_profile=profile)), pixels)
         deep = noise(4, 4, 3, dtype=np.uint16)
         data = deep_png(deep, extra=chunk(b"iCCP", b"s\0\0" + zlib.compress(profile)))
         assert np.array_equal(array(data, bits=16), deep)
@@ -238,17 +224,17 @@ def test_srgb_by_any_name_changes_nothing():
 @pytest.mark.parametrize("profile", [b"not a profile", p3()[:200], p3()[:40] + bytes(20)])
 def test_a_damaged_profile_is_ignored(profile):
     pixels = noise(8, 8, 3)
-    assert np.array_equal(array(saved(Image.fromarray(pixels), "PNG", icc_profile=profile)), pixels)
+    assert np.array_equal(array(saved(pixels, "PNG", icc_profile=profile)), pixels)
 
 
 def test_gray_profiles():
     gray = np.arange(0, 256, 5, dtype=np.uint8)[None]
-    data = saved(Image.fromarray(gray), "PNG", icc_profile=icc(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": gamma(1.8)}))
+    data = saved(gray, "PNG", icc_profile=icc(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": gamma(1.8)}))
     linear = (gray / 255) ** 1.8
     expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     assert np.abs(array(data, channels=1)[..., 0] - expected).max() < 2
     # A gray image with a profile for RGB: of another kind, so ignored.
-    assert np.array_equal(array(saved(Image.fromarray(gray), "PNG", icc_profile=p3()), channels=1)[..., 0], gray)
+    assert np.array_equal(array(saved(gray, "PNG", icc_profile=p3()), channels=1)[..., 0], gray)
 
 
 def test_a_profile_with_16_bits():
@@ -291,6 +277,7 @@ def test_channels_of_every_kind_of_image():
     gray = rgb.convert("L")
     assert np.array_equal(array(saved(gray, "PNG"), channels=4), np.asarray(gray.convert("RGBA")))
     assert np.array_equal(array(saved(gray, "PNG"), channels=1)[..., 0], np.asarray(gray))
+    assert np.array_equal(array(saved(gray, "PNG")), np.asarray(gray.convert("RGB")))
     gray.putalpha(Image.fromarray(rgba[..., 3].copy()))
     assert np.array_equal(array(saved(gray, "PNG"), channels=4), np.asarray(gray.convert("RGBA")))
     assert array(saved(gray, "PNG"), channels=1).shape == (5, 6, 1)
@@ -314,6 +301,7 @@ def test_a_palette_with_alpha_for_each_colour():
         image.putpixel((column, 0), column)
     found = array(saved(image, "PNG", transparency=bytes([0, 128, 255])), channels=4)
     assert found[0].tolist() == [[10, 20, 30, 0], [40, 50, 60, 128], [70, 80, 90, 255]]
+    assert array(saved(image, "PNG"))[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
 
 
 def test_ycbcr_becomes_rgb_and_lab_is_refused():
@@ -349,7 +337,7 @@ def test_each_orientation_is_turned_upright(kind, value):
         6: lambda a: np.rot90(a, -1),
     }
     turns |= {7: lambda a: np.rot90(np.fliplr(a), -1), 8: np.rot90, 1: np.asarray}
-    data = saved(Image.fromarray(pixels), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    data = saved(pixels, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     assert np.array_equal(array(data), turns[value](pixels))
     assert np.array_equal(array(data, channels=4, bits=16)[..., :3], turns[value](pixels).astype(np.uint16) * 257)
 

@@ -5,17 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from image_files import saved
 from PIL import Image
 
 from latentae.data.decode import decode_image
 from latentae.data.shrinking import encode_jpeg, encode_png, shrink
 from latentae.errors import DataError, ImageError
-
-
-def file(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:
-    target = io.BytesIO()
-    Image.fromarray(pixels).save(target, format, **options)
-    return target.getvalue()
 
 
 def smooth(*shape: int) -> np.ndarray:
@@ -42,7 +37,7 @@ def test_png_of_anything_else_is_refused():
 
 def test_the_pixels_are_those_of_pillows_antialiased_bicubic():
     pixels = smooth(120, 201, 3)
-    small = shrink(file(pixels), "x", 30, None)
+    small = shrink(saved(pixels), "x", 30, None)
     assert small is not None
     expected = np.asarray(Image.fromarray(pixels).resize((50, 30), Image.Resampling.BICUBIC)).astype(int)
     got = decode_image(small[1], "x").permute(1, 2, 0).numpy().astype(int)
@@ -51,7 +46,7 @@ def test_the_pixels_are_those_of_pillows_antialiased_bicubic():
 
 
 def test_jpeg_is_close_and_smaller_at_lower_quality():
-    data = file(smooth(100, 90, 3))
+    data = saved(smooth(100, 90, 3))
     exact, good, poor = (shrink(data, "x", 45, quality) for quality in (None, 95, 30))
     assert exact is not None
     assert good is not None
@@ -65,13 +60,13 @@ def test_jpeg_is_close_and_smaller_at_lower_quality():
 
 @pytest.mark.parametrize("short", [24, 25, 1000])
 def test_nothing_is_enlarged_or_written_again_at_the_same_size(short):
-    assert shrink(file(smooth(24, 40, 3)), "x", short, None) is None
+    assert shrink(saved(smooth(24, 40, 3)), "x", short, None) is None
 
 
 def test_gray_transparency_and_depth_stay_in_png():
-    gray = shrink(file(smooth(40, 40, 1)[..., 0]), "x", 20, None)
+    gray = shrink(saved(smooth(40, 40, 1)[..., 0]), "x", 20, None)
     clear = smooth(40, 40, 4)
-    transparent = shrink(file(clear), "x", 20, None)
+    transparent = shrink(saved(clear), "x", 20, None)
     deep = shrink(encode_png(torch.from_numpy(smooth(40, 40, 3).astype(np.uint16) * 200 + 7).permute(2, 0, 1)), "x", 20, None)
     assert gray is not None
     assert transparent is not None
@@ -80,7 +75,7 @@ def test_gray_transparency_and_depth_stay_in_png():
     assert Image.open(io.BytesIO(transparent[1])).mode == "RGBA"
     assert deep[1][24] == 16  # bit depth in IHDR
     assert decode_image(deep[1], "x", bits=16).numpy().max() > 255
-    on_white = shrink(file(clear), "x", 20, 95)
+    on_white = shrink(saved(clear), "x", 20, 95)
     assert on_white is not None
     assert Image.open(io.BytesIO(on_white[1])).mode == "RGB"
 
@@ -88,14 +83,14 @@ def test_gray_transparency_and_depth_stay_in_png():
 def test_the_result_is_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
-    small = shrink(file(smooth(40, 80, 3), "JPEG", exif=exif), "x", 20, None)
+    small = shrink(saved(smooth(40, 80, 3), "JPEG", exif=exif), "x", 20, None)
     assert small is not None
     assert Image.open(io.BytesIO(small[1])).size == (20, 40)
 
 
 def test_a_damaged_image_is_named():
     with pytest.raises(ImageError, match="cat"):
-        shrink(file(smooth(40, 40, 3))[:200], "cat", 20, None)
+        shrink(saved(smooth(40, 40, 3))[:200], "cat", 20, None)
     with pytest.raises(ImageError, match="cat"):
         shrink(b"<html>", "cat", 20, 90)
 
