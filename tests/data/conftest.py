@@ -2,21 +2,23 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flaky_server import FlakyServer
+from image_files import saved
 from PIL import Image
+
+from latentae.data import remote
+from latentae.data.remote import Patience
 
 Members = list[tuple[str, bytes]]
 
 
 def _png(seed: int = 0, height: int = 12, width: int = 16) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return saved(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def _write_tar(path: Path, members: Members) -> Path:
@@ -68,3 +70,23 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "things" / "coffee.txt").write_text("a cup of coffee", encoding="utf-8")
     (folder / "README.md").write_text("not an image", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def memory():
+    """fsspec's file system in memory, the bucket `memory://bucket` of which is this test's own."""
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    yield fs
+    if fs.exists("/bucket"):
+        fs.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
+    """A server that fails when it is told to, and a client that tries again soon. A healthy request may take as long as it needs."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(remote, "patience", Patience(seconds=60, first=0.01, longest=0.05))
+    running = FlakyServer()
+    yield running
+    running.close()

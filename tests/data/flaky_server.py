@@ -46,6 +46,8 @@ class FlakyServer:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def close(self) -> None:
+        if self.closing.is_set():
+            return
         self.closing.set()
         self.server.shutdown()
         self.server.server_close()

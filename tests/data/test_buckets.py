@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae.data.buckets import NO_BUCKET, assign_buckets, default_buckets
 from latentae.errors import DataError
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 24), st.sampled_from([8, 16, 64]), st.floats(1, 4))
 def test_buckets_keep_to_area_step_and_ratio(multiple, step, max_ratio):
     resolution = multiple * step
@@ -20,9 +21,8 @@ def test_buckets_keep_to_area_step_and_ratio(multiple, step, max_ratio):
         assert high * wide <= resolution**2
         assert max(high, wide) <= max_ratio * min(high, wide)
         assert (wide, high) in buckets
-        assert min(high, wide) == resolution or max(high, wide) + step > resolution**2 / min(
-            high, wide
-        )  # none is smaller than need be
+        largest = resolution**2 / min(high, wide)
+        assert min(high, wide) == resolution or max(high, wide) + step > largest, "none is smaller than need be"
     assert [wide / high for high, wide in buckets] == sorted(wide / high for high, wide in buckets)
 
 
@@ -36,6 +36,7 @@ def test_settings_that_make_no_buckets_are_refused(arguments):
         default_buckets(*arguments)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20),
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=8),

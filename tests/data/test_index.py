@@ -26,15 +26,6 @@ def folder(tmp_path, make_shards):
 
 
 @pytest.fixture
-def memory():
-    import fsspec
-
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.store.clear()
-
-
-@pytest.fixture
 def scanned(monkeypatch):
     """The shards that were read to be indexed."""
     seen: list[str] = []
@@ -80,12 +71,8 @@ def test_a_table_says_where_everything_lies(tmp_path, write_tar, make_png):
     data = path.read_bytes()
     for extension, offset, size in table.members(0)[1:]:
         assert data[offset : offset + size] == dict(files)[{"png": "a.PNG", "txt": "a.txt"}[extension]]
-    assert (table.offset.dtype, table.size.dtype, table.height.dtype, table.key_hash.dtype) == (
-        np.int64,
-        np.int64,
-        np.int32,
-        np.uint64,
-    )
+    dtypes = [column.dtype for column in (table.offset, table.size, table.height, table.key_hash)]
+    assert dtypes == [np.int64, np.int64, np.int32, np.uint64]
     assert table.offset[0] == 0
     assert list(table.offset[1:]) == list((table.offset + table.size)[:-1])  # nothing lies between these samples
     with tarfile.open(path) as archive:
@@ -94,8 +81,7 @@ def test_a_table_says_where_everything_lies(tmp_path, write_tar, make_png):
     assert list(table.width) == [0, 16, 0]
     for fraction in (0.0, 0.3, 0.7, 1.0):
         kept = [int(value) < fraction * 2**64 for value in table.key_hash]
-        keys = table.keys()
-        assert kept == [is_held_out(key, fraction) for key in keys]
+        assert kept == [is_held_out(table.key(row), fraction) for row in range(3)]
 
 
 def test_samples_are_read_in_the_order_asked_for_with_allowed_members_only(tmp_path, write_tar, make_png):
@@ -195,7 +181,7 @@ def test_an_index_that_is_replaced_under_way_is_noticed(folder, write_tar):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_damaged_index_is_made_again_or_an_error(tmp_path_factory, write_tar, data):
     folder = tmp_path_factory.getbasetemp() / "damaged-index"
     path = write_tar(folder / "x.tar", [(f"{name}.jpg", b"x" * 600) for name in "abcd"])
@@ -278,16 +264,14 @@ def test_the_rows_of_a_remote_slice_come_in_one_request(folder, tmp_path, memory
     memory.pipe_file("/bucket/y.tar", path.read_bytes())
     index = load_index(["memory://bucket/y.tar"], tmp_path / "indexes")
     asked: list[tuple[int, int]] = []
-    original = type(memory).cat_file
+    read = type(memory).cat_file
     monkeypatch.setattr(
-        type(memory),
-        "cat_file",
-        lambda self, name, start=None, end=None: asked.append((start, end)) or original(self, name, start, end),
+        type(memory), "cat_file", lambda self, name, *span, **rest: asked.append(rest) or read(self, name, *span, **rest)
     )
     rows = [17, 12, 19, 10]
     assert [raw["jpg"][0] for raw in read_samples(index, 0, rows)] == rows
     table = index.table(0)
-    assert asked == [(table.offset[10], table.offset[19] + table.size[19])]
+    assert asked == [{"start": table.offset[10], "end": table.offset[19] + table.size[19]}]
 
 
 @pytest.mark.parametrize(
@@ -310,12 +294,9 @@ def test_what_is_no_part_of_an_image_sample_is_left_out_and_said(tmp_path, write
     assert load_index([str(latents)]).table(0).keys() == ["a", "b"]
 
 
-def test_no_samples_at_all_is_an_error(tmp_path, make_shards):
+def test_missing_damaged_and_empty_shards_are_errors(tmp_path, folder, make_shards):
     with pytest.raises(ShardError, match="no samples in 2 shards"):
-        load_index(expand_shards(make_shards(tmp_path, [0, 0])))
-
-
-def test_a_missing_or_damaged_shard_is_an_error(tmp_path, folder):
+        load_index(expand_shards(make_shards(tmp_path / "empty", [0, 0])))
     with pytest.raises(ShardError, match="no shard"):
         load_index([str(tmp_path / "gone.tar")])
     path = folder / "000.tar"
@@ -324,45 +305,42 @@ def test_a_missing_or_damaged_shard_is_an_error(tmp_path, folder):
         load_index(expand_shards(folder))
 
 
-def made_by(style: str, image: bytes) -> list[tuple[str, bytes]]:
-    if style == "img2dataset":
-        return [
-            (f"{number:09}.{kind}", image if kind == "jpg" else b"{}") for number in range(5) for kind in ("jpg", "txt", "json")
-        ]
-    if style == "open_clip":
-        return [
-            (f"./cc3m_{number}.{kind}", image if kind == "JPG" else b"7") for number in range(5) for kind in ("cls", "JPG", "txt")
-        ]
-    return [("dataset.json", b"{}"), *((f"{number:05}/img{number:08}.png", image) for number in range(5))]
+# How img2dataset, OpenCLIP and EDM name the files of a sample, and the files of five.
+STYLES = {
+    "img2dataset": [f"{number:09}.{kind}" for number in range(5) for kind in ("jpg", "txt", "json")],
+    "open_clip": [f"./cc3m_{number}.{kind}" for number in range(5) for kind in ("cls", "JPG", "txt")],
+    "edm": ["dataset.json", *(f"{number:05}/img{number:08}.png" for number in range(5))],
+}
 
 
-@pytest.mark.parametrize("style", ["img2dataset", "open_clip", "edm"])
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    ("style", "form"), [("img2dataset", tarfile.USTAR_FORMAT), ("open_clip", tarfile.GNU_FORMAT), ("edm", tarfile.PAX_FORMAT)]
+)
 def test_tars_made_by_others_work(tmp_path, make_png, style, form):
-    files = made_by(style, make_png(1, 20, 30))
+    image = make_png(1, 20, 30)
     with tarfile.open(tmp_path / "x.tar", "w", format=form) as archive:
-        for folder in sorted({name.rpartition("/")[0] for name, _ in files} - {""}):
+        for folder in sorted({name.rpartition("/")[0] for name in STYLES[style]} - {""}):
             info = tarfile.TarInfo(folder)
             info.type = tarfile.DIRTYPE
             archive.addfile(info)
-        for name, data in files:
+        for name in STYLES[style]:
+            data = image if name.lower().endswith(("jpg", "png")) else b"{}"
             info = tarfile.TarInfo(name)
             info.size, info.mtime, info.uname = len(data), 1.7e9 + 0.5, "someone"
             archive.addfile(info, io.BytesIO(data))
     index = load_index([str(tmp_path / "x.tar")])
-    assert index.samples == 5
-    assert set(index.table(0).height) == {20}
-    found = everything(index)
-    assert all(len(next(raw[kind] for kind in ("jpg", "png") if kind in raw)) > 20 for raw in found)
-    assert found[0].keys() - {"jpg", "png"} >= {"__key__", "__url__"}
+    assert (index.samples, set(index.table(0).height)) == (5, {20})
+    for raw in everything(index):
+        assert image in raw.values()
+        assert raw.keys() - {"jpg", "png"} >= {"__key__", "__url__"}
 
 
 def test_a_large_manifest_is_small_in_memory(tmp_path, write_tar):
-    """500 shards of 200 samples; what is held for each shard does not depend on its samples."""
+    """300 shards of 200 samples; what is held for each shard does not depend on its samples."""
     path = write_tar(tmp_path / "first.tar", [(f"{number:06}.jpg", b"") for number in range(200)])
     load_index([str(path)])
     paths = []
-    for number in range(500):
+    for number in range(300):
         for suffix in ("", SUFFIX):
             os.link(str(path) + suffix, tmp_path / f"{number:05}.tar{suffix}")
         paths.append(str(tmp_path / f"{number:05}.tar"))

@@ -13,18 +13,18 @@ import time
 from pathlib import Path
 
 import pytest
-from flaky_server import FlakyServer, wait_for
+from flaky_server import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae import cli
-from latentae.data import index as index_module
 from latentae.data import indexing, remote
 from latentae.data.index import SUFFIX, load_index, read_samples
 from latentae.data.indexing import index
 from latentae.data.remote import Patience
 from latentae.data.shards import expand_shards
 from latentae.errors import LatentAEError, OutputError, ShardError
+from latentae.files import sha256
 
 
 @pytest.fixture
@@ -57,18 +57,14 @@ def test_every_shard_gets_its_index_and_its_hash(folder, capsys):
     assert sorted(path.name for path in folder.glob("*.index")) == [f"00{number}.tar.index" for number in range(4)]
     loaded = load_index(expand_shards(folder), build=False)
     assert loaded == summary.index
-    assert [shard.sha256 for shard in loaded.shards] == [indexing_sha256(shard.path) for shard in loaded.shards]
+    assert [shard.sha256 for shard in loaded.shards] == [sha256(shard.path) for shard in loaded.shards]
     assert list(summary.index.table(0).height) == [12, 12, 12]
-
-
-def indexing_sha256(path: str) -> str:
-    from latentae.files import sha256
-
-    return sha256(path)
 
 
 def test_damage_is_listed_and_the_rest_is_indexed(mixed, tmp_path, capsys):
     out = tmp_path / "indexes"
+    with pytest.raises(LatentAEError):  # training does not begin on what was not listed
+        load_index(expand_shards(mixed))
     summary = index(mixed, out, workers=2)
     rows = [json.loads(line) for line in (out / "damaged.jsonl").read_text().splitlines()]
     assert [(Path(row["shard"]).name, row["level"], row["name"]) for row in rows] == [
@@ -219,17 +215,8 @@ def test_ctrl_c_ends_it_soon_and_keeps_what_is_done(folder, monkeypatch):
     assert not list(folder.glob("*.index"))
 
 
-@pytest.fixture
-def server(monkeypatch):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(remote, "patience", Patience(seconds=3, first=0.01, longest=0.05, silence=0.4, slowest=1e9))
-    running = FlakyServer()
-    yield running
-    running.close()
-
-
-def test_shards_on_a_failing_server_are_indexed_and_read(server, folder, tmp_path):
+def test_shards_on_a_failing_server_are_indexed_and_read(server, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "patience", Patience(seconds=60, first=0.01, longest=0.05, silence=0.2, slowest=1e9))
     server.files = {f"/s/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
     spec = f"{server.url}/s/{{000..003}}.tar"
     with pytest.raises(OutputError, match="latentae index SHARDS OUT"):
@@ -275,26 +262,22 @@ class Bomb:
         return (Path.touch, (Path("executed"),))
 
 
-names = st.one_of(
-    st.sampled_from(
-        [
-            "a.jpg",
-            "a.png",
-            "b.jpg",
-            "c.png",
-            "d/e.jpg",
-            "a.pyd",
-            "a.pth",
-            "b.pkl",
-            "a.txt",
-            "../x.jpg",
-            "/etc/x.jpg",
-            ".jpg",
-            "README",
-        ]
-    ),
-    st.text("ab./_\n", min_size=1, max_size=6),
+KNOWN = (
+    "a.jpg",
+    "a.png",
+    "b.jpg",
+    "c.png",
+    "d/e.jpg",
+    "a.pyd",
+    "a.pth",
+    "b.pkl",
+    "a.txt",
+    "../x.jpg",
+    "/etc/x.jpg",
+    ".jpg",
+    "README",
 )
+names = st.one_of(st.sampled_from(KNOWN), st.text("ab./_\n", min_size=1, max_size=6))
 
 
 class Tar(bytes):
@@ -310,9 +293,8 @@ def tars(draw, make_png) -> Tar:
     with tarfile.open(fileobj=file, mode="w", format=draw(st.sampled_from([0, 1, 2]))) as archive:
         for name in draw(st.lists(names, max_size=8)):
             info = tarfile.TarInfo(name)
-            kind = draw(
-                st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
-            )
+            others = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+            kind = draw(st.sampled_from([tarfile.REGTYPE] * 6 + others))
             info.type, info.linkname = kind, "/etc/passwd"
             body = draw(bodies) if kind == tarfile.REGTYPE else b""
             info.size = len(body)
@@ -329,7 +311,7 @@ def tars(draw, make_png) -> Tar:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_a_shard_holds_nothing_crashes_runs_or_gets_lost(tmp_path_factory, make_png, monkeypatch_module, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
     folder.mkdir(exist_ok=True)
@@ -371,13 +353,5 @@ def test_the_pickles_in_fuzzed_tars_would_run(tmp_path, monkeypatch):
 
 
 def test_indexing_does_not_wait_for_torch():
-    code = (
-        "import sys, latentae.data.indexing; print([name for name in ('torch', 'fsspec', 'webdataset') if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
-def test_training_on_a_damaged_shard_is_an_error_of_ours(mixed):
-    with pytest.raises(LatentAEError):
-        load_index(expand_shards(mixed))
-    assert index_module.SUFFIX == ".index"
+    code = "import sys, latentae.data.indexing; assert not {'torch', 'fsspec', 'webdataset'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -39,14 +39,6 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     return [x.keys for x in a] == [y.keys for y in b] and all(torch.equal(x.images, y.images) for x, y in zip(a, b, strict=True))
 
 
-def test_a_batch_is_uint8_channels_last(folder):
-    (batch,) = take(TrainLoader(options(folder), 4, 0), 1)
-    assert batch.images.shape == (4, 3, 8, 8)
-    assert batch.images.dtype == torch.uint8
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert len(batch.keys) == 4
-
-
 def stream(
     settings: DataOptions, batch: int, world_size: int, start: dict | None, steps: int, seed: int = 3
 ) -> list[tuple[str, ...]]:
@@ -65,7 +57,7 @@ def stream(
     st.sampled_from([1, 2, 3, 6]),
     st.booleans(),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_sample_comes_at_most_once_per_epoch_over_all_ranks(tmp_path_factory, make_shards, counts, world_size, pad):
     folder = make_shards(tmp_path_factory.mktemp("worlds"), counts)
     everything = {f"s{shard}/{number:03}" for shard, count in enumerate(counts) for number in range(count)}
@@ -81,37 +73,38 @@ def test_every_sample_comes_at_most_once_per_epoch_over_all_ranks(tmp_path_facto
     assert loader.tail == (0 if pad else len(everything) % 6)
 
 
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory, make_shards):
+    """The options of a set that 12 does not divide, and its first 16 batches of 12: an epoch has 7."""
+    settings = options(make_shards(tmp_path_factory.mktemp("elastic"), [37, 5, 0, 50]))
+    return settings, stream(settings, 12, 1, None, 16)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (1, 4), (2, 0), (2, 1), (2, 4), (3, 0), (3, 4), (4, 0), (6, 0)])
-def test_any_number_of_ranks_and_workers_sees_the_same_batches(tmp_path_factory, make_shards, world_size, workers):
-    folder = make_shards(tmp_path_factory.mktemp("elastic"), [37, 5, 0, 50])
-    expected = stream(options(folder), 12, 1, None, 9)
-    assert stream(options(folder, workers=workers), 12, world_size, None, 9) == expected
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 4), (2, 1), (3, 2), (6, 0)])
+def test_any_number_of_ranks_and_workers_sees_the_same_batches(elastic, world_size, workers):
+    settings, whole = elastic
+    assert stream(settings.model_copy(update={"workers": workers}), 12, world_size, None, 9) == whole[:9]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 20])
-def test_a_run_goes_on_at_another_world_size(tmp_path_factory, make_shards, stop):
-    folder = make_shards(tmp_path_factory.mktemp("resume"), [37, 5, 0, 50])
-    whole = stream(options(folder), 12, 1, None, 24)
-    loader = TrainLoader(options(folder), 6, 3, 1, 2)
+@pytest.mark.parametrize("stop", [1, 7, 8])
+def test_a_run_goes_on_at_another_world_size(elastic, stop):
+    settings, whole = elastic
+    loader = TrainLoader(settings, 6, 3, 1, 2)
     take(loader, stop)
     state = json.loads(json.dumps(loader.state_dict()))
     assert (state["epoch"], state["step"]) == divmod(stop, loader.steps)
-    for world_size, workers in ((1, 2), (3, 0), (4, 0), (6, 0)):
-        assert stream(options(folder, workers=workers), 12, world_size, state, 24 - stop) == whole[stop:]
+    for world_size, workers in ((1, 1), (3, 0), (4, 0)):
+        again = stream(settings.model_copy(update={"workers": workers}), 12, world_size, state, 16 - stop)
+        assert again == whole[stop:]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_share_a_batch_and_its_order(folder):
-    plain, shared = (take(TrainLoader(options(folder, workers=workers), 5, 0), 8) for workers in (0, 3))
-    assert same(plain, shared)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_order_and_the_pixels_depend_on_the_seed_alone(folder, workers):
-    settings = options(folder, workers=workers, scale_min=0)
+def test_the_order_and_the_pixels_depend_on_the_seed_alone(folder):
+    settings = options(folder, scale_min=0)
     first = take(TrainLoader(settings, 3, 1), 9)
-    assert same(first, take(TrainLoader(settings.model_copy(update={"cache_mb": 0}), 3, 1), 9))
+    for change in ({"cache_mb": 0}, {"workers": 1}, {"workers": 3}):
+        assert same(first, take(TrainLoader(settings.model_copy(update=change), 3, 1), 9)), change
     assert not same(first, take(TrainLoader(settings, 3, 2), 9))
 
 
@@ -124,8 +117,7 @@ def test_an_image_is_cropped_anew_in_each_epoch(folder):
     assert sum(not torch.equal(*two) for two in crops.values()) >= 18
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [0, 1, 4, 13])
+@pytest.mark.parametrize(("workers", "stop"), [(0, 0), (0, 13), (2, 1), (2, 13)])
 def test_a_saved_state_goes_on_exactly(folder, workers, stop):
     settings = options(folder, workers=workers)
     whole = take(TrainLoader(settings, 3, 1), 18)
@@ -160,14 +152,11 @@ def test_a_state_of_other_data_or_a_damaged_one_is_refused(folder, tmp_path, mak
     loader = TrainLoader(options(folder), 3, 1)
     with pytest.raises(DataError, match="digest"):
         loader.load_state_dict(TrainLoader(options(make_shards(tmp_path, [9])), 3, 1).state_dict())
-    for broken in (
-        {},
-        {**loader.state_dict(), "step": None},
-        {**loader.state_dict(), "step": 99},
-        {**loader.state_dict(), "format_version": 99},
-    ):
+    for damage in ({"step": None}, {"step": 99}, {"format_version": 99}):
         with pytest.raises(DataError, match="resume"):
-            loader.load_state_dict(broken)
+            loader.load_state_dict({**loader.state_dict(), **damage})
+    with pytest.raises(DataError, match="resume"):
+        loader.load_state_dict({})
 
 
 def test_the_held_out_slice_is_disjoint_and_complete(folder):
@@ -230,7 +219,7 @@ def test_validation_shards_must_not_be_trained_on(folder, tmp_path, make_shards)
     assert TrainLoader(options(folder, validation=make_shards(tmp_path, [2])), 1, 0).samples == 20
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_is_replaced_and_listed(tmp_path, write_tar, make_png, workers):
     members = [(f"{number:02}.png", make_png(number)) for number in range(20)]
     members[7] = ("07.jpg", b"<html>not found</html>")
@@ -260,23 +249,19 @@ def test_too_many_bad_images_stop_the_run_in_one_line(tmp_path, write_tar, make_
     members = [(f"{n:02}.png", b"damaged" if n % 3 else make_png(n)) for n in range(60)]
     write_tar(tmp_path / "a.tar", members)
     loader = TrainLoader(options(tmp_path, workers=workers), 4, 0, bad_log=tmp_path / "bad.jsonl")
-    with pytest.raises(
-        DataError, match=r"images could not be read .*bad\.jsonl; repair the data set or raise data.max_bad_share"
-    ) as caught:
+    says = r"images could not be read .*bad\.jsonl; repair the data set or raise data.max_bad_share"
+    with pytest.raises(DataError, match=says) as caught:
         take(loader, 15)
     assert "\n" not in str(caught.value)
 
 
-def test_a_row_of_bad_images_stops_the_run(tmp_path, write_tar, make_png):
+def test_a_row_of_bad_images_stops_the_run_and_a_set_without_any_good_one_says_so(tmp_path, write_tar, make_png):
     write_tar(tmp_path / "a.tar", [(f"{n:02}.png", make_png(n) if n % 2 else b"damaged") for n in range(40)])
     with pytest.raises(DataError, match="could not be read"):
         take(TrainLoader(options(tmp_path, max_bad_share=1, max_bad_in_a_row=3), 1, 0), 40)
-
-
-def test_a_set_without_any_good_image_says_so(tmp_path, write_tar):
-    write_tar(tmp_path / "a.tar", [(f"{n:02}.png", b"damaged") for n in range(40)])
+    write_tar(tmp_path / "none" / "a.tar", [(f"{n:02}.png", b"damaged") for n in range(40)])
     with pytest.raises(DataError, match="nor can 16 others drawn in its place"):
-        take(TrainLoader(options(tmp_path), 4, 0), 1)
+        take(TrainLoader(options(tmp_path / "none"), 4, 0), 1)
 
 
 def test_a_shard_that_changes_under_way_is_an_error(tmp_path, make_shards, write_tar):
@@ -319,15 +304,16 @@ def test_decoded_images_are_kept_up_to_a_limit_of_memory(tmp_path, write_tar, ma
         assert len(decoded) == expected
 
 
-def wide_and_tall(folder, write_tar, make_png, count: int = 40) -> str:
-    sizes = [(40, 80), (80, 40), (64, 64)]
-    write_tar(folder / "a.tar", [(f"{n:02}.png", make_png(n, *sizes[n % 3])) for n in range(count)])
-    return str(folder)
+@pytest.fixture(scope="module")
+def bucketed(tmp_path_factory, write_tar, make_png):
+    """Options of wide, tall and square images in buckets."""
+    sizes, folder = [(40, 80), (80, 40), (64, 64)], tmp_path_factory.mktemp("bucketed")
+    write_tar(folder / "a.tar", [(f"{n:02}.png", make_png(n, *sizes[n % 3])) for n in range(40)])
+    return options(folder, buckets="auto", bucket_step=8, resolution=24)
 
 
-def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank(tmp_path, write_tar, make_png):
-    settings = options(wide_and_tall(tmp_path, write_tar, make_png), buckets="auto", bucket_step=8, resolution=24)
-    loader = TrainLoader(settings, 4, 0)
+def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank(bucketed):
+    loader = TrainLoader(bucketed, 4, 0)
     batches = take(loader, 2 * loader.steps)
     shapes = {tuple(batch.images.shape[2:]) for batch in batches}
     assert len(shapes) == 3
@@ -336,15 +322,14 @@ def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank(tmp_path
         assert len({int(key) % 3 for key in batch.keys}) == 1
     first = [key for batch in batches[: loader.steps] for key in batch.keys]
     assert len(set(first)) == len(first) == 40 - loader.tail
-    assert stream(settings, 4, 2, None, 20, seed=0) == stream(settings, 4, 1, None, 20, seed=0)
+    assert stream(bucketed, 4, 2, None, 20, seed=0) == stream(bucketed, 4, 1, None, 20, seed=0)
 
 
-def test_buckets_resume_exactly(tmp_path, write_tar, make_png):
-    settings = options(wide_and_tall(tmp_path, write_tar, make_png), buckets="auto", bucket_step=8, resolution=24)
-    whole = take(TrainLoader(settings, 4, 0), 15)
-    first = TrainLoader(settings, 4, 0)
+def test_buckets_resume_exactly(bucketed):
+    whole = take(TrainLoader(bucketed, 4, 0), 15)
+    first = TrainLoader(bucketed, 4, 0)
     take(first, 6)
-    second = TrainLoader(settings, 4, 0)
+    second = TrainLoader(bucketed, 4, 0)
     second.load_state_dict(first.state_dict())
     assert same(take(second, 9), whole[6:])
 
@@ -356,8 +341,13 @@ def test_every_crop_is_square_and_keyed(folder, crop):
     assert all(batch.images.shape[2:] == (8, 8) for batch in first)
 
 
-@pytest.mark.parametrize(("channels", "bits", "dtype"), [(1, 8, torch.uint8), (4, 8, torch.uint8), (3, 16, torch.uint16)])
-def test_channels_and_bits_reach_the_batch(folder, channels, bits, dtype):
-    (batch,) = take(TrainLoader(options(folder, channels=channels, bits=bits, workers=2), 4, 0), 1)
+@pytest.mark.parametrize(
+    ("channels", "bits", "dtype", "workers"),
+    [(3, 8, torch.uint8, 0), (1, 8, torch.uint8, 2), (4, 8, torch.uint8, 0), (3, 16, torch.uint16, 2)],
+)
+def test_a_batch_is_channels_last_and_has_the_channels_and_bits_asked_for(folder, channels, bits, dtype, workers):
+    (batch,) = take(TrainLoader(options(folder, channels=channels, bits=bits, workers=workers), 4, 0), 1)
     assert batch.images.shape == (4, channels, 8, 8)
     assert batch.images.dtype == dtype
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert len(batch.keys) == 4

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -30,11 +29,7 @@ def names(paths: list[str]) -> list[str]:
 )
 def test_every_kind_of_specification_names_the_same_shards(three, spec):
     assert names(expand_shards(spec.format(three))) == ["000.tar", "001.tar", "002.tar"]
-
-
-def test_a_path_and_a_sequence_keep_their_order(three):
-    assert names(expand_shards(three)) == ["000.tar", "001.tar", "002.tar"]
-    assert names(expand_shards([three / "002.tar", f"{three}/000.tar"])) == ["002.tar", "000.tar"]
+    assert names(expand_shards([three / "002.tar", f"{three}/000.tar"])) == ["002.tar", "000.tar"]  # a sequence keeps its order
 
 
 def test_a_name_with_special_characters_is_taken_as_it_is(tmp_path, write_tar):
@@ -50,46 +45,44 @@ def test_a_name_with_special_characters_is_taken_as_it_is(tmp_path, write_tar):
         ("{0}/missing", "no shard .*missing"),
         ("{0}/{{000..", "no shard|unbalanced"),
         ("", "no shards in"),
+        ("{0}/empty", "latentae shards"),
         ("{0}/000.tar::{0}/*.tar", "named twice"),
         ("pipe:cat {0}/000.tar", "local files or URLs"),
     ],
 )
 def test_a_specification_that_names_nothing_is_one_clear_line(three, spec, says):
+    (three / "empty").mkdir()
     with pytest.raises(ShardError, match=says) as caught:
         expand_shards(spec.format(three))
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_folder_says_how_to_make_shards(tmp_path):
-    with pytest.raises(ShardError, match="latentae shards"):
-        expand_shards(tmp_path)
-
-
 def test_samples_come_in_tar_order_with_their_members(tmp_path, write_tar):
-    path = write_tar(
-        tmp_path / "a.tar", [("d/b.jpg", b"1"), ("d/b.txt", b"2"), ("a.JPG", b"3"), ("a.seg.png", b"4"), ("noextension", b"5")]
-    )
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    bomb = pickle.dumps(Bomb())
+    members = [("d/b.jpg", b"1"), ("d/b.txt", b"2"), ("a.JPG", b"3"), ("a.seg.png", b"4"), ("a.pkl", bomb), ("noextension", b"5")]
+    path = write_tar(tmp_path / "a.tar", members)
     assert list(read_shard(path)) == [
         {"__key__": "d/b", "__url__": str(path), "jpg": b"1", "txt": b"2"},
-        {"__key__": "a", "__url__": str(path), "jpg": b"3", "seg.png": b"4"},
+        {"__key__": "a", "__url__": str(path), "jpg": b"3", "seg.png": b"4", "pkl": bomb},
     ]
     assert shard_keys(path) == ["d/b", "a"]
     assert [sample["__key__"] for sample in read_shard(path, ["a"])] == ["a"]
-
-
-def test_a_tar_without_members_has_no_samples(tmp_path, write_tar):
-    assert list(read_shard(write_tar(tmp_path / "a.tar", []))) == []
-
-
-def test_asking_for_a_sample_that_is_gone_is_an_error(tmp_path, write_tar):
     with pytest.raises(ShardError, match="'z' is gone"):
-        read_shard(write_tar(tmp_path / "a.tar", [("a.jpg", b"1")]), ["a", "z"])
+        read_shard(path, ["a", "z"])
+    assert list(read_shard(write_tar(tmp_path / "empty.tar", []))) == []
 
 
-@pytest.mark.parametrize("order", [["a.jpg", "a.jpg"], ["a.jpg", "b.jpg", "a.jpg"], ["a.jpg", "a.JPG"]])
-def test_a_key_that_occurs_twice_is_an_error(tmp_path, write_tar, order):
-    path = write_tar(tmp_path / "a.tar", [(name, b"x") for name in order])
-    with pytest.raises(ShardError, match="twice") as caught:
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [(["a.jpg", "b.jpg", "a.jpg"], "twice"), (["a.jpg", "a.JPG"], "twice"), (["a.jpg", "../up.jpg"], "outside")],
+)
+def test_samples_that_can_not_be_told_apart_or_point_outside_are_refused(tmp_path, write_tar, names, says):
+    path = write_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
+    with pytest.raises(ShardError, match=says) as caught:
         read_shard(path)
     assert str(path) in str(caught.value)
 
@@ -102,36 +95,6 @@ def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, write_tar):
             read_shard(tmp_path / name)
     with pytest.raises(ShardError, match="no shard"):
         read_shard(tmp_path / "missing.tar")
-
-
-def test_links_devices_and_folders_are_no_samples(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, kind in [("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("folder.jpg", tarfile.DIRTYPE)]:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-    assert list(read_shard(tmp_path / "a.tar")) == []
-
-
-@pytest.mark.parametrize("name", ["../up.jpg", "a/../../up.jpg", "/etc/up.jpg", ".."])
-def test_a_member_that_points_out_of_its_folder_is_refused(tmp_path, write_tar, name):
-    with pytest.raises(ShardError, match="outside"):
-        read_shard(write_tar(tmp_path / "a.tar", [("a.jpg", b"x"), (name, b"x")]))
-
-
-def test_a_leading_dot_folder_is_common_and_fine(tmp_path, write_tar):
-    assert shard_keys(write_tar(tmp_path / "a.tar", [("./b/a.jpg", b"x")])) == ["./b/a"]
-
-
-def test_nothing_is_unpickled(tmp_path, write_tar):
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "executed",))
-
-    data = pickle.dumps(Bomb())
-    path = write_tar(tmp_path / "a.tar", [(f"a.{extension}", data) for extension in ("pyd", "pkl", "pth", "npy")])
-    assert [sample["pkl"] for sample in read_shard(path)] == [data]
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +113,7 @@ def without_url(samples):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_tar_cut_anywhere_is_whole_or_an_error(whole, data):
     path, samples = whole
     content = path.read_bytes()
@@ -168,7 +131,7 @@ def test_a_tar_cut_anywhere_is_whole_or_an_error(whole, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_flipped_bit_never_loses_a_sample_in_silence(whole, data):
     path, samples = whole
     content = bytearray(path.read_bytes())

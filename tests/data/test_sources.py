@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from flaky_server import FlakyServer
 
 from latentae.data import remote, sources
 from latentae.data.remote import Patience
@@ -18,32 +17,10 @@ from latentae.errors import MissingDependencyError, ShardError
 DATA = bytes(range(256)) * 4000  # about 1 MB
 
 
-@pytest.fixture(scope="module")
-def running():
-    server = FlakyServer()
-    yield server
-    server.close()
-
-
 @pytest.fixture
-def server(running, monkeypatch):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(remote, "patience", Patience(seconds=5, first=0.01, longest=0.05, silence=0.4, slowest=1e9))
-    running.faults.clear()
-    running.requests.clear()
-    running.always, running.sent = None, 0
-    running.files = {"/a/data.tar": DATA}
-    return running
-
-
-@pytest.fixture
-def memory():
-    import fsspec
-
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.store.clear()
+def server(server):
+    server.files = {"/a/data.tar": DATA}
+    return server
 
 
 def whole(path: str, count: int = 100_000) -> bytes:
@@ -51,19 +28,9 @@ def whole(path: str, count: int = 100_000) -> bytes:
         return b"".join(iter(lambda: file.read(count), b""))
 
 
-@pytest.mark.parametrize(
-    ("path", "remote"),
-    [
-        ("/data/a.tar", False),
-        ("a.tar", False),
-        ("C://a.tar", False),
-        ("http://x/a.tar", True),
-        ("s3://b/a.tar", True),
-        ("hf://x", True),
-    ],
-)
-def test_a_scheme_makes_a_path_remote(path, remote):
-    assert is_remote(path) == remote
+def test_a_scheme_makes_a_path_remote():
+    assert all(is_remote(path) for path in ("http://x/a.tar", "s3://b/a.tar", "hf://x"))
+    assert not any(is_remote(path) for path in ("/data/a.tar", "a.tar", "C://a.tar"))
 
 
 def test_pipes_are_refused_everywhere():
@@ -120,13 +87,13 @@ def test_only_so_many_files_stay_open(tmp_path):
 
 
 def test_many_threads_read_at_once(tmp_path):
-    for number in range(100):
+    for number in range(80):
         (tmp_path / f"{number}.tar").write_bytes(bytes([number]) * 1000)
     wrong: list[int] = []
 
     def read(offset: int) -> None:
-        found = [read_range(str(tmp_path / f"{number}.tar"), offset, 900) for number in range(100)]
-        wrong.extend(number for number in range(100) if found[number] != bytes([number]) * (900 - offset))
+        found = [read_range(str(tmp_path / f"{number}.tar"), offset, 900) for number in range(80)]
+        wrong.extend(number for number in range(80) if found[number] != bytes([number]) * (900 - offset))
 
     threads = [threading.Thread(target=read, args=(offset,)) for offset in range(6)]
     for thread in threads:
@@ -140,8 +107,7 @@ def _read_in_child(url: str, queue) -> None:
     queue.put(read_range(url, 3, 9))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("kind", ["local", "http"])
+@pytest.mark.parametrize(("kind", "method"), [("local", "fork"), ("http", "fork"), ("http", "spawn")])
 def test_child_processes_read_too(server, tmp_path, method, kind):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
@@ -170,14 +136,14 @@ def test_http_ranges_and_streams(server):
 @pytest.mark.parametrize(
     "faults",
     [
-        [503, 500, 429],
-        [("cut", 0), ("cut", 100_000), ("cut", 5)],
-        [("stall", 1000), 502, ("stall", 0)],
+        [500, 429, ("cut", 0), ("cut", 100_000), 408, ("cut", 5)],
+        [("stall", 1000), 502, ("stall", 0), 425],
         [("cut", 200_000), "whole"],
     ],
 )
 @pytest.mark.parametrize("read", [whole, lambda url: read_range(url, 0, len(DATA))])
-def test_passing_faults_are_survived(server, faults, read):
+def test_passing_faults_are_survived(server, faults, read, monkeypatch):
+    monkeypatch.setattr(remote, "patience", Patience(seconds=60, first=0.01, longest=0.05, silence=0.2, slowest=1e9))
     url = f"{server.url}/a/data.tar"
     server.faults.extend([503, *faults])
     assert read(url) == DATA
@@ -206,12 +172,7 @@ def test_a_server_without_ranges_is_read_and_complained_about(server, capsys, mo
 
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [
-        (404, "no such file"),
-        (403, "HTTP 403"),
-        ("shifted", "expected bytes from"),
-        ("compressed", "compressed"),
-    ],
+    [(404, "no such file"), (403, "HTTP 403"), ("shifted", "expected bytes from"), ("compressed", "compressed")],
 )
 def test_lasting_faults_are_errors_at_once(server, fault, says):
     server.always = fault
@@ -224,34 +185,26 @@ def test_a_range_beyond_the_end_and_an_unknown_size_are_errors(server):
     url = f"{server.url}/a/data.tar"
     with pytest.raises(ShardError, match="changed or was cut short"):
         read_range(url, len(DATA), len(DATA) + 10)
+    with pytest.raises(ShardError, match="cut short"):
+        read_range(url, 0, 10 * len(DATA))
     server.always = "unsized"
     with pytest.raises(ShardError, match="how long"):
         size_of(url)
+    server.always, server.files["/a/data.tar"] = None, b""
+    assert size_of(url) == 0
 
 
-@pytest.mark.parametrize("fault", [503, ("cut", 10), ("stall", 0), ("trickle", 1)])
+@pytest.mark.parametrize("fault", [503, ("cut", 10), ("stall", 0), ("trickle", 1), "gone"])
 def test_a_server_that_never_recovers_is_an_error_in_time(server, fault, monkeypatch):
-    monkeypatch.setattr(remote, "patience", Patience(seconds=0.8, first=0.01, longest=0.05, silence=0.2, slowest=1e9))
+    monkeypatch.setattr(remote, "patience", Patience(seconds=0.5, first=0.01, longest=0.05, silence=0.2, slowest=1e9))
     server.always = fault
+    if fault == "gone":
+        server.close()
     start = time.monotonic()
-    with pytest.raises(ShardError, match=r"could not read .* tries") as caught:
+    with pytest.raises(ShardError, match=r"could not read .*127.0.0.1.* tries") as caught:
         read_range(f"{server.url}/a/data.tar", 0, 100_000)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 10, "a stalled server would take 20 s"
     assert "\n" not in str(caught.value)
-
-
-def test_a_server_that_is_not_there_is_an_error_in_time(monkeypatch):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote, "patience", Patience(seconds=0.3, first=0.01, longest=0.05))
-    with pytest.raises(ShardError, match=r"127.0.0.1:9/x.tar"):
-        size_of("http://127.0.0.1:9/x.tar")
-
-
-def test_what_is_shorter_than_asked_for_never_passes(server):
-    with pytest.raises(ShardError, match="cut short"):
-        read_range(f"{server.url}/a/data.tar", 0, 10 * len(DATA))
-    server.files["/a/data.tar"] = b""
-    assert size_of(f"{server.url}/a/data.tar") == 0
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -290,7 +243,7 @@ def test_sizes_of_many_files_come_from_one_listing(server, memory, tmp_path, mon
 
 def test_other_file_systems_are_asked_again_too(memory, monkeypatch):
     memory.pipe_file("/bucket/data.tar", DATA)
-    monkeypatch.setattr(remote, "patience", Patience(seconds=2, first=0.01, longest=0.02))
+    monkeypatch.setattr(remote, "patience", Patience(first=0.01))
     original, calls = type(memory).cat_file, []
 
     def flaky(self, path, start=None, end=None, **rest):

@@ -59,7 +59,7 @@ contents = st.one_of(st.binary(max_size=20), st.sampled_from([b"", bytes(512), b
 
 
 @given(st.lists(st.tuples(names, contents), max_size=8), st.sampled_from(["gnu", "pax"]), st.sampled_from([512, 700, 1 << 20]))
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_member_is_where_tarfile_finds_it(files, form, chunk):
     data = tar(files, FORMATS[form])
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -73,7 +73,7 @@ def test_every_member_is_where_tarfile_finds_it(files, form, chunk):
 
 
 @given(st.lists(st.tuples(names, contents), max_size=5), st.integers(1, 3000))
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_observer_sees_every_byte_once(files, chunk):
     data, seen = tar(files), bytearray()
     watched = reader(data, chunk=chunk, observe=seen.extend)
@@ -190,14 +190,7 @@ def test_what_is_no_file_is_reported_and_never_followed():
     data = tar([*(entry(f"{number}.jpg", kind) for number, kind in enumerate(kinds)), ("a.jpg", b"x")])
     found, problems = samples(data)
     assert [sample.key for sample in found] == ["a"]
-    assert [problem.name for problem in problems] == [
-        "0.jpg",
-        "1.jpg",
-        "2.jpg",
-        "3.jpg",
-        "4.jpg",
-        "6.jpg",
-    ]  # folders hold nothing
+    assert [problem.name for problem in problems] == [f"{number}.jpg" for number in (0, 1, 2, 3, 4, 6)]  # folders hold nothing
     assert {problem.code for problem in problems} == {"left_out"}
     assert "symbolic link" in problems[0].reason
 
@@ -236,17 +229,12 @@ def test_what_is_not_used_is_reported(files, keys, codes):
     assert len({problem.byte for problem in problems}) == len(problems)
 
 
-ordinary = st.lists(
-    st.tuples(
-        st.sampled_from(["a", "b", "c/a", "c/b1", "d.x/a", "./e"]), st.sampled_from(["jpg", "JPG", "txt", "seg.png", "json"])
-    ),
-    max_size=12,
-    unique=True,
-).map(lambda pairs: sorted(pairs))
+KEYS, EXTENSIONS = ("a", "b", "c/a", "c/b1", "d.x/a", "./e"), ("jpg", "JPG", "txt", "seg.png", "json")
+ordinary = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(EXTENSIONS)), max_size=12, unique=True).map(sorted)
 
 
 @given(ordinary, st.sampled_from(list(FORMATS.values())), st.booleans())
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_ordinary_tars_are_grouped_as_webdataset_groups_them(pairs, form, with_folders):
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -263,15 +251,15 @@ def test_ordinary_tars_are_grouped_as_webdataset_groups_them(pairs, form, with_f
     ] == expected
 
 
-@given(st.binary(max_size=3000))
-@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=3000).filter(lambda data: any(data[:512])))  # blocks of zeros would be an empty tar
+@settings(max_examples=100, deadline=None)
 def test_noise_is_an_error(data):
     with pytest.raises(ShardError):
         members(data)
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_header_with_a_good_checksum_is_walked_or_refused(data):
     """Headers that somebody made on purpose: every field at random, the checksum right."""
     good = tar([("a.jpg", b"x" * 40), ("d" * 300 + ".jpg", b"y"), ("b.txt", b"z")], data.draw(st.sampled_from([1, 2])))
