@@ -30,7 +30,7 @@ def test_equals_the_plain_formula_in_fp64(tmp_path):
     assert not loss(x, x).any()
 
 
-def test_gradient_reaches_the_image_and_nothing_else():
+def test_gradient_reaches_the_image_and_nothing_is_learned():
     loss = ClassifierDistance(ClassifierOptions(weight=0.1, backbone="efficientnet-lite0"))
     assert not list(loss.parameters())
     assert not loss.state_dict()

@@ -20,9 +20,15 @@ def plain_energy(net, x) -> torch.Tensor:
     return torch.stack([j.square().sum() for j in jacobians])
 
 
-def test_exact_equals_the_jacobian():
+def test_exact_equals_the_jacobian_and_only_measures_without_gradients():
     net, x = small_net(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(frobenius_exact(net, x), plain_energy(net, x), rtol=1e-12, atol=0)
+    expected = plain_energy(net, x)
+    torch.testing.assert_close(frobenius_exact(net, x), expected, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        value = frobenius_exact(net, x)
+    assert not value.requires_grad
+    assert not x.requires_grad
+    torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("kind", ["normal", "signs"])
@@ -31,11 +37,11 @@ def test_the_estimate_is_unbiased(kind):
     exact = frobenius_exact(net, x).detach()
     inputs = x.clone().requires_grad_()
     code = net(inputs)
-    probes = torch.randn(1500, *code.shape, dtype=torch.float64)
+    probes = torch.randn(400, *code.shape, dtype=torch.float64)
     probes = probes if kind == "normal" else probes.sign()
     each = torch.stack([jacobian_energy(code, inputs, v[None], graph=False) for v in probes])
     error = (each.mean(dim=0) - exact).abs()
-    assert (error < 4 * each.std(dim=0) / 1500**0.5).all()
+    assert (error < 4 * each.std(dim=0) / 400**0.5).all()
     torch.testing.assert_close(frobenius(net, x, probes[:5]).detach(), each[:5].mean(dim=0))
 
 
@@ -54,15 +60,6 @@ def test_gradient_to_the_weights_in_fp64(exact):
     assert torch.autograd.gradcheck(energy, tuple(p.detach().requires_grad_() for p in parameters))
 
 
-def test_without_gradients_it_only_measures_and_leaves_the_images_alone():
-    net, x = small_net(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    with torch.no_grad():
-        value = frobenius_exact(net, x)
-    assert not value.requires_grad
-    assert not x.requires_grad
-    torch.testing.assert_close(value, plain_energy(net, x))
-
-
 def test_a_code_that_was_made_already_gives_the_same():
     net, x = small_net(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
     probes = torch.randn(3, *net(x).shape, dtype=torch.float64)
@@ -72,19 +69,6 @@ def test_a_code_that_was_made_already_gives_the_same():
     torch.testing.assert_close(energy, frobenius(net, x, probes))
     (energy.sum() + code.sum()).backward()  # the code's own graph is still there
     assert net[0].weight.grad.abs().sum() > 0
-
-
-def test_descending_it_contracts():
-    net, x = nn.Linear(6, 4).double(), torch.randn(5, 6, dtype=torch.float64)
-    encode = lambda images: torch.tanh(net(images.flatten(1))).view(-1, 4, 1, 1)  # noqa: E731
-    images = x.view(5, 1, 2, 3)
-    before = frobenius_exact(encode, images).mean().item()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for _ in range(20):
-        optimizer.zero_grad()
-        frobenius(encode, images, torch.randn(1, 5, 4, 1, 1, dtype=torch.float64)).mean().backward()
-        optimizer.step()
-    assert frobenius_exact(encode, images).mean().item() < 0.5 * before
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,7 @@ def plain(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     total = 0.0
     for x, y in zip(a, b, strict=True):
         n, m = x.shape[0], x.shape[1] * x.shape[2]
-        energy = 0.0
-        for i in range(n):
-            for j in range(n):
-                energy += ((x[i] * x[j]).sum() - (y[i] * y[j]).sum()) ** 2
+        energy = sum(((x[i] * x[j]).sum() - (y[i] * y[j]).sum()) ** 2 for i in range(n) for j in range(n))
         total += energy / (4 * n**2 * m**2) / len(a)
     return total
 

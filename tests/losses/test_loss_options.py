@@ -33,6 +33,8 @@ def test_effective_weights_name_every_term_without_building_a_network():
     assert LossOptions().effective_weights() == {"l1": "1", "LPIPS (vgg)": "1", "kl": "1e-06"}
 
 
-def test_gram_needs_features():
+def test_what_makes_no_loss_is_refused():
     with pytest.raises(ValueError, match="gram"):
         LossOptions(perceptual={"net": "none", "gram": 1.0})
+    with pytest.raises(ValueError, match="l3"):
+        LossOptions(l3=1.0)  # pyright: ignore

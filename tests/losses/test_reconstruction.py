@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from latentae.losses.reconstruction import bce, charbonnier, l1, l2
 
@@ -16,20 +14,15 @@ PLAIN = {
 }
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (1, 3, 1, 1), (2, 1, 1, 7)])
 @pytest.mark.parametrize("loss", PLAIN)
-@given(seed=st.integers(0, 2**31), shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)))
-def test_equals_the_plain_formula_in_fp64(loss, seed, shape):
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=shape), rng.normal(size=shape)
-    expected = PLAIN[loss](x - y).reshape(shape[0], -1).mean(axis=1)
-    np.testing.assert_allclose(loss(torch.tensor(x), torch.tensor(y)).numpy(), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("loss", PLAIN)
-def test_gradient_is_finite_where_images_are_equal(loss):
-    x = torch.zeros(1, 3, 4, 4, requires_grad=True)
-    loss(x, torch.zeros(1, 3, 4, 4)).sum().backward()
-    assert torch.isfinite(x.grad).all()
+def test_equals_the_plain_formula_in_fp64_and_has_a_finite_gradient_at_equal_images(loss, shape):
+    x, y = torch.randn(2, *shape, dtype=torch.float64)
+    expected = PLAIN[loss]((x - y).numpy()).reshape(shape[0], -1).mean(axis=1)
+    np.testing.assert_allclose(loss(x, y).numpy(), expected, rtol=1e-12)
+    same = x.clone().requires_grad_()
+    loss(same, x).sum().backward()
+    assert torch.isfinite(same.grad).all()
 
 
 def test_bce_is_the_cross_entropy_of_probabilities():
@@ -52,9 +45,8 @@ def test_bce_is_convex_smooth_and_bounded_below_beyond_the_range(target):
     torch.testing.assert_close(torch.cumulative_trapezoid(slope, x), loss[1:] - loss[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_bce_is_finite_in_half_precision(dtype):
-    x = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5], dtype=dtype).view(5, 1, 1, 1).requires_grad_()
+def test_bce_is_finite_in_half_precision():
+    x = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5], dtype=torch.float16).view(5, 1, 1, 1).requires_grad_()
     loss = bce(x, torch.ones_like(x))
     assert loss.dtype == torch.float32
     (gradient,) = torch.autograd.grad(loss.sum(), x)

@@ -9,9 +9,10 @@ from latentae.errors import RecipeError
 from latentae.losses.sparsity import active_fraction, kl_sparsity, l1, mean_activation
 
 
-def test_l1_is_the_mean_magnitude_of_each_latent():
+def test_l1_is_the_mean_magnitude_of_each_latent_and_activation_the_mean_of_each_channel():
     z = torch.randn(3, 4, 2, 5, dtype=torch.float64)
     np.testing.assert_allclose(l1(z).numpy(), np.abs(z.numpy()).reshape(3, -1).mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(mean_activation(z).numpy(), (1 / (1 + np.exp(-z.numpy()))).mean(axis=(0, 2, 3)), rtol=1e-12)
 
 
 def test_kl_equals_the_bernoulli_divergence_and_vanishes_at_the_target():
@@ -56,23 +57,13 @@ def test_averaged_gradients_of_two_ranks_are_those_of_the_whole_batch():
         parts = [mean_activation(net(part), reduction) for part in images.chunk(2)]
         if reduction is not None:
             assert torch.equal(parts[0], parts[1])
-            torch.testing.assert_close(parts[0], whole, rtol=1e-14, atol=0)
+            torch.testing.assert_close(parts[0], whole, rtol=1e-12, atol=0)
         found = [torch.autograd.grad(kl_sparsity(part, 0.05), parameters) for part in parts]
         return [torch.stack(pair).mean(dim=0) for pair in zip(*found, strict=True)]
 
     for ours, theirs in zip(averaged(reduce), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
     assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(averaged(None), expected, strict=True))
-
-
-def test_the_penalty_brings_activations_to_the_target():
-    z = torch.randn(8, 5, 4, 4, requires_grad=True)
-    optimizer = torch.optim.Adam([z], lr=0.1)
-    for _ in range(150):
-        optimizer.zero_grad()
-        kl_sparsity(mean_activation(z), 0.05).backward()
-        optimizer.step()
-    torch.testing.assert_close(mean_activation(z), torch.full((5,), 0.05), rtol=0.1, atol=0)
 
 
 def test_active_fraction_counts_elements_beyond_the_threshold():
