@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flaky_server import FlakyServer
 from image_files import saved
-from PIL import Image
 
 from latentae.data import remote
 from latentae.data.remote import Patience
@@ -54,22 +53,6 @@ def make_shards() -> Callable[[Path, list[int]], str]:
         return str(folder)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos in folders, PNG and JPEG, one with a caption; never written to by a test."""
-    skimage = pytest.importorskip("skimage")
-    source = Path(skimage.__file__).parent / "data"
-    folder = tmp_path_factory.mktemp("photos")
-    for number, name in enumerate(["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg"]):
-        target = folder / ("people" if number == 0 else "things") / Path(name).with_suffix(".JPG" if number % 2 else ".png").name
-        target.parent.mkdir(exist_ok=True)
-        with Image.open(source / name) as image:
-            image.convert("RGB").resize((96, 72)).save(target)
-    (folder / "things" / "coffee.txt").write_text("a cup of coffee", encoding="utf-8")
-    (folder / "README.md").write_text("not an image", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

@@ -17,17 +17,17 @@ from latentae.errors import DataError, MissingDependencyError
 def test_digits_become_shards_with_their_classes_and_the_same_bytes_again(tmp_path):
     from sklearn.datasets import load_digits
 
-    index = shards("sklearn:digits", tmp_path / "a")
+    index = shards("sklearn:digits:held-out", tmp_path / "a")
     samples = [sample for path in expand_shards(tmp_path / "a") for sample in read_shard(path)]
     ink, classes = load_digits(return_X_y=True)
-    assert index.samples == len(samples) == 1797 - 360
-    for number in (0, 7, 1436):
-        assert samples[number]["__key__"] == f"train/{number:09}"
-        assert int(samples[number]["cls"]) == classes[number]
+    assert index.samples == len(samples) == 360
+    for number in (0, 7, 359):
+        assert samples[number]["__key__"] == f"held-out/{number:09}"
+        assert int(samples[number]["cls"]) == classes[1437 + number]
         pixels = decode_image(samples[number]["png"], "digit", channels=1).numpy().reshape(-1)
-        assert np.array_equal(np.round(pixels / 255 * 16), ink[number]), "all 17 levels survive"
-    assert shards("sklearn:digits:train", tmp_path / "a") == index, "the same job"
-    shards("sklearn:digits", tmp_path / "b")
+        assert np.array_equal(np.round(pixels / 255 * 16), ink[1437 + number]), "all 17 levels survive"
+    assert shards("sklearn:digits:held-out", tmp_path / "a") == index, "the same job"
+    shards("sklearn:digits:held-out", tmp_path / "b")
     assert (tmp_path / "a" / "000000.tar").read_bytes() == (tmp_path / "b" / "000000.tar").read_bytes()
 
 
@@ -35,9 +35,9 @@ def test_the_splits_of_digits_share_no_image_and_are_all_of_them():
     (train, _), (held_out, _) = digits("train"), digits("held-out")
     assert len(train) + len(held_out) == 1797
     assert not {image.numpy().tobytes() for image in train} & {image.numpy().tobytes() for image in held_out}
-    source = BuiltinImages("sklearn:digits:held-out")
-    assert len(source.sizes) == len(held_out)
-    assert source.key(3) == "held-out/000000003"
+    source = BuiltinImages("sklearn:digits")
+    assert len(source.sizes) == len(train)
+    assert source.key(3) == "train/000000003"
 
 
 def test_binary_digits_are_black_and_white_and_the_same_digits():

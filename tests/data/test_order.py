@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +31,7 @@ def listing(order: EpochOrder, start: int = 0) -> list[list[tuple[int, int, int]
 counts = st.lists(st.integers(0, 23), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(counts, min_size=1, max_size=3), st.integers(1, 9), st.integers(0, 3), st.booleans())
 def test_every_sample_comes_at_most_once_and_only_the_tail_is_missing(pools, batch_size, epoch, pad):
     order = EpochOrder(pools, 7, epoch, "d", batch_size, pad, slice_samples=4)
@@ -49,7 +48,7 @@ def test_every_sample_comes_at_most_once_and_only_the_tail_is_missing(pools, bat
         assert order.tail < batch_size * len(pools)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(counts, min_size=1, max_size=3), st.integers(1, 6), st.booleans(), st.data())
 def test_going_on_from_any_step_gives_the_same_steps(pools, batch_size, pad, data):
     order = EpochOrder(pools, 3, 1, "d", batch_size, pad, slice_samples=4)
@@ -59,7 +58,8 @@ def test_going_on_from_any_step_gives_the_same_steps(pools, batch_size, pad, dat
 
 def test_the_formula_of_lanes():
     order = EpochOrder([[40, 25]], 0, 0, "d", 5, slice_samples=8)
-    virtual = [(0, run.shard, row) for run in order._pools[0].runs(0, 65) for row in run.rows]
+    alone = EpochOrder([[40, 25]], 0, 0, "d", 1, slice_samples=8)  # one lane reads the whole virtual array
+    virtual = [(0, run.shard, row) for run in alone.lane(0, 0) for row in run.rows]
     steps = 65 // 5
     assert listing(order) == [[virtual[lane * steps + step] for lane in range(5)] for step in range(steps)]
 
@@ -103,6 +103,7 @@ def test_a_class_sorted_set_is_mixed_nearly_as_well_as_by_a_full_shuffle():
     assert abs(shares.std() / independent.std() - 1) < 0.15
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_lanes_are_shared_out_evenly_and_in_order(lanes, parts):
     shares = [list(lane_share(range(100, 100 + lanes), part, parts)) for part in range(parts)]
@@ -117,7 +118,6 @@ def test_looking_up_a_position_is_instant_in_a_large_set():
     assert all(0 <= row < 10_000 for row in run.rows)
 
 
-@pytest.mark.parametrize("words", [("a", 1), ("a", 2), (1, "a")])
-def test_seeds_do_not_depend_on_the_process(words):
-    assert derive_seed(*words) == derive_seed(*words)
-    assert 0 <= derive_seed(*words) < 2**64
+def test_seeds_are_recorded():
+    found = [derive_seed(*words) for words in (("a", 1), ("a", 2), (1, "a"))]
+    assert found == [11132678856793633452, 6220820045685510976, 4923302134452111476], "on every machine, in every version"

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 from PIL import Image
 
 from latentae.data.decode import decode_image
-from latentae.data.photos import HELD_OUT, TRAINING, _starts, photo_file, write_photo_tiles
+from latentae.data.photos import HELD_OUT, TRAINING, photo_file, photo_tiles, write_photo_tiles
 
 
 def test_held_out_photos_are_other_photos():
@@ -32,9 +33,11 @@ def test_tiles_are_cut_from_the_photo_and_cover_it(tmp_path):
     assert covered.all()
 
 
-@given(st.integers(8, 300), st.integers(1, 8), st.integers(1, 8))
-def test_tiles_start_inside_and_the_last_ends_flush(length, size, stride):
-    starts = list(_starts(length, size, stride))
-    assert starts[0] == 0
-    assert starts[-1] + size == length
-    assert len(set(starts)) == len(starts)
+@pytest.mark.parametrize(("size", "stride"), [(300, 128), (128, 128), (100, 50), (299, 1)])
+def test_tiles_start_inside_and_the_last_ends_flush(size, stride):
+    keys = [key.removeprefix("chelsea/").split("-") for key, _ in photo_tiles(("chelsea.png",), size, stride)]
+    for axis, length in enumerate((300, 451)):
+        starts = sorted({int(key[axis]) for key in keys})
+        assert (starts[0], starts[-1] + size) == (0, length)
+        assert all(after - before <= stride for before, after in pairwise(starts))
+    assert len({tuple(key) for key in keys}) == len(keys)

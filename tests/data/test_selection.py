@@ -13,6 +13,8 @@ def test_rows_and_counts_agree_with_the_keys(tmp_path, make_shards):
         (rows,) = selection.rows(shard)
         assert rows.tolist() == [row for row, key in enumerate(keys) if not is_held_out(key, 0.25)]
     assert selection.counts() == [[len(selection.rows(shard)[0]) for shard in range(3)]]
+    assert Selection(index, held_out=1.0).counts() == [[0, 0, 0]]
+    assert Selection(index, held_out=0.0).counts() == [[30, 0, 50]]
 
 
 def test_without_a_condition_everything_is_used_and_nothing_is_opened(tmp_path, make_shards, monkeypatch):
@@ -20,9 +22,3 @@ def test_without_a_condition_everything_is_used_and_nothing_is_opened(tmp_path, 
     monkeypatch.setattr(type(index), "table", lambda *_: 1 / 0)
     assert Selection(index).counts() == [[3, 5]]
     assert Selection(index).rows(1)[0].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_nothing_and_everything_can_be_held_out(tmp_path, make_shards):
-    index = load_index(expand_shards(make_shards(tmp_path, [9])))
-    assert Selection(index, held_out=1.0).counts() == [[0]]
-    assert Selection(index, held_out=0.0).counts() == [[9]]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import uuid
 
 import pytest
 import torch
@@ -11,18 +10,13 @@ from latentae.data.options import DataOptions
 from latentae.data.streaming import StreamLoader, streams
 from latentae.errors import DataError, ShardError
 
-fsspec = pytest.importorskip("fsspec")
-
 
 @pytest.fixture
-def remote(tmp_path, make_shards):
-    """Shards in fsspec's in-memory file system."""
-    folder, files = f"/{uuid.uuid4().hex}", fsspec.filesystem("memory")
+def remote(tmp_path, make_shards, memory):
     make_shards(tmp_path, [30, 30])
     for shard in sorted(tmp_path.glob("*.tar")):
-        files.pipe(f"{folder}/{shard.name}", shard.read_bytes())
-    yield f"memory://{folder}"
-    files.rm(folder, recursive=True)
+        memory.pipe(f"/bucket/{shard.name}", shard.read_bytes())
+    return "memory://bucket"
 
 
 def options(remote: str, **rest) -> DataOptions:
@@ -79,11 +73,9 @@ def test_what_needs_an_index_is_refused(remote):
         StreamLoader(options(remote), 4, 0).load_state_dict({"format_version": 2, "epoch": 0, "step": 3})
 
 
-def test_bad_images_are_passed_over_and_a_row_of_them_stops(remote, tmp_path, write_tar, make_png):
-    files = fsspec.filesystem("memory")
+def test_bad_images_are_passed_over_and_a_row_of_them_stops(remote, memory, tmp_path, write_tar, make_png):
     members = [(f"{n:02}.png", make_png(n) if n % 2 else b"damaged") for n in range(20)]
-    path = remote.removeprefix("memory://") + "/bad.tar"
-    files.pipe(path, write_tar(tmp_path / "bad.tar", members).read_bytes())
+    memory.pipe("/bucket/bad.tar", write_tar(tmp_path / "bad.tar", members).read_bytes())
     settings = options(remote).model_copy(update={"shards": f"{remote}/bad.tar"})
     batches = take(StreamLoader(settings, 4, 0), 5)
     assert all(int(key) % 2 for batch in batches for key in batch.keys)
@@ -92,9 +84,8 @@ def test_bad_images_are_passed_over_and_a_row_of_them_stops(remote, tmp_path, wr
         take(StreamLoader(settings.model_copy(update={"max_bad_in_a_row": 2}), 4, 0), 50)
 
 
-def test_a_damaged_shard_is_an_error_of_one_line(remote):
-    files, path = fsspec.filesystem("memory"), remote.removeprefix("memory://") + "/page.tar"
-    files.pipe(path, b"<html>not found</html>" * 100)
+def test_a_damaged_shard_is_an_error_of_one_line(remote, memory):
+    memory.pipe("/bucket/page.tar", b"<html>not found</html>" * 100)
     settings = options(remote).model_copy(update={"shards": f"{remote}/page.tar"})
     with pytest.raises(ShardError, match=r"page\.tar could not be read") as caught:
         take(StreamLoader(settings, 4, 0), 1)

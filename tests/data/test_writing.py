@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import noise, saved
 
 from latentae.data import packing
 from latentae.data.decode import decode_image, decode_sample
@@ -22,10 +23,6 @@ from latentae.errors import DataError, ImageError, OutputError, ShardError
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def samples_of(path: Path) -> list[dict]:
-    return list(read_shard(path))
 
 
 def samples(folder: Path) -> list[dict]:
@@ -41,19 +38,19 @@ def images(tmp_path, make_png) -> Path:
     return tmp_path / "images"
 
 
-def test_photos_come_back_byte_for_byte(photo_folder, tmp_path):
-    index = shards(photo_folder, tmp_path / "out", shard_size=2)
-    assert [shard.samples for shard in index.shards] == [2, 2, 1]
-    assert index == load_index(expand_shards(tmp_path / "out"))
+def test_images_come_back_byte_for_byte_and_are_indexed_as_they_are_written(images, tmp_path):
+    (images / "a" / "rocket.JPG").write_bytes(saved(noise(12, 16, 3), "JPEG"))
+    (images / "README.md").write_text("not an image", encoding="utf-8")
+    index = shards(images, tmp_path / "out", shard_size=3)
+    assert [shard.samples for shard in index.shards] == [3, 3, 2]
+    assert index == load_index(expand_shards(tmp_path / "out"), build=False)
+    assert all(len(entry.sha256) == 64 for entry in index.shards)
+    assert index.table(1).keys() == ["a/3", "a/rocket", "b/4"]
     found = samples(tmp_path / "out")
-    assert [sample["__key__"] for sample in found] == [
-        "people/astronaut",
-        *(f"things/{name}" for name in ("chelsea", "coffee", "hubble_deep_field", "rocket")),
-    ]
-    assert found[0]["png"] == (photo_folder / "people/astronaut.png").read_bytes()
-    assert found[2]["jpg"] == (photo_folder / "things/coffee.JPG").read_bytes()
-    assert found[2]["txt"] == b"a cup of coffee"
-    assert all(decode_sample(sample).image.shape == (3, 72, 96) for sample in found)
+    assert [sample["__key__"] for sample in found] == [*(f"a/{n}" for n in range(4)), "a/rocket", *(f"b/{n}" for n in (4, 5, 6))]
+    assert found[0]["png"] == (images / "a" / "0.png").read_bytes()
+    assert found[4]["jpg"] == (images / "a" / "rocket.JPG").read_bytes()
+    assert all(decode_sample(sample).image.shape == (3, 12, 16) for sample in found)
 
 
 def test_the_same_images_give_the_same_bytes(images, tmp_path):
@@ -116,12 +113,9 @@ def test_shards_of_others_are_not_mixed_with(images, tmp_path, name):
     assert contents(tmp_path / "out") == {name: b"theirs"}
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 16), (16, 16), (128, 16), (129, 17), (300, 38), (8000, 1000), (10**6, 1000)])
-def test_a_few_hundred_images_give_several_shards(count, size):
-    assert default_shard_size(count) == size
-
-
-def test_the_default_size_is_taken(tmp_path, make_png):
+def test_a_few_hundred_images_give_several_shards(tmp_path, make_png):
+    sizes = {1: 16, 16: 16, 128: 16, 129: 17, 300: 38, 8000: 1000, 10**6: 1000}
+    assert {count: default_shard_size(count) for count in sizes} == sizes
     (tmp_path / "images").mkdir()
     for number in range(40):
         (tmp_path / "images" / f"{number}.png").write_bytes(make_png(number, 2, 2))
@@ -141,13 +135,6 @@ def test_captions_labels_and_notes_go_along(images, tmp_path):
     }
     with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
         assert tar.getnames()[:6] == ["a/0.png", "a/0.txt", "a/0.json", "a/0.cls", "a/0.caption", "a/1.png"]
-
-
-def test_shards_are_indexed_as_they_are_written(images, tmp_path):
-    index = shards(images, tmp_path / "out", shard_size=3)
-    assert load_index(expand_shards(tmp_path / "out"), build=False) == index
-    assert index.table(0).keys() == ["a/0", "a/1", "a/2"]
-    assert all(len(entry.sha256) == 64 for entry in index.shards)
 
 
 def test_several_shards_are_written_at_once(images, tmp_path, monkeypatch):
@@ -228,48 +215,57 @@ def test_a_shard_of_bad_images_only_is_left_out(images, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from latentae.data import packing, writing
-what, when, seen = sys.argv[3], int(sys.argv[4]), []
-def dying(function):
+
+def dying(function, when, seen):
     def call(*arguments):
         seen.append(arguments)
         if len(seen) == when:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments)
     return call
-if what == "decoding":
-    packing.decode_image = dying(packing.decode_image)
-elif what == "naming":  # the record of the job, then shards, indexes, the manifest and the record again take their names
-    Path.replace = dying(Path.replace)
-else:
-    packing.scan_shard = dying(packing.scan_shard)
-writing.shards(sys.argv[1], sys.argv[2], shard_size=2, skip_bad=True, workers=int(sys.argv[5]))
+
+def die(what, when, workers):
+    if what == "decoding":
+        packing.decode_image = dying(packing.decode_image, when, [])
+    elif what == "naming":  # the record of the job, then shards, indexes, the manifest and the record again take their names
+        Path.replace = dying(Path.replace, when, [])
+    else:
+        packing.scan_shard = dying(packing.scan_shard, when, [])
+    writing.shards(sys.argv[1], f"{sys.argv[2]}/{what}-{when}", shard_size=2, skip_bad=True, workers=workers)
+
+for case in json.loads(sys.argv[3]):
+    child = os.fork()
+    if not child:
+        die(*case)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, case
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize(
-    ("what", "when", "workers"), [("decoding", 4, 1), ("decoding", 7, 4), ("naming", 2, 4), ("naming", 11, 2), ("indexing", 2, 2)]
-)
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images, tmp_path, what, when, workers):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images, tmp_path):
     (images / "a" / "2.png").write_bytes(b"bad")
     (images / "b" / "6.png").write_bytes(b"bad")  # the only one of its shard
     shards(images, tmp_path / "whole", shard_size=2, skip_bad=True)
-    arguments = [sys.executable, "-c", KILLED, str(images), str(tmp_path / "out"), what, str(when), str(workers)]
-    code = subprocess.run(arguments, capture_output=True, check=False).returncode
-    assert code == -signal.SIGKILL
-    left = contents(tmp_path / "out")
-    assert '"finished": true' not in left["latentae.json"].decode()
-    whole = [name for name in left if name.endswith(".tar")]
-    if (what, workers) == ("decoding", 1):
-        assert whole == ["000000.tar"]
-        assert [name for name in left if name.endswith(".incomplete")]
-    kept = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in whole if samples_of(tmp_path / "out" / name)}
-    shards(images, tmp_path / "out", shard_size=2, skip_bad=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+    cases = [("decoding", 4, 1), ("decoding", 7, 4), ("naming", 2, 4), ("naming", 11, 2), ("indexing", 2, 2)]
+    command = [sys.executable, "-c", KILLED, str(images), str(tmp_path), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for what, when, workers in cases:
+        out = tmp_path / f"{what}-{when}"
+        left = contents(out)
+        assert '"finished": true' not in left["latentae.json"].decode()
+        whole = [name for name in left if name.endswith(".tar")]
+        if (what, workers) == ("decoding", 1):
+            assert whole == ["000000.tar"]
+            assert [name for name in left if name.endswith(".incomplete")]
+        kept = {name: (out / name).stat().st_mtime_ns for name in whole if list(read_shard(out / name))}
+        shards(images, out, shard_size=2, skip_bad=True)
+        assert contents(out) == contents(tmp_path / "whole"), (what, when)
+        assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_no_space_is_one_line_and_leaves_no_shard(images, tmp_path, monkeypatch):
