@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentae.errors import OutputError, RecipeError
+from latentae.evaluation.ranking import SAME
 from latentae.evaluation.subjects import Subject, read_subjects
 from latentae.evaluation.summary import HIGHER_IS_BETTER, Scores, interval_text, metric_label, paired
 from latentae.files import write_text
@@ -120,8 +122,8 @@ def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
 
 def _winner(values: Mapping[str, float], higher: bool) -> str | None:
     """Whose value is the best; None where it is not one alone."""
-    best = (max if higher else min)(values.values(), default=None)
-    winners = [name for name, value in values.items() if value == best]
+    best = (max if higher else min)(values.values(), default=0.0)
+    winners = [name for name, value in values.items() if math.isclose(value, best, rel_tol=SAME)]
     return winners[0] if len(winners) == 1 < len(values) else None
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from latentae.evaluation.latents.diagnose import Diagnosis
 from latentae.evaluation.measure import MODEL, QUANTISED, Instruments, Loaded
 from latentae.evaluation.measurement import Measurement
+from latentae.evaluation.ranking import rank
 from latentae.evaluation.work import spread
 
 __all__ = ["EXAMPLES", "Example", "Shown", "choose", "make_examples"]
 
 EXAMPLES, EXTREMES = 6, 3
+SAME_PSNR = 1e-3
+"""dB up to which two images count as equally hard: rounding in the model moves a few pixels of an image by one level."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def choose(measurement: Measurement) -> dict[str, list[int]]:
     rows = {"spread": spread(len(measurement.keys), EXAMPLES)}
     if len(measurement.keys) >= 2 * EXTREMES:
         values = measurement.scores[MODEL].values["psnr"]
-        ranked = sorted(range(len(values)), key=lambda row: (values[row], row))
+        ranked = list(rank(values, relative=0.0, absolute=SAME_PSNR))
         rows |= {"worst": ranked[:EXTREMES], "best": ranked[: -EXTREMES - 1 : -1]}
     return rows
 

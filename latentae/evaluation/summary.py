@@ -41,8 +41,9 @@ class Scores:
 
 
 def paired(model: Scores, other: Scores, seed: int) -> dict[str, Any]:
-    """For each metric, model - other on the images both have: mean, 95 % interval, and who is better ("unclear" if 0 is inside).
+    """For each metric, model - other on the images both have: mean, 95 % interval, and who is better.
 
+    Better is "unclear" where the interval holds 0, or where the mean prints as 0.
     Two infinite values (both images exact) count as equal; an infinite difference is left out and counted.
     """
     result = {}
@@ -53,8 +54,10 @@ def paired(model: Scores, other: Scores, seed: int) -> dict[str, Any]:
         with np.errstate(invalid="ignore"):
             interval = bootstrap_mean(np.where(np.isinf(a) & (a == b), 0.0, a - b), seed)
         better = "unclear"
-        if interval.low is not None and interval.high is not None and interval.n > 1 and not interval.low <= 0 <= interval.high:
-            better = "model" if (interval.low > 0) == higher else "baseline"
+        if interval.mean is not None and interval.low is not None and interval.high is not None and interval.n > 1:
+            visible = abs(interval.mean) >= 0.5 * 10 ** -DIGITS[metric]  # less is printed as 0, and may be rounding error
+            if visible and not interval.low <= 0 <= interval.high:
+                better = "model" if (interval.low > 0) == higher else "baseline"
         result[metric] = {"better": better, **asdict(interval)}
     return result
 

@@ -46,7 +46,7 @@ class PatchBasis:
 
     Attributes:
         mean: fp64 [d], d = C * patch * patch, on the [0, 255] scale.
-        basis: fp64 [d, k], orthonormal columns, largest variance first.
+        basis: fp64 [d, k], orthonormal columns, largest variance first; signs follow a rule, not the processor.
         variances: fp64 [k], mean square of each component over the patches, on the [0, 255] scale.
         patch: side of a patch in pixels.
         patches: how many patches it was fitted on.
@@ -132,7 +132,7 @@ def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> P
     mean = total / count
     values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
     variances, basis = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
-    return PatchPCA(mean + PATCH_ORIGIN, basis.clone(), variances, patch, count)
+    return PatchPCA(mean + PATCH_ORIGIN, _signed(basis), variances, patch, count)
 
 
 def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
@@ -167,7 +167,7 @@ def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -
     if mean is None or leading is None or count < PATCHES_PER_COMPONENT * components:
         raise _too_few(count, patch, PATCHES_PER_COMPONENT * components)
     _, singular, vectors = torch.linalg.svd(leading, full_matrices=False)
-    return PatchPCA(mean + PATCH_ORIGIN, vectors[:components].T.clone(), singular[:components].square() / count, patch, count)
+    return PatchPCA(mean + PATCH_ORIGIN, _signed(vectors[:components].T), singular[:components].square() / count, patch, count)
 
 
 def image_patches(images: Tensor, patch: int) -> Tensor:
@@ -204,6 +204,16 @@ def _leading(rows: Tensor, rank: int) -> Tensor:
     """The `rank` leading right singular vectors of rows [n, d] times their singular values, through the small [n, n] products."""
     vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors
     return vectors.flip(1)[:, :rank].T @ rows
+
+
+def _signed(basis: Tensor) -> Tensor:
+    """Columns [d, k] with signs by rule: LAPACK's depend on the processor, and so would the signs of latent channels.
+
+    The first number that is at least half as large as the column's largest is positive. The largest itself may not be unique.
+    """
+    sizes = basis.abs()
+    first = (sizes >= 0.5 * sizes.amax(dim=0)).int().argmax(dim=0, keepdim=True)
+    return basis * basis.gather(0, first).sign()
 
 
 def _too_few(count: int, patch: int, needed: int) -> DataError:

@@ -6,12 +6,13 @@ inputs          scores.csv, one row an image; heat/, the highest-scoring ones: i
 
 from __future__ import annotations
 
-import heapq
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.evaluation.distance import Distance, choose_distance
 from latentae.evaluation.images import image_grid, write_png
+from latentae.evaluation.ranking import SAME, rank
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.progress import Progress, say
@@ -189,7 +191,10 @@ class _Detection:
                 labels.update(item.label for item in batch.items if item.label is not None)
                 progress.advance(len(batch.items))
         count = sum(map(len, found.get("combined", [])))
-        thresholds = {name: _rounded(conformal_threshold(torch.cat(values), quantile)) for name, values in found.items()}
+        # A little above the score of an image, so that rounding does not decide whether the same image among the inputs is anomalous.
+        thresholds = {
+            name: _rounded(conformal_threshold(torch.cat(values), quantile) * (1 + SAME)) for name, values in found.items()
+        }
         if not thresholds:
             conformal_threshold(torch.empty(0), quantile)
         normality = _Normality(gaussian, units, thresholds, (fitted, count), sorted(labels))
@@ -281,8 +286,9 @@ def _rounded(value: float) -> float:
 
 
 def _highest(parts: Parts, count: int) -> list[int]:
-    """Numbers of the highest-scoring images, highest first."""
-    return [row["number"] for row in heapq.nlargest(count, parts.rows(), key=lambda row: row["score"])]
+    """Numbers of the highest-scoring images, highest first; of equal scores the earlier image comes first."""
+    rows = np.array([(row["number"], row["score"]) for row in parts.rows()]).reshape(-1, 2)
+    return [int(rows[place, 0]) for place in itertools.islice(rank(-rows[:, 1]), count)]
 
 
 def _summary(parts: Parts, normality: _Normality, which: str, quantile: float) -> dict[str, Any]:

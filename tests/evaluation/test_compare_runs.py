@@ -98,9 +98,13 @@ def test_runs_that_validated_differently_have_no_best(tmp_path):
     assert "none is called the best" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_a_tie_has_no_winner(tmp_path):
-    runs = [write_run(tmp_path / name) for name in "ab"]
-    assert {item["best"] for item in compare(runs, tmp_path / "page.html")["validation"]} == {None}
+def test_a_tie_has_no_winner_and_the_page_repeats_to_the_byte(tmp_path):
+    """One model validated on two processors differs in the sixth digit."""
+    runs, pages = [write_run(tmp_path / "a"), write_run(tmp_path / "b", psnr=(20.0, 24.0001, 23.0))], []
+    for _ in range(2):
+        assert {item["best"] for item in compare(runs, tmp_path / "page.html")["validation"]} == {None}
+        pages.append((tmp_path / "page.html").read_bytes())
+    assert pages[0] == pages[1]
 
 
 def test_evaluations_are_paired_by_key_on_the_images_that_both_have(tmp_path):
@@ -174,15 +178,6 @@ def test_a_run_that_has_just_begun_or_lost_its_recipe(tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "No recipe that can be read: c." in page
     assert "Not finished: b, c" in page
-
-
-def test_the_same_page_again_replaces_the_first(tmp_path):
-    runs = [write_run(tmp_path / name, psnr=(20.0 + number,)) for number, name in enumerate("ab")]
-    pages = []
-    for _ in range(2):
-        compare(runs, tmp_path / "page.html")
-        pages.append((tmp_path / "page.html").read_bytes())
-    assert pages[0] == pages[1]
 
 
 def test_mistakes_are_one_line(tmp_path):

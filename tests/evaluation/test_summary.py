@@ -29,5 +29,8 @@ def test_a_finding_names_the_winner():
     assert sentence["text"].startswith("PSNR: PCA beats this model by 3.67 dB (paired 95 % interval 3.50 to 4.00, 3 images")
 
 
-def test_one_image_settles_nothing():
+def test_one_image_or_a_difference_that_prints_as_zero_settles_nothing():
     assert paired(scores("psnr", [20.0]), scores("psnr", [30.0]), 0)["psnr"]["better"] == "unclear"
+    for difference, better in ((0.0049, "unclear"), (0.0051, "model")):
+        found = paired(scores("psnr", [20.0 + difference, 25.0 + difference]), scores("psnr", [20.0, 25.0]), 0)["psnr"]
+        assert found["better"] == better

@@ -111,6 +111,24 @@ def test_equal_images_give_equal_bits():
     assert torch.equal(sketch_pca(images, 8, 2).basis, sketch_pca(images, 8, 2).basis)
 
 
+@pytest.mark.parametrize("fit", [fit_pca, sketch_pca])
+def test_signs_of_components_do_not_follow_those_of_lapack(monkeypatch, fit):
+    images, eigh, svd = smooth_images(10, 16), torch.linalg.eigh, torch.linalg.svd
+    expected = fit(images, 4, 5).basis
+
+    def other_eigh(matrix):
+        values, vectors = eigh(matrix)
+        return torch.return_types.linalg_eigh((values, -vectors))
+
+    def other_svd(matrix, full_matrices):
+        u, s, vh = svd(matrix, full_matrices=full_matrices)
+        return -u, s, -vh
+
+    monkeypatch.setattr(torch.linalg, "eigh", other_eigh)
+    monkeypatch.setattr(torch.linalg, "svd", other_svd)
+    assert torch.equal(fit(images, 4, 5).basis, expected)
+
+
 def test_pca_of_too_few_patches_is_refused():
     with pytest.raises(DataError, match=r"given 32 patches, it needs at least 48 patches of 4 x 4"):
         fit_pca(smooth_images(2, 16), 4, 8)

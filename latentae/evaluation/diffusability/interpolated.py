@@ -19,6 +19,7 @@ __all__ = ["NEIGHBOURS", "draw_neighbours", "halfway", "nearest"]
 
 NEIGHBOURS = 10
 _AT_A_TIME = 256  # latents: flat memory
+_DIGITS = 6  # of a cosine; fp32 leaves the seventh to chance
 
 
 def draw_neighbours(
@@ -36,6 +37,7 @@ def draw_neighbours(
     """
     chosen = []
     for row, candidates in enumerate(nearest(images.means, references.means, whitening, itself=itself, count=count)):
+        candidates.sort()  # a draw that followed the order of cosines would change with their last bits
         own = whitening.whiten(images.means[row])
         near = whitening.whiten(torch.stack([references.means[position] for position in candidates]))
         weights = torch.softmax(-(near - own).double().square().mean(dim=(1, 2, 3)), dim=0)
@@ -47,7 +49,10 @@ def draw_neighbours(
 def nearest(
     latents: Sequence[Tensor], references: Sequence[Tensor], whitening: Whitening, *, itself: bool, count: int
 ) -> list[list[int]]:
-    """Positions of the `count` references with the largest cosine to each latent, all whitened and flattened; nearest first."""
+    """Positions of the `count` references with the largest cosine to each latent, all whitened and flattened; nearest first.
+
+    Cosines count with six digits; of equal ones the earlier position comes first.
+    """
     count = min(count, len(references) - (not itself))
     found = []
     for start in range(0, len(latents), _AT_A_TIME):
@@ -55,7 +60,7 @@ def nearest(
         best = torch.empty(len(queries), 0)
         positions = torch.empty(len(queries), 0, dtype=torch.long)
         for first in range(0, len(references), _AT_A_TIME):
-            block = queries @ _directions(references[first : first + _AT_A_TIME], whitening).T
+            block = (queries @ _directions(references[first : first + _AT_A_TIME], whitening).T).round(decimals=_DIGITS)
             columns = torch.arange(first, first + block.shape[1])
             if not itself:
                 block[torch.arange(start, start + len(queries))[:, None] == columns] = -torch.inf

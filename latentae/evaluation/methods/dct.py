@@ -10,6 +10,7 @@ images that both were fitted on. What it shows is how much of PCA comes from hav
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from latentae.errors import DataError
 from latentae.evaluation.methods.projection import Projection
+from latentae.evaluation.ranking import rank
 from latentae.models.pca import PATCH_ORIGIN, PatchBasis, image_patches
 
 __all__ = ["BlockDCT", "Dct", "DctVariances", "fit_dct"]
@@ -69,7 +71,10 @@ class DctVariances:
             yield batch
 
     def best(self, components: int) -> BlockDCT:
-        """The coefficients of largest variance, at most C * f * f; of equal ones luma and low frequencies come first.
+        """The coefficients of largest variance, at most C * f * f.
+
+        Variances that differ by no more than their rounding error are equal. Of equal ones the earlier channel comes first (luma before
+        chroma), then the lower vertical and the lower horizontal frequency.
 
         Raises:
             DataError: no block was counted.
@@ -77,15 +82,17 @@ class DctVariances:
         if self._total is None or self._squares is None or not self.count:
             raise DataError("the DCT was given 0 blocks and can't tell which coefficients vary; give it images")
         mean = self._total / self.count
-        variances, order = (self._squares / self.count - mean.square()).clamp(min=0).flatten().sort(descending=True, stable=True)
-        channels = len(mean)
+        squares = self._squares / self.count
+        variances, channels = (squares - mean.square()).clamp(min=0).flatten(), len(mean)
+        # A coefficient sums 2 f + C products, and its square is summed over all blocks; long sums err as a random walk does.
+        rounding = torch.finfo(torch.float64).eps * (2 * self.block + channels + self.count**0.5) * float(squares.max())
+        kept = torch.tensor(list(itertools.islice(rank(-variances, relative=0.0, absolute=rounding), components)))
         cosines, colours = _cosines(self.block).to(mean), _colours(channels).to(mean)
         mean_block = torch.einsum("kc,khw->chw", colours, cosines.T @ mean @ cosines)
-        kept = order[:components]
         colour, rest = kept // self.block**2, kept % self.block**2
         rows, columns = cosines[rest // self.block], cosines[rest % self.block]
         basis = torch.einsum("nc,ny,nx->cyxn", colours[colour], rows, columns).flatten(0, 2)
-        return BlockDCT(mean_block.flatten() + PATCH_ORIGIN, basis, variances[:components], self.block, self.count)
+        return BlockDCT(mean_block.flatten() + PATCH_ORIGIN, basis, variances[kept], self.block, self.count)
 
 
 def fit_dct(images: Tensor | Iterable[Tensor], block: int, components: int) -> BlockDCT:

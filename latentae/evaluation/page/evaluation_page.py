@@ -26,6 +26,7 @@ from latentae.evaluation.page.report import (
     build_report,
 )
 from latentae.evaluation.page.words import DASH, absent, count, number, shape, why
+from latentae.evaluation.ranking import rank
 from latentae.evaluation.summary import HIGHER_IS_BETTER, interval_text, methods, metric_label
 from latentae.files import write_text
 
@@ -165,8 +166,9 @@ def _table(result: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _best(values: list[float | None], higher: bool) -> int | None:
-    known = {row: value for row, value in enumerate(values) if value is not None}
-    return (max if higher else min)(known, key=lambda row: known[row]) if known else None
+    rows = [row for row, value in enumerate(values) if value is not None]
+    found = [(-1 if higher else 1) * value for value in values if value is not None]
+    return rows[next(rank(found))] if rows else None
 
 
 def _small(entry: Mapping[str, Any]) -> str:

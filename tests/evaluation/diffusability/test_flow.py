@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.evaluation.diffusability import flow
 from latentae.evaluation.diffusability.flow import draw, fit_flow
 from latentae.evaluation.diffusability.latents import Latents, Whitening
 from latentae.evaluation.diffusability.network import DEPTH, HEADS, TOKENS, WIDTH, TinyTransformer, patch_side
@@ -24,7 +23,7 @@ def stripes(count: int) -> Latents:
     return Latents(tuple(map(str, range(count))), means, tuple(torch.full_like(mean, 1e-3) for mean in means), None, count)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_the_patch_is_the_smallest_with_few_enough_tokens(height, width):
     patch = patch_side(height, width)
@@ -32,14 +31,19 @@ def test_the_patch_is_the_smallest_with_few_enough_tokens(height, width):
     assert patch == 1 or math.ceil(height / (patch - 1)) * math.ceil(width / (patch - 1)) > TOKENS
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
-def test_cutting_into_tokens_is_undone_by_joining(channels, height, width):
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.data())
+def test_a_new_network_maps_each_patch_of_any_size_to_itself(channels, height, width, data):
     network = TinyTransformer((channels, height, width))
-    z = torch.randn(2, channels, height, width)
-    tokens = network._cut(z)
-    assert tokens.shape == (2, math.prod(network.grid), channels * network.patch**2)
-    assert torch.equal(network._join(tokens), z)
+    torch.nn.init.normal_(network.write.weight)
+    row, column = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    z = torch.randn(1, channels, height, width, requires_grad=True)
+    network(z, torch.tensor([0.3]))[0, :, row, column].sum().backward()
+    assert z.grad is not None
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    top, left = (place // network.patch * network.patch for place in (row, column))
+    inside[top : top + network.patch, left : left + network.patch] = True
+    assert torch.equal(z.grad[0].abs().sum(0) > 0, inside)
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (16, 32, 32), (4, 64, 64), (128, 16, 16), (192, 8, 8), (32, 4, 4)])
@@ -53,7 +57,7 @@ def test_the_network_has_1_to_3_million_parameters_whatever_the_latent(shape):
 def test_a_new_network_is_the_best_linear_guess_and_flows_from_white_noise_to_white_noise():
     network = TinyTransformer((3, 5, 6))
     generator = torch.Generator().manual_seed(1)
-    data, noise = (torch.randn(20_000, generator=generator).double() for _ in range(2))
+    data, noise = (torch.randn(10_000, generator=generator).double() for _ in range(2))
     for t in (0.0, 0.2, 0.5, 0.9, 1.0):
         mixed, velocity = (1 - t) * noise + t * data, data - noise
         slope = (mixed * velocity).mean() / mixed.square().mean()  # of the regression of v on z_t
@@ -78,10 +82,10 @@ def test_every_place_and_the_time_reach_the_output():
 def test_training_learns_what_places_have_in_common():
     latents = stripes(64)
     seen: list[float] = []
-    fitted = fit_flow(latents, WHITE, steps=60, batch=32, seed=0, advance=seen.append)
+    fitted = fit_flow(latents, WHITE, steps=40, batch=32, seed=0, advance=seen.append)
     assert fitted.loss is not None
-    assert len(seen) == 60
-    assert fitted.loss == pytest.approx(sum(seen[-15:]) / 15)
+    assert len(seen) == 40
+    assert fitted.loss == pytest.approx(sum(seen[-10:]) / 10)
     assert fitted.loss < 0.5 * seen[0]
     drawn = draw(fitted.network, 32, seed=0)
     assert drawn.std(dim=(1, 2, 3)).mean() < 0.6 < drawn.mean(dim=(1, 2, 3)).std() < 1.4
@@ -108,19 +112,18 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_in():
     torch.testing.assert_close(draw(network, 2, seed=0, start=4), samples[4:6], rtol=1e-4, atol=1e-5)
 
 
-def test_training_that_diverges_stops_and_says_so(monkeypatch):
-    monkeypatch.setattr(flow, "_loss", lambda network, z, noise, t: network(z, t).sum() * torch.nan)
+def test_training_that_diverges_stops_and_says_so():
+    latents = stripes(4)
+    latents.means[0].fill_(torch.nan)
     seen: list[float] = []
-    fitted = fit_flow(stripes(4), WHITE, steps=9, batch=2, seed=0, advance=seen.append)
+    fitted = fit_flow(latents, WHITE, steps=9, batch=64, seed=0, advance=seen.append)
     assert (fitted.diverged, fitted.loss, seen) == (True, None, [])
 
 
-def test_training_samples_the_posterior():
-    latents = stripes(4)
-    noisy = Latents(latents.keys, latents.means, tuple(torch.ones_like(mean) for mean in latents.means), None, 4)
-    z = flow._batch(noisy, WHITE, 256, 0, 0, None)[0]
-    exact = flow._batch(latents, WHITE, 256, 0, 0, None)[0]
-    assert z.std(dim=(2, 3)).mean().item() == pytest.approx(1, abs=0.1)
-    assert exact.std(dim=(2, 3)).mean() < 0.01
-    times = flow._batch(latents, WHITE, 256, 0, 0, None)[2]
-    assert ((times * 256).long() == torch.arange(256)).all()
+@pytest.mark.parametrize(("std", "expected"), [(1.0, math.pi / 2), (1e-3, math.pi / 4)])
+def test_training_samples_the_posterior_at_evenly_spread_times(std, expected):
+    """The loss of a new network is known: the mean over t of 1 / s^2 for white latents, and of t^2 / s^4 for latents that are 0."""
+    means = tuple(torch.zeros(4, 2, 16, 16))
+    latents = Latents(tuple("abcd"), means, tuple(torch.full_like(mean, std) for mean in means), None, 4)
+    loss = fit_flow(latents, WHITE, steps=1, batch=64, seed=0).loss
+    assert loss == pytest.approx(expected, rel=0.02)  # four standard errors of the draws; times at random would have 8 %

@@ -32,7 +32,9 @@ def test_the_nearest_are_those_of_the_whole_table_of_cosines(queries, references
     if not itself:
         np.fill_diagonal(cosines, -np.inf)
     expected = np.sort(cosines, axis=1)[:, ::-1][:, : min(count, len(y) - (not itself))]
-    np.testing.assert_allclose(np.take_along_axis(cosines, np.array(found, dtype=int), axis=1), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        np.take_along_axis(cosines, np.array(found, dtype=int), axis=1), expected, atol=2e-6
+    )  # six digits count, and fp32
     assert all(len(set(row)) == len(row) for row in found)
 
 
@@ -48,8 +50,15 @@ def test_neighbours_are_drawn_by_the_softmax_of_minus_the_mean_squared_differenc
     own, references = latents(1), latents(3, seed=1)
     distances = [(mean - own.means[0]).double().square().mean().item() for mean in references.means]
     expected = np.exp(-np.array(distances)) / np.exp(-np.array(distances)).sum()
-    drawn = [draw_neighbours(own, references, PLAIN, itself=True, seed=seed)[0] for seed in range(4000)]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, expected, atol=0.03)
+    drawn = [draw_neighbours(own, references, PLAIN, itself=True, seed=seed)[0] for seed in range(1000)]
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 1000, expected, atol=0.065)  # four standard errors
+
+
+def test_equally_near_neighbours_are_chosen_by_their_position_not_by_rounding():
+    """All latents lie on one line, so that every cosine is 1, but for rounding that differs with the length."""
+    line, sizes = latents(1).means[0], torch.linspace(0.3, 3.1, 40).split(1)
+    references = [line * size.view(1, 1, 1) for size in sizes]
+    assert nearest([line], references, PLAIN, itself=True, count=9) == [list(range(9))]
 
 
 def test_draws_depend_on_the_seed_and_the_key_not_on_the_position():

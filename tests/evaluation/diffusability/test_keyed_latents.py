@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from moods import MOODS, Patches, batches, moods
 
 from latentae.errors import DataError, ModelError
 from latentae.evaluation.diffusability import keyed, latents
@@ -24,38 +25,35 @@ def test_numbers_depend_on_every_word_and_on_nothing_else():
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_the_kept_images_do_not_depend_on_batches_or_order(patches, batches, moods, mood_extractor, size):
+def test_the_kept_images_do_not_depend_on_batches_or_order(size):
     images = moods(20)
-    every = collect(patches(), batches(images, 20), mood_extractor, limit=6, progress=False)
-    kept = collect(patches(), reversed(list(batches(images, size))), mood_extractor, limit=6, progress=False)
+    every = collect(Patches(), batches(images, 20), MOODS, limit=6, progress=False)
+    kept = collect(Patches(), reversed(list(batches(images, size))), MOODS, limit=6, progress=False)
     assert (kept.keys, kept.seen, len(kept)) == (every.keys, 20, 6)
     assert len(set(kept.keys)) == 6
     for name in ("means", "stds"):
         assert all(torch.equal(a, b) for a, b in zip(getattr(kept, name), getattr(every, name), strict=True))
     torch.testing.assert_close(kept.features, every.features)
     rows = [int(key) for key in kept.keys]
-    torch.testing.assert_close(kept.features, mood_extractor(images[rows]))
-    torch.testing.assert_close(torch.stack(kept.means), patches().encode(images[rows] / 127.5 - 1).mean)
+    torch.testing.assert_close(kept.features, MOODS(images[rows]))
+    torch.testing.assert_close(torch.stack(kept.means), Patches().encode(images[rows] / 127.5 - 1).mean)
 
 
-def test_memory_is_bounded_in_numbers_too(patches, batches, moods, monkeypatch):
+def test_memory_is_bounded_in_numbers_too(monkeypatch):
+    empty = collect(Patches(), [], progress=False)
+    assert (len(empty), empty.seen, empty.features) == (0, 0, None)
     monkeypatch.setattr(latents, "NUMBERS", 5 * 48 * 16)
-    assert len(collect(patches(), batches(moods(9), 4), progress=False)) == 5
+    assert len(collect(Patches(), batches(moods(9), 4), progress=False)) == 5
     monkeypatch.setattr(latents, "LATENTS", 3)
-    assert len(collect(patches(), batches(moods(9), 4), progress=False)) == 3
-    kept = collect(patches(), batches(moods(9), 4), progress=False)
+    kept = collect(Patches(), batches(moods(9), 4), progress=False)
+    assert len(kept) == 3
     assert all(mean.untyped_storage().nbytes() == mean.nbytes for mean in kept.means)  # a row does not hold its batch
 
 
-def test_no_image_gives_no_latent(patches):
-    empty = collect(patches(), [], progress=False)
-    assert (len(empty), empty.seen, empty.features) == (0, 0, None)
-
-
-def test_other_sizes_and_diverged_models_are_errors(patches, batches, moods):
+def test_other_sizes_and_diverged_models_are_errors():
     with pytest.raises(DataError, match="one size"):
-        collect(patches(), [*batches(moods(2), 2), *batches(moods(2, 8), 2)], progress=False)
-    model = patches()
+        collect(Patches(), [*batches(moods(2), 2), *batches(moods(2, 8), 2)], progress=False)
+    model = Patches()
     model.offset = torch.nan
     with pytest.raises(ModelError, match="latent of 000 has NaN"):
         collect(model, batches(moods(2), 2), progress=False)

@@ -1,9 +1,10 @@
+"""A model whose latents are known, images of one color each, and features of color."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -17,7 +18,7 @@ from latentae.models.posterior import DiagonalGaussian
 
 
 class Patches(Autoencoder):
-    """Latents are the pixels of 4 x 4 blocks as they are: whatever images are, latents are."""
+    """An autoencoder whose latents are the pixels of 4 x 4 blocks, unchanged."""
 
     def __init__(self, channels: int = 3, logvar: float = -30.0) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Patches(Autoencoder):
         return pixel_shuffle(z, 4) * (torch.nan if self.broken else 1.0), None
 
 
-def _moods(count: int, size: int = 16, channels: int = 3, seed: int = 0) -> Tensor:
+def moods(count: int, size: int = 16, channels: int = 3, seed: int = 0) -> Tensor:
     """Images of one colour each, normally distributed, with a little noise: uint8 [N, C, size, size]."""
     generator = torch.Generator().manual_seed(seed)
     colours = 128 + 35 * torch.randn(count, channels, 1, 1, generator=generator)
@@ -42,45 +43,23 @@ def _moods(count: int, size: int = 16, channels: int = 3, seed: int = 0) -> Tens
     return (colours + 2 * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def _batches(images: Tensor, size: int) -> Iterator[Batch]:
+def batches(images: Tensor, size: int) -> Iterator[Batch]:
     keys = [f"{number:03}" for number in range(len(images))]
     for start in range(0, len(images), size):
         yield Batch(tuple(keys[start : start + size]), images[start : start + size])
 
 
-def _statistics(model: Autoencoder, images: Tensor) -> LatentStatistics:
+def statistics_of(model: Autoencoder, images: Tensor) -> LatentStatistics:
     with torch.no_grad():
         posterior = model.encode(to_float(images))
     each = [LatentStatistics.of(*pair) for pair in zip(posterior.mean, posterior.logvar, strict=True)]
     return merge(each, posterior.mean.shape[1])
 
 
-def _look(images: Tensor) -> Tensor:
+def look(images: Tensor) -> Tensor:
     """Mean and spread of each colour, [B, 6]."""
     values = images.float() / 64
     return torch.cat([values.mean(dim=(2, 3)), values.std(dim=(2, 3))], dim=1)
 
 
-@pytest.fixture(scope="session")
-def patches() -> type[Patches]:
-    return Patches
-
-
-@pytest.fixture(scope="session")
-def moods() -> Callable[..., Tensor]:
-    return _moods
-
-
-@pytest.fixture(scope="session")
-def batches() -> Callable[[Tensor, int], Iterator[Batch]]:
-    return _batches
-
-
-@pytest.fixture(scope="session")
-def statistics_of() -> Callable[[Autoencoder, Tensor], LatentStatistics]:
-    return _statistics
-
-
-@pytest.fixture(scope="session")
-def mood_extractor() -> Extractor:
-    return Extractor("FD-moods", 6, "mean and spread of each colour", "made for this test", _look)
+MOODS = Extractor("FD-moods", 6, "mean and spread of each colour", "made for this test", look)
