@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,9 @@ def make_samples(
 def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, finished=True) -> Path:
     """An output folder of `encode` with these shards."""
     out.mkdir(parents=True)
+    store = Store.open(out)
     for name, samples in shards.items():
-        _write_shard(out, name, samples, packed)
+        _write_shard(store, name, samples, packed)
     everything = [sample for samples in shards.values() for sample in samples]
     record = {"format_version": 1, "latentae": "0", "verb": "encode", "inputs": {"model": "m"}, "finished": finished}
     (out / "latentae.json").write_text(json.dumps(record))
@@ -80,31 +81,15 @@ def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, fini
     return out
 
 
-def _write_shard(out: Path, name: str, samples: list[Made], packed: bool) -> None:
-    stacks = defaultdict(list)
-    path = out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for sample in samples:
-            info = dict(sample.info)
-            members = {}
-            if packed:
-                info["row"] = len(stacks[sample.bucket])
-                stacks[sample.bucket].append(sample.tensors)
-            else:
-                members["latent.safetensors"] = save(sample.tensors)
-            members |= {"latent.json": json.dumps(info).encode(), **sample.members}
-            for extension, data in members.items():
-                header = tarfile.TarInfo(f"{sample.key}.{extension}")
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
+def _write_shard(store: Store, name: str, samples: list[Made], packed: bool) -> None:
+    tar, stacks = pack(samples, packed)
+    store.write_bytes(name, tar)
     files = []
-    for (height, width), rows in stacks.items():
-        data = save({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+    for (height, width), (rows, data) in stacks.items():
         file = f"{name.removesuffix('.tar')}.latents-{height}x{width}.safetensors"
-        (out / file).write_bytes(data)
-        files.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": len(rows)})
-    about = {"samples": len(samples), "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        store.write_bytes(file, data)
+        files.append({"name": file, "bytes": len(data), "sha256": digest(data), "rows": rows})
+    about = {"samples": len(samples), "bytes": len(tar), "sha256": digest(tar)}
     sidecar = {
         "format_version": 2,
         "shard": name,
@@ -118,7 +103,41 @@ def _write_shard(out: Path, name: str, samples: list[Made], packed: bool) -> Non
         "batch_sizes": [],
         "statistics": {"samples": 0, "count": 0, "mean": [0.0], "m2": [0.0], "variance_sum": [0.0]},
     }
-    write_sidecar(Store.open(out), Sidecar.model_validate(sidecar))
+    write_sidecar(store, Sidecar.model_validate(sidecar))
+
+
+def pack(samples: list[Made], packed: bool) -> tuple[bytes, dict[tuple[int, int], tuple[int, bytes]]]:
+    """The tar of a shard, and the rows and bytes of the file beside it for each bucket."""
+    members: dict[str, bytes] = {}
+    stacks: dict[tuple[int, int], list[dict[str, torch.Tensor]]] = {}
+    for sample in samples:
+        info = dict(sample.info)
+        if packed:
+            info["row"] = len(stacks.setdefault(sample.bucket, []))
+            stacks[sample.bucket].append(sample.tensors)
+        else:
+            members[f"{sample.key}.latent.safetensors"] = save(sample.tensors)
+        members[f"{sample.key}.latent.json"] = json.dumps(info).encode()
+        members |= {f"{sample.key}.{extension}": data for extension, data in sample.members.items()}
+    files = {
+        bucket: (len(rows), save({name: torch.stack([row[name] for row in rows]) for name in rows[0]}))
+        for bucket, rows in stacks.items()
+    }
+    return tar_bytes(members), files
+
+
+def tar_bytes(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _statistics(samples: list[Made]) -> dict:

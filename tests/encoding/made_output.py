@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import tarfile
 from pathlib import Path
 
+import latent_writer
 import torch
-from safetensors.torch import save
+from latent_writer import digest, pack, tar_bytes
 
 from latentae.encoding.plan import Shard, plan_digest
 from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, packed_name, write_sidecar
@@ -21,26 +19,12 @@ FACTOR, CHANNELS = 8, 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def latents(seed: int, bucket: tuple[int, int], dtype: str, flip: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     names = ["mean", "logvar", *(["mean_flip", "logvar_flip"] if flip else [])]
     shape = (CHANNELS, bucket[0] // FACTOR, bucket[1] // FACTOR)
     offset = torch.arange(CHANNELS).reshape(-1, 1, 1)
     return {name: (torch.randn(shape, generator=generator) * 2 + offset).to(DTYPES[dtype]) for name in names}
-
-
-def tar_bytes(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 class Made:
@@ -88,31 +72,23 @@ class Made:
         return path
 
     def write(self, name: str, count: int) -> None:
-        members: dict[str, bytes] = {}
-        stacks: dict[tuple[int, int], list[dict[str, torch.Tensor]]] = {}
+        samples = []
         total = LatentStatistics.empty(CHANNELS)
         for number in range(count):
-            key, bucket = self.key(name, number), BUCKETS[number % 2]
+            key, bucket, image = self.key(name, number), BUCKETS[number % 2], self.image(name, number)
             tensors = latents(hash_of(key), bucket, self.dtype, self.flip)
             self.tensors[key] = tensors
             total = total.merge(LatentStatistics.of(tensors["mean"], tensors["logvar"]))
-            info = {"source": "jpg", "source_sha256": digest(self.image(name, number)), "bucket": list(bucket)}
-            if self.packed:
-                info["row"] = len(stacks.setdefault(bucket, []))
-                stacks[bucket].append(tensors)
-            else:
-                members[f"{key}.latent.safetensors"] = save(tensors)
-            members[f"{key}.latent.json"] = json.dumps(info).encode()
-            if self.keep:
-                members[f"{key}.jpg"] = self.image(name, number)
-            members[f"{key}.txt"] = b"a caption"
+            members = {**({"jpg": image} if self.keep else {}), "txt": b"a caption"}
+            info = {"source": "jpg", "source_sha256": digest(image), "bucket": list(bucket)}
+            samples.append(latent_writer.Made(key, None, bucket, tensors, members, info))
+        tar, stacks = pack(samples, self.packed)
         packed = []
-        for bucket, rows in stacks.items():
-            data = save({part: torch.stack([row[part] for row in rows]) for part in rows[0]})
+        for bucket, (rows, data) in stacks.items():
             file = packed_name(name, *bucket)
             self.store.write_bytes(file, data)
-            packed.append(PackedFile(name=file, bytes=len(data), sha256=digest(data), rows=len(rows)))
-        self.place(name, tar_bytes(members), count, total, packed)
+            packed.append(PackedFile(name=file, bytes=len(data), sha256=digest(data), rows=rows))
+        self.place(name, tar, count, total, packed)
 
     def place(self, name: str, tar: bytes, count: int, total: LatentStatistics, packed: list[PackedFile]) -> None:
         """A tar and the sidecar that vouches for it, whatever it holds."""

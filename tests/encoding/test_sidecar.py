@@ -5,7 +5,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-from made_output import Made, digest
+from latent_writer import digest
+from made_output import Made
 
 from latentae.encoding.sidecar import (
     FORMAT_VERSION,

@@ -9,7 +9,8 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from made_output import Made, latents, tar_bytes
+from latent_writer import tar_bytes
+from made_output import Made, latents
 from safetensors.torch import save
 
 from latentae import encode
