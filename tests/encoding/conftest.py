@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,33 @@ def encoded(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("latents") / "out"
     assert encode(model, photos, out, dtype="fp32", batch_size=4, device="cpu")["finished"]
     return out
+
+
+@pytest.fixture(scope="session")
+def kept(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos as packed latents, with flips and images. Not to be changed."""
+    from latentae import encode
+
+    out = tmp_path_factory.mktemp("kept") / "out"
+    encode(model, photos, out, dtype="fp32", batch_size=4, device="cpu", packed=True, flip=True, keep_images=True)
+    return out
+
+
+@pytest.fixture
+def largest_file(capsys: pytest.CaptureFixture[str]) -> Callable[[int], AbstractContextManager[None]]:
+    """`with largest_file(size):` no file can grow beyond that many bytes, as on a full disk. capsys keeps what is said in memory."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture(autouse=True)
