@@ -4,19 +4,13 @@ import json
 
 import pytest
 import torch
+from known import Blocks, blocks
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, ImageError
-from latentae.evaluation.latents import diagnose as module
 from latentae.evaluation.latents.diagnose import STEPS, diagnose
 from latentae.evaluation.latents.mixing import mix_latents
 from latentae.evaluation.latents.report import LatentReport
-
-
-@pytest.fixture
-def no_audit(monkeypatch):
-    """Without half precision, which takes seconds and another test looks at."""
-    monkeypatch.setattr(module, "_half", lambda coder, images: {"missing": "left out"})
 
 
 def diagnosed(model, images, **options):
@@ -42,8 +36,8 @@ def test_everything_is_there_for_a_trained_architecture(tiny_model, smooth_image
     assert result["interpolation"] == {"keys": ["000", "002"], "steps": 9, "mode": "spherical"}
 
 
-def test_the_strip_goes_from_one_reconstruction_to_the_other(tiny_model, smooth_images, no_audit):
-    model, images = tiny_model().eval(), smooth_images(4, 32)
+def test_the_strip_goes_from_one_reconstruction_to_the_other(smooth_images):
+    model, images = blocks(4), smooth_images(4, 32)
     found, statistics = diagnosed(model, images)
     assert found.strip.dtype == torch.uint8
     assert found.strip.shape == (3, 32, 32 * STEPS)
@@ -57,10 +51,10 @@ def test_the_strip_goes_from_one_reconstruction_to_the_other(tiny_model, smooth_
         assert (pictures[picture].int() - expected.int()).abs().max() <= 1
 
 
-def test_the_batch_size_changes_nothing(tiny_model, smooth_images, no_audit):
+def test_the_batch_size_changes_nothing(smooth_images):
     images = smooth_images(5, 32)
-    one, _ = diagnosed(tiny_model().eval(), images, batch_size=1)
-    five, _ = diagnosed(tiny_model().eval(), images, batch_size=5)
+    one, _ = diagnosed(blocks(4), images, batch_size=1)
+    five, _ = diagnosed(blocks(4), images, batch_size=5)
     for name, keys in (("equivariance", ("encoder_error", "decoder_psnr")), ("sensitivity", ("psnr", "drop"))):
         for a, b in zip(one.result[name], five.result[name], strict=True):
             assert [a[key] for key in keys] == pytest.approx([b[key] for key in keys], rel=1e-4, abs=1e-4)
@@ -68,22 +62,22 @@ def test_the_batch_size_changes_nothing(tiny_model, smooth_images, no_audit):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_images_of_one_and_four_channels(blocks, channels):
+def test_images_of_one_and_four_channels(channels):
     images = torch.randint(0, 256, (2, channels, 16, 16), dtype=torch.uint8)
     found, _ = diagnosed(blocks(2, channels), images)
     assert found.strip.shape == (channels, 16, 16 * STEPS)
     assert found.result["half"]["activation_maxima"]["encoder"]
 
 
-def test_a_single_image_has_no_strip(blocks, smooth_images):
+def test_a_single_image_has_no_strip(smooth_images):
     found, _ = diagnosed(blocks(4), smooth_images(1, 16))
     assert found.strip is None
     assert "two images" in found.result["interpolation"]["missing"]
     assert found.result["interpolation"]["steps"] == 9
 
 
-def test_a_model_that_can_not_be_traced_says_why(blocks, smooth_images):
-    class Branching(type(blocks())):
+def test_a_model_that_can_not_be_traced_says_why(smooth_images):
+    class Branching(Blocks):
         def _encode(self, x, keep_features):
             return super()._encode(x if x.sum() > 0 else -x, keep_features)
 
@@ -93,7 +87,7 @@ def test_a_model_that_can_not_be_traced_says_why(blocks, smooth_images):
     assert found.strip is not None
 
 
-def test_a_decoder_that_overflows_between_images_has_no_strip(blocks, smooth_images, no_audit):
+def test_a_decoder_that_overflows_between_images_has_no_strip(smooth_images):
     model = blocks(4)
     found, statistics = diagnosed(model, smooth_images(2, 16))
     model._decode = lambda z, keep_features: (torch.full((len(z), 3, 16, 16), torch.inf), None)
@@ -104,7 +98,7 @@ def test_a_decoder_that_overflows_between_images_has_no_strip(blocks, smooth_ima
     assert all(row["psnr"] is None for row in found.result["sensitivity"])
 
 
-def test_no_images_too_few_keys_and_wrong_sizes_are_refused(blocks, smooth_images):
+def test_no_images_too_few_keys_and_wrong_sizes_are_refused(smooth_images):
     _, statistics = diagnosed(blocks(4), smooth_images(1, 16))
     with pytest.raises(DataError, match="at least one image"):
         diagnose(blocks(4), smooth_images(2, 16)[:0], statistics=statistics, keys=[])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -7,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from known import blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentae import AutoencoderKL, AutoencoderKLConfig
@@ -20,14 +22,13 @@ from latentae.models.linear import LinearAutoencoder
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 CONFIG = AutoencoderKLConfig(**BLOCKS, block_out_channels=(8, 16), norm_num_groups=4)
-NARROW = CONFIG.model_copy(update={"block_out_channels": (8, 8), "mid_block_add_attention": False})
 ENCODER_STAGES = ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block", "conv_out", "quant_conv"]
 DECODER_STAGES = ["post_quant_conv", "conv_in", "mid_block", "up_blocks.0", "up_blocks.1", "conv_out"]
 
 
-def make(config: AutoencoderKLConfig = CONFIG) -> AutoencoderKL:
+def make() -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(config).eval()
+    return AutoencoderKL(CONFIG).eval()
 
 
 def images() -> list[torch.Tensor]:
@@ -50,18 +51,22 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_a_healthy_model_is_safe_and_its_maxima_are_those_of_diffusers():
-    """Nothing is missed: the largest of all is what a dispatch mode sees inside diffusers' own model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what diffusers' own imports warn of is not ours
-        kind = importlib.import_module("diffusers").AutoencoderKL
-        theirs = kind(**{k: v for k, v in CONFIG.diffusers_dict().items() if not k.startswith("_")}).eval()
+@pytest.fixture(scope="module")
+def healthy() -> tuple[AutoencoderKL, HalfAudit]:
     model = make()
     with torch.no_grad():
         model.encoder.down_blocks[0].resnets[0].conv2.weight.mul_(40)
-    theirs.load_state_dict(model.state_dict())
+    return model, audit_half(model, images())
 
-    found = audit_half(model, images())
+
+def test_a_healthy_model_is_safe_and_its_maxima_are_those_of_diffusers(healthy):
+    """Nothing is missed: the largest of all is what a dispatch mode sees inside diffusers' own model."""
+    model, found = healthy
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own imports warn
+        kind = importlib.import_module("diffusers").AutoencoderKL
+        theirs = kind(**{k: v for k, v in CONFIG.diffusers_dict().items() if not k.startswith("_")}).eval()
+    theirs.load_state_dict(model.state_dict())
     assert list(found.encoder) == ENCODER_STAGES
     assert list(found.decoder) == DECODER_STAGES
     with torch.no_grad(), Largest() as largest:
@@ -77,20 +82,32 @@ def test_a_healthy_model_is_safe_and_its_maxima_are_those_of_diffusers():
     assert found.runs["fp16"].image_psnr > found.runs["bf16"].image_psnr + 10  # three more bits
 
 
-def test_half_precision_differences_are_those_of_the_model_run_in_it():
-    model = make()
-    found = audit_half(model, images()[:1])
-    low = make().half()
+def test_half_precision_differences_are_those_of_the_model_run_in_it(healthy):
+    model, found = healthy
+    low, run, latent_errors, image_errors = copy.deepcopy(model).half(), found.runs["fp16"], [], []
     with torch.no_grad():
-        posterior = model.encode(images()[0])
-        latent_error = (low.encode(images()[0].half()).mean - posterior.mean).abs().max().item()
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-        latent = posterior.sample(noise=noise)
-        image_error = low.decode(latent.half()).float() - model.decode(latent)
-    run = found.runs["fp16"]
-    assert run.latent_max_abs == pytest.approx(latent_error, rel=1e-2)
+        for seed, batch in zip((0, 2), images(), strict=True):  # the seed is the number of images before
+            posterior = model.encode(batch)
+            latent_errors.append((low.encode(batch.half()).mean - posterior.mean).abs().max().item())
+            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed))
+            latent = posterior.sample(noise=noise)
+            image_errors.append((low.decode(latent.half()).float() - model.decode(latent)).flatten())
+    image_error = torch.cat(image_errors)
+    assert run.latent_max_abs == pytest.approx(max(latent_errors), rel=1e-2)
     assert run.image_max_abs == pytest.approx(image_error.abs().max().item(), rel=1e-2)
     assert run.image_psnr == pytest.approx(10 * math.log10(4 / image_error.square().mean().item()), abs=0.1)
+
+
+def test_json_and_rows_say_what_was_measured(healthy):
+    _, found = healthy
+    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert (values["images"], values["half_images"], values["force_upcast"]) == (3, 3, False)
+    assert values["activation_maxima"]["encoder"] == dict(found.encoder)
+    assert values["runs"]["fp16"]["image_psnr"] == found.runs["fp16"].image_psnr
+    rows = dict(found.rows())
+    assert rows["fp16"] == "safe"
+    assert f"{max(found.decoder.values()):.4g}" in rows["Largest activation, decoder"]
+    assert f"{found.runs['bf16'].image_psnr:.1f} dB" in rows["bf16 against fp32"]
 
 
 def test_an_overflow_inside_a_block_is_found_and_its_stage_named():
@@ -138,15 +155,15 @@ def test_attention_logits_count():
 
 
 def test_weights_that_are_not_finite_show():
-    model = make(NARROW)
-    with torch.no_grad():
-        model.decoder.conv_out.bias[0] = torch.nan
-    found = audit_half(model, images())
+    model = blocks(2).train()
+    model.gain.data.fill_(torch.nan)
+    found = audit_half(model, [torch.zeros(1, 3, 4, 4)])
+    assert model.training  # a copy was audited
     assert found.force_upcast
-    assert found.decoder["conv_out"] == math.inf
+    assert found.decoder["decoder"] == math.inf
     values = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert values["force_upcast"] is True
-    assert values["activation_maxima"]["decoder"]["conv_out"] is None
+    assert values["activation_maxima"]["decoder"]["decoder"] is None
 
 
 def test_the_verdict_asks_for_a_margin_and_for_small_differences():
@@ -162,28 +179,11 @@ def test_the_verdict_asks_for_a_margin_and_for_small_differences():
     assert verdict(10.0, HalfRun(True, 0.0, 0.0, math.inf)) is None
 
 
-def test_json_and_rows_say_what_was_measured():
-    model = make(NARROW).train()
-    found = audit_half(model, images())
-    assert model.training
-    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert values["images"] == 3
-    assert values["half_images"] == 3
-    assert values["force_upcast"] is False
-    assert values["activation_maxima"]["encoder"] == dict(found.encoder)
-    assert values["runs"]["fp16"]["image_psnr"] == found.runs["fp16"].image_psnr
-    rows = dict(found.rows())
-    assert rows["fp16"] == "safe"
-    assert f"{max(found.decoder.values()):.4g}" in rows["Largest activation, decoder"]
-    assert f"{found.runs['bf16'].image_psnr:.1f} dB" in rows["bf16 against fp32"]
-
-
 def test_no_images_and_wrong_images_are_refused():
-    model = make(NARROW)
     with pytest.raises(DataError, match="has no images"):
-        audit_half(model, [])
+        audit_half(blocks(2), [])
     with pytest.raises(ImageError, match="multiples of 2"):
-        audit_half(model, [torch.zeros(1, 3, 7, 8)])
+        audit_half(blocks(2), [torch.zeros(1, 3, 7, 8)])
 
 
 def test_a_cpu_runs_the_middle_of_the_first_images_in_half_precision(monkeypatch):
@@ -192,10 +192,10 @@ def test_a_cpu_runs_the_middle_of_the_first_images_in_half_precision(monkeypatch
     monkeypatch.setattr(half, "CPU_PIXELS", 100)
     x = torch.zeros(3, 3, 12, 16)
     x[:, :, 2:10, 4:12] = torch.rand(3, 3, 8, 8) * 2 - 1
-    found = audit_half(make(NARROW), [x, 50 * x])
+    found = audit_half(blocks(2), [x, 50 * x])
     assert (found.images, found.half_images) == (6, 2)
-    assert found.encoder["conv_in"] > 10
-    middle = audit_half(make(NARROW), [x[:2, :, 2:10, 4:12]])
+    assert found.encoder["encoder"] > 10
+    middle = audit_half(blocks(2), [x[:2, :, 2:10, 4:12]])
     assert found.runs == middle.runs
 
 
@@ -211,7 +211,7 @@ def test_a_linear_autoencoder_has_a_stage_a_coder_also_of_one_place():
     assert found.obstacle is None
 
 
-def test_large_batches_and_what_a_model_does_outside_its_coders(blocks):
+def test_large_batches_and_what_a_model_does_outside_its_coders():
     model = blocks(2, 1)
     with torch.no_grad():
         model.gain.fill_(3.0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from known import Blocks, blocks
 
 from latentae.data.transforms import to_float
 from latentae.evaluation.latents.coding import Coder
@@ -15,7 +16,7 @@ def measured(model, images, batch_size=2):
     return {row["transform"]: row for row in equivariance(coder, images, coder.encode(to_float(images)))}
 
 
-def test_the_identity_commutes_with_everything(blocks, smooth_images):
+def test_the_identity_commutes_with_everything(smooth_images):
     rows = measured(blocks(), smooth_images(3, 16))
     assert list(rows) == list(TRANSFORMS)
     for row in rows.values():
@@ -23,7 +24,7 @@ def test_the_identity_commutes_with_everything(blocks, smooth_images):
         assert row["decoder_psnr"] is None  # identical images, infinite in dB
 
 
-def test_means_of_blocks_turn_with_the_image_but_do_not_shrink_with_it(blocks, smooth_images):
+def test_means_of_blocks_turn_with_the_image_but_do_not_shrink_with_it(smooth_images):
     images = smooth_images(3, 32)
     rows = measured(blocks(4), images)
     assert rows["rotation 90"]["encoder_error"] < 1e-12
@@ -33,8 +34,8 @@ def test_means_of_blocks_turn_with_the_image_but_do_not_shrink_with_it(blocks, s
     assert 0 < rows["scale 0.5"]["encoder_error"] < 0.5
 
 
-def test_the_encoder_error_is_its_formula(blocks, smooth_images):
-    class Shifted(type(blocks())):
+def test_the_encoder_error_is_its_formula(smooth_images):
+    class Shifted(Blocks):
         """Adds a gradient to the latent, which does not turn with the image."""
 
         def _encode(self, x, keep_features):
@@ -54,7 +55,7 @@ def test_the_encoder_error_is_its_formula(blocks, smooth_images):
     assert found > 0.1
 
 
-def test_the_batch_size_changes_nothing(blocks, smooth_images):
+def test_the_batch_size_changes_nothing(smooth_images):
     images = smooth_images(5, 32)
     one, five = measured(blocks(4), images, 1), measured(blocks(4), images, 5)
     for name in TRANSFORMS:
@@ -72,7 +73,7 @@ def test_the_batch_size_changes_nothing(blocks, smooth_images):
         (100, set()),  # 6 of 25 places are near a quarter
     ],
 )
-def test_sizes_that_a_latent_can_not_have_are_said(blocks, side, missing):
+def test_sizes_that_a_latent_can_not_have_are_said(side, missing):
     rows = measured(blocks(4), torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8))
     assert {name for name, row in rows.items() if "missing" in row} == missing
     for name in missing:
@@ -80,8 +81,8 @@ def test_sizes_that_a_latent_can_not_have_are_said(blocks, side, missing):
         assert set(rows[name]) == {"transform", "missing"}
 
 
-def test_a_model_that_refuses_small_images_is_quoted(blocks):
-    class Picky(type(blocks())):
+def test_a_model_that_refuses_small_images_is_quoted():
+    class Picky(Blocks):
         def _encode(self, x, keep_features):
             if x.shape[2] < 8:
                 raise RuntimeError("kernel larger than image\nand more")
@@ -92,6 +93,6 @@ def test_a_model_that_refuses_small_images_is_quoted(blocks):
     assert "encoder_error" in rows["scale 0.5"]
 
 
-def test_latents_that_never_vary_have_no_error(blocks):
+def test_latents_that_never_vary_have_no_error():
     rows = measured(blocks(4), torch.full((2, 3, 16, 16), 100, dtype=torch.uint8))
     assert all(row["encoder_error"] is None for row in rows.values())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from known import Blocks, blocks
 
 from latentae.data.transforms import to_float
 from latentae.evaluation.latents.coding import Coder
@@ -17,7 +18,7 @@ def measured(model, images, keys=None, batch_size=2, std=None, seed=0):
     return sensitivity(coder, images, coder.encode(to_float(images)), keys=keys, std=std, seed=seed)
 
 
-def test_noise_through_the_identity_has_the_known_psnr(blocks):
+def test_noise_through_the_identity_has_the_known_psnr():
     """Mid-gray images, which noise leaves inside the range: MSE = (127.5 t std)^2 + 1/12 for the rounding."""
     images = torch.randint(120, 136, (4, 3, 64, 64), dtype=torch.uint8)
     rows = measured(blocks(), images, std=torch.tensor([0.1, 0.2, 0.3]))
@@ -28,7 +29,7 @@ def test_noise_through_the_identity_has_the_known_psnr(blocks):
         assert row["drop"] is None  # without noise the PSNR is infinite
 
 
-def test_the_drop_is_against_the_reconstruction_without_noise(blocks, smooth_images):
+def test_the_drop_is_against_the_reconstruction_without_noise(smooth_images):
     images = smooth_images(4, 32)
     exact = measured(blocks(4), images, std=torch.zeros(3))
     assert all(row["drop"] == 0 for row in exact)
@@ -38,7 +39,7 @@ def test_the_drop_is_against_the_reconstruction_without_noise(blocks, smooth_ima
     assert 0 < rows[0]["drop"] < rows[1]["drop"] < rows[2]["drop"]
 
 
-def test_noise_belongs_to_the_key_not_to_the_batch(blocks, smooth_images):
+def test_noise_belongs_to_the_key_not_to_the_batch(smooth_images):
     images, keys = smooth_images(5, 32), list("abcde")
     once = measured(blocks(4), images, keys)
     order = [3, 0, 4, 1, 2]
@@ -51,8 +52,8 @@ def test_noise_belongs_to_the_key_not_to_the_batch(blocks, smooth_images):
     assert measured(blocks(4), images, [key + "!" for key in keys]) != once
 
 
-def test_a_decoder_that_gives_nan_has_no_psnr(blocks, smooth_images):
-    class Fragile(type(blocks())):
+def test_a_decoder_that_gives_nan_has_no_psnr(smooth_images):
+    class Fragile(Blocks):
         def _decode(self, z, keep_features):
             images, _ = super()._decode(z, keep_features)
             return torch.where(images.abs().amax((1, 2, 3), keepdim=True) > 3, torch.nan, images), None

@@ -1,9 +1,9 @@
+"""A model whose behavior is known, and moments of latents."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from latentae.models.posterior import DiagonalGaussian
 
 
 class Blocks(Autoencoder):
-    """An autoencoder whose behaviour is known: the latent is the mean of f x f pixels, decoded as so many equal pixels.
-
-    With f = 1 it is the identity.
-    """
+    """An autoencoder whose latent is the mean of f x f pixels, decoded as f x f equal pixels; with f = 1 it is the identity."""
 
     def __init__(self, f: int = 1, channels: int = 3) -> None:
         super().__init__()
@@ -33,20 +30,16 @@ class Blocks(Autoencoder):
         return self.gain * F.interpolate(z, scale_factor=self.config.downsampling, mode="nearest"), None
 
 
-@pytest.fixture(scope="session")
-def blocks() -> Callable[..., Autoencoder]:
-    return lambda f=1, channels=3: Blocks(f, channels).eval()
+def blocks(f: int = 1, channels: int = 3) -> Blocks:
+    model = Blocks(f, channels)
+    model.eval()
+    return model
 
 
-@pytest.fixture(scope="session")
-def moments() -> Callable[..., Tensor]:
+def moments(count: int, channels: int = 3, side: int = 8, seed: int = 0) -> Tensor:
     """Moments [B, 2z, h, w] with channels of different mean and spread that depend on each other."""
-
-    def make(count: int, channels: int = 3, side: int = 8, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        mixing = torch.randn(channels, channels, generator=generator)
-        noise = torch.randn(count, channels, side, side, generator=generator)
-        mean = torch.einsum("ij,bjhw->bihw", mixing, noise) + 3 * torch.randn(channels, 1, 1, generator=generator)
-        return torch.cat([mean, torch.randn(mean.shape, generator=generator) - 1], 1)
-
-    return make
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator)
+    noise = torch.randn(count, channels, side, side, generator=generator)
+    mean = torch.einsum("ij,bjhw->bihw", mixing, noise) + 3 * torch.randn(channels, 1, 1, generator=generator)
+    return torch.cat([mean, torch.randn(mean.shape, generator=generator) - 1], 1)
