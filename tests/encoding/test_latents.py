@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from latentae import AutoencoderKL
 from latentae.encoding.batches import SizeBatches
 from latentae.encoding.latents import LatentDataset, decode_latent
+from latentae.encoding.sidecar import DIGEST
 from latentae.errors import OutputError, ShardError
 
 BUCKETS = ((32, 32), (16, 48), (48, 16))
@@ -49,21 +50,20 @@ def even(request, tmp_path_factory):
     return write_output(folder, made, packed=request.param == "packed"), [one for name in sorted(made) for one in made[name]]
 
 
-def test_items_are_what_encode_stored(encoded, read_tar):
-    dataset = LatentDataset(encoded)
+def test_items_are_what_encode_stored(encoded, kept, read_tar):
     stored = {}
     for shard in sorted(encoded.glob("*.tar")):
-        stored |= {
-            n.removesuffix(".latent.safetensors"): load_safetensors(d)
-            for n, d in read_tar(shard).items()
-            if n.endswith(".safetensors")
-        }
-    assert list(dataset.keys) == list(stored)
-    assert len(dataset) == 12
-    for index in (11, 0, 5, -1):  # any order
-        key, mean, logvar = dataset[index]
-        assert torch.equal(mean, stored[key]["mean"])
-        assert torch.equal(logvar, stored[key]["logvar"])
+        for name, data in read_tar(shard).items():
+            if name.endswith(".safetensors"):
+                stored[name.removesuffix(".latent.safetensors")] = load_safetensors(data)
+    for out in (encoded, kept):  # in the tar, and packed
+        dataset = LatentDataset(out)
+        assert list(dataset.keys) == list(stored)
+        assert len(dataset) == 12
+        for index in (11, 0, 5, -1):  # any order
+            key, mean, logvar = dataset[index]
+            assert torch.equal(mean, stored[key]["mean"])
+            assert torch.equal(logvar, stored[key]["logvar"])
 
 
 def test_packed_or_not_and_in_whatever_type_the_same_is_read(output):
@@ -172,7 +172,7 @@ def double(item):
     return item.key, item.latent * 2
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_the_same(even, start):
     dataset = pickle.loads(pickle.dumps(LatentDataset(even[0], sample=True, flip=True, transform=double)))
     assert torch.equal(dataset[3][1], 2 * LatentDataset(even[0], sample=True, flip=True)[3].latent)
@@ -195,15 +195,15 @@ def test_collated_labels(even):
 
 def test_no_label_is_minus_one(tmp_path):
     made = make_samples(5, labels=0)
-    for one, extension, data in zip(
-        made, ("cls", "json", "json", "json"), (b"cat", b"[1", b'{"label": true}', b"[]"), strict=False
-    ):
-        one.members[extension] = data
+    made[0].members["cls"] = b"cat"
+    for one, data in zip(made[1:4], (b"[1", b'{"label": true}', b"[]"), strict=True):
+        one.members["json"] = data
     assert LatentDataset(write_output(tmp_path / "out", {"a.tar": made})).labels.tolist() == [-1] * 5
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
 def test_no_file_stays_open_for_each_shard(tmp_path):
-    out = write_output(tmp_path / "out", {f"{n:03}.tar": make_samples(2, 2 * n) for n in range(150)})
+    out = write_output(tmp_path / "out", {f"{n:03}.tar": make_samples(2, 2 * n) for n in range(100)})
     before = len(list(Path("/proc/self/fd").iterdir()))
     dataset = LatentDataset(out)
     for item in dataset:
@@ -213,7 +213,7 @@ def test_no_file_stays_open_for_each_shard(tmp_path):
 
 def test_memory_stays_flat(tmp_path):
     """The arrays take some fifty bytes a sample and its key, whatever the number of shards."""
-    one = write_output(tmp_path / "one", {"000.tar": make_samples(400)}, packed=True)
+    one = write_output(tmp_path / "one", {"000.tar": make_samples(200)}, packed=True)
     gc.collect()
     tracemalloc.start()
     dataset = LatentDataset(one)
@@ -225,8 +225,8 @@ def test_memory_stays_flat(tmp_path):
     gc.collect()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(pickle.dumps(dataset)) < 400 * 70 + 10_000
-    assert after - first < 100_000
+    assert len(pickle.dumps(dataset)) < 200 * 70 + 10_000
+    assert after - first < 50_000
 
 
 @webdataset_warnings
@@ -343,14 +343,10 @@ def test_shard_that_changes_under_an_open_data_set(tmp_path):
 def test_first_format_is_still_read(tmp_path):
     out = write_output(tmp_path / "out", {"a.tar": make_samples(3, flip=False)})
     sidecar = json.loads((out / "a.tar.done.json").read_text())
-    new = {"packed", "flip", "batch_sizes"}
-    old = {
-        key: value
-        for key, value in sidecar.items()
-        if key in ("shard", "fingerprint", "input", "output", "skipped", "batch_size")
-    }
+    new = {"packed", "flip", "batch_sizes", DIGEST}
     assert new <= sidecar.keys()
-    (out / "a.tar.done.json").write_text(json.dumps({"format_version": 1, **old, "statistics": sidecar["statistics"]}))
+    old = {key: value for key, value in sidecar.items() if key not in new}
+    (out / "a.tar.done.json").write_text(json.dumps({**old, "format_version": 1}))
     assert len(LatentDataset(out)) == 3
 
 
@@ -359,26 +355,3 @@ def test_no_sample_at_all(tmp_path):
     assert len(LatentDataset(out)) == 0
     with pytest.raises(OutputError, match="do not vary"):
         LatentDataset(out, scaled=True)
-
-
-def test_outputs_of_encode_packed_or_not(model, jpeg, write_tar, tmp_path):
-    from latentae import encode
-
-    for number in range(2):
-        members = {}
-        for image in range(4):
-            members[f"{number}{image}.jpg"] = jpeg(image, 60, 60 + 50 * (image % 2))
-            members[f"{number}{image}.txt"] = b"image %d" % image
-        write_tar(tmp_path / "images" / f"{number}.tar", members)
-    options = {"dtype": "bf16", "flip": True, "resolution": 192, "buckets": "auto", "batch_size": 4, "device": "cpu"}
-    for packed in (False, True):
-        encode(model, tmp_path / "images", tmp_path / str(packed), packed=packed, **options)
-    plain, packed = (LatentDataset(tmp_path / name, sample=True, flip=True, scaled=True) for name in ("False", "True"))
-    assert list(plain.keys) == list(packed.keys) == [f"{number}{image}" for number in range(2) for image in range(4)]
-    assert plain.sizes.tolist() == packed.sizes.tolist() == [[192, 192], [128, 256]] * 4
-    for index in range(8):
-        assert torch.equal(plain[index].latent, packed[index].latent)
-        height, width = plain.sizes[index]
-        assert plain.posterior(index, flip=True).mean.shape == (3, height // 4, width // 4)
-        assert {**plain.meta(index)["latent.json"], "row": 0} == {**packed.meta(index)["latent.json"], "row": 0}
-        assert plain.meta(index)["txt"] == f"image {index % 4}"

@@ -23,7 +23,7 @@ from latentae.encoding.pipeline import Crew, default_workers
 from latentae.encoding.samples import geometry
 from latentae.encoding.shard import ShardSettings, encode_shard, encode_shards
 from latentae.encoding.store import Store
-from latentae.errors import ModelError, OutputError, RecipeError, ShardError
+from latentae.errors import ModelError, RecipeError, ShardError
 from latentae.files import read_json, sha256
 
 OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu"}
@@ -48,9 +48,9 @@ def _no_thread_is_left():
 
 @pytest.fixture
 def wide(jpeg, write_tar, tmp_path):
-    """One shard of 40 images of several shapes, one of them unreadable."""
+    """One shard of 24 images of several shapes, one of them unreadable."""
     members = {}
-    for number in range(40):
+    for number in range(24):
         members[f"{number:03}.jpg"] = jpeg(number, *[(96, 96), (60, 130), (140, 70), (96, 100)][number * number % 7 % 4])
         members[f"{number:03}.txt"] = f"caption {number}".encode()
     members["017.jpg"] = members["017.jpg"][:200]
@@ -58,8 +58,9 @@ def wide(jpeg, write_tar, tmp_path):
     return tmp_path / "wide"
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("options", [{}, {"buckets": "auto", "resolution": 256, "packed": True, "flip": True}])
+@pytest.mark.parametrize(
+    ("workers", "options"), [(1, {}), (4, {"buckets": "auto", "resolution": 192, "packed": True, "flip": True})]
+)
 def test_bytes_do_not_depend_on_the_number_of_workers(workers, options, model, photos, wide, snapshot, tmp_path):
     shards = [*sorted(photos.glob("*.tar")), wide / "a.tar"]
     for count in (0, workers):
@@ -69,12 +70,12 @@ def test_bytes_do_not_depend_on_the_number_of_workers(workers, options, model, p
 
 def test_buckets_flips_and_order(model, wide, read_tar, tmp_path):
     """Each image at its own bucket, its mirror image too, all in the order of the input."""
-    summary = encode(model, wide, tmp_path / "out", buckets="auto", resolution=256, flip=True, max_bad_share=0.1, **OPTIONS)
+    summary = encode(model, wide, tmp_path / "out", buckets="auto", resolution=192, flip=True, max_bad_share=0.1, **OPTIONS)
     images, found = read_tar(wide / "a.tar"), read_tar(tmp_path / "out/a.tar")
-    keys = [f"{number:03}" for number in range(40) if number != 17]
+    keys = [f"{number:03}" for number in range(24) if number != 17]
     assert list(found) == [f"{key}.{part}" for key in keys for part in ("latent.safetensors", "latent.json", "txt")]
     encoder = ModelEncoder(AutoencoderKL.from_pretrained(model), torch.device("cpu"))
-    sizes = default_buckets(256)
+    sizes = default_buckets(192)
     used = set()
     for key in keys:
         image = decode_image(images[f"{key}.jpg"], key)
@@ -90,14 +91,14 @@ def test_buckets_flips_and_order(model, wide, read_tar, tmp_path):
         for name, value in expected.items():
             torch.testing.assert_close(latents[name], value[0], rtol=1e-5, atol=1e-5)
     assert len(used) >= 3
-    assert summary["samples"] == 39
+    assert summary["samples"] == 23
     record = read_json(tmp_path / "out/a.tar.done.json")
     assert record["flip"] is True
     assert record["skipped"] == {"unreadable image": ["017"]}
 
 
 def test_packed_latents_are_the_same_and_lie_where_the_tar_says(model, wide, read_tar, tmp_path):
-    options = {"buckets": "auto", "resolution": 256, "flip": True, "max_bad_share": 0.1, **OPTIONS, "dtype": "bf16"}
+    options = {"buckets": "auto", "resolution": 192, "flip": True, "max_bad_share": 0.1, **OPTIONS, "dtype": "bf16"}
     encode(model, wide, tmp_path / "plain", **options)
     encode(model, wide, tmp_path / "packed", packed=True, **options)
     plain, packed = (read_tar(tmp_path / name / "a.tar") for name in ("plain", "packed"))
@@ -125,20 +126,23 @@ def test_packed_latents_are_the_same_and_lie_where_the_tar_says(model, wide, rea
             assert packed[name] == data
 
 
-def test_few_samples_wait_for_their_bucket(jpeg, write_tar, tmp_path, monkeypatch):
+def test_few_samples_wait_for_their_bucket(jpeg, write_tar, tmp_path):
     """A rare shape does not hold back all that follow it."""
-    shapes = [(60, 130)] + [(64, 64)] * 60
-    write_tar(tmp_path / "a.tar", {f"{number:02}.jpg": jpeg(number, *shape) for number, shape in enumerate(shapes)})
+    members = [(60, 130)] + [(64, 64)] * 4 * (samples.SPAN + 4)
+    write_tar(tmp_path / "a.tar", {f"{number:03}.jpg": jpeg(number, *shape) for number, shape in enumerate(members)})
+    settings = ShardSettings(192, "fp32", 4, False, 3, "", buckets=default_buckets(192))
     sizes = []
-    settings = ShardSettings(256, "fp32", 4, False, 3, "", buckets=default_buckets(256))
-    join = samples._join
-    monkeypatch.setattr(samples, "_join", lambda found, *rest: sizes.append(found[0].sample.position) or join(found, *rest))
-    encode_shard(tmp_path / "a.tar", Store.open(tmp_path / "out"), "a.tar", small_encoder, settings)
-    assert sizes.index(0) == samples.SPAN
+
+    def encoder(images):
+        sizes.append(tuple(images.shape[2:]))
+        return small_encoder(images)
+
+    encode_shard(tmp_path / "a.tar", Store.open(tmp_path / "out"), "a.tar", encoder, settings)
+    assert [size != (192, 192) for size in sizes].index(True) == samples.SPAN
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "gray"), (4, "transparent")])
-def test_models_of_other_channels(channels, mode, photos, tmp_path):
+@pytest.mark.parametrize("channels", [1, 4])
+def test_models_of_other_channels(channels, photos, tmp_path):
     config = AutoencoderKLConfig(
         in_channels=channels,
         out_channels=channels,
@@ -152,25 +156,6 @@ def test_models_of_other_channels(channels, mode, photos, tmp_path):
     )
     AutoencoderKL(config).save_pretrained(tmp_path / "model")
     assert encode(tmp_path / "model", photos, tmp_path / "out", **OPTIONS)["samples"] == 12
-
-
-def test_compute_dtype_is_part_of_the_job(model, photos, tmp_path):
-    encode(model, photos / "train-001.tar", tmp_path / "out", compute_dtype="bf16", **OPTIONS)
-    with pytest.raises(OutputError, match="compute is 'bf16' there and 'fp32' here"):
-        encode(model, photos / "train-001.tar", tmp_path / "out", **OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"flip": True}, "flip is False"),
-        ({"packed": True}, "packed is"),
-        ({"buckets": "auto", "resolution": 64}, "resolution is"),
-    ],
-)
-def test_options_that_decide_the_bytes_are_part_of_the_job(change, named, encoded, model, photos):
-    with pytest.raises(OutputError, match=named):
-        encode(model, photos, encoded, **OPTIONS, **change)
 
 
 def test_shards_and_output_may_be_remote(model, photos, encoded, snapshot, tmp_path):
@@ -261,7 +246,7 @@ def test_ctrl_c_ends_all_threads_and_leaves_nothing_half_written(photos, tmp_pat
         calls.append(threading.current_thread())
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+            time.sleep(30)
         return small_encoder(images)
 
     settings = ShardSettings(32, "fp32", 2, False, 3, "", workers=2)
@@ -273,7 +258,7 @@ def test_ctrl_c_ends_all_threads_and_leaves_nothing_half_written(photos, tmp_pat
             list(encode_shards(work, Store.open(tmp_path / "out"), interrupted, settings))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20, "the encoder is not waited for"
     assert set(calls) == {threading.main_thread()}
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -347,7 +332,7 @@ def test_workers_leave_the_encoder_its_threads():
     assert 1 <= default_workers(torch.device("cuda")) <= 16
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 100), (333, 51), (90, 1000), (1000, 90)])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 100), (101, 51), (90, 1000), (1000, 90)])
 @pytest.mark.parametrize("bucket", [(32, 32), (64, 32), (32, 64)])
 def test_geometry_is_what_was_cropped(shape, bucket):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).permute(2, 0, 1)
@@ -364,17 +349,21 @@ def test_geometry_is_what_was_cropped(shape, bucket):
         assert torch.equal(resized[:, top : top + high, left : left + wide_], resize_and_center_crop(image, 32))
 
 
-def test_two_tasks_given_the_same_shards_share_them(model, photos, tmp_path, monkeypatch):
+def test_two_tasks_given_the_same_shards_share_them(encoded, model, photos, snapshot, tmp_path, monkeypatch):
     """What another has done since the start is not done again."""
-    out, done = tmp_path / "out", []
-    work = encode_module.prepare(model, photos, out, **OPTIONS)
-    encode(model, photos / "train-000.tar", tmp_path / "elsewhere", **OPTIONS)
-    assert encode(model, photos, out, **OPTIONS)["finished"]
-    assert [shard.name for shard in work.pending] == [f"train-{number:03}.tar" for number in range(4)]
-    monkeypatch.setattr(ModelEncoder, "__call__", lambda self, images: done.append(1))
-    encode_module._run(work)
-    assert done == []
-    assert encode_module.conclude(work)["finished"]
+    prepare, call, calls = encode_module.prepare, ModelEncoder.__call__, []
+
+    def overtaken(*arguments, **options):
+        work = prepare(*arguments, **options)
+        monkeypatch.setattr(encode_module, "prepare", prepare)
+        assert encode(model, photos, tmp_path / "out", **OPTIONS)["finished"]
+        return work
+
+    monkeypatch.setattr(ModelEncoder, "__call__", lambda self, images: calls.append(1) or call(self, images))
+    monkeypatch.setattr(encode_module, "prepare", overtaken)
+    assert encode(model, photos, tmp_path / "out", **OPTIONS)["finished"]
+    assert len(calls) == 5, "batches of 4 of shards of 5, 1, 0 and 6"
+    assert snapshot(tmp_path / "out") == snapshot(encoded)
 
 
 def test_another_trainers_layout_is_written_from_latents_that_have_what_it_needs(model, jpeg, write_tar, tmp_path, capsys):
