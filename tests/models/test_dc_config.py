@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from small_models import DC
 
 from latentae.errors import ModelError
 from latentae.models.architectures import build
@@ -49,13 +50,7 @@ def _in(latent: int, widths: list[int]) -> dict:
 
 
 SANA = {
-    "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
-    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
-    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    **_in(32, [128, 256, 512, 512, 1024, 1024]),
     "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
     "decoder_layers_per_block": [3] * 6,
     "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
@@ -71,18 +66,6 @@ PUBLISHED = {
     "f32c32-in": _in(32, [128, 256, 512, 512, 1024, 1024]),
     "f64c128-in": _in(128, [128, 256, 512, 512, 1024, 1024, 2048]),
     "f128c512-in": _in(512, [128, 256, 512, 512, 1024, 1024, 2048, 2048]),
-}
-SMALL = {
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-    "encoder_block_out_channels": (8, 16, 32),
-    "decoder_block_out_channels": (8, 16, 32),
-    "encoder_layers_per_block": (1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1),
-    "encoder_qkv_multiscales": ((), (), (5,)),
-    "decoder_qkv_multiscales": ((), (), (5,)),
 }
 
 
@@ -115,10 +98,8 @@ def test_presets_have_diffusers_keys_and_shapes(name):
     config = preset_config(name, sample_size=256)
     assert preset_kind(name) is AutoencoderDCConfig
     assert name in preset_names()
-    factor, latent = {"dc-f8": (8, 16), "dc-f16": (16, 32), "dc-f32-z32": (32, 32), "dc-f64-z128": (64, 128), "dc-tiny": (8, 16)}[
-        name
-    ]
-    assert (config.downsampling, config.latent_channels, config.sample_size) == (factor, latent, 256)
+    shapes_of = {"dc-f8": (8, 16), "dc-f16": (16, 32), "dc-f32-z32": (32, 32), "dc-f64-z128": (64, 128), "dc-tiny": (8, 16)}
+    assert (config.downsampling, config.latent_channels, config.sample_size) == (*shapes_of[name], 256)
     values = {key: value for key, value in config.diffusers_dict().items() if not key.startswith("_")}
     with torch.device("meta"):
         ours, theirs = build(config), diffusers.AutoencoderDC(**values)
@@ -170,7 +151,7 @@ def test_widths_and_layers_of_a_preset_can_be_replaced_for_both_sides():
     ],
 )  # fmt: skip
 def test_configs_that_make_no_model_are_refused(changes, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC", **SMALL, **changes}))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC", **DC, **changes}))
     with pytest.raises(ModelError, match=message):
         read_config(tmp_path / "config.json")
 
@@ -186,14 +167,14 @@ def test_other_options_are_refused_for_a_preset():
 
 
 def test_a_shortcut_that_does_not_come_out_even_can_be_left_out():
-    config = AutoencoderDCConfig(**{**SMALL, "latent_channels": 5, "encoder_out_shortcut": False, "decoder_in_shortcut": False})
+    config = AutoencoderDCConfig(**{**DC, "latent_channels": 5, "encoder_out_shortcut": False, "decoder_in_shortcut": False})
     values = {key: value for key, value in config.diffusers_dict().items() if not key.startswith("_")}
     with torch.device("meta"):
         assert shapes(build(config)) == shapes(diffusers.AutoencoderDC(**values))
 
 
 def test_only_a_posterior_is_written_beside_diffusers_keys():
-    plain = AutoencoderDCConfig(**SMALL, sample_size=64).diffusers_dict()
-    gaussian = AutoencoderDCConfig(**SMALL, bottleneck="gaussian").diffusers_dict()
+    plain = AutoencoderDCConfig(**DC, sample_size=64).diffusers_dict()
+    gaussian = AutoencoderDCConfig(**DC, bottleneck="gaussian").diffusers_dict()
     assert gaussian == {**plain, "bottleneck": "gaussian"}
     assert "sample_size" not in plain

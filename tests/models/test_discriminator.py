@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import timm
@@ -14,7 +13,14 @@ from latentae.models.backbone import FrozenBackbone
 from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminator, UNetDiscriminator
 
 NORMS = ("none", "group", "instance")
-KINDS = list(itertools.product(("patch", "unet", "efficientnet", "vit"), NORMS))
+# patch and unet share their layers, efficientnet and vit their heads: each norm in both, each network with one norm at least
+KINDS = [
+    *(("patch", norm) for norm in NORMS),
+    ("unet", "group"),
+    ("efficientnet", "none"),
+    ("efficientnet", "instance"),
+    ("vit", "group"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,7 @@ def build(backbones):
     return make
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("norm", "layers"), [("none", 1), ("group", 2), ("instance", 3)])
 def test_one_logit_a_patch_down_to_the_smallest_size(norm, layers):
     model = PatchDiscriminator(3, 16, layers, norm)
     (map_,) = model(torch.zeros(2, 3, 64, 96))
@@ -48,8 +53,7 @@ def test_one_logit_a_patch_down_to_the_smallest_size(norm, layers):
         model(torch.randn(1, 3, size - 1, size - 1))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize(("norm", "layers"), [("none", 1), ("group", 2), ("instance", 3), ("group", 5)])
 def test_the_unet_gives_a_logit_a_patch_and_one_a_pixel(norm, layers):
     model = UNetDiscriminator(3, 16, layers, norm)
     patches, pixels = model(torch.randn(1, 3, 65, 98))  # sides that no layer divides evenly
@@ -116,7 +120,7 @@ def test_a_gradient_penalty_has_the_right_gradient_in_fp64(build, kind, norm):
     gradients = torch.autograd.grad(penalty(), parameters, allow_unused=True)
     assert sum(g is not None for g in gradients) >= len(parameters) / 2  # the last biases move no gradient
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
-    step = 1e-9  # so small that no LeakyReLU turns over between the two
+    step = 1e-8  # so small that no LeakyReLU turns over between the two, and far above the rounding of the penalty
     difference = (shifted(step) - shifted(-step)) / (2 * step)
     torch.testing.assert_close(difference, slope, rtol=1e-3, atol=1e-4 * penalty().item())
 
@@ -136,19 +140,6 @@ def test_only_heads_are_trained_and_saved(build, kind):
     assert all(p.grad is None for p in network.parameters())
 
 
-@pytest.mark.parametrize("kind", ["patch", "unet", "efficientnet", "vit"])
-def test_each_learns_to_tell_two_textures_apart(build, kind):
-    model = build(kind)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3, (0.5, 0.9))
-    stripes = torch.ones(2, 3, 64, 64) * (torch.arange(64) // 2 % 2 * 2 - 1)
-    real, fake = stripes, stripes.transpose(2, 3)
-    for _ in range(15):
-        optimizer.zero_grad()
-        (mean_logit(model(fake)) - mean_logit(model(real))).clamp(min=-1).sum().backward()
-        optimizer.step()
-    assert mean_logit(model(real)).min() > mean_logit(model(fake)).max()
-
-
 def test_the_published_network():
     model = PatchDiscriminator(norm="none")
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -157,7 +148,7 @@ def test_the_published_network():
     assert abs(convolutions[3].weight.std().item() - 0.02) < 1e-3
 
 
-@pytest.mark.parametrize("channels", [4, 10, 24, 50, 200])
+@pytest.mark.parametrize("channels", [4, 10, 50, 200])
 def test_any_width_has_groups_that_divide_it(channels):
     model = PatchDiscriminator(3, channels, 2, "group")
     norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]

@@ -1,3 +1,5 @@
+"""The fused steps in diffusers' AutoencoderKL and AutoencoderDC."""
+
 from __future__ import annotations
 
 import copy
@@ -12,19 +14,47 @@ from latentae.errors import ModelError
 
 diffusers = pytest.importorskip("diffusers")
 
-KEYS = ("attention normalizations", "levels", "middle blocks", "output normalizations", "residual blocks", "upsamplers")
+DC = {
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16),
+    "decoder_block_out_channels": (8, 16),
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 2),
+    "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+}
 
 
-def build(dtype=torch.float64, levels: int = 2) -> nn.Module:
+def build(dtype=torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16)[:levels],
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         layers_per_block=1,
         sample_size=32,
     ).to(dtype)
+
+
+def build_dc(dtype=torch.float32, **changes) -> nn.Module:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderDC(**{**DC, **changes}).eval()
+    for name, p in vae.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(p, 1.0 if name.endswith("weight") else 0.0, 0.3)
+    return vae.to(dtype)
+
+
+# diffusers' AutoencoderDC computes statistics in fp32 in any precision, so that it is no reference in fp64
+KINDS = {
+    "kl": (build, torch.float64, {"rtol": 1e-8, "atol": 1e-11}),
+    "dc": (build_dc, torch.float32, {"rtol": 1e-3, "atol": 1e-5}),
+    "dc, silu": (lambda: build_dc(decoder_conv_act_fn="silu"), torch.float32, {"rtol": 1e-3, "atol": 1e-5}),
+}
 
 
 def images(size: int = 16, dtype=torch.float64) -> torch.Tensor:
@@ -32,59 +62,73 @@ def images(size: int = 16, dtype=torch.float64) -> torch.Tensor:
 
 
 def outputs(vae, x) -> list[torch.Tensor]:
-    posterior = vae.encode(x).latent_dist
-    return [posterior.mean, posterior.logvar, vae.decode(posterior.mean).sample]
+    made = vae.encode(x)
+    if hasattr(made, "latent"):
+        return [made.latent, vae.decode(made.latent).sample]
+    return [made.latent_dist.mean, made.latent_dist.logvar, vae.decode(made.latent_dist.mean).sample]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_outputs_and_gradients_stay(backend):
-    vae, x = build(), images()
+def test_outputs_and_gradients_stay(backend, kind):
+    make, dtype, tolerance = KINDS[kind]
+    vae, x = make(), images(12, dtype)[:1]
     parameters = list(vae.parameters())
     expected = outputs(vae, x)
-    expected += torch.autograd.grad(expected[2].square().mean(), parameters, allow_unused=True)
-    keys, identities = list(vae.state_dict()), [id(p) for p in parameters]
+    count = len(expected)
+    expected += torch.autograd.grad(expected[-1].square().mean(), parameters, allow_unused=True)
+    keys = list(vae.state_dict())
     fusion = latentae.fuse(vae)
-    assert list(vae.state_dict()) == keys
-    assert [id(p) for p in vae.parameters()] == identities
     with use_backend(backend):
         found = outputs(vae, x)
-        found += torch.autograd.grad(found[2].square().mean(), parameters, allow_unused=True)
-    for ours, theirs in zip(found, expected, strict=True):
-        if theirs is None:
-            assert ours is None
-        else:
-            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+        found += torch.autograd.grad(found[-1].square().mean(), parameters, allow_unused=True)
+        with torch.no_grad():
+            quick = outputs(vae, x)
+    assert list(vae.state_dict()) == keys
+    assert [id(p) for p in vae.parameters()] == [id(p) for p in parameters]
+    for ours, theirs in zip((*found, *quick), (*expected, *expected[:count]), strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, **tolerance)
     assert not fusion.left
 
 
-def test_it_says_what_it_replaced_and_undoes_itself():
-    vae, x = build(), images()
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        ("kl", {"residual blocks": 10, "levels": 4, "middle blocks": 2, "upsamplers": 1, "attention normalizations": 2,
+                "output normalizations": 2}),
+        # each of three attention blocks has one norm in the attention and one after the convolutions
+        ("dc, silu", {"residual blocks": 2, "RMS normalizations": 2 + 3 * 2, "output normalizations": 1}),
+    ],
+)  # fmt: skip
+def test_it_says_what_it_replaced_and_undoes_itself(kind, counts):
+    make, dtype, tolerance = KINDS[kind]
+    vae, x = make(), images(dtype=dtype)
     before = outputs(vae, x)
     fusion = latentae.fuse(vae)
-    assert tuple(sorted(fusion.replaced)) == KEYS
-    assert len(fusion.replaced["residual blocks"]) == 2 + 4 + 4
+    assert {kind: len(names) for kind, names in fusion.replaced.items()} == counts
     assert str(fusion).startswith("fused: ")
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     fusion.undo()
     fusion.undo()
+    with latentae.fuse(vae):
+        assert any("forward" in module.__dict__ for module in vae.modules())
     assert all("forward" not in module.__dict__ for module in vae.modules())
     assert vae.decoder.conv_in.weight.is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(outputs(vae, x), before, strict=True))
-    with latentae.fuse(vae):
-        assert "forward" in vae.encoder.mid_block.__dict__
-    assert "forward" not in vae.encoder.mid_block.__dict__
+    for ours, theirs in zip(outputs(vae, x), before, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errors_are_those_of_the_dtype(dtype):
-    exact, x = build(), images(dtype=torch.float32)
-    truth = outputs(exact, x.double())
-    vae = build(dtype)
-    plain = outputs(vae, x.to(dtype))
+@pytest.mark.parametrize(("make", "dtype"), [(build, torch.float32), (build, torch.bfloat16), (build_dc, torch.bfloat16)])
+def test_errors_are_those_of_the_dtype(make, dtype):
+    vae, x = make(dtype), images().to(dtype)
+    exact = copy.deepcopy(vae).double()
+    truth, plain = outputs(exact, x.double()), outputs(vae, x)
     latentae.fuse(vae)
     for backend in ("torch", "triton"):
         with use_backend(backend), torch.no_grad():
-            found = outputs(vae, x.to(dtype))
+            found = outputs(vae, x)
         for ours, theirs, want in zip(found, plain, truth, strict=True):
             assert ours.dtype == dtype
             # two ways of rounding: equal errors but for chance
@@ -102,6 +146,20 @@ def test_tiling_and_slicing_go_on():
             torch.testing.assert_close(vae.decode(z).sample, expected)
         vae.disable_tiling()
         assert not torch.allclose(vae.decode(z).sample, expected, rtol=1e-9, atol=1e-9)  # tiles were really used
+    vae, z = build_dc(), torch.randn(1, 4, 12, 12)
+    vae.enable_tiling(16, 16, 12, 12)
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+        with latentae.fuse(vae.decoder):  # half a model
+            torch.testing.assert_close(vae.decode(z).sample, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_batch_normalization_is_called_as_it_is():
+    vae, x = build_dc(decoder_norm_types=("batch_norm", "rms_norm")), images(dtype=torch.float32)
+    expected = outputs(vae, x)
+    with latentae.fuse(vae):
+        for ours, theirs in zip(outputs(vae, x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_attention_stays_diffusers_own():
@@ -139,6 +197,11 @@ def test_hooks_see_tensors_and_fire(backend):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     assert [type(t) for t in seen] == [torch.Tensor, torch.Tensor]
+    vae = build_dc()
+    latentae.fuse(vae)
+    vae.encoder.down_blocks[0][0].conv1.register_forward_hook(lambda m, i, o: seen.append(o))
+    vae.encode(x.float())
+    assert len(seen) == 3
 
 
 def test_weights_that_come_and_go_with_hooks_still_work():
@@ -226,6 +289,7 @@ def test_a_decoder_alone_can_be_fused():
     torch.testing.assert_close(vae.decode(z).sample, expected)
 
 
+@pytest.mark.slow
 def test_it_compiles_as_one_graph():
     vae, z = build().eval(), torch.randn(1, 4, 4, 4, dtype=torch.float64)
     latentae.fuse(vae)
@@ -236,6 +300,13 @@ def test_it_compiles_as_one_graph():
 
 
 def test_what_can_not_be_fused_says_so():
+    from diffusers.models.normalization import RMSNorm
+
+    vae = build_dc()
+    vae.encoder.down_blocks[0][0].norm = RMSNorm(8, 1e-5, elementwise_affine=False)
+    assert latentae.fuse(vae).left == {"encoder.down_blocks.0.0.norm": "it has no weight for each channel"}
+    with pytest.raises(ModelError, match="give a diffusers AutoencoderKL or AutoencoderDC"):
+        latentae.fuse(nn.Sequential(RMSNorm(8, 1e-5)))
     with pytest.raises(ModelError, match=r"nothing to replace in Sequential .* give a diffusers AutoencoderKL"):
         latentae.fuse(nn.Sequential(nn.Conv2d(3, 3, 1)))
     vae = build()

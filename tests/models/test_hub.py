@@ -62,13 +62,10 @@ def test_only_config_and_safetensors_are_fetched(hub, tmp_path):
     assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
-def test_a_repository_without_a_model_says_so(hub):
+def test_what_the_hub_does_not_give_is_one_line(hub):
     (hub / "README.md").write_text("a dataset")
     with pytest.raises(ModelError, match="someone/model on the Hub holds no model"):
         resolve_model("someone/model")
-
-
-def test_what_the_hub_does_not_give_is_one_line(hub):
     with pytest.raises(ModelError, match="nobody/nothing is no path here, and the Hub did not give it") as caught:
         AutoencoderKL.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-
 from small_models import weights_that_do_not_learn
 
 from latentae.models.autoencoder import AutoencoderKL

@@ -14,7 +14,8 @@ from latentae.models.latent_statistics import LatentStatistics, merge
 CHANNELS = 2
 
 
-def latents(draw: st.DrawFn) -> list[tuple[np.ndarray, np.ndarray]]:
+@st.composite
+def posteriors(draw: st.DrawFn) -> list[tuple[np.ndarray, np.ndarray]]:
     """Posteriors of various sizes, offsets and spreads: mean and logvar [2, h, w]."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     result = []
@@ -29,12 +30,7 @@ def by_channel(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.reshape(CHANNELS, -1) for array in arrays], axis=1)
 
 
-@st.composite
-def posteriors(draw: st.DrawFn) -> list[tuple[np.ndarray, np.ndarray]]:
-    return latents(draw)
-
-
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(items=posteriors(), cuts=st.lists(st.integers(0, 12), max_size=4))
 def test_merged_parts_equal_numpy_over_everything(items: list[tuple[np.ndarray, np.ndarray]], cuts: list[int]) -> None:
     single = [LatentStatistics.of(torch.from_numpy(mean), torch.from_numpy(logvar)) for mean, logvar in items]
@@ -55,15 +51,9 @@ def test_merged_parts_equal_numpy_over_everything(items: list[tuple[np.ndarray, 
     np.testing.assert_allclose(summary["shift_factor"], means.mean(), rtol=0, atol=1e-13 * scale)
     overall = np.sqrt(means.var() + variances.mean())
     np.testing.assert_allclose(1 / summary["scaling_factor"], overall, rtol=1e-9, atol=1e-12 * scale)
-
-
-@settings(max_examples=20, deadline=None)
-@given(items=posteriors())
-def test_json_restores_every_bit(items: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    total = merge((LatentStatistics.of(torch.from_numpy(m), torch.from_numpy(v)) for m, v in items), CHANNELS)
-    again = LatentStatistics.from_json(json.loads(json.dumps(total.to_json())))
+    again = LatentStatistics.from_json(json.loads(json.dumps(total.to_json())))  # restores every bit
     assert again.to_json() == total.to_json()
-    assert again.summary() == total.summary()
+    assert again.summary() == summary
 
 
 def test_scaling_makes_drawn_samples_unit_variance() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from latentae import export
 from latentae.errors import ModelError
+from latentae.files import write_json
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderKLConfig, preset
+from latentae.models.config import preset
+from latentae.models.initial import load_initial
 from latentae.models.ldm import to_ldm
 
 CONFIG = preset("kl-f4", block_out_channels=(32, 32, 64), layers_per_block=1)
@@ -29,8 +34,11 @@ def same(path: Path, model: AutoencoderKL) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth", ".pt", ".bin"])
-@pytest.mark.parametrize("names", ["", "first_stage_model.", "vae.", "diffusers"])
+@pytest.mark.parametrize(
+    ("suffix", "names"),
+    [(".safetensors", ""), (".safetensors", "vae."), (".safetensors", "diffusers"), (".ckpt", "first_stage_model."), (".ckpt", ""),
+     (".pth", "vae."), (".pt", "diffusers"), (".bin", "diffusers")],
+)  # fmt: skip
 def test_a_lone_file_is_a_model(suffix, names, model, tmp_path):
     state = model.state_dict()
     if names != "diffusers":
@@ -59,13 +67,18 @@ def test_the_shape_is_read_from_diffusers_names(overrides, tmp_path, capsys):
     assert "norms taken to have 32 groups" in capsys.readouterr().err
 
 
-def test_names_of_2023_are_read_without_a_config(model, tmp_path):
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_names_of_2023_are_read_with_a_config_and_without(convolutional, model, tmp_path):
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     state = {}
     for key, value in model.state_dict().items():
         for new, before in old.items():
+            if new in key and convolutional and key.endswith("weight"):
+                value = value[:, :, None, None]
             key = key.replace(new, before)
         state[key] = value.contiguous()
+    if convolutional:
+        write_json(tmp_path / "config.json", CONFIG.diffusers_dict())
     save_file(state, tmp_path / "vae.safetensors")
     assert same(tmp_path / "vae.safetensors", model)
 
@@ -87,43 +100,57 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-def hostile_archive(file: Path, made: Path) -> None:
-    torch.save({"state_dict": {"encoder.conv_in.weight": Hostile(made)}}, file)
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
-def hostile_pickle(file: Path, made: Path) -> None:
-    file.write_bytes(pickle.dumps({"state_dict": {"encoder.conv_in.weight": Hostile(made)}}))
+def archive_without_pickle(made: Path) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("model/readme.txt", "nothing here")
+    return buffer.getvalue()
 
 
-def truncated(file: Path, made: Path) -> None:
-    torch.save(to_ldm(AutoencoderKL(CONFIG).state_dict(), CONFIG), file)
-    file.write_bytes(file.read_bytes()[:-1000])
+def claimed_terabytes(made: Path) -> bytes:
+    one, side = torch.zeros(1), 2**20
+    names = (
+        "encoder.mid.block_1.conv1",
+        "encoder.down.0.block.0.conv1",
+        "encoder.conv_in",
+        "encoder.conv_out",
+        "decoder.conv_in",
+    )
+    return saved({f"{name}.weight": one.expand(side, side, 3, 3) for name in names})
 
 
-def damaged(file: Path, made: Path) -> None:
-    torch.save({"state_dict": torch.zeros(3)}, file)
-    content = bytearray(file.read_bytes())
-    content[:64] = bytes(64)
-    file.write_bytes(bytes(content))
+BAD: dict[str, Callable[[Path], bytes]] = {
+    "archive that runs code": lambda made: saved({"state_dict": {"encoder.conv_in.weight": Hostile(made)}}),
+    "pickle that runs code": lambda made: pickle.dumps({"state_dict": {"encoder.conv_in.weight": Hostile(made)}}),
+    "truncated": lambda made: saved(to_ldm(AutoencoderKL(CONFIG).state_dict(), CONFIG))[:-1000],
+    "damaged": lambda made: bytes(64) + saved({"state_dict": torch.zeros(3)})[64:],
+    "empty": lambda made: b"",
+    "archive without a pickle": archive_without_pickle,
+    "a list": lambda made: saved([torch.zeros(3)]),
+    "another architecture": lambda made: saved({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7), 5: torch.zeros(1)}}),
+    "claims terabytes": claimed_terabytes,
+}
 
 
-def wrong_architecture(file: Path, made: Path) -> None:
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, file)
-
-
-@pytest.mark.parametrize("write", [hostile_archive, hostile_pickle, truncated, damaged, wrong_architecture])
-@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
-def test_a_bad_pickle_is_refused_in_one_line_and_runs_nothing(write, suffix, tmp_path):
-    file, made = tmp_path / f"model{suffix}", tmp_path / "made"
-    write(file, made)
-    for use in (AutoencoderKL.from_pretrained, lambda path: export(path, tmp_path / "vae")):
-        with pytest.raises(ModelError, match=rf"model\{suffix}") as caught:
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_pickle_is_refused_in_one_line_and_runs_nothing(what, tmp_path):
+    file, made = tmp_path / ("model.bin" if what == "truncated" else "model.ckpt"), tmp_path / "made"
+    file.write_bytes(BAD[what](made))
+    for use in (AutoencoderKL.from_pretrained, load_initial, lambda path: export(path, tmp_path / "vae")):
+        with pytest.raises(ModelError, match=r"model\.(ckpt|bin)") as caught:
             use(file)
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
     assert not made.exists()
     assert not (tmp_path / "vae").exists()
-    if write in (hostile_archive, hostile_pickle):  # the file does what it is said to do, for those who load it so
-        torch.load(file, weights_only=False) if write is hostile_archive else pickle.loads(file.read_bytes())
+    if "runs code" in what:  # the file does what it is said to do, for those who load it so
+        torch.load(file, weights_only=False) if what.startswith("archive") else pickle.loads(file.read_bytes())
         assert made.exists()
 
 
@@ -141,22 +168,27 @@ def test_bad_safetensors_are_refused_in_one_line(model, tmp_path):
 
 def test_weights_of_another_architecture_name_what_does_not_fit(model, tmp_path):
     model.save_pretrained(tmp_path / "vae")
-    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    file, config = tmp_path / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae/config.json"
     state = load_file(file)
-    save_file({key: value for key, value in state.items() if key != "encoder.conv_in.bias"}, file)
-    with pytest.raises(ModelError, match=r"lacks encoder\.conv_in\.bias"):
-        AutoencoderKL.from_pretrained(tmp_path / "vae")
-    save_file({**state, "encoder.extra": torch.zeros(1)}, file)
-    with pytest.raises(ModelError, match=r"unknown encoder\.extra"):
-        AutoencoderKL.from_pretrained(tmp_path / "vae")
-    AutoencoderKLConfig.from_json(tmp_path / "vae/config.json")
-    other = (tmp_path / "vae/config.json").read_text().replace('"AutoencoderKL"', '"AsymmetricAutoencoderKL"')
-    (tmp_path / "vae/config.json").write_text(other)
+    for changed, message in (
+        ({key: value for key, value in state.items() if key != "encoder.conv_in.bias"}, r"lacks encoder\.conv_in\.bias"),
+        ({**state, "encoder.extra": torch.zeros(1)}, r"unknown encoder\.extra"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ModelError, match=message):
+            AutoencoderKL.from_pretrained(tmp_path / "vae")
+    config.write_text(config.read_text().replace('"AutoencoderKL"', '"AsymmetricAutoencoderKL"'))
     with pytest.raises(ModelError, match="describes a AsymmetricAutoencoderKL"):
         AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
-def test_another_kind_of_file_is_no_model(tmp_path):
+def test_what_is_no_file_of_an_autoencoder_is_refused_with_the_reason(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"photo\.png is no file of weights; expected \.safetensors"):
-        AutoencoderKL.from_pretrained(tmp_path / "photo.png")
+    save_file({"fc.weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    for name, message in (
+        ("photo.png", r"photo\.png is no file of weights; expected \.safetensors"),
+        ("weights.safetensors", r"no config\.json beside it"),
+        ("nowhere.ckpt", "does not exist"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            AutoencoderKL.from_pretrained(tmp_path / name)

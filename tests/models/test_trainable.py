@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from latentae_kernels import use_backend
-
 from small_models import kept_bytes, narrow, two_levels
 
 from latentae.errors import ModelError
