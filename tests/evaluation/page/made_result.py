@@ -125,22 +125,27 @@ def diagnostics() -> dict[str, Any]:
 
 
 def rate_distortion() -> dict[str, Any]:
-    curves = [("model", "this model", 3.2, 27.3), ("kl-f8", "kl-f8", 3.0, 28.4)]
-    curves += [
+    curves = [
+        ("model", "this model", 3.2, 27.3),
+        ("kl-f8", "kl-f8", 3.0, 28.4),
         ("pca", "PCA", 4.4, 26.8),
         ("dct", "block DCT", 4.3, 26.1),
         ("jpeg", "JPEG", 5.2, 30.0),
         ("webp", "WebP", 5.1, 31.5),
     ]
-    points = {
-        name: [
+
+    def points(slope: float, top: float) -> list[dict[str, Any]]:
+        return [
             {"bits_per_pixel": 0.05 * 1.9**step, "psnr": top - 9 + slope * step * 0.55, "setting": f"{step + 2}-bit"}
             for step in range(6)
         ]
-        for name, _, slope, top in curves
-    }
-    found = [{"name": name, "label": label, "points": points[name]} for name, label, _, _ in curves]
+
+    found = [{"name": name, "label": label, "points": points(slope, top)} for name, label, slope, top in curves]
     return {"images": 24, "curves": found, "left_out": []}
+
+
+def baseline(name: str, factor: float, **rest: Any) -> dict[str, Any]:
+    return {"label": LABELS[name], "metrics": metrics(factor), **rest}
 
 
 def full_result(channels: int = 8) -> dict[str, Any]:
@@ -181,36 +186,11 @@ def full_result(channels: int = 8) -> dict[str, Any]:
         },
         "latent": latent(channels),
         "baselines": {
-            "latent_8bit": {
-                "label": LABELS["latent_8bit"],
-                "metrics": metrics(0.99),
-                "bytes_per_image": 7312.0,
-                "bits_per_pixel": 0.89,
-            },
-            "pca": {
-                "label": LABELS["pca"],
-                "metrics": metrics(0.95),
-                "components": 8,
-                "patch": 8,
-                "patches": 157696,
-                "paired": paired(1.2),
-            },
-            "dct": {"label": LABELS["dct"], "metrics": metrics(0.92), "components": 8, "patch": 8, "paired": paired(2.2)},
-            "jpeg": {
-                "label": LABELS["jpeg"],
-                "metrics": metrics(1.06),
-                "bytes_per_image": 7101.0,
-                "quality": 71.3,
-                "left_out": 2,
-                "paired": paired(-1.6),
-            },
-            "webp": {
-                "label": LABELS["webp"],
-                "metrics": metrics(1.12),
-                "bytes_per_image": 7003.0,
-                "quality": 77.0,
-                "paired": paired(-3.2),
-            },
+            "latent_8bit": baseline("latent_8bit", 0.99, bytes_per_image=7312.0, bits_per_pixel=0.89),
+            "pca": baseline("pca", 0.95, components=8, patch=8, patches=157696, paired=paired(1.2)),
+            "dct": baseline("dct", 0.92, components=8, patch=8, paired=paired(2.2)),
+            "jpeg": baseline("jpeg", 1.06, bytes_per_image=7101.0, quality=71.3, left_out=2, paired=paired(-1.6)),
+            "webp": baseline("webp", 1.12, bytes_per_image=7003.0, quality=77.0, paired=paired(-3.2)),
         },
         "compared": [
             {
@@ -293,23 +273,13 @@ def missing_result() -> dict[str, Any]:
     result["frechet"] = {"missing": "one image has no spread"}
     for name, label in LABELS.items():
         result["baselines"][name] = {"label": label, "missing": "there is no training data"}
-    result["baselines"]["latent_8bit"] = {
-        "label": LABELS["latent_8bit"],
-        "metrics": {"psnr": nothing},
-        "bytes_per_image": 0.0,
-        "bits_per_pixel": 0.0,
-    }
-    result["compared"] = [
-        {"name": "broken", "label": "broken", "path": "x", "missing": "every reconstruction has infinite values"}
-    ]
-    constant = {
-        "scaling_factor": None,
-        "std": 0.0,
-        "effective_rank": None,
-        "spectrum": None,
-        "probe": {"skipped": "no image has a label"},
-    }
-    result["latent"] |= constant | {"channel_mean_variance": [0.0] * 4, "kl_nats_per_channel": [0.0] * 4, "active_units": 0}
+    result["baselines"]["latent_8bit"] = baseline("latent_8bit", 1.0, bytes_per_image=0.0, bits_per_pixel=0.0)
+    result["baselines"]["latent_8bit"]["metrics"] = {"psnr": nothing}
+    broken = {"name": "broken", "label": "broken", "path": "x", "missing": "every reconstruction has infinite values"}
+    result["compared"] = [broken]
+    constant = {"scaling_factor": None, "std": 0.0, "effective_rank": None, "spectrum": None, "active_units": 0}
+    result["latent"] |= constant | {"channel_mean_variance": [0.0] * 4, "kl_nats_per_channel": [0.0] * 4}
+    result["latent"]["probe"] = {"skipped": "no image has a label"}
     reason = {"missing": "the model can't be traced"}
     result["diagnostics"] = {
         "images": 1,

@@ -11,7 +11,7 @@ from latentae.evaluation.compare import compare
 from latentae.evaluation.page.evaluation_page import write_evaluation_report
 from latentae.evaluation.page.report import Charts, Section, build_report
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome on this machine")
+pytestmark = pytest.mark.skipif(find_browser() is None, reason="needs Chromium or Chrome, which is not installed")
 
 
 def write_log(path, factor: float = 1.0, count: int = 60):
@@ -73,12 +73,6 @@ def test_the_browser_finds_what_is_wrong(tmp_path):
     for item in look_at(tmp_path / "report.html", tmp_path / "browser"):
         problems = " ".join(item["problems"])
         if item["width"]:
-            for wanted in (
-                "image: broken",
-                "overflow: 3",
-                "empty svg",
-                "text: NaN dB",
-                "console.error: said",
-                "undefinedFunction",
-            ):
-                assert wanted in problems
+            wanted = ("image: broken", "overflow: 3", "empty svg", "text: NaN dB", "console.error: said", "undefinedFunction")
+            for problem in wanted:
+                assert problem in problems
