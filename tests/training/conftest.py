@@ -1,10 +1,36 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from latentae.data.writing import encode_png, write_shards
+from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.recipe import load_recipe
+from latentae.training.train import train
+
+SMALL = {
+    "model.block_out_channels": [8, 8, 8],
+    "model.norm_num_groups": 4,
+    "loss.perceptual.net": "none",
+    "data.resolution": 32,
+    "data.validation": "none",
+    "batch_size": 4,
+    "images": 24,
+    "checkpoint_every_images": 8,
+    "log.tensorboard": False,
+    "log.summary": False,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_objects():
+    """Every accelerator that closes collects garbage; the objects of loaded modules, a few hundred thousand, are left out of it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -23,21 +49,7 @@ def shards(tmp_path_factory):
     return out
 
 
-SMALL = {
-    "model.block_out_channels": [8, 8, 8],
-    "model.norm_num_groups": 4,
-    "loss.perceptual.net": "none",
-    "data.resolution": 32,
-    "data.validation": "none",
-    "batch_size": 4,
-    "images": 24,
-    "checkpoint_every_images": 8,
-    "log.tensorboard": False,
-    "log.summary": False,
-}
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(shards):
     """A recipe that runs in a second."""
 
@@ -45,3 +57,16 @@ def small(shards):
         return load_recipe("tiny-cpu", {**SMALL, "data.shards": str(shards), **overrides})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_run(small, tmp_path_factory):
+    """A finished run of the small recipe, not to be changed."""
+    return train(small(), tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture
+def accelerator():
+    accelerator = build_accelerator("fp32")
+    yield accelerator
+    close_accelerator(accelerator)

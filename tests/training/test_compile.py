@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import latentae
 from latentae.training.checkpoint import find_checkpoint
+from latentae.training.networks import build_autoencoder
 
-CUT = {  # everything that reaches into the passes: ratios at both last layers, a discriminator, recomputation
+CUT = {  # everything that reaches into the passes: ratios at both last layers, a discriminator
+    "model.block_out_channels": [8, 8],
     "loss.adversarial.weight": 0.1,
     "loss.adversarial.adaptive": True,
     "loss.adversarial.channels": 8,
-    "loss.adversarial.layers": 2,
+    "loss.adversarial.layers": 1,
     "loss.alignment.weight": 0.1,
     "loss.alignment.backbone": "efficientnet-lite0",
-    "images": 12,
+    "optimizer.warmup_images": 0,
+    "images": 8,
 }
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler: g++ or clang++"),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_training_equals_eager(small, tmp_path):
     eager = latentae.train(small(**CUT), tmp_path / "eager")
     compiled = latentae.train(small(**CUT, compile=True), tmp_path / "compiled")
+    start = build_autoencoder(small(**CUT)).state_dict()
     expected, found = (load_file(find_checkpoint(run) / "autoencoder.safetensors") for run in (eager, compiled))
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=5e-4, msg=name)
+        # a step has the size of the learning rate for the smallest gradient too, so single weights may go the other way
+        assert (found[name] - value).norm() <= 0.05 * (value - start[name]).norm(), name
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
 def test_a_signal_ends_compilation_at_once(small, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(small(compile=True, images=400).toml())

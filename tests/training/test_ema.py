@@ -43,3 +43,19 @@ def test_without_a_half_life_it_is_the_latest_and_it_never_shares_memory():
 def test_half_precision_modules_are_averaged_in_fp32():
     ema = Ema(nn.Linear(2, 2).bfloat16(), 10)
     assert {v.dtype for v in ema.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("bias"), "lacks bias"),
+        (lambda state: state.update(other=torch.zeros(1)), "has unknown other"),
+        (lambda state: state.update(bias=torch.zeros(1)), r"bias has shape \(1,\), expected \(2,\)"),
+    ],
+)
+def test_an_average_is_not_stretched_to_fit(change, message):
+    ema = Ema(nn.Linear(3, 2), 10)
+    state = dict(ema.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        ema.load_state_dict(state)

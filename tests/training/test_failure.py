@@ -1,27 +1,33 @@
-"""What a run survives: kills, signals, full disks, bad numbers, lost processes. The moments are chosen in failure_worker.py."""
+"""What a run survives: kills, signals, full disks, bad numbers, lost processes, at chosen moments of forked trainings."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import random
+import resource
+import signal
+from functools import partial
+from itertools import count, cycle
 
 import pytest
 import torch
+from forked import Processes
 from safetensors.torch import load_file
 
 import latentae
+from latentae import cli
 from latentae.errors import TrainingError
-from latentae.training import steps
-from latentae.training.checkpoint import find_checkpoint, read_state
+from latentae.files import read_json
+from latentae.training import checkpoint, steps, train
+from latentae.training.checkpoint import find_checkpoint, read_state, verify
+from latentae.training.mirror import Mirror
 from latentae.training.recovery import roll_back
+from latentae.training.validation import Validation
 
-WORKER = Path(__file__).with_name("failure_worker.py")
-KILLS = int(os.environ.get("LATENTAE_KILLS", "50"))
+KILLS = int(os.environ.get("LATENTAE_KILLS", "30"))
 FAILING = {
-    "images": 64,
+    "images": 48,
     "data.validation": "auto",
     "data.validation_fraction": 0.2,
     "log.validation_every_images": 8,
@@ -32,93 +38,223 @@ FAILING = {
     "loss.adversarial.lecam": 0.1,
     "loss.learn_logvar": True,
 }
+MOMENTS = {
+    "start": (train, "build_loader"),
+    "step": (train.Trainer, "update"),
+    "end of a step": (steps, "agree"),
+    "evaluation": (Validation, "run"),
+    "save": (train, "save_checkpoint"),
+    "half of a save": (torch, "save"),
+    "check of a save": (checkpoint, "verify"),
+}
 
 
-def work(small, folder, *verbs):
-    recipe = folder / "recipe.toml"
+def training(harm, words):
+    """A process that trains as the command line would, while something happens to it.
+
+    Args:
+        harm: (rank, moment, occurrence, what is called as a function begins).
+        words: of the command line.
+    """
+    for rank, moment, occurrence, act in harm:
+        if rank == int(os.environ.get("RANK", "0")):
+            at(moment, occurrence, act)
+    cli.main(["train", *words])
+
+
+def at(moment, occurrence, act):
+    owner, name = MOMENTS[moment]
+    function, calls = getattr(owner, name), count(1)
+
+    def run(*arguments, **options):
+        if next(calls) == occurrence:
+            act()
+        return function(*arguments, **options)
+
+    setattr(owner, name, run)
+
+
+def send(name):
+    return partial(signal.raise_signal, getattr(signal, name))
+
+
+def fill(size):
+    """No file may become larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def spoil():
+    """The next images are no numbers."""
+    clean = steps.to_float
+
+    def once(images):
+        steps.to_float = clean
+        return clean(images) * float("nan")
+
+    steps.to_float = once
+
+
+def die_within(seconds):
+    """Die without a word, as of SIGKILL, as nobody handles this signal."""
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+
+
+@pytest.fixture(scope="module")
+def start(small, tmp_path_factory):
+    """Begin or resume a run in processes of their own."""
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     recipe.write_text(small(**FAILING).toml())
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(recipe), str(folder), str(KILLS), *verbs],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+
+    def make(run, *options, harm=(), processes=1):
+        run.parent.mkdir(exist_ok=True)
+        words = [str(recipe), "--output", str(run), *options]
+        return Processes(run.parent, training, harm, words, count=processes)
+
+    return make
 
 
-def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(small, tmp_path):
-    found = work(small, tmp_path, "kill")["kill"]
-    print(f"{KILLS} kills fell {found['fell']}, {found['finished_runs']} runs came to their end, {found['seconds']} s")
-    assert sum(found["fell"].values()) >= KILLS
-    for phase in ("step", "evaluation", "save"):
-        assert found["fell"][phase] >= KILLS // 10, f"too few kills fell into {phase}: {found['fell']}"
+@pytest.fixture(scope="module")
+def complete(start):
+    """Train a run to its end."""
+
+    def make(run, *options, processes=1, harm=()):
+        begun = start(run, *options, processes=processes, harm=harm)
+        assert begun.wait() == [0] * processes, begun.output() + begun.output(processes - 1)
+        return run
+
+    return make
 
 
-_worked = {}
+@pytest.fixture(scope="module")
+def whole(complete, tmp_path_factory):
+    """A run that nothing happened to."""
+    return complete(tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.fixture
-def worked(small, tmp_path):
-    """What happened to the runs that were stopped, filled up and left alone: once for all tests."""
-    if not _worked:
-        _worked.update(work(small, tmp_path, "stop", "fill", "lose"))
-    return _worked
+def seen(run):
+    """Images of the last checkpoint, which is whole."""
+    latest = find_checkpoint(run)
+    if latest is None:
+        return 0
+    verify(latest)
+    return read_state(latest).images_seen
 
 
-@pytest.mark.parametrize("phase", ["start", "step", "evaluation", "save"])
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
-def test_a_signal_is_answered_from_every_phase(phase, name, code, worked):
-    (end,) = [end for end in worked["stop"]["ends"] if (end["phase"], end["signal"]) == (phase, name)]
-    assert end["code"] == code, end
-    assert end["took"] < 20
-    if phase == "start":
-        assert end["steps"] == 0
-        assert end["last_line"] == f"latentae: error: stopped by {name} before the first step; the same command goes on"
-    else:
-        assert end["steps"] >= 1, "what was done is saved"
-        assert "the same command goes on from there" in end["last_line"]
+def differences(run, other):
+    """Files and tensors of two finished runs' last checkpoints, and logged steps, that are not equal."""
+    a, b = find_checkpoint(run), find_checkpoint(other)
+    names = sorted({file.name for folder in (a, b) for file in folder.iterdir()} - {"meta.json", "optimizers.pt", "recipe.toml"})
+    found = [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()]
+    states = [torch.load(folder / "optimizers.pt", weights_only=True) for folder in (a, b)]
+    for name in states[0]:
+        for index, values in states[0][name]["state"].items():
+            other_values = states[1][name]["state"][index]
+            found += [f"{name} optimizer {index} {key}" for key, v in values.items() if not torch.equal(v, other_values[key])]
+    if logged(run) != logged(other):
+        found.append(f"metrics.jsonl: steps {logged(run)} and {logged(other)}")
+    return found
 
 
-def test_a_run_stopped_by_signals_ends_bitwise_like_the_uninterrupted_one(worked):
-    assert worked["stop"]["differences"] == []
+def logged(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss/total" in line]
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on_after(worked):
-    parts = set()
-    for end in worked["fill"]["ends"]:
-        assert end["code"] == 1
-        *before, last = end["said"].splitlines()
-        assert last.startswith("latentae: error: could not write "), end["said"]
-        assert last.endswith(": File too large; free the space or choose another folder")
-        assert not any("error" in line.lower() or "Traceback" in line for line in before)
-        parts.add(last.split("could not write ")[1].split(":")[0].rpartition("/")[2])
-        assert end["step"] == 4
-        assert end["left"] == ["latest", "step-00000002", "step-00000004"], "nothing that looks like a checkpoint"
-        assert end["differences"] == []
-    assert {"autoencoder.safetensors", "step-00000006"} <= parts, "safetensors files and the optimizers' fill the disk in turn"
+def test_a_run_killed_in_every_phase_ends_bitwise_like_the_uninterrupted_one(start, complete, whole, tmp_path):
+    run = tmp_path / "run"
+    for moment, occurrence, images in (
+        ("start", 1, 0),
+        ("end of a step", 3, 8),
+        ("evaluation", 1, 16),
+        ("half of a save", 1, 16),
+        ("check of a save", 2, 16),  # the first one is of the checkpoint that it goes on from
+    ):
+        killed = start(run, harm=[(0, moment, occurrence, send("SIGKILL"))])
+        assert killed.wait() == [-signal.SIGKILL], killed.output()
+        assert seen(run) == images, moment
+    assert differences(complete(run), whole) == []
 
 
-@pytest.mark.parametrize(("who", "other"), [(1, "latentae"), (0, "latentae (rank 1)")])
-def test_a_process_that_dies_ends_the_other_with_one_line(who, other, worked):
-    end = worked["lose"][f"SIGKILL {who}"]
-    assert end["codes"] == ([1, -9] if who else [-9, 1])
-    assert end["took"] < 60
-    last = end["said"].splitlines()[-1]
-    assert last.startswith(f"{other}: error: lost contact with another process (")
-    assert "Traceback" not in end["said"]
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(start, complete, whole, tmp_path):
+    """Again and again; each run that gets to its end equals the uninterrupted one, and so does its copy."""
+    rng, kills, runs = random.Random(0), 0, 0
+    moments = cycle(["save", "step", "evaluation", "half of a save", "end of a step", "check of a save", "start"])
+    while kills < KILLS or not runs:
+        run, store = tmp_path / str(runs) / "run", tmp_path / str(runs) / "store"
+        harm = (0, next(moments), rng.randint(1, 3), partial(die_within, 0.05 * rng.random()))
+        begun = start(run, "--checkpoint-url", f"file://{store}", harm=[harm])
+        (code,) = begun.wait()
+        seen(run)
+        for meta in store.glob("step-*/meta.json"):
+            verify(meta.parent)  # a copy that has its list is whole
+        if code == -signal.SIGALRM:
+            kills += 1
+            continue
+        assert code == 0, begun.output()
+        runs += 1
+        assert differences(run, whole) == [], begun.output()
+        copy = Mirror(f"file://{store}", read_json(run / "latentae.json")["inputs"], 1).newest(run.with_name("copy"))
+        assert all((copy / file.name).read_bytes() == file.read_bytes() for file in find_checkpoint(run).iterdir())
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(worked):
-    end = worked["lose"]["SIGTERM 1"]
-    assert end["codes"] == [75, 75]
-    assert end["step"] >= 3
-    assert worked["lose"]["differences"] == [], "and the run ends like the uninterrupted one of two processes"
+def test_a_signal_is_answered_from_every_phase_and_the_run_ends_bitwise_like_the_uninterrupted_one(
+    start, complete, whole, tmp_path
+):
+    run = tmp_path / "run"
+    for phase, name, code, images in (
+        ("start", "SIGTERM", 75, 0),
+        ("start", "SIGINT", 130, 0),
+        ("step", "SIGINT", 130, 4),
+        ("step", "SIGUSR1", 75, 8),
+        ("evaluation", "SIGTERM", 75, 16),
+        ("evaluation", "SIGINT", 130, 24),
+        ("save", "SIGUSR1", 75, 32),
+    ):
+        stopped = start(run, harm=[(0, phase, 1, send(name))])
+        assert stopped.wait() == [code], stopped.output()
+        last = stopped.output().splitlines()[-1]
+        if phase == "start":
+            assert last == f"latentae: error: stopped by {name} before the first step; the same command goes on"
+        else:
+            assert last == f"latentae: error: stopped after {images} images; the same command goes on from there"
+        assert seen(run) == images, "what was done is saved, and no more is done"
+    assert differences(complete(run), whole) == []
 
 
-def test_a_step_that_one_process_finds_bad_is_left_out_on_all(worked):
-    assert worked["lose"]["bad_step"] == [0, 0]
-    assert worked["lose"]["skipped"] == 1
+@pytest.mark.parametrize("full", ["autoencoder.safetensors", "optimizers.pt"])
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on_after(full, start, complete, whole, tmp_path):
+    run, size = tmp_path / "run", (find_checkpoint(whole) / full).stat().st_size
+    stopped = start(run, harm=[(0, "save", 3, partial(fill, size - 1))])
+    assert stopped.wait() == [1]
+    *before, last = stopped.output().splitlines()
+    assert last.startswith("latentae: error: could not write "), stopped.output()
+    assert last.endswith(": File too large; free the space or choose another folder")
+    assert not any("error" in line.lower() or "Traceback" in line for line in before)
+    assert seen(run) == 16
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000002", "step-00000004"], "nothing that looks like a checkpoint"
+    assert differences(complete(run), whole) == []
+
+
+def test_what_happens_to_one_of_two_processes_happens_to_both(start, complete, tmp_path):
+    whole = complete(tmp_path / "whole" / "run", processes=2)
+    run = tmp_path / "two" / "run"
+    for victim, name, codes in ((1, "SIGKILL", [1, -9]), (0, "SIGKILL", [-9, 1]), (1, "SIGTERM", [75, 75])):
+        pair = start(run, processes=2, harm=[(victim, "step", 3, send(name))])
+        assert pair.wait() == codes, pair.output() + pair.output(1)
+        said = pair.output(1 - victim)
+        if name == "SIGKILL":
+            who = "latentae" if victim else "latentae (rank 1)"
+            assert said.splitlines()[-1].startswith(f"{who}: error: lost contact with another process (")
+            assert "Traceback" not in said
+    assert seen(run) == 8 + 8 + 12, "a signal to one stops both at the same step"
+    assert differences(complete(run, processes=2), whole) == []
+
+
+def test_a_step_that_one_process_finds_bad_is_left_out_on_all(complete, tmp_path):
+    run = complete(tmp_path / "run", processes=2, harm=[(1, "step", 3, spoil)])
+    assert read_state(find_checkpoint(run)).skipped == 1
 
 
 @pytest.fixture
@@ -126,14 +262,14 @@ def poisoned(monkeypatch):
     """Makes the images of some steps no numbers."""
 
     def poison(*bad):
-        update, to_float, step = steps.Trainer.update, steps.to_float, [0]
+        update = steps.Trainer.update
 
-        def counted(self, *arguments):
-            step[0] = self.state.step
+        def poisoned_update(self, *arguments):
+            if self.state.step in bad:
+                spoil()
             return update(self, *arguments)
 
-        monkeypatch.setattr(steps.Trainer, "update", counted)
-        monkeypatch.setattr(steps, "to_float", lambda images: to_float(images) * (float("nan") if step[0] in bad else 1.0))
+        monkeypatch.setattr(steps.Trainer, "update", poisoned_update)
 
     return poison
 

@@ -1,50 +1,66 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
+import signal
 import sys
-from pathlib import Path
+import time
+from datetime import timedelta
 
 import pytest
+import torch
+from forked import Processes
 
-from latentae.errors import TrainingError
+from latentae.errors import LatentAEError, TrainingError
+from latentae.training import launch
 from latentae.training.launch import agree, build_accelerator, close_accelerator, in_contact, on_main
 
-WORKER = Path(__file__).with_name("peer_worker.py")
+
+def refuse() -> None:
+    raise TrainingError("refused on the first")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start(rank: int, port: int, how: str) -> subprocess.Popen[str]:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
-@pytest.mark.parametrize("how", ["killed", "exits", "silent", "bug"])
-def test_a_process_that_is_gone_ends_the_others_with_one_line(how):
-    port = free_port()
-    first, second = (start(rank, port, how) for rank in range(2))
+def peer(how: str) -> None:
+    """One of two processes, of which the second one fails in the way asked for; the first prints how it ended."""
+    if how == "silent":
+        launch.TIMEOUT = timedelta(seconds=5)
+    accelerator = build_accelerator("fp32")
+    first = accelerator.is_main_process
+    flags = agree(accelerator, False, first, not first, True)
+    assert flags == (False, True, True, True), flags
+    assert on_main(accelerator, lambda: accelerator.process_index) == 0
+    with pytest.raises(TrainingError, match="refused on the first"):
+        on_main(accelerator, refuse)
+    if not first:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "silent":
+            time.sleep(300)
+        return
     try:
-        out, error = first.communicate(timeout=60)
-        if how == "bug":
-            assert "RuntimeError: The size of tensor a (2) must match" in error, "a bug is not hidden behind the other's end"
-            return
-        assert first.returncode == 1, error
-        assert out.startswith("lost contact with another process ("), error
-        assert out.endswith("); see its own message; the run goes on from the last checkpoint with the same command\n")
-        assert out.count("\n") == 1
-    finally:
-        second.kill()
-        second.communicate()
+        with in_contact(accelerator):
+            if how == "bug":
+                torch.zeros(2) + torch.zeros(3)
+            while True:
+                agree(accelerator, False)
+    except LatentAEError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+
+
+@pytest.mark.parametrize("how", ["killed", "silent", "bug"])
+def test_a_process_that_is_gone_ends_the_others_with_one_line(how, tmp_path):
+    processes = Processes(tmp_path, peer, how, count=2)
+    first, second = processes.all
+    first.join(120)
+    second.kill()
+    said = processes.output()
+    assert processes.wait()[0] == 1, said
+    if how == "bug":
+        assert "RuntimeError: The size of tensor a (2) must match" in said, "a bug is not hidden behind the other's end"
+        return
+    assert said.startswith("lost contact with another process ("), said
+    assert said.endswith("); see its own message; the run goes on from the last checkpoint with the same command\n")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("key", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
@@ -57,20 +73,20 @@ def test_launchers_that_shard_a_model_are_refused_with_a_reason(key, name, monke
     close_accelerator(build_accelerator("fp32"))
 
 
-def test_a_process_alone_agrees_with_itself():
-    accelerator = build_accelerator("fp32")
-    try:
-        assert agree(accelerator, True, False) == (True, False)
-        assert on_main(accelerator, lambda: 3) == 3
-        with pytest.raises(RuntimeError, match="Connection closed by peer"), in_contact(accelerator):
-            raise RuntimeError("[gloo/transport] Connection closed by peer")  # there is none
-    finally:
-        close_accelerator(accelerator)
+def test_a_process_alone_agrees_with_itself(accelerator):
+    assert agree(accelerator, True, False) == (True, False)
+    assert on_main(accelerator, lambda: 3) == 3
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), in_contact(accelerator):
+        raise RuntimeError("[gloo/transport] Connection closed by peer")  # there is none
 
 
-def test_processes_that_do_not_find_each_other_are_refused():
-    code = "from latentae.training.launch import build_accelerator; build_accelerator('fp32')"
-    environment = {**os.environ, "WORLD_SIZE": "2"}  # but neither rank nor address, as a launcher of another kind would leave it
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    assert "TrainingError: the launcher's environment does not say how 2 processes meet (" in done.stderr
-    assert "start with `accelerate launch -m latentae train ...`" in done.stderr
+def start_alone() -> None:
+    os.environ["WORLD_SIZE"] = "2"  # but neither rank nor address, as a launcher of another kind would leave it
+    build_accelerator("fp32")
+
+
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path):
+    processes = Processes(tmp_path, start_alone)
+    assert processes.wait() == [1]
+    assert "TrainingError: the launcher's environment does not say how 2 processes meet (" in processes.output()
+    assert "start with `accelerate launch -m latentae train ...`" in processes.output()

@@ -43,12 +43,9 @@ def test_each_phase_is_the_recipe_with_its_own_values(two):
     assert (first.description, second.description) == ("small", "phase 2")
     assert first.seed != second.seed, "the same crops in the same order would come again"
     assert first.loss.adversarial.weight == 0
+    alone = load_recipe("tiny-cpu")
+    assert alone.phase_recipes() == (alone,), "a recipe without phases is its own phase"
     assert second.loss.adversarial.weight == 0.5
-
-
-def test_a_recipe_without_phases_is_its_own_phase():
-    recipe = load_recipe("tiny-cpu")
-    assert recipe.phase_recipes() == (recipe,)
 
 
 def test_an_option_of_one_phase_can_be_replaced(two):
@@ -91,17 +88,18 @@ def test_the_shape_of_given_weights_needs_them():
 def test_identity_leaves_out_what_does_not_decide_the_weights(two):
     base = load_recipe(two)
     same = {"compile": True, "gradient_accumulation": 2, "model.gradient_checkpointing": True, "failure.max_rollbacks": 9}
-    same |= {"checkpoint_url": "memory://x", "data.workers": 3, "log.wandb": "project"}
+    same |= {"checkpoint_url": "memory://x", "data.workers": 3, "log.wandb": "project", "log.validation_images": 3}
+    same |= {"checkpoint_every_images": 7}
     assert load_recipe(two, same).identity() == base.identity()
     for other in ({"seed": 1}, {"phases.1.images": 51}, {"loss.l1": 2}, {"model.latent_noise": 1.0}):
         assert load_recipe(two, other).identity() != base.identity(), other
 
 
 def test_config_says_what_each_phase_amounts_to(two):
-    text = config(two)
-    assert Recipe(**tomllib.loads(text)) == load_recipe(two)
+    text = config(two, optimizer={"lr": 0.5})
+    assert Recipe(**tomllib.loads(text)) == load_recipe(two, {"optimizer.lr": 0.5})
     head = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
-    assert head == describe_phases(load_recipe(two))
+    assert head == describe_phases(load_recipe(two, {"optimizer.lr": 0.5}))
     said = "\n".join(head)
     assert 'phase 0 "small": 100 images = 13 steps of 8, 32 px' in said
     assert 'phase 1 "phase 2": 50 images = 13 steps of 4, 64 px' in said

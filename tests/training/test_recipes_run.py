@@ -1,4 +1,4 @@
-"""Every shipped recipe takes steps in every one of its phases: narrow, on small images, with networks that need no download."""
+"""Every shipped recipe takes a step in every one of its phases: narrow, on small images, with networks that need no download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderDCConfig, preset
-from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.recipe import load_recipe, shipped_recipes
 from latentae.training.steps import Trainer
 
@@ -52,25 +51,20 @@ def named(phase):
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_a_recipe_takes_steps_in_every_phase(name, tmp_path):
-    accelerator = build_accelerator("fp32")
-    try:
-        for phase in narrow(name, tmp_path / "begin"):
-            trainer = Trainer(phase, accelerator)
-            before = {k: v.clone() for k, v in trainer.raw_autoencoder.state_dict().items()}
-            channels = phase.data.channels
-            assert channels == trainer.raw_autoencoder.config.in_channels == trainer.raw_autoencoder.config.out_channels
-            images = torch.randint(0, 256, (2, channels, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-            for _ in range(2):
-                terms = trainer.update([images], report=True)
-            assert all(math.isfinite(value) for value in terms.values()), terms
-            assert trainer.state.skipped == 0
-            assert {f"loss/{name}" for name in named(phase)} <= terms.keys()
-            assert ("adversarial/ratio" in terms) == phase.loss.adversarial.adaptive
-            after = trainer.raw_autoencoder.state_dict()
-            moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
-            encoder = {"encoder", "quant_conv"} & before.keys() | {"encoder"}
-            assert bool(moved & encoder) == (phase.model.train in ("all", "encoder", "latent"))
-            accelerator.free_memory()
-    finally:
-        close_accelerator(accelerator)
+def test_a_recipe_takes_a_step_in_every_phase(name, tmp_path, accelerator):
+    for phase in narrow(name, tmp_path / "begin"):
+        trainer = Trainer(phase, accelerator)
+        before = {k: v.clone() for k, v in trainer.raw_autoencoder.state_dict().items()}
+        channels = phase.data.channels
+        assert channels == trainer.raw_autoencoder.config.in_channels == trainer.raw_autoencoder.config.out_channels
+        images = torch.randint(0, 256, (2, channels, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        terms = trainer.update([images], report=True)
+        assert all(math.isfinite(value) for value in terms.values()), terms
+        assert trainer.state.skipped == 0
+        assert {f"loss/{name}" for name in named(phase)} <= terms.keys()
+        assert ("adversarial/ratio" in terms) == phase.loss.adversarial.adaptive
+        after = trainer.raw_autoencoder.state_dict()
+        moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+        encoder = {"encoder", "quant_conv"} & before.keys() | {"encoder"}
+        assert bool(moved & encoder) == (phase.model.train in ("all", "encoder", "latent"))
+        accelerator.free_memory()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import types
 
 import pytest
 import torch
+from forked import Processes
 from PIL import Image
 
+from latentae import cli
 from latentae.errors import DataError, Interrupted, MissingDependencyError, RecipeError, TrainingError
 from latentae.training import rehearsal
 from latentae.training.recipe import Recipe
@@ -101,38 +102,27 @@ def test_the_checkpoint_is_as_large_as_foretold(phased, tmp_path):
     assert foretold < found < foretold + 150_000, "names and small files come on top of the numbers"
 
 
-def test_a_folder_of_indexes_gets_no_new_ones(small, own, tmp_path):
-    (tmp_path / "indexes").mkdir()
-    shutil.move(next((own / "second").glob("*.index")), tmp_path / "indexes")
+@pytest.mark.parametrize("data", ["indexes of their own", "images"])
+def test_neither_a_folder_of_indexes_nor_one_of_images_gets_new_files(data, small, own, tmp_path):
+    if data == "images":
+        for number in range(20):
+            (tmp_path / "photos" / f"album {number % 3}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "photos" / f"album {number % 3}" / f"{number}.png")
+        recipe = small(**{"data.shards": str(tmp_path / "photos")})
+    else:
+        (tmp_path / "indexes").mkdir()
+        shutil.move(next((own / "second").glob("*.index")), tmp_path / "indexes")
+        recipe = small(**{"data.shards": str(own / "second"), "data.index": str(tmp_path / "indexes")})
     before = listing(tmp_path)
-    recipe = small(**{"data.shards": str(own / "second"), "data.index": str(tmp_path / "indexes")})
     assert rehearse(recipe, seconds=0).parts[0].name == "all"
     assert listing(tmp_path) == before
-
-
-def test_a_folder_of_images_is_not_packed_beside_itself(small, tmp_path):
-    for number in range(20):
-        (tmp_path / "photos" / f"album {number % 3}").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "photos" / f"album {number % 3}" / f"{number}.png")
-    before = listing(tmp_path)
-    rehearse(small(**{"data.shards": str(tmp_path / "photos")}), seconds=0)
-    assert listing(tmp_path) == before
-
-
-class FakeClock:
-    """Seconds that pass only where the stand-ins say so."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture
 def staged(monkeypatch):
     """Steps of 1 s and, with the discriminator, 3 s (the first two much slower), 0.25 s of them waiting for data."""
-    clock = FakeClock()
+    clock = types.SimpleNamespace(now=100.0)  # it moves only where the stand-ins say so
+    clock.monotonic = lambda: clock.now
 
     class StandIn:
         def __init__(self, recipe, accelerator):
@@ -154,20 +144,31 @@ def staged(monkeypatch):
             clock.now += 0.25
             yield types.SimpleNamespace(images=torch.zeros(recipe.batch_size, 3, 4, 4))
 
+    class Measured:
+        def __init__(self, batches):
+            pass
+
+        def run(self, trainer):
+            clock.now += 3
+
+    def held_out(data, batch_size, limit):
+        return [types.SimpleNamespace(keys=("a", "b"))] if data.validation == "auto" else []
+
     monkeypatch.setattr(rehearsal, "time", clock)
     monkeypatch.setattr(rehearsal, "Trainer", StandIn)
     monkeypatch.setattr(rehearsal, "build_loader", loader)
     monkeypatch.setattr(rehearsal, "check_sizes", lambda recipe, trainer: None)
-    monkeypatch.setattr(rehearsal, "_borrowed", lambda data, folder: data)
-    monkeypatch.setattr(rehearsal, "_validation_seconds", lambda trainer: 100.0)
+    monkeypatch.setattr(rehearsal, "held_out_batches", held_out)
+    monkeypatch.setattr(rehearsal, "Validation", Measured)
 
 
 def test_phases_are_summed_with_their_shares(staged, phased):
-    result = rehearse(phased(), seconds=5)
+    result = rehearse(phased(**{"log.validation_images": 10, "log.validation_every_images": 30_000}), seconds=5)
     assert [part.seconds_a_step for part in result.parts] == [1.0, 3.0, 3.0]
     assert [part.images_per_second for part in result.parts] == pytest.approx([4, 4 / 3, 4 / 3])
     assert [part.data_wait for part in result.parts] == pytest.approx([0.25, 0.25 / 3, 0.25 / 3])
-    assert result.seconds == pytest.approx(60_000 / 4 + 40_000 / 4 * 3 + 50_000 / 4 * 3 + 2 * 100)
+    assert result.validation_seconds == pytest.approx((4 + 2) * 10 * 3 / 2)  # begun ones count; two images take 3 s
+    assert result.seconds == pytest.approx(60_000 / 4 + 40_000 / 4 * 3 + 50_000 / 4 * 3 + result.validation_seconds)
     assert result.checkpoint_bytes == 2 * (3 * 2 + 2) * 4
 
 
@@ -193,13 +194,12 @@ def test_the_speed_alone_counts_the_discriminator_from_the_start(staged, small):
 
 
 def test_the_speed_alone_is_that_of_real_steps(small):
-    assert 1 < measure_speed(small(), seconds=0.05) < 10_000
+    assert 0 < measure_speed(small(), seconds=0) < 100_000
 
 
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"data.shards": "nowhere"}, DataError, "nowhere"),
         ({"data.resolution": 30}, RecipeError, "use 28"),
         ({"batch_size": 100}, DataError, "one batch over all ranks takes 100"),
         ({"log.wandb": "mine"}, MissingDependencyError, "wandb"),
@@ -235,19 +235,21 @@ def test_a_signal_ends_it_and_leaves_nothing(small, monkeypatch):
         rehearse(small(), seconds=60)
 
 
+def dry_run(recipe, folder, temporary):
+    os.chdir(folder)
+    tempfile.tempdir = str(temporary)
+    cli.main(["train", str(recipe), "--dry-run"])
+
+
 def test_two_processes_measure_together_and_print_once(small, own, tmp_path, tmp_path_factory):
     (tmp_path / "work").mkdir()
-    recipe = small(**{"data.shards": str(own / "first"), "loss.adversarial.weight": 1.0})
+    recipe = small(**{"data.shards": str(own / "first"), "loss.adversarial.weight": 1.0, "loss.adversarial.channels": 4})
     (tmp_path / "recipe.toml").write_text(recipe.toml())
-    before = listing(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "latentae", "train"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "recipe.toml"), "--dry-run"],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path / "work",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path_factory.mktemp("other"))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the whole recipe:") == 1
-    assert "2 processes, CPU" in done.stdout
+    before, other = listing(tmp_path), tmp_path_factory.mktemp("other")
+    arguments = tmp_path / "recipe.toml", tmp_path / "work", other
+    processes = Processes(tmp_path_factory.mktemp("log"), dry_run, *arguments, count=2)
+    assert processes.wait() == [0, 0], processes.output() + processes.output(1)
+    assert "2 processes, CPU" in processes.output()
+    assert [processes.output(rank).count("the whole recipe:") for rank in range(2)] == [1, 0]
     assert listing(tmp_path) == before
-    assert not list(tmp_path_factory.getbasetemp().glob("other*/latentae-dry-run-*"))
+    assert not list(other.iterdir())

@@ -62,8 +62,8 @@ def test_where_nothing_can_be_lost_a_signal_ends_it_where_it_is(number):
         said = f"stopped by {signal.Signals(number).name} before the first step; the same command goes on"
         with pytest.raises(Interrupted, match=said), stop.at_once():
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            time.sleep(30)
-        assert time.monotonic() - started < 5
+            time.sleep(60)
+        assert time.monotonic() - started < 30
         with pytest.raises(Interrupted, match="before phase 1"), stop.at_once("before phase 1"):
             pytest.fail("began although it was to end")
 

@@ -12,15 +12,19 @@ import time
 
 import pytest
 import torch
+from forked import Processes
 from PIL import Image
 from safetensors.torch import load_file
 
 import latentae
-from latentae.errors import DataError, Interrupted, ModelError, OutputError, RecipeError, TrainingError
+from latentae import cli
+from latentae.errors import DataError, ModelError, OutputError, RecipeError, TrainingError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.training.checkpoint import find_checkpoint
 from latentae.training.networks import build_discriminator
 from latentae.training.recipe import Recipe
+
+GAME = {"loss.adversarial.weight": 0.1, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
 
 
 def weights(run):
@@ -50,60 +54,15 @@ def test_a_run_folder_has_everything_and_says_when_it_is_finished(small, tmp_pat
     assert weights(run) == before
 
 
-def test_an_interrupted_run_goes_on_bitwise(small, tmp_path):
-    latentae.train(small(), tmp_path / "whole")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(small().toml())
-    code = (
-        "import latentae, sys\n"
-        "from latentae.training import train\n"
-        "train = sys.modules['latentae.training.train']\n"
-        "old = train.save_checkpoint\n"
-        "def save(trainer, *rest):\n"
-        "    path = old(trainer, *rest)\n"
-        "    print(trainer.state.images_seen, flush=True)\n"
-        "    if trainer.state.images_seen == 8: sys.stdin.readline()\n"
-        "    return path\n"
-        "train.save_checkpoint = save\n"
-        f"latentae.train({str(recipe)!r}, {str(tmp_path / 'cut')!r})\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().strip() == "8"
-    process.kill()  # between two checkpoints, without warning
-    process.communicate()
-    latentae.train(small(), tmp_path / "cut")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    steps = [line["step"] for line in lines(tmp_path / "cut")]
-    assert steps == sorted(set(steps)), "lines of the lost steps are not kept twice"
-
-
-def test_a_run_goes_on_with_another_number_of_processes(small, tmp_path):
-    """The same batches and noise, so the same weights but for the order in which two processes add up."""
-    latentae.train(small(), tmp_path / "whole")
-    latentae.train(small(images=8), tmp_path / "begun")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(small(**{"data.workers": 1}).toml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "latentae", "train"]
-    command += [str(recipe), "--output", str(tmp_path / "on"), "--resume", str(tmp_path / "begun")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "at image 8 of 24" in done.stderr
-    found, expected = (load_file(find_checkpoint(tmp_path / name) / "autoencoder.safetensors") for name in ("on", "whole"))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-4, msg=name)
-
-
 def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(small(images=4000).toml())
     command = [sys.executable, "-m", "latentae", "train", str(recipe), "--output", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if find_checkpoint(tmp_path / "run"):
-            break
+    while not find_checkpoint(tmp_path / "run") and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=120)[1]
     assert process.returncode == 130, error
     assert "the same command goes on from there" in error
     assert "Traceback" not in error
@@ -112,8 +71,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path):
     assert str(step) in error
 
 
-def test_other_jobs_and_other_folders_are_refused(small, tmp_path):
-    latentae.train(small(), tmp_path / "run")
+def test_other_jobs_and_other_folders_are_refused(small, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
     with pytest.raises(OutputError, match=r"recipe.optimizer.lr is 0.003 there and 0.002 here"):
         latentae.train(small(**{"optimizer.lr": 2e-3}), tmp_path / "run")
     with pytest.raises(OutputError, match="--resume is never"):
@@ -125,9 +84,8 @@ def test_other_jobs_and_other_folders_are_refused(small, tmp_path):
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["holiday.txt"]
 
 
-def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path):
-    latentae.train(small(), tmp_path / "first")
-    latentae.train(small(images=32), tmp_path / "second", resume=tmp_path / "first")
+def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, whole_run, tmp_path):
+    latentae.train(small(images=32), tmp_path / "second", resume=whole_run)
     assert lines(tmp_path / "second")[0]["images"] == 28
     with pytest.raises(TrainingError, match="holds no checkpoint"):
         latentae.train(small(), tmp_path / "third", resume=tmp_path)
@@ -138,7 +96,6 @@ def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path
     ("overrides", "error", "message"),
     [
         ({"data.resolution": 30}, RecipeError, "not a multiple of the model's downsampling 4; use 28"),
-        ({"loss.adversarial.weight": 1}, None, ""),
         (
             {"loss.adversarial.weight": 1, "loss.adversarial.layers": 4},
             RecipeError,
@@ -150,43 +107,62 @@ def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, tmp_path
     ],
 )
 def test_what_can_not_work_is_said_before_anything_is_written(small, tmp_path, overrides, error, message):
-    if error is None:
-        latentae.train(small(**overrides, images=4), tmp_path / "run")
-        return
     with pytest.raises(error, match=message) as caught:
         latentae.train(small(**overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_no_data_option_is_named(small, tmp_path):
-    recipe = small()
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"shards": None})})
+def test_no_data_option_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"--data\.shards"):
-        latentae.train(recipe, tmp_path / "run")
+        latentae.train("tiny-cpu", tmp_path / "run")
 
 
 def test_training_straight_from_a_folder_of_images(small, tmp_path):
-    for index in range(6):
-        Image.effect_noise((40, 40), 50 + index).convert("RGB").save(tmp_path / f"{index}.png")
     folder = tmp_path / "images"
     folder.mkdir()
-    for file in tmp_path.glob("*.png"):
-        file.rename(folder / file.name)
-    latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
-    assert (tmp_path / "run-shards" / "000000.tar").is_file()
-    latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
+    for index in range(6):
+        Image.effect_noise((40, 40), 50 + index).convert("RGB").save(folder / f"{index}.png")
+    for _ in range(2):
+        latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
+        assert (tmp_path / "run-shards" / "000000.tar").is_file()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"neither \.tar shards nor images"):
         latentae.train(small(**{"data.shards": str(tmp_path / "empty")}), tmp_path / "other")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_write_one_run(launcher, small, tmp_path):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        small(batch_size=8, **{"data.validation": "auto", "loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}).toml()
+def command_line(*words):
+    cli.main(list(words))
+
+
+def test_two_processes_go_on_with_the_run_of_one(small, tmp_path):
+    """The same batches and noise, so the same weights but for the order in which two processes add up."""
+    options = {"data.validation": "auto", "data.validation_fraction": 0.2, **GAME}
+    whole = latentae.train(small(keep_checkpoints=9, **options), tmp_path / "whole")
+    begun = whole / "checkpoints" / "step-00000002"
+    recipe, run = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text(small(**options).toml())
+    processes = Processes(
+        tmp_path, command_line, "train", str(recipe), "--output", str(run), "--resume", str(begun), "--data.workers", "1", count=2
     )
+    assert processes.wait() == [0, 0], processes.output() + processes.output(1)
+    said = processes.output()
+    assert "2 process(es)" in said
+    assert (said + processes.output(1)).count("model: ") == 1
+    assert "at image 8 of 24" in said
+    assert [line["images"] for line in lines(run) if "loss/total" in line] == [12, 16, 20, 24]
+    folders = begun, find_checkpoint(run), find_checkpoint(whole)
+    start, found, expected = (load_file(folder / "autoencoder.safetensors") for folder in folders)
+    moved = sum((expected[name] - start[name]).square().sum() for name in start).sqrt()
+    apart = sum((expected[name] - found[name]).square().sum() for name in start).sqrt()
+    assert apart < 0.05 * moved, "other batches or other noise would lead elsewhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small(images=8).toml())
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
@@ -198,25 +174,19 @@ def test_two_processes_write_one_run(launcher, small, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stderr
     assert done.stderr.count("model: ") == 1
-    images = [line["images"] for line in lines(tmp_path / "run") if "loss/total" in line]
-    assert images == sorted(set(images))
-    assert load_file(find_checkpoint(tmp_path / "run") / "ema.safetensors")
+    assert [line["images"] for line in lines(tmp_path / "run")] == [4, 8]
 
 
 def test_an_error_of_the_first_process_ends_all(small, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(small(**{"data.shards": str(tmp_path / "nowhere")}).toml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "latentae", "train", str(recipe), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "latentae: error: no shard" in done.stderr
+    processes = Processes(tmp_path, command_line, "train", str(recipe), "--output", str(tmp_path / "run"), count=2)
+    assert processes.wait() == [1, 1]
+    assert "latentae: error: no shard" in processes.output()
 
 
 def test_bf16_trains_and_keeps_fp32_weights(small, tmp_path):
-    run = latentae.train(
-        small(precision="bf16", **{"loss.adversarial.weight": 0.1, "loss.adversarial.layers": 2}), tmp_path / "run"
-    )
+    run = latentae.train(small(precision="bf16", images=8, **GAME), tmp_path / "run")
     state = load_file(find_checkpoint(run) / "autoencoder.safetensors")
     assert {str(v.dtype) for v in state.values()} == {"torch.float32"}
     assert all(line["loss/total"] < 10 for line in lines(run))
@@ -234,97 +204,57 @@ PHASES = [
 ]
 
 
-def phased(small, **overrides):
-    return Recipe(**{**small(**overrides).model_dump(mode="json", exclude={"images", "phases"}), "phases": PHASES})
+@pytest.fixture(scope="module")
+def phased(small):
+    recipe = small(keep_checkpoints=99, checkpoint_every_images=4)
+    return Recipe(**{**recipe.model_dump(mode="json", exclude={"images", "phases"}), "phases": PHASES})
 
 
-def test_phases_follow_each_other_on_the_same_weights(small, tmp_path, capsys):
-    recipe = phased(small, keep_checkpoints=9)
-    assert recipe.images == 24
-    run = latentae.train(recipe, tmp_path / "run")
-    said = capsys.readouterr().err
-    assert 'phase 0 "small": 12 images = 3 steps of 4, 16 px' in said
-    assert "phase 1 of 2" in said
-    state = json.loads((find_checkpoint(run) / "state.json").read_text())
+@pytest.fixture(scope="module")
+def phased_run(phased, tmp_path_factory):
+    return latentae.train(phased, tmp_path_factory.mktemp("phases") / "run")
+
+
+def test_phases_follow_each_other_on_the_same_weights(phased_run):
+    state = json.loads((find_checkpoint(phased_run) / "state.json").read_text())
     assert (state["phase"], state["phase_images"], state["images_seen"], state["step"]) == (1, 12, 24, 6)
-    first = AutoencoderKL.from_pretrained(run / "checkpoints" / "step-00000003", weights="raw")
-    last = AutoencoderKL.from_pretrained(run, weights="raw")
+    first = AutoencoderKL.from_pretrained(phased_run / "checkpoints" / "step-00000003", weights="raw")
+    last = AutoencoderKL.from_pretrained(phased_run, weights="raw")
     for name, value in last.state_dict().items():
         same = torch.equal(value, first.state_dict()[name])
         assert same == name.startswith(("encoder", "quant_conv")), f"the second phase trains the decoder alone: {name}"
 
 
-@pytest.mark.parametrize("stop_at", [8, 12, 16, 20])
-def test_a_run_cut_inside_or_between_phases_goes_on_bitwise(stop_at, small, tmp_path, monkeypatch):
-    recipe = phased(small, checkpoint_every_images=4)
-    whole = latentae.train(recipe, tmp_path / "whole")
-    module = sys.modules["latentae.training.train"]
-    save = module.save_checkpoint
-
-    def cut(trainer, *rest):
-        save(trainer, *rest)
-        if trainer.state.images_seen == stop_at:
-            raise Interrupted("cut")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "save_checkpoint", cut)
-        with pytest.raises(Interrupted):
-            latentae.train(recipe, tmp_path / "cut")
-    latentae.train(recipe, tmp_path / "cut")
-    assert weights(tmp_path / "cut") == weights(whole)
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_run_cut_inside_or_between_phases_goes_on_bitwise(step, phased, phased_run, tmp_path, capsys):
+    checkpoint = phased_run / "checkpoints" / f"step-{step:08}"
+    assert weights(latentae.train(phased, tmp_path / "on", resume=checkpoint)) == weights(phased_run)
+    said = capsys.readouterr().err
+    assert 'phase 0 "small": 12 images = 3 steps of 4, 16 px' in said
+    assert ("phase 1 of 2" in said) == (step == 2), "said as it begins"
 
 
-def test_training_begins_with_given_weights(small, tmp_path):
-    first = latentae.train(small(), tmp_path / "first")
+def test_training_begins_with_given_weights(small, whole_run, tmp_path):
     exported = tmp_path / "exported"
-    AutoencoderKL.from_pretrained(first).save_pretrained(exported)
-    tuned = latentae.train(
-        small(**{"model.preset": "init", "model.train": "decoder", "loss.kl": 0.0}), tmp_path / "tuned", init_from=exported
-    )
-    a, b = AutoencoderKL.from_pretrained(first), AutoencoderKL.from_pretrained(tuned)
+    AutoencoderKL.from_pretrained(whole_run).save_pretrained(exported)
+    recipe = small(images=8, **{"model.preset": "init", "model.train": "decoder", "loss.kl": 0.0})
+    tuned = latentae.train(recipe, tmp_path / "tuned", init_from=exported)
+    a, b = AutoencoderKL.from_pretrained(whole_run), AutoencoderKL.from_pretrained(tuned)
     changed = {name.split(".")[0] for name, value in a.state_dict().items() if not torch.equal(value, b.state_dict()[name])}
     assert changed == {"post_quant_conv", "decoder"}
     with pytest.raises(OutputError, match="init_fingerprint"):  # the same command with other weights is another job
         AutoencoderKL.from_pretrained(tuned).save_pretrained(exported)
-        latentae.train(
-            small(**{"model.preset": "init", "model.train": "decoder", "loss.kl": 0.0}), tmp_path / "tuned", init_from=exported
-        )
+        latentae.train(recipe, tmp_path / "tuned", init_from=exported)
 
 
 def test_a_discriminator_comes_along_if_it_fits(small, tmp_path):
-    game = {"loss.adversarial.weight": 0.1, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
-    first = latentae.train(small(**game), tmp_path / "first")
+    first = latentae.train(small(images=4, **GAME), tmp_path / "first")
     stored = load_file(find_checkpoint(first) / "discriminator.safetensors")
     for choice, same in (("auto", True), ("yes", True), ("no", False)):
-        recipe = small(**game, **{"model.init_from": str(first), "model.init_discriminator": choice})
+        recipe = small(**GAME, **{"model.init_from": str(first), "model.init_discriminator": choice})
         network = build_discriminator(recipe).state_dict()
         assert all(torch.equal(network[name], value) for name, value in stored.items()) == same, choice
-    other = small(**{**game, "loss.adversarial.channels": 12, "model.init_from": str(first)})
-    assert build_discriminator(other) is not None
+    other = {**GAME, "loss.adversarial.channels": 12, "model.init_from": str(first)}
+    assert build_discriminator(small(**other)) is not None
     with pytest.raises(ModelError, match="init-discriminator no starts a new one"):
-        build_discriminator(
-            small(**{**game, "loss.adversarial.channels": 12, "model.init_from": str(first), "model.init_discriminator": "yes"})
-        )
-
-
-def test_a_lost_run_folder_is_fetched_back_from_its_copy(small, tmp_path):
-    whole = latentae.train(small(), tmp_path / "whole")
-    url = f"file://{tmp_path}/bucket/run"
-    short = small(checkpoint_url=url)
-    module = sys.modules["latentae.training.train"]
-    save = module.save_checkpoint
-
-    def cut(trainer, *rest):
-        save(trainer, *rest)
-        if trainer.state.images_seen == 16:
-            raise Interrupted("cut")
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "save_checkpoint", cut)
-        with pytest.raises(Interrupted):
-            latentae.train(short, tmp_path / "lost")
-    shutil.rmtree(tmp_path / "lost")
-    latentae.train(short, tmp_path / "elsewhere")
-    assert weights(tmp_path / "elsewhere") == weights(whole)
-    with pytest.raises(OutputError, match=r"holds checkpoints of another run: recipe\.seed"):
-        latentae.train(small(checkpoint_url=url, seed=3), tmp_path / "other")
+        build_discriminator(small(**other, **{"model.init_discriminator": "yes"}))
