@@ -1,18 +1,19 @@
-"""The Ray engine on a local cluster of two workers. The driver runs in a process of its own: Ray changes the one it is in."""
+"""The Ray engine, on one worker in this process and on a real cluster of two: its driver has a process of its own, which Ray changes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from latentae import encode
-from latentae.encoding import ray_engine
-from latentae.errors import MissingDependencyError, OutputError, ShardError
+from latentae.encoding.encoders import ModelEncoder
+from latentae.errors import LatentAEError, MissingDependencyError, ModelError, OutputError
 
 DRIVER = Path(__file__).with_name("ray_worker.py")
 OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "engine": "ray"}
@@ -58,25 +59,71 @@ def test_an_error_of_a_worker_ends_the_run_and_the_next_one_goes_on(model, photo
     assert snapshot(out) == snapshot(encoded)
 
 
-def test_without_ray_one_line_says_what_to_install(model, photos, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'latentae\[ray\]'"):
+class FakeRay(types.ModuleType):
+    """As much of Ray as the engine uses, on one worker in this process; `answer` changes what the worker says of a shard."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.data = types.ModuleType("ray.data")
+        self.data.from_items = lambda rows, **_: FakeRows(self, rows)
+        self.data.DataContext = types.SimpleNamespace(get_current=types.SimpleNamespace)
+        self.data.ActorPoolStrategy = types.SimpleNamespace
+        self.exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
+        self.resources, self.answer = {"CPU": 64.0}, dict
+        self.is_initialized = lambda: True
+        self.cluster_resources = lambda: self.resources
+
+
+class FakeRows:
+    def __init__(self, ray: FakeRay, rows) -> None:
+        self.ray, self.rows = ray, rows
+
+    def map(self, worker, *, fn_constructor_args, **_):
+        call = worker(*fn_constructor_args)
+        return FakeRows(self.ray, (self.ray.answer(call(row)) for row in self.rows))
+
+    def iter_rows(self):
+        return iter(self.rows)
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.data", fake.data)
+    return fake
+
+
+@pytest.mark.usefixtures("fake_ray")
+def test_a_worker_writes_what_the_local_engine_does(encoded, model, photos, snapshot, tmp_path):
+    assert encode(model, photos, tmp_path / "out", **OPTIONS)["finished"]
+    assert snapshot(tmp_path / "out") == snapshot(encoded)
+
+
+def test_an_error_comes_back_as_the_class_it_was(fake_ray, model, photos, tmp_path, monkeypatch):
+    def broken(self, images):
+        raise ModelError("the model broke")
+
+    monkeypatch.setattr(ModelEncoder, "__call__", broken)
+    with pytest.raises(ModelError, match="the model broke"):
+        encode(model, photos, tmp_path / "out", **OPTIONS)
+    fake_ray.answer = lambda row: {**row, "kind": "Unheard", "error": "of"}
+    with pytest.raises(LatentAEError, match="of") as caught:
+        encode(model, photos, tmp_path / "out", **OPTIONS)
+    assert type(caught.value) is LatentAEError
+
+    def died(row):
+        raise fake_ray.exceptions.RayError("a long story\n  the node died\n")
+
+    fake_ray.answer = died
+    with pytest.raises(OutputError, match=r"could not go on \(the node died\)"):
         encode(model, photos, tmp_path / "out", **OPTIONS)
 
 
-def test_an_error_comes_back_as_the_class_it_was():
-    assert isinstance(ray_engine._rebuilt("ShardError", "damaged"), ShardError)
-    assert type(ray_engine._rebuilt("Unheard", "of")).__name__ == "LatentAEError"
-
-
-def test_a_cluster_without_room_is_refused(model, photos, tmp_path):
-    class Small:
-        @staticmethod
-        def cluster_resources() -> dict[str, float]:
-            return {"CPU": 0.0}
-
-    from latentae.encoding.encode import prepare
-
-    work = prepare(model, photos, tmp_path / "out", device="cpu")
-    with pytest.raises(OutputError, match="no room for a worker"):
-        ray_engine._workers(Small, work)
+def test_without_ray_or_without_room_one_line_says_what_to_do(fake_ray, model, photos, tmp_path, monkeypatch):
+    fake_ray.resources = {"CPU": 0.0}
+    with pytest.raises(OutputError, match="no room for a worker, which takes num_cpus"):
+        encode(model, photos, tmp_path / "out", **OPTIONS)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'latentae\[ray\]'"):
+        encode(model, photos, tmp_path / "out", **OPTIONS)
