@@ -138,7 +138,8 @@ for line in sys.stdin:
         os.environ["PYTHONPATH"] = folder + os.pathsep + folder + "/kernels"
         os.dup2(os.open(folder + "/log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
-        os._exit(int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore:Module already imported"]
+        os._exit(int(pytest.main([*options, *tests])))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
