@@ -88,9 +88,10 @@ def autoencoder() -> AutoencoderKL:
 @pytest.mark.parametrize(("backend", "checkpointing"), [("auto", False), ("auto", True), ("triton", False)])
 def test_the_autoencoders_encoder_has_the_right_second_derivative(autoencoder, backend, checkpointing):
     """On native operators, recomputed blocks and the fused kernels alike (attention included)."""
-    f = autoencoder.config.downsampling
-    x = torch.rand(2, 3, 2 * f, 2 * f, dtype=torch.float64) * 2 - 1
-    probes = torch.randn(1, *autoencoder.encode(x).mean.shape, dtype=torch.float64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU the kernels are interpreted
+    autoencoder, f = autoencoder.to(device), autoencoder.config.downsampling
+    x = torch.rand(2, 3, 2 * f, 2 * f, dtype=torch.float64, device=device) * 2 - 1
+    probes = torch.randn(1, *autoencoder.encode(x).mean.shape, dtype=torch.float64, device=device)
     parameters = [*autoencoder.encoder.parameters()]
     directions = [torch.randn_like(p) for p in parameters]
     assert len(autoencoder.encoder.mid_block.attentions) == 1
@@ -115,33 +116,3 @@ def test_the_autoencoders_encoder_has_the_right_second_derivative(autoencoder, b
     assert sum(g is not None for g in gradients) > len(parameters) / 2
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
     torch.testing.assert_close(slope, difference, rtol=1e-5, atol=0)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_fused_encoder_gives_the_penalty_of_plain_operators(autoencoder):
-    model = autoencoder.to("cuda")
-    f = model.config.downsampling
-    x = torch.rand(2, 3, 2 * f, 2 * f, dtype=torch.float64, device="cuda") * 2 - 1
-    probes = torch.randn(1, *model.encode(x).mean.shape, dtype=torch.float64, device="cuda")
-    found = []
-    for backend in ("triton", "torch"):
-        with use_backend(backend):
-            energy = frobenius(lambda images: model.encode(images).mean, x, probes).sum()
-            found.append([energy.detach(), *torch.autograd.grad(energy, [*model.encoder.parameters()], allow_unused=True)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
-    model.to("cpu")
-
-
-def test_fused_attention_is_switched_off_where_it_lacks_second_derivatives():
-    """Why `twice_differentiable` is around the encoder: single precision would take a kernel that can't be differentiated again."""
-    q = torch.randn(1, 1, 8, 16, requires_grad=True)
-
-    def attend(images):
-        return nn.functional.scaled_dot_product_attention(images, images, images)
-
-    energy = frobenius(attend, q.detach(), torch.randn(1, *q.shape))
-    assert energy.requires_grad
-    with twice_differentiable():
-        code = attend(q)
-    torch.autograd.grad(jacobian_energy(code, q, torch.ones(1, *q.shape)).sum(), q)

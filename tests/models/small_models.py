@@ -9,7 +9,8 @@ from torch import nn
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
-from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
+from latentae.models.config import PRESETS, AutoencoderDCConfig, AutoencoderKLConfig, preset
+from latentae.models.dc.autoencoder import AutoencoderDC
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 DC = {
@@ -37,6 +38,15 @@ def two_levels(name: str = "kl-f8", **overrides) -> AutoencoderKL:
     """An f2 model with every kind of layer, in fp64."""
     values = {"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides}
     return AutoencoderKL(preset(name, **values)).double()
+
+
+def build_dc(**changes) -> AutoencoderDC:
+    return AutoencoderDC(AutoencoderDCConfig(**{**DC, **changes}))
+
+
+def images_of(model: Autoencoder, side: int = 2) -> torch.Tensor:
+    """Two images whose latents are `side` x `side`."""
+    return torch.rand(2, 3, side * model.config.downsampling, side * model.config.downsampling) * 2 - 1
 
 
 def randomize_norms(model: nn.Module, spread: float = 0.3) -> nn.Module:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import DC, two_levels
+from small_models import build_dc, two_levels
 
 from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderDCConfig
-from latentae.models.dc.autoencoder import AutoencoderDC
 
 pytestmark = pytest.mark.slow  # tests/models/test_pending.py compiles one model in the fast set
 
@@ -38,7 +36,7 @@ def _fresh_compiler():
 
 
 def build(blocks: dict | None) -> Autoencoder:
-    return AutoencoderDC(AutoencoderDCConfig(**DC)) if blocks is None else two_levels(**blocks).float()
+    return build_dc() if blocks is None else two_levels(**blocks).float()
 
 
 def moments(model: Autoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

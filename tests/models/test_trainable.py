@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from latentae_kernels import use_backend
-from small_models import kept_bytes, narrow, two_levels
+from small_models import build_dc, images_of, kept_bytes, narrow, two_levels
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
@@ -21,40 +21,60 @@ PARTS = {
         "post_quant_conv.", "decoder.conv_in.", "decoder.mid_block.", "decoder.up_blocks.0.",
     ),
 }  # fmt: skip
+DC_PARTS = {
+    **PARTS,
+    "decoder-head": ("decoder.up_blocks.{fine}.", "decoder.norm_out.", "decoder.conv_out."),
+    "latent": (
+        "encoder.down_blocks.{last}.", "encoder.conv_out.", "encoder.conv_out_logvar.",
+        "decoder.conv_in.", "decoder.up_blocks.{last}.",
+    ),
+}  # fmt: skip
+EMPTY = {"encoder_layers_per_block": (0, 1, 0), "decoder_layers_per_block": (0, 1, 0)}
+# name -> how it is built, and its finest and coarsest levels with blocks
+MODELS = {
+    "kl-f16": (lambda: AutoencoderKL(narrow("kl-f16")), PARTS, 0, 4),
+    "tiny": (lambda: AutoencoderKL(narrow("tiny")), PARTS, 0, 2),
+    "dc": (build_dc, DC_PARTS, 0, 2),
+    "dc, a posterior": (lambda: build_dc(bottleneck="gaussian"), DC_PARTS, 0, 2),
+    "dc, empty ends": (lambda: build_dc(bottleneck="gaussian", **EMPTY), DC_PARTS, 1, 1),
+}
 
 
-def model(name: str = "kl-f8", **overrides) -> AutoencoderKL:
-    return AutoencoderKL(narrow(name, **overrides))
-
-
-def image(autoencoder: AutoencoderKL, factor: int = 2) -> torch.Tensor:
-    side = factor * autoencoder.config.downsampling
-    return torch.rand(2, 3, side, side) * 2 - 1
+def model(**overrides) -> AutoencoderKL:
+    return AutoencoderKL(narrow("kl-f8", layers_per_block=1, **overrides))
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", ["kl-f16", "tiny"])
+@pytest.mark.parametrize("name", MODELS)
 def test_each_parameter_of_the_part_learns_and_no_other_changes(name, part):
-    autoencoder = model(name)
+    build, parts, fine, last = MODELS[name]
+    autoencoder = build()
     select_trainable(autoencoder, part)
-    last = len(autoencoder.config.block_out_channels) - 1
-    inside = tuple(prefix.format(last=last) for prefix in PARTS[part])
+    inside = tuple(prefix.format(fine=fine, last=last) for prefix in parts[part])
     expected = {key for key, _ in autoencoder.named_parameters() if key.startswith(inside)}
     assert {key for key, p in autoencoder.named_parameters() if p.requires_grad} == expected
 
     before = copy.deepcopy(autoencoder.state_dict())
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=0.1, weight_decay=0.1)
-    autoencoder(image(autoencoder)).reconstruction.square().mean().backward()
+    autoencoder(images_of(autoencoder)).reconstruction.square().mean().backward()
     assert {key for key, p in autoencoder.named_parameters() if p.grad is not None} == expected
     optimizer.step()
     assert {key for key, p in autoencoder.state_dict().items() if not torch.equal(p, before[key])} == expected
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("quant", [True, False])
-def test_gradients_are_those_of_the_whole_model(part, quant):
-    autoencoder = model(layers_per_block=1, use_quant_conv=quant, use_post_quant_conv=quant).double()
-    x, noise = image(autoencoder).double(), torch.randn(2, 4, 2, 2, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "build",
+    [
+        model,
+        lambda: model(use_quant_conv=False, use_post_quant_conv=False),
+        lambda: build_dc(bottleneck="gaussian"),
+    ],
+    ids=["kl", "kl without 1x1", "dc"],
+)
+def test_gradients_are_those_of_the_whole_model(part, build):
+    autoencoder = build().double()
+    x, noise = images_of(autoencoder).double(), torch.randn(2, 4, 2, 2, dtype=torch.float64)
     autoencoder(x, noise).reconstruction.square().mean().backward()
     expected = {name: p.grad for name, p in autoencoder.named_parameters()}
     select_trainable(autoencoder, part)
@@ -79,10 +99,10 @@ def test_the_kernels_pass_on_what_a_frozen_level_leaves_to_add(part):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("part", ["decoder", "decoder-head"])
-def test_the_latent_is_that_of_inference(part):
-    autoencoder = model()
-    x = image(autoencoder)
+@pytest.mark.parametrize(("build", "part"), [(model, "decoder"), (model, "decoder-head"), (build_dc, "decoder-head")])
+def test_the_latent_is_that_of_inference(build, part):
+    autoencoder = build()
+    x = images_of(autoencoder)
     with torch.no_grad():
         expected = autoencoder.encode(x).mode()
     select_trainable(autoencoder, part)
@@ -93,7 +113,7 @@ def test_the_latent_is_that_of_inference(part):
 
 def test_frozen_layers_in_front_keep_nothing():
     autoencoder = model()
-    x = image(autoencoder, 8)
+    x = images_of(autoencoder, 8)
     kept = {}
     for part in PARTS:
         select_trainable(autoencoder, part)
@@ -106,7 +126,7 @@ def test_frozen_layers_in_front_keep_nothing():
 
 
 def test_parts_can_be_chosen_one_after_another_and_an_unknown_one_is_refused():
-    autoencoder = model("tiny")
+    autoencoder = model()
     for part in (*PARTS, "all"):
         select_trainable(autoencoder, part)
     assert all(p.requires_grad for p in autoencoder.parameters())
