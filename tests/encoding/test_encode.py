@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load as load_safetensors
 
 import latentae.encoding.encode as encode_module
@@ -257,28 +255,20 @@ def test_unreadable_images_are_left_out_and_recorded_up_to_a_share(model, jpeg, 
     }
 
 
-def test_a_sample_without_an_image_is_left_out_like_a_bad_one(model, jpeg, write_tar, tmp_path):
-    write_tar(tmp_path / "in/a.tar", {"x.jpg": jpeg(1, 40, 40), "words.txt": b"no image"})
-    with pytest.raises(ImageError, match="words"):
-        encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)
-    assert encode(model, tmp_path / "in", tmp_path / "out", max_bad_share=0.5, **OPTIONS)["skipped"] == 1
-
-
-def test_a_shard_of_bad_images_becomes_an_empty_one(model, jpeg, write_tar, read_tar, tmp_path):
+def test_a_shard_without_a_good_image_becomes_an_empty_one(model, jpeg, write_tar, read_tar, tmp_path):
     write_tar(tmp_path / "in/a.tar", {"x.jpg": jpeg(1, 40, 40)})
-    write_tar(tmp_path / "in/b.tar", {"y.jpg": b"", "z.png": b"no image"})
+    write_tar(tmp_path / "in/b.tar", {"y.jpg": b"", "words.txt": b"no image member", "z.png": b"no image"})
     summary = encode(model, tmp_path / "in", tmp_path / "out", max_bad_share=1, packed=True, **OPTIONS)
-    assert (summary["samples"], summary["skipped"], summary["finished"]) == (1, 2, True)
+    assert (summary["samples"], summary["skipped"], summary["finished"]) == (1, 3, True)
     assert read_tar(tmp_path / "out/b.tar") == {}
     record = read_json(tmp_path / "out/b.tar.done.json")
-    assert (record["input"]["samples"], record["output"]["samples"], record["packed"]) == (2, 0, [])
-    assert record["skipped"] == {"unreadable image": ["y", "z"]}
+    assert (record["input"]["samples"], record["output"]["samples"], record["packed"]) == (3, 0, [])
+    assert record["skipped"] == {"unreadable image": ["y", "words", "z"]}
 
 
-def test_latent_shards_are_no_input(encoded, model, photos, tmp_path):
-    encode(model, photos / "train-000.tar", tmp_path / "kept", keep_images=True, **OPTIONS)
+def test_latent_shards_are_no_input(kept, model, tmp_path):
     with pytest.raises(ShardError, match="already holds a latent"):
-        encode(model, tmp_path / "kept", tmp_path / "out", **OPTIONS)
+        encode(model, kept, tmp_path / "out", **OPTIONS)
 
 
 def test_output_may_not_be_the_input(model, photos, snapshot):
@@ -402,27 +392,12 @@ def test_a_disk_that_is_full_is_one_clear_line_and_nothing_is_lost(packed, model
         ({"task_id": 1}, RecipeError, "give both or neither"),
         ({"task_id": 3, "num_tasks": 3}, RecipeError, "expected 0 to 2"),
         ({"device": "abacus"}, RecipeError, "abacus"),
+        ({"shards": "nothing"}, ShardError, "nothing"),
+        ({"model": "nothing"}, ModelError, "nothing"),
     ],
 )
 def test_bad_options_make_no_output(options, error, message, model, photos, tmp_path):
+    arguments = {"model": model, "shards": photos, **OPTIONS, **options}
     with pytest.raises(error, match=message):
-        encode(model, photos, tmp_path / "out", **{**OPTIONS, **options})
+        encode(out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_input_makes_no_output(model, photos, tmp_path):
-    with pytest.raises(ShardError):
-        encode(model, tmp_path / "nothing", tmp_path / "out", **OPTIONS)
-    with pytest.raises(ModelError):
-        encode(tmp_path / "nothing", photos, tmp_path / "out", **OPTIONS)
-    assert not (tmp_path / "out").exists()
-
-
-def test_grayscale_and_transparent_images_encode(model, write_tar, tmp_path):
-    members = {}
-    for mode in ("L", "RGBA", "P", "I;16"):
-        buffer = io.BytesIO()
-        Image.new(mode, (40, 33)).save(buffer, "PNG")
-        members[f"{mode.replace(';', '')}.png"] = buffer.getvalue()
-    write_tar(tmp_path / "in/a.tar", members)
-    assert encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)["samples"] == 4

@@ -22,7 +22,6 @@ from torchvision.datasets import DatasetFolder
 from latentae.data.transforms import crop_to_bucket
 from latentae.encoding.formats import FORMATS, write
 from latentae.encoding.formats import lightningdit as lightningdit_module
-from latentae.encoding.latents import LatentDataset
 from latentae.errors import DataError, OutputError, RecipeError
 
 LABELLED = ("lightningdit", "edm2", "repa", "mar", "fastdit")
@@ -83,7 +82,7 @@ class LightningDiT:
         return ((latent - self.mean) / self.std).squeeze(0), label.squeeze(0)
 
 
-def test_lightningdit(latents, tmp_path):
+def test_lightningdit(latents, tmp_path, monkeypatch):
     folder, made = latents
     out = write("lightningdit", folder, tmp_path / "out")
     names = sorted(path.name for path in out.glob("latents*"))
@@ -103,13 +102,10 @@ def test_lightningdit(latents, tmp_path):
     statistics = json.loads((folder / "statistics.json").read_text())
     np.testing.assert_allclose(reader.mean.flatten(), statistics["latents_mean"], rtol=1e-6)
     np.testing.assert_allclose(reader.std.flatten(), statistics["latents_std"], rtol=1e-6)
-
-
-def test_lightningdit_cuts_large_shards(latents, tmp_path, monkeypatch):
-    monkeypatch.setattr(lightningdit_module, "FILE_SAMPLES", 2)
-    reader = LightningDiT(write("lightningdit", latents[0], tmp_path / "out"))
-    assert len(list((tmp_path / "out").glob("latents_rank*"))) == 3 + 4
-    assert [int(reader.item(index, "latents")[1]) for index in range(12)] == [one.label for one in latents[1]]
+    monkeypatch.setattr(lightningdit_module, "FILE_SAMPLES", 2)  # large shards are cut
+    reader = LightningDiT(write("lightningdit", folder, tmp_path / "cut"))
+    assert len(list((tmp_path / "cut").glob("latents_rank*"))) == 3 + 4
+    assert [int(reader.item(index, "latents")[1]) for index in range(12)] == [one.label for one in made]
 
 
 class Edm2:
@@ -276,11 +272,6 @@ def test_kohya(tmp_path, model, flip):
     assert abs(values.mean().item()) < 5 / values.numel() ** 0.5
 
 
-def test_kohya_wants_one_latent_for_eight_pixels(encoded, tmp_path):
-    with pytest.raises(OutputError, match="downsamples by 8"):
-        write("kohya", encoded, tmp_path / "out")
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_same_latents_same_bytes_packed_or_not_and_finished_once(folders, tmp_path, format, snapshot, capsys):
     plain, packed, _ = folders
@@ -312,13 +303,9 @@ def test_missing_labels(tmp_path):
     write("kohya", folder, tmp_path / "out")  # knows no labels
 
 
-def test_mar_refuses_labels_with_gaps(tmp_path):
-    made = [one for one in make_samples(9) if one.label != 1]
-    with pytest.raises(DataError, match="class 1"):
-        write("mar", write_output(tmp_path / "latents", {"a.tar": made}), tmp_path / "out")
-
-
-def test_what_a_layout_can_not_do_without_is_named(tmp_path):
+def test_what_a_layout_can_not_do_without_is_named(encoded, tmp_path):
+    with pytest.raises(OutputError, match="downsamples by 8"):
+        write("kohya", encoded, tmp_path / "out")
     bare = write_output(tmp_path / "bare", shards(flip=False))
     sizes = write_output(tmp_path / "sizes", shards(buckets=((32, 32), (16, 48)), images=True))
     empty = write_output(tmp_path / "empty", {"a.tar": []})
@@ -332,6 +319,9 @@ def test_what_a_layout_can_not_do_without_is_named(tmp_path):
             write(format, empty, tmp_path / "out")
     with pytest.raises(OutputError, match="--keep-images"):
         write("repa", bare, tmp_path / "out")
+    gap = write_output(tmp_path / "gap", {"a.tar": [one for one in make_samples(9) if one.label != 1]})
+    with pytest.raises(DataError, match="class 1"):
+        write("mar", gap, tmp_path / "out")
 
 
 def test_unknown_names(latents, tmp_path):
@@ -408,21 +398,3 @@ def test_two_at_once_do_no_harm_and_a_killed_one_is_gone_on_with(tmp_path, snaps
     assert "already finished" in done.stderr
     write("mar", folder, tmp_path / "killed")
     assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
-
-
-def test_real_latents_of_encode(model, photos, tmp_path, read_tar, write_tar):
-    """From images with labels to latents in the tar, to a trainer's layout."""
-    from latentae import encode
-
-    for path in sorted(photos.glob("*.tar")):
-        members = read_tar(path)
-        labels = {f"{name.removesuffix('.jpg')}.cls": b"%d" % (n % 2) for n, name in enumerate(members) if name.endswith(".jpg")}
-        write_tar(tmp_path / "labelled" / path.name, dict(sorted({**members, **labels}.items())))
-    encode(model, tmp_path / "labelled", tmp_path / "latents", dtype="bf16", keep_images=True, device="cpu")
-    dataset = LatentDataset(tmp_path / "latents")
-    reader = Repa(write("repa", tmp_path / "latents", tmp_path / "out"))
-    for index in range(12):
-        image, moments, label = reader.item(index)
-        assert image.shape == (3, 32, 32)
-        np.testing.assert_array_equal(moments[:3], dataset[index].mean.numpy())
-        assert label == dataset.labels[index]

@@ -77,10 +77,6 @@ def test_packed_or_not_and_in_whatever_type_the_same_is_read(output):
         assert torch.equal(dataset[index].mean, made[index].tensors["mean"].float())
         assert torch.equal(dataset.posterior(index, flip=True).logvar, made[index].tensors["logvar_flip"].float())
         assert dataset[index].mean.dtype == torch.float32
-
-
-def test_index_out_of_range(output):
-    dataset = LatentDataset(output[0])
     assert dataset[np.int64(-1)].key == dataset[14].key
     for index in (15, -16):
         with pytest.raises(IndexError):
@@ -143,14 +139,18 @@ def test_flips_are_keyed_and_come_half_of_the_time(even):
     assert 230 < flipped < 370  # of 600, 5.7 standard deviations
 
 
-def test_flips_that_are_not_stored(tmp_path):
+def test_what_is_not_stored_can_not_be_had(tmp_path):
     out = write_output(tmp_path / "out", {"a.tar": make_samples(2, flip=False)})
     with pytest.raises(OutputError, match="--flip"):
         LatentDataset(out, flip=True)
     assert not LatentDataset(out).flips
+    empty = write_output(tmp_path / "empty", {"a.tar": []})
+    assert len(LatentDataset(empty)) == 0
+    with pytest.raises(OutputError, match="do not vary"):
+        LatentDataset(empty, scaled=True)
 
 
-def test_scaled_latents_have_zero_mean_and_unit_variance(encoded, model):
+def test_scaled_latents_have_zero_mean_and_unit_variance(encoded, even, model):
     dataset, raw = LatentDataset(encoded, scaled=True), LatentDataset(encoded)
     means = torch.stack([item.mean for item in dataset]).double()
     noise = torch.stack([item.logvar for item in dataset]).double().exp()
@@ -160,9 +160,6 @@ def test_scaled_latents_have_zero_mean_and_unit_variance(encoded, model):
     sample = dataset[4].sample(torch.Generator().manual_seed(1))
     torch.testing.assert_close(dataset.unscale(sample), raw[4].sample(torch.Generator().manual_seed(1)), rtol=1e-5, atol=1e-5)
     assert AutoencoderKL.from_pretrained(model).decode(dataset.unscale(sample)[None]).shape == (1, 3, 32, 32)
-
-
-def test_scaled_samples_are_scaled_raw_samples(even):
     raw, scaled = (LatentDataset(even[0], sample=True, flip=True, scaled=s) for s in (False, True))
     for index in range(15):
         torch.testing.assert_close(scaled[index].latent, raw.scale(raw[index].latent), rtol=1e-5, atol=1e-5)
@@ -185,9 +182,6 @@ def test_workers_read_the_same(even, start):
         draws.append(torch.cat([latents for _, latents in batches]))
         assert torch.equal(draws[-1], torch.stack([dataset[i][1] for i in range(15)]))
     assert not torch.equal(*draws)
-
-
-def test_collated_labels(even):
     batch = next(iter(DataLoader(LatentDataset(even[0], sample=True), batch_size=15)))
     assert batch.label.tolist() == [one.label for one in even[1]]
     assert batch.latent.shape == (15, 4, 4, 4)
@@ -318,9 +312,10 @@ def test_damaged_shard_is_refused(encoded, tmp_path, damage):
         LatentDataset(out)
 
 
-def test_damaged_packed_file_is_refused(tmp_path):
-    out = write_output(tmp_path / "out", {"a.tar": make_samples(3), "b.tar": make_samples(3, 3)}, packed=True)
-    file, other = (out / f"{name}.latents-32x32.safetensors" for name in "ab")
+def test_damage_in_a_packed_file_and_under_an_open_data_set_is_refused(tmp_path):
+    made = {"a.tar": make_samples(3), "b.tar": make_samples(3, 3)}
+    out = write_output(tmp_path / "packed", made, packed=True)
+    file = out / "a.latents-32x32.safetensors"
     data = bytearray(file.read_bytes())
     file.write_bytes(data[:8] + b"#" + data[9:])
     with pytest.raises(ShardError, match=r"a\.latents-32x32"):
@@ -328,11 +323,7 @@ def test_damaged_packed_file_is_refused(tmp_path):
     file.unlink()
     with pytest.raises(ShardError, match=r"a\.tar"):
         LatentDataset(out)
-    assert other.exists()
-
-
-def test_shard_that_changes_under_an_open_data_set(tmp_path):
-    out = write_output(tmp_path / "out", {"a.tar": make_samples(4)})
+    out = write_output(tmp_path / "out", made)
     dataset = LatentDataset(out)
     data = (out / "a.tar").read_bytes()
     (out / "a.tar").write_bytes(data[512:] + bytes(512))
@@ -348,10 +339,3 @@ def test_first_format_is_still_read(tmp_path):
     old = {key: value for key, value in sidecar.items() if key not in new}
     (out / "a.tar.done.json").write_text(json.dumps({**old, "format_version": 1}))
     assert len(LatentDataset(out)) == 3
-
-
-def test_no_sample_at_all(tmp_path):
-    out = write_output(tmp_path / "out", {"a.tar": []})
-    assert len(LatentDataset(out)) == 0
-    with pytest.raises(OutputError, match="do not vary"):
-        LatentDataset(out, scaled=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save
 
@@ -141,8 +143,8 @@ def test_few_samples_wait_for_their_bucket(jpeg, write_tar, tmp_path):
     assert [size != (192, 192) for size in sizes].index(True) == samples.SPAN
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-def test_models_of_other_channels(channels, photos, tmp_path):
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_models_of_any_channels_take_images_of_any_kind(channels, write_tar, tmp_path):
     config = AutoencoderKLConfig(
         in_channels=channels,
         out_channels=channels,
@@ -155,7 +157,13 @@ def test_models_of_other_channels(channels, photos, tmp_path):
         sample_size=32,
     )
     AutoencoderKL(config).save_pretrained(tmp_path / "model")
-    assert encode(tmp_path / "model", photos, tmp_path / "out", **OPTIONS)["samples"] == 12
+    members = {}
+    for number, mode in enumerate(("L", "RGBA", "P", "I;16", "RGB")):
+        buffer = io.BytesIO()
+        Image.new(mode, (40, 33)).save(buffer, "PNG")
+        members[f"{number}.png"] = buffer.getvalue()
+    write_tar(tmp_path / "in/a.tar", members)
+    assert encode(tmp_path / "model", tmp_path / "in", tmp_path / "out", **OPTIONS)["samples"] == 5
 
 
 def test_shards_and_output_may_be_remote(model, photos, encoded, snapshot, tmp_path):
@@ -371,12 +379,14 @@ def test_another_trainers_layout_is_written_from_latents_that_have_what_it_needs
     for number in range(3):
         members |= {f"{number}.jpg": jpeg(number, 40, 40), f"{number}.cls": b"0"}
     write_tar(tmp_path / "in/a.tar", members)
-    summary = encode(model, tmp_path / "in", tmp_path / "out", format="mar", **OPTIONS)
-    assert summary["out"] == str(tmp_path / "out/mar")
-    assert len(list((tmp_path / "out/mar").rglob("*.npz"))) == 3
-    assert read_json(tmp_path / "out/latents/a.tar.done.json")["flip"] is True
-    encode(model, tmp_path / "in", tmp_path / "out", format="mar", **OPTIONS)
-    assert capsys.readouterr().err.count("already finished") == 2
+    for format, kind in (("mar", "npz"), ("repa", "png")):  # the one needs flips, the other images
+        out = tmp_path / format
+        summary = encode(model, tmp_path / "in", out, format=format, **OPTIONS)
+        assert summary["out"] == str(out / format)
+        assert len(list((out / format).rglob(f"*.{kind}"))) == 3
+        assert read_json(out / "latents/a.tar.done.json")["flip"] is (format == "mar")
+        encode(model, tmp_path / "in", out, format=format, **OPTIONS)
+        assert capsys.readouterr().err.count("already finished") == 2
     with pytest.raises(RecipeError, match="one size"):
         encode(model, tmp_path / "in", tmp_path / "other", format="mar", buckets="auto", **OPTIONS)
     write_tar(tmp_path / "unlabelled/a.tar", {"0.jpg": jpeg(0, 40, 40), "0.json": b'{"label": "cat"}'})
