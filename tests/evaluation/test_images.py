@@ -26,15 +26,12 @@ def test_a_grid_shows_every_pixel_of_every_image(sizes: list[tuple[int, int]], c
             assert int((grid[0] == value + index).sum()) == height * width
 
 
-def test_rows_stand_under_each_other():
+def test_rows_are_under_each_other_and_bad_grids_are_refused():
     grid = image_grid([[plain(1, 4, 6)], [plain(2, 4, 6)]], padding=2)
     assert grid.shape == (3, 2 + 4 + 2 + 4 + 2, 10)
     assert (grid[:, 2:6, 2:8] == 1).all()
     assert (grid[:, 8:12, 2:8] == 2).all()
     assert (grid[:, :2] == 255).all()
-
-
-def test_bad_grids_are_refused():
     with pytest.raises(ImageError, match="equally long"):
         image_grid([[plain(1, 2, 2)], []])
     with pytest.raises(ImageError, match="equally long"):

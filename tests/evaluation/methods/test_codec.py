@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pillow_files import channels_of, pillow_pixels
 
 from latentae.errors import ImageError
 from latentae.evaluation.methods.base import Method
@@ -18,10 +19,10 @@ from latentae.evaluation.methods.webp import WebP
 CODED = [(Jpeg(), 1), (Jpeg(), 3), (WebP(), 1), (WebP(), 3), (WebP(), 4)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(CODED), st.integers(0, 6000), st.integers(0, 5))
 def test_a_file_is_never_above_its_budget_and_decodes_to_what_it_says(
-    smooth_images, channels_of, pillow_pixels, coded: tuple[ImageCodec, int], budget: int, seed: int
+    smooth_images, coded: tuple[ImageCodec, int], budget: int, seed: int
 ):
     codec, channels = coded
     image = channels_of(smooth_images(1, 32, seed), channels)[0]
@@ -38,7 +39,7 @@ def test_a_file_is_never_above_its_budget_and_decodes_to_what_it_says(
 
 
 @pytest.mark.parametrize(("codec", "channels"), CODED)
-def test_of_all_variants_the_nearest_to_the_image_is_taken(smooth_images, channels_of, codec: ImageCodec, channels: int):
+def test_of_all_variants_the_nearest_to_the_image_is_taken(smooth_images, codec: ImageCodec, channels: int):
     for image in channels_of(smooth_images(3, 48), channels):
         best = codec.within(image, 1500)
         assert best is not None
@@ -51,17 +52,12 @@ def test_of_all_variants_the_nearest_to_the_image_is_taken(smooth_images, channe
 
 
 @pytest.mark.parametrize(("codec", "channels"), CODED)
-def test_as_a_method_each_image_has_its_own_budget(smooth_images, channels_of, codec: ImageCodec, channels: int):
+def test_as_a_method_each_image_has_its_own_budget(smooth_images, codec: ImageCodec, channels: int):
     method: Method = codec
     images = channels_of(smooth_images(4, 32), channels).contiguous(memory_format=torch.channels_last)
     made = method(images, [900, 10, 100_000, 1500])
-    assert made.images.shape == images.shape
-    assert made.images.dtype == torch.uint8
-    assert made.missing == {1}
-    assert math.isnan(made.numbers["bytes"][1])
-    assert math.isnan(made.numbers["quality"][1])
-    assert made.numbers["bytes"][0] <= 900
-    assert made.numbers["bytes"][3] <= 1500
+    assert (made.images.shape, made.images.dtype, made.missing) == (images.shape, torch.uint8, {1})
+    assert all(math.isnan(made.numbers[name][1]) for name in ("bytes", "quality"))
     assert made.numbers["quality"][2] == 100
     for row, budget in ((0, 900), (2, 100_000), (3, 1500)):
         alone = codec.within(images[row], budget)

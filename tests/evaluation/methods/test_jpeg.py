@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import ImageFile
+from pillow_files import pillow_file
 
 from latentae.evaluation.methods.jpeg import Jpeg
 
 
 @pytest.mark.parametrize("quality", [1, 50, 94, 100])
-def test_files_are_pillows(smooth_images, pillow_file, quality: int):
+def test_files_are_pillows(smooth_images, quality: int):
     image = smooth_images(1, 40)[0]
     for variant, subsampling in (("4:4:4", 0), ("4:2:0", 2)):
         theirs = pillow_file(image, "JPEG", quality=quality, subsampling=subsampling, optimize=True)

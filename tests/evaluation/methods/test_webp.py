@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pillow_files import channels_of, pillow_file
 
 from latentae.evaluation.methods import webp
 from latentae.evaluation.methods.webp import WebP
 
 
 @pytest.mark.parametrize("quality", [0, 50, 100])
-def test_files_are_pillows(smooth_images, channels_of, pillow_file, quality: int):
+def test_files_are_pillows(smooth_images, quality: int):
     rgb = smooth_images(1, 40)
     gray, clear = channels_of(rgb, 1)[0], channels_of(rgb, 4)[0]
     assert WebP().encode(rgb[0], quality, "") == pillow_file(rgb[0], "WEBP", quality=quality, method=4, exact=True)
@@ -18,7 +19,7 @@ def test_files_are_pillows(smooth_images, channels_of, pillow_file, quality: int
         assert WebP().encode(clear, quality, variant) == theirs
 
 
-def test_gray_stays_gray_and_alpha_exact_where_it_says_so(smooth_images, channels_of):
+def test_gray_stays_gray_and_alpha_exact_where_it_says_so(smooth_images):
     codec, rgb = WebP(), smooth_images(1, 48)
     gray = channels_of(rgb, 1)[0]
     restored = codec.decode(codec.encode(gray, 100, ""), 1)

@@ -1,11 +1,11 @@
+"""Images of other channels, and files as Pillow writes and reads them."""
+
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,18 +32,3 @@ def pillow_pixels(data: bytes, channels: int) -> Tensor:
     with Image.open(io.BytesIO(data)) as picture:
         pixels = np.array(picture.convert(MODES[channels]))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
-
-
-@pytest.fixture(scope="session", name="channels_of")
-def _channels_of() -> Callable[[Tensor, int], Tensor]:
-    return channels_of
-
-
-@pytest.fixture(scope="session", name="pillow_file")
-def _pillow_file() -> Callable[..., bytes]:
-    return pillow_file
-
-
-@pytest.fixture(scope="session", name="pillow_pixels")
-def _pillow_pixels() -> Callable[[bytes, int], Tensor]:
-    return pillow_pixels
