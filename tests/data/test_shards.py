@@ -5,8 +5,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from latentae.data.shards import expand_shards, read_shard, shard_keys
 from latentae.errors import ShardError
@@ -97,51 +95,28 @@ def test_what_is_no_tar_is_an_error_that_names_it(tmp_path, write_tar):
         read_shard(tmp_path / "missing.tar")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, write_tar):
-    folder = tmp_path_factory.mktemp("fuzz")
+def test_a_damaged_tar_is_whole_or_an_error(tmp_path, write_tar):
+    """Cut at every block and between, or with a bit flipped: no sample is lost in silence."""
     members = [
-        (f"k{number}.{extension}", bytes([65 + number]) * (700 * number)) for number in range(4) for extension in ("jpg", "txt")
+        (f"k{number}.{extension}", bytes([65 + number]) * (300 * number)) for number in range(4) for extension in ("jpg", "txt")
     ]
     members.append(("zeros.npy", bytes(1500)))  # looks like the end of the archive when cut here
-    path = write_tar(folder / "whole.tar", members)
-    return path, list(read_shard(path))
-
-
-def without_url(samples):
-    return [{name: value for name, value in sample.items() if name != "__url__"} for sample in samples]
-
-
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_a_tar_cut_anywhere_is_whole_or_an_error(whole, data):
-    path, samples = whole
-    content = path.read_bytes()
-    cut = path.with_name("cut.tar")
-    length = data.draw(
-        st.one_of(st.integers(0, len(content)), st.integers(0, len(content) // 512).map(lambda blocks: 512 * blocks))
-    )
-    cut.write_bytes(content[:length])
-    try:
-        found = list(read_shard(cut))
-    except ShardError as error:
-        assert "cut.tar" in str(error)  # noqa: PT017
-    else:
-        assert without_url(found) == without_url(samples)
-
-
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_a_flipped_bit_never_loses_a_sample_in_silence(whole, data):
-    path, samples = whole
-    content = bytearray(path.read_bytes())
-    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    flipped = path.with_name("flipped.tar")
-    flipped.write_bytes(content)
-    try:
-        found = list(read_shard(flipped))
-    except ShardError as error:
-        assert "flipped.tar" in str(error)  # noqa: PT017
-    else:  # the bit was in a member's bytes, which a tar can't check, or in padding
-        assert [sample.keys() for sample in found] == [sample.keys() for sample in samples]
-        assert [sample["__key__"] for sample in found] == [sample["__key__"] for sample in samples]
+    path = write_tar(tmp_path / "damaged.tar", members)
+    content, samples = path.read_bytes(), list(read_shard(path))
+    used = content.rindex(b"zeros.npy") + 2560
+    for length in (*range(0, len(content), 512), *range(100, used, 512), len(content) - 1):
+        path.write_bytes(content[:length])
+        try:
+            assert list(read_shard(path)) == samples, length
+        except ShardError as error:
+            assert "damaged.tar" in str(error)  # noqa: PT017
+    for byte in range(0, used, 41):
+        flipped = bytearray(content)
+        flipped[byte] ^= 1 << byte % 8
+        path.write_bytes(flipped)
+        try:
+            found = list(read_shard(path))
+        except ShardError as error:
+            assert "damaged.tar" in str(error)  # noqa: PT017
+        else:  # the bit was in a member's bytes, which a tar can't check, or in padding
+            assert [(sample["__key__"], sample.keys()) for sample in found] == [(one["__key__"], one.keys()) for one in samples]
