@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
 from latentae.models.config import PRESETS, AutoencoderDCConfig, AutoencoderKLConfig, preset
-from latentae.models.dc.autoencoder import AutoencoderDC
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 DC = {
@@ -34,14 +32,13 @@ def narrow(name: str, **overrides) -> AutoencoderKLConfig:
     return preset(name, block_out_channels=tuple(8 * w // widths[0] for w in widths), norm_num_groups=4, **overrides)
 
 
-def two_levels(name: str = "kl-f8", **overrides) -> AutoencoderKL:
-    """An f2 model with every kind of layer, in fp64."""
-    values = {"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides}
-    return AutoencoderKL(preset(name, **values)).double()
+def two_levels(name: str = "kl-f8", **overrides) -> AutoencoderKLConfig:
+    """An f2 model with every kind of layer."""
+    return preset(name, **{"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides})
 
 
-def build_dc(**changes) -> AutoencoderDC:
-    return AutoencoderDC(AutoencoderDCConfig(**{**DC, **changes}))
+def dc_config(**changes) -> AutoencoderDCConfig:
+    return AutoencoderDCConfig(**{**DC, **changes})
 
 
 def images_of(model: Autoencoder, side: int = 2) -> torch.Tensor:

@@ -103,21 +103,16 @@ def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
 
 
-def test_sampling_uses_the_generator_as_diffusers_does():
-    ours, theirs = pair("tiny", torch.float32)
-    x, _ = inputs(ours.config, torch.float32)
-    a = ours.encode(x).sample(torch.Generator().manual_seed(5))
-    b = theirs.encode(x).latent_dist.sample(torch.Generator().manual_seed(5))
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_forward_is_encode_sample_decode():
-    model = AutoencoderKL(narrow("tiny"))
+def test_forward_is_encode_sample_decode_and_samples_as_diffusers_does():
+    model, theirs = pair("tiny", torch.float32)
     x, noise = inputs(model.config, torch.float32)
     out = model(x, noise)
     torch.testing.assert_close(out.latent, out.posterior.mean + out.posterior.std * noise)
     torch.testing.assert_close(out.reconstruction, model.decode(out.latent))
-    assert torch.equal(model(x, sample_posterior=False).latent, out.posterior.mode())
+    torch.testing.assert_close(model(x, sample_posterior=False).latent, out.posterior.mode())
+    a = out.posterior.sample(torch.Generator().manual_seed(5))
+    b = theirs.encode(x).latent_dist.sample(torch.Generator().manual_seed(5))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cut_at_the_latent_gives_the_same_gradients_in_two_pieces():
@@ -176,7 +171,7 @@ def test_features_are_what_the_last_normalizations_read(name, checkpointing):
     assert plain.encoder_features is None
 
 
-def test_wrong_inputs_say_what_was_expected():
+def test_wrong_inputs_and_weights_say_what_was_expected_in_one_line(tmp_path):
     model = AutoencoderKL(narrow("tiny"))
     with pytest.raises(ImageError, match=r"30 x 32.*multiples of 4"):
         model.encode(torch.zeros(1, 3, 30, 32))
@@ -184,10 +179,6 @@ def test_wrong_inputs_say_what_was_expected():
         model.encode(torch.zeros(1, 1, 32, 32))
     with pytest.raises(ModelError, match=r"expected \[B, 8, h, w\]"):
         model.decode(torch.zeros(1, 4, 8, 8))
-
-
-def test_a_latent_channel_mismatch_is_one_clear_line(tmp_path):
-    model = AutoencoderKL(narrow("tiny"))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "latent_channels": 4}))

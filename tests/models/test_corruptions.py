@@ -42,8 +42,7 @@ def test_mixed_noise_goes_from_the_latent_to_the_noise():
 
 @pytest.mark.parametrize("size", [(17, 24), (5, 3), (1, 9)])
 def test_blur_is_a_gaussian_filter_with_reflection(size):
-    x = torch.randn(3, 2, *size, dtype=torch.float64)
-    sigma = torch.tensor([0.4, 1.3, 3.0])
+    x, sigma = torch.randn(3, 2, *size, dtype=torch.float64), torch.tensor([0.4, 1.3, 3.0])
     blurred = blur(x, sigma)
     for image, s, found in zip(x.numpy(), sigma.tolist(), blurred.numpy(), strict=True):
         expected = gaussian_filter(image, s, mode="mirror", axes=(1, 2), radius=int(np.ceil(4 * s)))
@@ -87,7 +86,7 @@ def test_the_fill_covers_hidden_patches_and_learns_from_them_only():
     assert torch.equal(fill.grad, torch.full((3,), 16.0, dtype=torch.float64))  # pixels of the one hidden patch
 
 
-def test_a_patch_fills_each_hidden_patch_in_its_own_place():
+def test_a_patch_fills_each_hidden_patch_in_its_own_place_and_a_colour_patches_of_unequal_size():
     patch = torch.randn(3, 4, 4, requires_grad=True)
     mask = torch.tensor([[True, False], [False, True]]).view(1, 1, 2, 2)
     filled = fill_masked(torch.zeros(1, 3, 8, 8), mask, patch)
@@ -98,9 +97,6 @@ def test_a_patch_fills_each_hidden_patch_in_its_own_place():
     assert torch.equal(patch.grad, torch.full_like(patch, 2.0))
     with pytest.raises(ImageError, match="9 x 8, expected 2 x 2 patches of 4 x 4"):
         fill_masked(torch.zeros(1, 3, 9, 8), mask, patch)
-
-
-def test_a_colour_fills_patches_of_unequal_size():
     filled = fill_masked(torch.zeros(1, 1, 5, 4), torch.tensor([[True], [False]]).view(1, 1, 2, 1), torch.ones(1))
     assert filled[0, 0, :, 0].tolist() == [1, 1, 1, 0, 0]
 

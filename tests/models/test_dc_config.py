@@ -166,13 +166,6 @@ def test_other_options_are_refused_for_a_preset():
     assert preset_kind("kl-f8") is AutoencoderKLConfig
 
 
-def test_a_shortcut_that_does_not_come_out_even_can_be_left_out():
-    config = AutoencoderDCConfig(**{**DC, "latent_channels": 5, "encoder_out_shortcut": False, "decoder_in_shortcut": False})
-    values = {key: value for key, value in config.diffusers_dict().items() if not key.startswith("_")}
-    with torch.device("meta"):
-        assert shapes(build(config)) == shapes(diffusers.AutoencoderDC(**values))
-
-
 def test_only_a_posterior_is_written_beside_diffusers_keys():
     plain = AutoencoderDCConfig(**DC, sample_size=64).diffusers_dict()
     gaussian = AutoencoderDCConfig(**DC, bottleneck="gaussian").diffusers_dict()

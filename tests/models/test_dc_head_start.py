@@ -18,8 +18,7 @@ from latentae.models.pca import PatchPCA, fit_pca, sketch_pca
 ATTENDING = {
     "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
     "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-    "encoder_layers_per_block": (1, 1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1, 1),
+    "layers_per_block": (1, 1, 1, 1),
     "encoder_qkv_multiscales": ((), (), (5,), ()),
     "decoder_qkv_multiscales": ((), (), (5,), ()),
 }
@@ -28,7 +27,7 @@ EXACT = {
     "attention": ATTENDING,
     "a posterior": {"bottleneck": "gaussian"},
     "no shortcut at the latent": {"encoder_out_shortcut": False, "decoder_in_shortcut": False},
-    "no blocks at full size": {"encoder_layers_per_block": (0, 1, 1, 0), "decoder_layers_per_block": (0, 1, 1, 0)},
+    "no blocks at full size": {"layers_per_block": (0, 1, 1, 0)},
     "narrow at full size": {"block_out_channels": (12, 48, 96, 192), "latent_channels": 2},
     "one component": {"block_out_channels": (48, 48, 96, 192), "latent_channels": 1},
     "gray": {"in_channels": 1, "latent_channels": 8},
@@ -37,18 +36,8 @@ EXACT = {
     "silu at the end": {"decoder_conv_act_fn": "silu"},
     "gelu at the end": {"decoder_conv_act_fn": "gelu"},
     "frozen statistics": {"decoder_norm_types": "batch_norm", "decoder_act_fns": "relu"},
-    "f4": {
-        "block_out_channels": (24, 48, 96),
-        "encoder_layers_per_block": (1, 1, 0),
-        "decoder_layers_per_block": (1, 1, 0),
-        "latent_channels": 8,
-    },
-    "f2": {
-        "block_out_channels": (24, 48),
-        "encoder_layers_per_block": (1, 0),
-        "decoder_layers_per_block": (1, 0),
-        "latent_channels": 4,
-    },
+    "f4": {"block_out_channels": (24, 48, 96), "layers_per_block": (1, 1, 0), "latent_channels": 8},
+    "f2": {"block_out_channels": (24, 48), "layers_per_block": (1, 0), "latent_channels": 4},
 }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import build_dc, two_levels
+from small_models import dc_config, two_levels
 
-from latentae.models.base import Autoencoder
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.dc.autoencoder import AutoencoderDC
 
 pytestmark = pytest.mark.slow  # tests/models/test_pending.py compiles one model in the fast set
 
@@ -35,11 +36,11 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def build(blocks: dict | None) -> Autoencoder:
-    return build_dc() if blocks is None else two_levels(**blocks).float()
+def build(blocks: dict | None) -> AutoencoderKL | AutoencoderDC:
+    return AutoencoderDC(dc_config()) if blocks is None else AutoencoderKL(two_levels(**blocks))
 
 
-def moments(model: Autoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(model: AutoencoderKL | AutoencoderDC, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     posterior = model.encode(x)
     return posterior.mean, posterior.logvar
 

@@ -44,22 +44,17 @@ def hub(tmp_path, monkeypatch) -> Path:
     return repository
 
 
-@pytest.mark.parametrize("folder", ["", "vae"])
-def test_a_name_on_the_hub_is_a_model(folder, hub):
+@pytest.mark.parametrize("folder", ["", "vae/"])
+def test_a_name_on_the_hub_is_a_model_of_which_only_config_and_safetensors_are_fetched(folder, hub, tmp_path):
     model = AutoencoderKL(CONFIG)
     model.save_pretrained(hub / folder)
-    loaded = AutoencoderKL.from_pretrained("someone/model")
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-
-
-def test_only_config_and_safetensors_are_fetched(hub, tmp_path):
-    AutoencoderKL(CONFIG).save_pretrained(hub)
     for name in ("model.ckpt", "pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "evil.py"):
         (hub / name).parent.mkdir(exist_ok=True)
         (hub / name).write_bytes(b"x")
-    resolve_model("someone/model")
+    loaded = AutoencoderKL.from_pretrained("someone/model")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     fetched = {path.relative_to(tmp_path / "cache/snapshot").as_posix() for path in (tmp_path / "cache").rglob("*.*")}
-    assert fetched == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert fetched == {f"{folder}config.json", f"{folder}diffusion_pytorch_model.safetensors"}
 
 
 def test_what_the_hub_does_not_give_is_one_line(hub):

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import build_dc, images_of, weights_that_do_not_learn
+from small_models import dc_config, images_of, weights_that_do_not_learn
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import LinearAutoencoderConfig, preset
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
 from latentae.models.linear import LinearAutoencoder
 from latentae.models.pending import Pending
@@ -52,7 +53,11 @@ def test_initial_logvar_is_a_shift():
 
 @pytest.mark.parametrize("norm", ["rms_norm", "batch_norm"])
 def test_a_linear_start_is_linear_up_to_the_latent_and_keeps_the_variance(norm):
-    model = build_dc(bottleneck="gaussian", decoder_norm_types=norm, encoder_layers_per_block=(2, 2, 2)).double().eval()
+    model = (
+        AutoencoderDC(dc_config(bottleneck="gaussian", decoder_norm_types=norm, encoder_layers_per_block=(2, 2, 2)))
+        .double()
+        .eval()
+    )
     start_linear(model)
     a, b = (torch.randn(2, 3, 32, 32, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
@@ -69,14 +74,14 @@ def test_a_linear_start_is_linear_up_to_the_latent_and_keeps_the_variance(norm):
 
 
 def test_the_spread_at_the_start_can_be_set_where_there_is_a_posterior():
-    model = build_dc(bottleneck="gaussian")
+    model = AutoencoderDC(dc_config(bottleneck="gaussian"))
     x = images_of(model, 3)
     set_initial_logvar(model, -6.0)
     torch.testing.assert_close(model.encode(x).logvar, torch.full((2, 4, 3, 3), -6.0))
     torch.nn.init.normal_(model.encoder.conv_out_logvar.weight)
     set_deterministic(model)
     assert (model.encode(x).logvar == -30).all()
-    model = build_dc()
+    model = AutoencoderDC(dc_config())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     set_deterministic(model)
     set_initial_logvar(model, 0.0)

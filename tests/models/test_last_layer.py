@@ -3,36 +3,37 @@ from __future__ import annotations
 import pytest
 import torch
 from latentae_kernels import use_backend
-from small_models import build_dc, images_of, randomize_norms, two_levels
+from small_models import dc_config, images_of, randomize_norms, two_levels
 
 from latentae.errors import ModelError
-from latentae.models.base import Autoencoder
+from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import LinearAutoencoderConfig
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.initialization import set_initial_logvar
 from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.models.linear import LinearAutoencoder
 
 MODELS = {
-    "kl": two_levels,
-    "kl without 1x1": lambda: two_levels(use_quant_conv=False, use_post_quant_conv=False),
-    "dc": build_dc,
-    "dc, shuffle": lambda: build_dc(bottleneck="gaussian", decoder_layers_per_block=(0, 1, 1)),
-    "dc, interpolation": lambda: build_dc(
+    "kl": two_levels(),
+    "kl without 1x1": two_levels(use_quant_conv=False, use_post_quant_conv=False),
+    "dc": dc_config(),
+    "dc, shuffle": dc_config(bottleneck="gaussian", decoder_layers_per_block=(0, 1, 1)),
+    "dc, interpolation": dc_config(
         bottleneck="gaussian", decoder_layers_per_block=(0, 1, 1), upsample_block_type="interpolate", decoder_conv_act_fn="silu"
     ),
 }
 
 
-def build(name: str) -> Autoencoder:
+def build(name: str) -> AutoencoderKL | AutoencoderDC:
     """In fp64, with normalizations that are not the identity."""
-    model = randomize_norms(MODELS[name]().double())
+    model = randomize_norms((AutoencoderDC if name.startswith("dc") else AutoencoderKL)(MODELS[name]).double())
     if name.startswith("dc"):
         torch.nn.init.normal_(model.decoder.norm_out.weight)
         torch.nn.init.normal_(model.decoder.norm_out.bias)
     return model
 
 
-def gradients(model: Autoencoder, x: torch.Tensor, noise: torch.Tensor, sampled: bool = True):
+def gradients(model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, noise: torch.Tensor, sampled: bool = True):
     """Both gradients from the graph, and from the features; the gradients that arrive are drawn, two stacked at the image."""
     out = model(x, noise, sample_posterior=sampled, keep_features=True)
     at_image, at_latent = torch.randn_like(torch.stack([out.reconstruction] * 2)), torch.randn_like(out.latent)

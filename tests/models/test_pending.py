@@ -7,12 +7,13 @@ import torch
 from latentae_kernels import use_backend
 from small_models import kept_bytes, two_levels
 
+from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.pending import Pending
 
 
 @pytest.mark.parametrize("name", ["kl-f8", "tiny"])
 def test_the_fused_model_is_the_plain_model(name):
-    autoencoder, x = two_levels(name), torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    autoencoder, x = AutoencoderKL(two_levels(name)).double(), torch.randn(2, 3, 8, 12, dtype=torch.float64)
     before, noise = x.clone(), torch.randn(2, autoencoder.config.latent_channels, 4, 6, dtype=torch.float64)
     results = []
     for backend in ("torch", "triton"):
@@ -31,7 +32,7 @@ def test_the_fused_model_is_the_plain_model(name):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradient_checkpointing_changes_no_result_and_keeps_less(backend):
-    autoencoder, x = two_levels(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    autoencoder, x = AutoencoderKL(two_levels()).double(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
     parameters, results, kept = list(autoencoder.parameters()), [], []
     with use_backend(backend):
         for autoencoder.gradient_checkpointing in (False, True):
@@ -45,7 +46,7 @@ def test_gradient_checkpointing_changes_no_result_and_keeps_less(backend):
 
 
 def test_gradient_checkpointing_recomputes_under_the_same_autocast():
-    autoencoder, x = two_levels().float(), torch.randn(1, 3, 8, 8)
+    autoencoder, x = AutoencoderKL(two_levels()), torch.randn(1, 3, 8, 8)
     parameters, results = list(autoencoder.parameters()), []
     for autoencoder.gradient_checkpointing in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
@@ -63,7 +64,7 @@ def test_gradient_checkpointing_recomputes_under_the_same_autocast():
     [("torch", False), pytest.param("torch", True, marks=pytest.mark.slow), pytest.param("triton", True, marks=pytest.mark.slow)],
 )
 def test_compiled_coders_are_one_graph_each_and_can_be_differentiated_in_two_pieces(backend, checkpointing):
-    plain, x = two_levels(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    plain, x = AutoencoderKL(two_levels()).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     noise = torch.randn(1, 4, 4, 4, dtype=torch.float64)
     plain.gradient_checkpointing = checkpointing
     compiled = copy.deepcopy(plain)

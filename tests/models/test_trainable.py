@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from latentae_kernels import use_backend
-from small_models import build_dc, images_of, kept_bytes, narrow, two_levels
+from small_models import dc_config, images_of, kept_bytes, narrow, two_levels
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.trainable import select_trainable
 
 PARTS = {
@@ -34,14 +35,18 @@ EMPTY = {"encoder_layers_per_block": (0, 1, 0), "decoder_layers_per_block": (0, 
 MODELS = {
     "kl-f16": (lambda: AutoencoderKL(narrow("kl-f16")), PARTS, 0, 4),
     "tiny": (lambda: AutoencoderKL(narrow("tiny")), PARTS, 0, 2),
-    "dc": (build_dc, DC_PARTS, 0, 2),
-    "dc, a posterior": (lambda: build_dc(bottleneck="gaussian"), DC_PARTS, 0, 2),
-    "dc, empty ends": (lambda: build_dc(bottleneck="gaussian", **EMPTY), DC_PARTS, 1, 1),
+    "dc": (lambda: dc(), DC_PARTS, 0, 2),
+    "dc, a posterior": (lambda: dc(bottleneck="gaussian"), DC_PARTS, 0, 2),
+    "dc, empty ends": (lambda: dc(bottleneck="gaussian", **EMPTY), DC_PARTS, 1, 1),
 }
 
 
 def model(**overrides) -> AutoencoderKL:
     return AutoencoderKL(narrow("kl-f8", layers_per_block=1, **overrides))
+
+
+def dc(**changes) -> AutoencoderDC:
+    return AutoencoderDC(dc_config(**changes))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -68,7 +73,7 @@ def test_each_parameter_of_the_part_learns_and_no_other_changes(name, part):
     [
         model,
         lambda: model(use_quant_conv=False, use_post_quant_conv=False),
-        lambda: build_dc(bottleneck="gaussian"),
+        lambda: dc(bottleneck="gaussian"),
     ],
     ids=["kl", "kl without 1x1", "dc"],
 )
@@ -88,7 +93,7 @@ def test_gradients_are_those_of_the_whole_model(part, build):
 
 @pytest.mark.parametrize("part", ["decoder-head", "latent"])
 def test_the_kernels_pass_on_what_a_frozen_level_leaves_to_add(part):
-    autoencoder, x = two_levels(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    autoencoder, x = AutoencoderKL(two_levels()).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     select_trainable(autoencoder, part)
     learning, results = [p for p in autoencoder.parameters() if p.requires_grad], []
     for backend in ("torch", "triton"):
@@ -99,7 +104,7 @@ def test_the_kernels_pass_on_what_a_frozen_level_leaves_to_add(part):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("build", "part"), [(model, "decoder"), (model, "decoder-head"), (build_dc, "decoder-head")])
+@pytest.mark.parametrize(("build", "part"), [(model, "decoder"), (model, "decoder-head"), (dc, "decoder-head")])
 def test_the_latent_is_that_of_inference(build, part):
     autoencoder = build()
     x = images_of(autoencoder)
@@ -112,7 +117,7 @@ def test_the_latent_is_that_of_inference(build, part):
 
 
 def test_frozen_layers_in_front_keep_nothing():
-    autoencoder = model()
+    autoencoder = AutoencoderKL(narrow("kl-f8"))
     x = images_of(autoencoder, 8)
     kept = {}
     for part in PARTS:
