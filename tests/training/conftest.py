@@ -24,6 +24,22 @@ SMALL = {
 }
 
 
+NARROW = {
+    "model.block_out_channels": [12, 24, 48, 192],
+    "model.latent_channels": 4,
+    "loss.perceptual.net": "none",
+    "data.resolution": 32,
+    "data.validation_fraction": 0.2,
+    "batch_size": 4,
+    "images": 16,
+    "checkpoint_every_images": 8,
+    "log.tensorboard": False,
+    "log.summary": False,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 1e-4,
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_objects():
     """Every accelerator that closes collects garbage; the objects of loaded modules, a few hundred thousand, are left out of it."""
@@ -55,6 +71,16 @@ def small(shards):
 
     def make(**overrides):
         return load_recipe("tiny-cpu", {**SMALL, "data.shards": str(shards), **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def narrow(shards):
+    """A recipe of a narrow AutoencoderDC that begins at PCA."""
+
+    def make(**overrides):
+        return load_recipe("dc-tiny", {**NARROW, "data.shards": str(shards), **overrides})
 
     return make
 

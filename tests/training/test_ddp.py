@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from forked import Processes
-from test_head_start import narrow_recipe
 
 from latentae.training.head_start import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
@@ -103,10 +102,10 @@ def recipes(small):
 
 
 @pytest.fixture(scope="module")
-def two(recipes, shards, tmp_path_factory):
+def two(recipes, narrow, tmp_path_factory):
     """What both of two processes have found."""
     folder = tmp_path_factory.mktemp("two")
-    processes = Processes(folder, work, recipes, narrow_recipe(shards), folder, count=2)
+    processes = Processes(folder, work, recipes, narrow(), folder, count=2)
     assert processes.wait() == [0, 0], processes.output() + processes.output(1)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -128,8 +127,8 @@ def test_two_processes_equal_one(case, recipes, two, accelerator):
             torch.testing.assert_close(first[key], value, rtol=1e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_two_processes_begin_at_the_same_pca(two, shards):
-    recipe = narrow_recipe(shards)
+def test_two_processes_begin_at_the_same_pca(two, narrow):
+    recipe = narrow()
     for key, value in fit_head_start(recipe).build(recipe).state_dict().items():
         for found in two:
             torch.testing.assert_close(found["start"][key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")

@@ -59,3 +59,13 @@ def test_an_average_is_not_stretched_to_fit(change, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         ema.load_state_dict(state)
+
+
+def test_stored_statistics_come_along_unchanged():
+    module = nn.BatchNorm2d(2)
+    nn.init.normal_(module.running_mean)
+    ema = Ema(module, 10)
+    assert ema.state_dict().keys() == module.state_dict().keys()
+    other = Ema(nn.BatchNorm2d(2), 10)
+    other.load_state_dict(ema.state_dict())
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in other.state_dict().items())

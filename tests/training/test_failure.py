@@ -316,20 +316,20 @@ def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(small,
     assert source in event["message"]
 
 
-def test_too_many_returns_stop_the_run_with_the_reason_and_leave_it_resumable(small, tmp_path, poisoned):
-    poisoned(*range(3, 100))
+@pytest.mark.parametrize(
+    ("bad", "options", "reason", "returns"),
+    [
+        (range(3, 100), {}, "after 2 returns", 2),
+        (range(2), {"checkpoint_every_images": 100}, "there is no checkpoint yet to return to", 0),
+    ],
+)
+def test_too_many_bad_steps_stop_the_run_with_the_reason(bad, options, reason, returns, small, tmp_path, poisoned):
+    poisoned(*bad)
     limits = {"failure.max_skipped_in_a_row": 2, "failure.max_rollbacks": 2}
-    with pytest.raises(
-        TrainingError, match=r"2 steps in a row had a loss or gradient that is not finite .*after 2 returns"
-    ) as caught:
-        latentae.train(small(images=400, **limits), tmp_path / "run")
+    message = f"2 steps in a row had a loss or gradient that is not finite .*{reason}"
+    with pytest.raises(TrainingError, match=message) as caught:
+        latentae.train(small(images=400, **options, **limits), tmp_path / "run")
     assert "\n" not in str(caught.value)
-    state = read_state(find_checkpoint(tmp_path / "run"))
-    assert state.rollbacks == 2
-    assert len(events(tmp_path / "run", "rollback")) == 2
-
-
-def test_bad_numbers_before_the_first_checkpoint_stop_the_run_with_the_reason(small, tmp_path, poisoned):
-    poisoned(0, 1)
-    with pytest.raises(TrainingError, match="there is no checkpoint yet to return to"):
-        latentae.train(small(checkpoint_every_images=100, **{"failure.max_skipped_in_a_row": 2}), tmp_path / "run")
+    assert len(events(tmp_path / "run", "rollback")) == returns
+    if returns:
+        assert read_state(find_checkpoint(tmp_path / "run")).rollbacks == returns, "it can be resumed"

@@ -18,34 +18,10 @@ from latentae.training.init import init
 from latentae.training.recipe import load_recipe
 from latentae.training.train import train
 
-NARROW = {
-    "model.block_out_channels": [12, 24, 48, 192],
-    "model.latent_channels": 4,
-    "loss.perceptual.net": "none",
-    "data.resolution": 32,
-    "data.validation_fraction": 0.2,
-    "batch_size": 4,
-    "images": 16,
-    "checkpoint_every_images": 8,
-    "log.tensorboard": False,
-    "log.summary": False,
-    "optimizer.name": "adamw",
-    "optimizer.lr": 1e-4,
-}
-
-
-def narrow_recipe(shards, **options):
-    return load_recipe("dc-tiny", {**NARROW, "data.shards": str(shards), **options})
-
 
 @pytest.fixture(autouse=True)
 def _few_patches(monkeypatch):
     monkeypatch.setattr(head_start, "PATCHES", 4000)
-
-
-@pytest.fixture
-def recipe(shards):
-    return lambda **options: narrow_recipe(shards, **options)
 
 
 def checkpoints(run):
@@ -61,8 +37,8 @@ def distance(model, images):
     return psnr(images, to_uint8(model.eval()(to_float(images), sample_posterior=False).reconstruction)).mean().item()
 
 
-def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(recipe, tmp_path, monkeypatch, capsys):
-    run = train(recipe(), tmp_path / "run")
+def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(narrow, tmp_path, monkeypatch, capsys):
+    run = train(narrow(), tmp_path / "run")
     said = capsys.readouterr().err
     assert "4 components keep" in said
     pca = float(said.split("before the first step: PCA ")[1].split()[0])
@@ -73,20 +49,20 @@ def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(recipe, 
     assert (run / "samples" / "000000000.png").is_file()
     # a run that goes on takes its weights from the checkpoint
     monkeypatch.setattr("latentae.training.head_start.fit_head_start", lambda recipe: pytest.fail("fitted again"))
-    on = train(recipe(), tmp_path / "on", resume=checkpoints(run)[0])
+    on = train(narrow(), tmp_path / "on", resume=checkpoints(run)[0])
     assert (checkpoints(on)[-1] / "ema.safetensors").read_bytes() == (checkpoints(run)[-1] / "ema.safetensors").read_bytes()
 
 
-def test_a_posterior_begins_at_the_log_variance_that_is_asked_for(recipe):
-    options = recipe(**{"model.bottleneck": "gaussian", "model.initial_logvar": -5.0})
+def test_a_posterior_begins_at_the_log_variance_that_is_asked_for(narrow):
+    options = narrow(**{"model.bottleneck": "gaussian", "model.initial_logvar": -5.0})
     model = fit_head_start(options).build(options)
     posterior = model.encode(to_float(images_of(options)))
     assert posterior.logvar.unique().tolist() == [-5.0]
     assert posterior.mean.std((0, 2, 3)).sub(1).abs().max() < 0.3
 
 
-def test_a_frozen_trunk_stays_where_it_began(recipe, tmp_path):
-    options = recipe(images=8, **{"optimizer.trunk_lr_ratio": 0.0, "optimizer.lr": 1e-2, "data.validation": "none"})
+def test_a_frozen_trunk_stays_where_it_began(narrow, tmp_path):
+    options = narrow(images=8, **{"optimizer.trunk_lr_ratio": 0.0, "optimizer.lr": 1e-2, "data.validation": "none"})
     run = train(options, tmp_path / "run")
     start = fit_head_start(options).build(options).state_dict()
     end = read_tensors(checkpoints(run)[-1] / "autoencoder.safetensors")
@@ -95,9 +71,9 @@ def test_a_frozen_trunk_stays_where_it_began(recipe, tmp_path):
     assert all(".conv1." in name or ".conv2." in name or ".norm." in name for name in changed), changed
 
 
-def test_init_writes_a_model_that_everything_loads(recipe, tmp_path, capsys):
+def test_init_writes_a_model_that_everything_loads(narrow, tmp_path, capsys):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    options = recipe()
+    options = narrow()
     report = init(options, str(options.data.shards), tmp_path / "start")
     assert report["psnr"] == pytest.approx(report["pca_psnr"], abs=0.1)
     assert 0.5 < report["explained"] <= 1
@@ -112,26 +88,26 @@ def test_init_writes_a_model_that_everything_loads(recipe, tmp_path, capsys):
     assert init(options, str(options.data.shards), tmp_path / "start") == report
     assert "nothing to do" in capsys.readouterr().err
     with pytest.raises(OutputError, match="holds another"):
-        init(recipe(seed=1), str(options.data.shards), tmp_path / "start")
+        init(narrow(seed=1), str(options.data.shards), tmp_path / "start")
     # and a training may begin with it, as it does with any model
-    run = train(recipe(**{"model.init_from": str(tmp_path / "start"), "images": 4, "optimizer.lr": 1e-9}), tmp_path / "run")
+    run = train(narrow(**{"model.init_from": str(tmp_path / "start"), "images": 4, "optimizer.lr": 1e-9}), tmp_path / "run")
     assert distance(AutoencoderDC.from_pretrained(run), images) == pytest.approx(distance(ours, images), abs=0.01)
 
 
-def test_images_of_several_shapes_are_cut_to_whole_patches(recipe):
-    options = recipe(**{"data.buckets": "auto", "data.resolution": 36, "data.bucket_step": 12, "batch_size": 1})
+def test_images_of_several_shapes_are_cut_to_whole_patches(narrow):
+    options = narrow(**{"data.buckets": "auto", "data.resolution": 36, "data.bucket_step": 12, "batch_size": 1})
     start = fit_head_start(options)
     assert {(images.shape[2] % 8, images.shape[3] % 8) for images in start.images} == {(0, 0)}
     assert start.build(options).config.latent_channels == 4
 
 
-def test_what_cannot_begin_there_is_refused_in_one_line(recipe, shards, tmp_path):
-    wide = recipe(**{"model.latent_channels": 384, "model.block_out_channels": [96, 192, 384, 384]})
+def test_what_cannot_begin_there_is_refused_in_one_line(narrow, shards, tmp_path):
+    wide = narrow(**{"model.latent_channels": 384, "model.block_out_channels": [96, 192, 384, 384]})
     with pytest.raises(RecipeError, match="only an AutoencoderDC can start there"):
         load_recipe("kl-f8", {"model.initialization": "pca"})
     for asked, error, message in (
         ("tiny-cpu", RecipeError, "only an AutoencoderDC"),
-        (recipe(**{"model.init_from": str(tmp_path)}), RecipeError, "begin at PCA"),
+        (narrow(**{"model.init_from": str(tmp_path)}), RecipeError, "begin at PCA"),
         (wide, DataError, "192 principal components, fewer than the 384"),
     ):
         with pytest.raises(error, match=message):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -31,8 +30,6 @@ def peer(how: str) -> None:
     with pytest.raises(TrainingError, match="refused on the first"):
         on_main(accelerator, refuse)
     if not first:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
         if how == "silent":
             time.sleep(300)
         return
@@ -47,7 +44,7 @@ def peer(how: str) -> None:
         sys.exit(error.exit_code)
 
 
-@pytest.mark.parametrize("how", ["killed", "silent", "bug"])
+@pytest.mark.parametrize("how", ["silent", "bug"])
 def test_a_process_that_is_gone_ends_the_others_with_one_line(how, tmp_path):
     processes = Processes(tmp_path, peer, how, count=2)
     first, second = processes.all

@@ -35,11 +35,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert tag in VOID or self.open.pop() == tag
 
     def handle_data(self, data):
         if not self.open or self.open[-1] != "style":

@@ -18,11 +18,15 @@ from safetensors.torch import load_file
 
 import latentae
 from latentae import cli
+from latentae.data.builtin import digits
+from latentae.data.transforms import to_float
 from latentae.errors import DataError, ModelError, OutputError, RecipeError, TrainingError
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.pretrained import load_model
 from latentae.training.checkpoint import find_checkpoint
 from latentae.training.networks import build_discriminator
 from latentae.training.recipe import Recipe
+from latentae.training.rehearsal import rehearse
 
 GAME = {"loss.adversarial.weight": 0.1, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
 
@@ -258,3 +262,27 @@ def test_a_discriminator_comes_along_if_it_fits(small, tmp_path):
     assert build_discriminator(small(**other)) is not None
     with pytest.raises(ModelError, match="init-discriminator no starts a new one"):
         build_discriminator(small(**other, **{"model.init_discriminator": "yes"}))
+
+
+DIGITS = {"images": 1280, "log.tensorboard": False, "log.summary": False, "log.validation_every_images": 1280}
+
+
+def test_a_recipe_with_built_in_data_trains_validates_and_is_finished_once(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    monkeypatch.chdir(tmp_path)
+    rehearse("linear-digits", seconds=0, **DIGITS)
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    for name in ("data.shards", "data.validation"):
+        with pytest.raises(DataError, match="sklearn:digit is no built-in set"):
+            latentae.train("linear-digits", tmp_path / "run", **DIGITS, **{name: "sklearn:digit"})
+        assert not (tmp_path / "run").exists()
+    run = latentae.train("linear-digits", tmp_path / "run", **DIGITS)
+    assert any("psnr" in key for line in lines(run) for key in line), "the held-out digits were looked at"
+    assert (tmp_path / "run-shards" / "index.json").is_file()
+    assert json.loads((tmp_path / "run-held-out-shards" / "index.json").read_text())["samples"] == 360
+    assert latentae.train("linear-digits", tmp_path / "run", **DIGITS) == run
+    assert "nothing to do" in "".join(capsys.readouterr())
+    x = to_float(digits("held-out")[0])
+    with torch.no_grad():
+        model = load_model(run)[0]
+        assert (model.decode(model.encode(x).mean) - x).square().mean() < x.var()
