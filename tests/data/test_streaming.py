@@ -51,26 +51,20 @@ def test_the_same_seed_and_rank_draw_the_same_and_others_do_not(remote):
     assert keys(rank=1) != keys() != keys(seed=1)
 
 
-def test_a_run_that_goes_on_draws_anew(remote):
+def test_a_run_that_goes_on_draws_anew_and_says_so(remote, capsys):
     first = StreamLoader(options(remote), 4, 0)
     before = [batch.keys for batch in take(first, 5)]
     second = StreamLoader(options(remote), 4, 0)
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
     assert [batch.keys for batch in take(second, 5)] != before
-
-
-def test_it_says_what_it_does_not_promise(remote, capsys):
-    StreamLoader(options(remote), 4, 0).announce()
+    second.announce()
     said = capsys.readouterr()
     assert "only a statistical resume is promised" in " ".join((said.out + said.err).split())
-
-
-def test_what_needs_an_index_is_refused(remote):
+    with pytest.raises(DataError, match="begun on indexed shards"):
+        first.load_state_dict({"format_version": 2, "epoch": 0, "step": 3})
     with pytest.raises(DataError, match=r"data.buckets needs the sizes of all images"):
         StreamLoader(options(remote, buckets="auto"), 4, 0)
-    with pytest.raises(DataError, match="begun on indexed shards"):
-        StreamLoader(options(remote), 4, 0).load_state_dict({"format_version": 2, "epoch": 0, "step": 3})
 
 
 def test_bad_images_are_passed_over_and_a_row_of_them_stops(remote, memory, tmp_path, write_tar, make_png):
