@@ -5,7 +5,6 @@ What a pipeline's last latent should look like is computed by `latentae.pipeline
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from pathlib import Path
@@ -37,34 +36,22 @@ Z, WIDTH = 4, 16
 
 
 @pytest.fixture(scope="module")
-def diffusers() -> ModuleType:
+def diffusers(diffusers) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what diffusers' own imports warn of is not ours
-        module = importlib.import_module("diffusers")
-        for name in (
-            "StableDiffusionPipeline",
-            "StableDiffusionXLPipeline",
-            "StableDiffusion3Pipeline",
-            "FluxPipeline",
-            "DiTPipeline",
-        ):
-            assert getattr(module, name)
-        for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline"):
-            assert getattr(module, name)
-        assert module.FluxImg2ImgPipeline
-    module.utils.logging.disable_progress_bar()
-    return module
+        for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"):
+            assert getattr(diffusers, f"{name}Pipeline")
+            assert getattr(diffusers, f"{name}Img2ImgPipeline")
+        assert diffusers.DiTPipeline
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(save_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, and what was measured of it: `even-0` and `even-0.3` (one mean and one std), `channels` (each its own)."""
     root = tmp_path_factory.mktemp("pipelines")
-    torch.manual_seed(0)
-    model = AutoencoderKL(preset("kl-f8", norm_num_groups=4, block_out_channels=(8, 8, 16, 16)))
-    with torch.no_grad():
-        model.decoder.conv_out.weight.div_(4)  # decodes to about [-1, 1], as a trained model does
-    model.save_pretrained(root / "model")
+    save_model(root / "model", preset("kl-f8", norm_num_groups=4, block_out_channels=(8, 8, 16, 16)))
     for name, mean, std in (("even-0", (0.0,) * 4, (1.6,) * 4), ("even-0.3", (0.3,) * 4, (1.6,) * 4), ("channels", MEAN, STD)):
         values = {"model": resolve_model(root / "model").fingerprint, "samples": 500}
         values |= {"latents_mean": mean, "latents_std": std, "scaling_factor": 1 / 1.6, "shift_factor": mean[0]}
@@ -221,30 +208,23 @@ def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pipeline_shows_what_our_decoder_makes_of_its_latents(kind, work, diffusers, folder):
+def test_the_image_is_that_of_our_formula_plain_fused_and_folded(kind, work, diffusers, folder, component):
+    """Folded with one mean and std as with scaling and shift; with those of each channel as our formula, though no pipeline has it."""
     shift = 0.3 if kind in SHIFTED else 0.0
-    pipe = load(diffusers, folder(kind, "even-0.3" if shift else "even-0"))
+    even = "even-0.3" if shift else "even-0"
+    pipe = load(diffusers, folder(kind, even))
     assert type(pipe.vae) is diffusers.AutoencoderKL
     shown, latents = run(pipe, kind)
     close(shown, expected_images(work, latents, scaling_factor=1 / 1.6, shift_factor=shift))
     with latentae.fuse(pipe.vae) as fusion:
         assert not fusion.left
         close(run(pipe, kind)[0], shown)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_folded_normalization_gives_the_same_image_in_every_formula(kind, work, diffusers, folder, component):
-    """With one mean and std as with scaling and shift; with those of each channel as our formula says, though no pipeline has it."""
-    even = "even-0.3" if kind in SHIFTED else "even-0"
-    pipe = load(diffusers, folder(kind, even))
-    shown, latents = run(pipe, kind)
     pipe.vae = diffusers.AutoencoderKL.from_pretrained(component(even, fold_normalization=True))
     assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (1.0, 0.0)
-    folded, same_latents = run(pipe, kind)
+    with latentae.fuse(pipe.vae):
+        folded, same_latents = run(pipe, kind)
     assert torch.equal(latents, same_latents)
     close(folded, shown)
-    with latentae.fuse(pipe.vae):
-        close(run(pipe, kind)[0], shown)
     pipe.vae = diffusers.AutoencoderKL.from_pretrained(component("channels", fold_normalization=True))
     by_channel = expected_images(work, latents, scaling_factor=1.0, latents_mean=MEAN, latents_std=STD)
     assert (by_channel - shown).abs().max() > 0.02  # another image: the test can tell
@@ -317,8 +297,10 @@ def test_the_ldm_file_loads_through_from_single_file(work, component, diffusers,
     close(run(pipe, "sd")[0], shown, 1e-6)
 
 
-@pytest.mark.parametrize("fused", ["not", "before", "after"])
-@pytest.mark.parametrize("way", ["model", "sequential", "group"])
+@pytest.mark.parametrize(
+    ("way", "fused"),
+    [("model", "after"), ("sequential", "not"), ("sequential", "before"), ("sequential", "after"), ("group", "before")],
+)
 def test_offload_hooks_run(way, fused, diffusers, folder):
     """As far as a CPU goes: it stands in for the accelerator, and weights come and go with the hooks."""
     accelerate = pytest.importorskip("accelerate")

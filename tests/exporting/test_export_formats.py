@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import re
+import importlib.util
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +38,17 @@ backbone_weights = "/home/someone/backbone.pth"
 """
 
 
-def make(folder: Path, config: AutoencoderKLConfig = NARROW) -> Path:
-    torch.manual_seed(0)
-    model = AutoencoderKL(config)
-    with torch.no_grad():
-        model.decoder.conv_out.weight.div_(5)  # decodes to about [-1, 1], as a trained model does
-    model.save_pretrained(folder)
-    return folder
+WITHOUT_LATENTAE = """
+import sys
+sys.modules["latentae"] = sys.modules["latentae_kernels"] = None  # importing either fails
+import torch
+from diffusers import AutoencoderKL
+saved = torch.load("tensors.pt", weights_only=True)
+for options in ({}, {"variant": "fp16"}):
+    vae = AutoencoderKL.from_pretrained("vae", **options).float()
+    with torch.no_grad(): got = vae.decode(vae.encode(saved["x"]).latent_dist.mode()).sample
+    print((got - saved["expected"]).abs().max().item())
+"""
 
 
 def make_run(folder: Path, config: AutoencoderKLConfig = SMALL) -> Path:
@@ -71,49 +73,36 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def run_snippets(folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The names that each Python snippet of a card leaves, one after the other as a reader would run them."""
-    monkeypatch.chdir(folder.parent)
-    names: dict = {"images": images}
-    found = []
-    for code in re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="diffusers|transformers|huggingface_hub")  # not ours
-            exec(code, names)
-        found.append(dict(names))
-    return found
+@pytest.fixture(scope="module")
+def small(save_model, tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("small") / "model", SMALL)
 
 
 @pytest.fixture(scope="module")
-def ldm_export(tmp_path_factory) -> tuple[Path, Path]:
+def ldm_export(save_model, tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("ldm")
-    model = make(root / "model")
+    model = save_model(root / "model", NARROW)
     export(model, root / "vae", format="ldm")
     return model, root / "vae"
 
 
-def test_the_ldm_file_is_the_model_bit_for_bit_and_comes_back(ldm_export):
+def test_the_ldm_file_is_the_model_bit_for_bit_and_comes_back(ldm_export, tmp_path):
     model, folder = ldm_export
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "latentae.json", "vae.ldm.safetensors"}
     original = AutoencoderKL.from_pretrained(model)
     tensors = load_file(folder / "vae.ldm.safetensors")
     assert equal(tensors, to_ldm(original.state_dict(), original.config))
     assert "encoder.mid.attn_1.q.weight" in tensors
-    for path in (folder, folder / "vae.ldm.safetensors"):
+    lone = tmp_path / "x.safetensors"
+    lone.write_bytes((folder / "vae.ldm.safetensors").read_bytes())
+    for path in (folder, folder / "vae.ldm.safetensors", lone):
         assert equal(AutoencoderKL.from_pretrained(path).state_dict(), original.state_dict())
 
 
-def test_a_lone_ldm_file_is_enough(ldm_export, tmp_path):
-    model, folder = ldm_export
-    (tmp_path / "x.safetensors").write_bytes((folder / "vae.ldm.safetensors").read_bytes())
-    loaded = AutoencoderKL.from_pretrained(tmp_path / "x.safetensors")
-    assert equal(loaded.state_dict(), AutoencoderKL.from_pretrained(model).state_dict())
-
-
-def test_the_ldm_card_runs_and_gives_the_same_images(ldm_export, monkeypatch):
+def test_the_ldm_card_runs_and_gives_the_same_images(ldm_export, run_snippets):
     model, folder = ldm_export
     images = torch.rand(1, 3, 32, 48) * 2 - 1
-    ours, theirs = run_snippets(folder, images, monkeypatch)
+    ours, theirs = run_snippets(folder, images)
     original = AutoencoderKL.from_pretrained(model)
     with torch.no_grad():
         expected = original.decode(original.encode(images).mode()).clamp(-1, 1)
@@ -137,41 +126,38 @@ def test_what_other_programs_do_not_take_is_said(config, words):
     assert all(word in note for word, note in zip(words, notes, strict=True))
 
 
-def test_the_warning_is_said_at_export_too(tmp_path, capsys):
-    export(make(tmp_path / "model", SMALL), tmp_path / "vae", format="ldm")
+def test_the_warning_is_said_at_export_too(small, tmp_path, capsys):
+    export(small, tmp_path / "vae", format="ldm")
     assert "ComfyUI's own VAE loader knows f8" in capsys.readouterr().err
     assert "ComfyUI's own VAE loader knows f8" in (tmp_path / "vae/README.md").read_text()
 
 
-def test_onnx_runs_as_the_card_says(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = make(tmp_path / "model", SMALL)
-    export(model, tmp_path / "vae", format="onnx", scaling_factor=0.5, shift_factor=0.1)
-    names = {path.relative_to(tmp_path / "vae").as_posix() for path in (tmp_path / "vae").rglob("*") if path.is_file()}
+def test_onnx_runs_as_the_card_says(onnx_export, run_snippets):
+    model, folder = onnx_export
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     coders = {f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")}
     assert names == {"README.md", "latentae.json", *coders}
-    assert set(read_json(tmp_path / "vae/latentae.json")["files"]) == names - {"latentae.json"}
-    assert read_json(tmp_path / "vae/vae_decoder/config.json")["scaling_factor"] == 0.5
-    images = torch.rand(3, 3, 20, 36) * 2 - 1
-    (found,) = run_snippets(tmp_path / "vae", images, monkeypatch)
-    original = AutoencoderKL.from_pretrained(model)
+    assert set(read_json(folder / "latentae.json")["files"]) == names - {"latentae.json"}
+    assert read_json(folder / "vae_decoder/config.json")["scaling_factor"] == 0.5
+    images = torch.rand(3, 3, 24, 40) * 2 - 1
+    (found,) = run_snippets(folder, images)
     with torch.no_grad():
-        latent = original.encode(images).mode()
+        latent = model.encode(images).mode()
         np.testing.assert_allclose(found["latents"], (latent - 0.1) * 0.5, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(found["decoded"], original.decode(latent), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found["decoded"], model.decode(latent), rtol=0, atol=1e-4)
 
 
-def test_onnx_without_its_packages_is_one_line_and_no_folder(tmp_path, monkeypatch):
+def test_onnx_without_its_packages_is_one_line_and_no_folder(small, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
     with pytest.raises(MissingDependencyError, match=r"pip install 'latentae\[export\]'"):
-        export(make(tmp_path / "model", SMALL), tmp_path / "vae", format="onnx")
+        export(small, tmp_path / "vae", format="onnx")
     assert not (tmp_path / "vae").exists()
 
 
 @pytest.mark.slow
-def test_all_of_a_run(photo_shards, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("cpp_compiler")
+def test_all_of_a_run(photo_shards, run_snippets, tmp_path):
     """Everything in one folder: each loader gives the model's own images, and the card's snippets run."""
     pytest.importorskip("onnxruntime")
     run = make_run(tmp_path / "run")
@@ -185,7 +171,7 @@ def test_all_of_a_run(photo_shards, tmp_path, monkeypatch):
     }  # fmt: skip
     assert export(run, tmp_path / "vae", **options) == summary
     images = torch.rand(2, 3, 32, 48) * 2 - 1
-    found = run_snippets(tmp_path / "vae", images, monkeypatch)
+    found = run_snippets(tmp_path / "vae", images)
     assert len(found) == 6
     original = AutoencoderKL.from_pretrained(run)
     with torch.no_grad():
@@ -196,8 +182,8 @@ def test_all_of_a_run(photo_shards, tmp_path, monkeypatch):
     assert found[5]["rgb"].shape == (2, 3, 8, 12)
 
 
-def test_a_diffusers_only_environment_loads_the_folded_variant(tmp_path):
-    model = make(tmp_path / "model")
+def test_a_diffusers_only_environment_loads_the_folded_variant(save_model, tmp_path):
+    model = save_model(tmp_path / "model", NARROW)
     latents = MeasuredLatents(1.0, 0.0, (0.5, -1.0, 0.0, 2.0), (0.5, 2.0, 1.0, 4.0), images=9)
     write_json(tmp_path / "statistics.json", latents.to_json(resolve_model(model).fingerprint))
     export(model, tmp_path / "vae", variant="fp16", fold_normalization=True, statistics=tmp_path / "statistics.json")
@@ -206,26 +192,15 @@ def test_a_diffusers_only_environment_loads_the_folded_variant(tmp_path):
     with torch.no_grad():
         expected = original.decode(original.encode(x).mode())
     torch.save({"x": x, "expected": expected}, tmp_path / "tensors.pt")
-    code = (
-        "import sys\n"
-        "sys.modules['latentae'] = sys.modules['latentae_kernels'] = None  # importing either fails\n"
-        "import torch\nfrom diffusers import AutoencoderKL\n"
-        f"saved = torch.load({str(tmp_path / 'tensors.pt')!r}, weights_only=True)\n"
-        "for options in ({}, {'variant': 'fp16'}):\n"
-        f"    vae = AutoencoderKL.from_pretrained({str(tmp_path / 'vae')!r}, **options).float()\n"
-        "    with torch.no_grad(): got = vae.decode(vae.encode(saved['x']).latent_dist.mode()).sample\n"
-        "    print((got - saved['expected']).abs().max().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LATENTAE], cwd=tmp_path, capture_output=True, text=True, check=True)
     full, half = map(float, done.stdout.split())
     assert full <= 1e-4
     assert half <= 5e-2
 
 
 def test_what_a_training_needs_comes_along_without_its_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "latentae.exporting.building.write_formats", lambda format, component, folder: write_plain(component, folder)
-    )
+    # the other formats take a minute
+    monkeypatch.setattr("latentae.exporting.building.write_formats", write_plain)
     run = make_run(tmp_path / "run")
     export(run, tmp_path / "vae", format="all")
     training = tmp_path / "vae/training"
@@ -245,8 +220,7 @@ def test_what_a_training_needs_comes_along_without_its_machine(tmp_path, monkeyp
     assert equal(initial.discriminator, load_file(checkpoint / "discriminator.safetensors"))
 
 
-def write_plain(component, folder: Path) -> None:
-    """The diffusers files alone: the other formats take a minute and are not what is looked at."""
+def write_plain(format, component, folder: Path) -> None:
     write_diffusers(component.model, component.config, folder)
 
 
@@ -268,16 +242,12 @@ def test_without_data_a_run_gives_its_own_validation(tmp_path):
     assert "| PSNR (dB) | 21.25 |\n| SSIM | 0.5 |\n" in card
     assert "Perceptual distance" not in card
     export(run, tmp_path / "raw", weights="raw")
-    assert "Not measured: export with" in (tmp_path / "raw/README.md").read_text()
+    write_text(run / "metrics.jsonl", '{"step": 5, "images": 40, "validation/psnr": 19.0}\n')  # of other weights
+    export(run, tmp_path / "other")
+    for name in ("raw", "other"):
+        assert "Not measured: export with" in (tmp_path / name / "README.md").read_text()
 
 
-def test_a_validation_of_other_weights_is_not_shown(tmp_path):
-    run = make_run(tmp_path / "run")
-    write_text(run / "metrics.jsonl", '{"step": 5, "images": 40, "validation/psnr": 19.0}\n')
-    export(run, tmp_path / "vae")
-    assert "Not measured: export with" in (tmp_path / "vae/README.md").read_text()
-
-
-def test_variants_belong_to_the_diffusers_folder(tmp_path):
+def test_variants_belong_to_the_diffusers_folder(small, tmp_path):
     with pytest.raises(RecipeError, match="variant fp16 is for diffusers or all"):
-        export(make(tmp_path / "model", SMALL), tmp_path / "vae", format="ldm", variant="fp16")
+        export(small, tmp_path / "vae", format="ldm", variant="fp16")

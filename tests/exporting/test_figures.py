@@ -13,34 +13,28 @@ from latentae.data.loader import image_batches
 from latentae.data.transforms import to_float
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json
+from latentae.models.config import preset
 from latentae.models.tiling import Tiled
 
 SIDE = 64
 
 
-def small(folder: Path, channels: int = 3) -> Path:
-    """A random f4 model made for 64 pixels, which decodes to about [-1, 1]."""
-    torch.manual_seed(0)
-    levels = 3
-    config = AutoencoderKLConfig(
+def small(channels: int = 3) -> AutoencoderKLConfig:
+    """An f4 model made for 64 pixels."""
+    return preset(
+        "tiny",
         in_channels=channels,
         out_channels=channels,
+        latent_channels=4,
         block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=4,
         sample_size=SIDE,
     )
-    model = AutoencoderKL(config)
-    with torch.no_grad():
-        model.decoder.conv_out.weight.div_(5)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("model") / "small")
+def model(save_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "small", small())
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ def images(photo_shards) -> torch.Tensor:
 
 @pytest.fixture
 def no_audit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without half precision and tiling, which take seconds and other tests look at."""
+    """Without half precision and tiling, which take seconds; `measured` has them."""
     monkeypatch.setattr("latentae.exporting.building.measure_component", lambda model, request: (None, None))
 
 
@@ -162,24 +156,20 @@ def test_the_same_measured_export_again_measures_nothing(model, measured, photo_
         export(model, measured, **options)
 
 
-def test_at_most_so_many_images_are_read(model, photo_shards, no_audit, tmp_path):
-    export(model, tmp_path / "vae", data=photo_shards, images=2, perceptual="none")
+@pytest.mark.parametrize(("resolution", "metrics"), [(64, {"psnr", "ssim"}), (8, {"psnr"})])  # SSIM's window has 11 pixels
+def test_at_most_so_many_images_are_read(resolution, metrics, model, photo_shards, no_audit, tmp_path):
+    export(model, tmp_path / "vae", data=photo_shards, images=2, resolution=resolution, perceptual="none")
     assert read_json(tmp_path / "vae/latent_statistics.json")["samples"] == 2
+    (quality,) = read_json(tmp_path / "vae/latentae.json")["figures"]["quality"]
+    assert set(quality["metrics"]) == metrics
     card = (tmp_path / "vae/README.md").read_text()
-    assert "| 64 x 64 | 2 | " in card
+    assert f"| {resolution} x {resolution} | 2 | " in card
     assert "activations* were not measured" in card
     assert read_json(tmp_path / "vae/config.json")["force_upcast"] is True
 
 
-def test_images_smaller_than_the_window_of_ssim_have_the_other_figures(model, photo_shards, no_audit, tmp_path):
-    export(model, tmp_path / "vae", data=photo_shards, images=2, resolution=8, perceptual="none")
-    (quality,) = read_json(tmp_path / "vae/latentae.json")["figures"]["quality"]
-    assert set(quality["metrics"]) == {"psnr"}
-    assert "| 8 x 8 | 2 | " in (tmp_path / "vae/README.md").read_text()
-
-
-def test_gray_models_have_figures_but_no_preview(photo_shards, no_audit, tmp_path):
-    export(small(tmp_path / "gray", channels=1), tmp_path / "vae", data=photo_shards, images=2)
+def test_gray_models_have_figures_but_no_preview(save_model, photo_shards, no_audit, tmp_path):
+    export(save_model(tmp_path / "gray", small(channels=1)), tmp_path / "vae", data=photo_shards, images=2)
     (quality,) = read_json(tmp_path / "vae/latentae.json")["figures"]["quality"]
     assert quality["metrics"]["psnr"]["n"] == 2
     assert "perceptual" not in quality["metrics"]

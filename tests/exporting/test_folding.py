@@ -77,26 +77,21 @@ def test_statistics_that_can_not_be_folded(mean, std, message):
         fold_normalization(AutoencoderKL(config()), mean, std)
 
 
-def saved(folder: Path) -> tuple[Path, Path]:
+@pytest.fixture
+def saved(save_model, tmp_path) -> tuple[Path, Path]:
     """A model folder and a file of statistics as encode writes them."""
-    AutoencoderKL(config()).save_pretrained(folder / "model")
-    values = {
-        "model": resolve_model(folder / "model").fingerprint,
-        "samples": 500,
-        "scaling_factor": 0.75,
-        "shift_factor": -0.125,
-    }
-    write_json(folder / "statistics.json", {**values, "latents_mean": MEAN, "latents_std": STD})
-    return folder / "model", folder / "statistics.json"
+    model = save_model(tmp_path / "model", config())
+    values = {"model": resolve_model(model).fingerprint, "samples": 500, "scaling_factor": 0.75, "shift_factor": -0.125}
+    write_json(tmp_path / "statistics.json", {**values, "latents_mean": MEAN, "latents_std": STD})
+    return model, tmp_path / "statistics.json"
 
 
-def test_a_folded_export_needs_no_scaling(tmp_path):
-    model, statistics = saved(tmp_path)
+def test_a_folded_export_needs_no_scaling(saved, tmp_path):
+    model, statistics = saved
     summary = export(model, tmp_path / "vae", fold_normalization=True, statistics=statistics)
     assert (summary["scaling_factor"], summary["shift_factor"]) == (1.0, 0.0)
-    exported = read_json(tmp_path / "vae/config.json")
-    assert (exported["scaling_factor"], exported["shift_factor"]) == (1.0, 0.0)
     plain, folded = AutoencoderKL.from_pretrained(model), AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert (folded.config.scaling_factor, folded.config.shift_factor) == (1.0, 0.0)
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         latents = (plain.encode(x).mode() - by_channel(MEAN, torch.float32)) / by_channel(STD, torch.float32)
@@ -112,9 +107,8 @@ def test_a_folded_export_needs_no_scaling(tmp_path):
     ("options", "message"),
     [({}, "needs the statistics"), ({"statistics": "statistics.json", "scaling_factor": 0.5}, "leave the scaling and shift")],
 )
-def test_folding_without_statistics_or_with_a_factor_is_refused(options, message, tmp_path, monkeypatch):
-    model, _ = saved(tmp_path)
+def test_folding_without_statistics_or_with_a_factor_is_refused(options, message, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=message):
-        export(model, tmp_path / "vae", fold_normalization=True, **options)
+        export(saved[0], tmp_path / "vae", fold_normalization=True, **options)
     assert not (tmp_path / "vae").exists()

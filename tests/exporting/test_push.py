@@ -43,9 +43,8 @@ def api(monkeypatch):
 
 
 @pytest.fixture
-def model(tmp_path) -> Path:
-    AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 16))).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def model(save_model, tmp_path) -> Path:
+    return save_model(tmp_path / "model", preset("tiny", block_out_channels=(8, 8, 16)))
 
 
 def test_the_folder_is_uploaded_and_its_card_names_the_repository(api, model, tmp_path, capsys):

@@ -8,10 +8,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from latentae import AutoencoderKL, cli
+from latentae import cli
 from latentae.models.config import preset
 
 ROOT = Path(__file__).parents[2]
@@ -25,10 +24,9 @@ def blocks(file: str, language: str, heading: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, photo_shards) -> Path:
+def workplace(tmp_path, monkeypatch, photo_shards, save_model) -> Path:
     """Where the README's commands run: a model under the run's name, shards, two photos."""
-    torch.manual_seed(0)
-    AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 16))).save_pretrained(tmp_path / "runs/first")
+    save_model(tmp_path / "runs/first", preset("tiny", block_out_channels=(8, 8, 16)))
     (tmp_path / "held-out-shards").symlink_to(photo_shards)
     for name, size in (("cat", (70, 51)), ("dog", (33, 64))):
         Image.new("RGB", size, "teal").save(tmp_path / f"{name}.jpg")

@@ -66,18 +66,16 @@ def test_both_directions_are_the_formula(model, pipe):
     close(decoded, exact.decode(raw)[0, :, :13, :18].clamp(-1, 1))
 
 
-def test_what_a_folder_and_a_model_give_is_the_same(model, pipe, tmp_path):
-    model.save_pretrained(tmp_path / "vae")
-    image = photo(8, 8)
-    assert torch.equal(latentae.pipeline(tmp_path / "vae").encode(image)[0], pipe.encode(image)[0])
-
-
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (3, 40), (4, 4), (17, 16), (31, 29)])
-def test_any_size_comes_back_in_its_size(pipe, height, width):
+def test_any_size_comes_back_in_its_size_in_every_output(pipe, height, width):
     latents = pipe.encode(photo(height, width))
     assert latents[0].shape == (4, -(-height // 4), -(-width // 4))
-    [image] = pipe.decode(latents)
-    assert image.size == (width, height)
+    [picture], [array], [tensor] = (pipe.decode(latents, output=kind) for kind in ("pil", "numpy", "tensor"))
+    assert picture.size == (width, height)
+    assert np.array_equal(np.asarray(picture), array)
+    assert (array.dtype, array.shape) == (np.uint8, (height, width, 3))
+    assert tensor.shape == (3, height, width)
+    assert abs(in_range(array)[0] - tensor).max() <= 1.01 / 255
 
 
 @pytest.fixture
@@ -113,11 +111,11 @@ def test_every_form_of_a_picture_gives_the_same_latent(pipe, everything):
     expected = pipe.encode(everything["array"])[0]
     assert expected.dtype == torch.float32
     for name, image in everything.items():
-        assert torch.allclose(pipe.encode(image)[0], expected, rtol=0, atol=1e-6), name
+        assert torch.allclose(pipe.encode(image)[0], expected, rtol=0, atol=2e-5), name
     latents = pipe.encode(iter(everything.values()))
     assert len(latents) == len(everything)
     assert set(latents.sizes) == {(12, 9)}
-    close(latents.batch(), expected.expand(len(everything), -1, -1, -1), 1e-6)
+    close(latents.batch(), expected.expand(len(everything), -1, -1, -1))
 
 
 def test_an_opened_jpeg_is_read_from_memory_with_or_without_simplejpeg(pipe, tmp_path, monkeypatch):
@@ -147,12 +145,12 @@ def test_order_and_results_do_not_depend_on_the_batches(model):
         latents = pipe.encode(images)
         assert latents.sizes == tuple((image.shape[0], 10) for image in images)
         for found, expected in zip(latents, alone, strict=True):
-            close(found, expected, 1e-6)
+            close(found, expected)
         shown = pipe.decode(latents, output="numpy")
         assert [image.shape for image in shown] == [image.shape for image in images]
     sampled = [latentae.pipeline(model, batch_size=size).encode(images, sample=True, seed=5) for size in (1, 8)]
     for one, other in zip(*sampled, strict=True):
-        close(one, other, 1e-6)
+        close(one, other)
 
 
 def test_no_pass_is_larger_than_it_says(model, monkeypatch):
@@ -195,9 +193,9 @@ def test_channels_are_converted_as_files_are(channels, tmp_path):
         assert picture.mode == mode
         picture.save(tmp_path / "a.png")
         found = pipe.encode([tmp_path / "a.png", picture])
-        close(found[0], found[1], 1e-6)
+        close(found[0], found[1])
         if mode in ("L", "LA", "RGB", "RGBA", "I;16"):
-            close(pipe.encode(np.asarray(picture))[0], found[0], 1e-6)
+            close(pipe.encode(np.asarray(picture))[0], found[0])
     [shown] = pipe.decode(found[:1] if isinstance(found, list) else found[0])
     assert shown.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
 
@@ -220,21 +218,11 @@ def test_sixteen_bits_go_in_and_come_out(model, pipe, tmp_path):
     Image.fromarray(deep[..., 0]).save(tmp_path / "deep.png")
     expected = model.encode(in_range(deep).float().expand(-1, 3, -1, -1)).mode()
     for image in (deep, tmp_path / "deep.png"):
-        close(pipe.encode(image)[0], (expected[0] - 0.25) * 0.5, 1e-6)
+        close(pipe.encode(image)[0], (expected[0] - 0.25) * 0.5)
     [image], [exact] = (pipe.decode(pipe.encode(deep), output=kind) for kind in ("numpy16", "tensor"))
     assert image.dtype == np.uint16
     assert abs(in_range(image)[0] - exact).max() <= 1.01 / 65535
     assert len(np.unique(image % 257)) > 20  # more than 8 bits widened
-
-
-def test_outputs(pipe):
-    latents = pipe.encode(photo(7, 9))
-    [picture], [array], [tensor] = (pipe.decode(latents, output=kind) for kind in ("pil", "numpy", "tensor"))
-    assert np.array_equal(np.asarray(picture), array)
-    assert array.dtype == np.uint8
-    assert array.shape == (7, 9, 3)
-    assert tensor.shape == (3, 7, 9)
-    assert abs(in_range(array)[0] - tensor).max() <= 1.01 / 255
 
 
 def test_latents_of_a_diffusion_model_are_cropped_where_sizes_are_given(pipe):
@@ -342,8 +330,6 @@ def test_what_is_no_image_is_named(pipe, tmp_path):
         pipe.encode([good, cut])
     with pytest.raises(ImageError, match="found a int"):
         pipe.encode(7)
-    with pytest.raises(ImageError, match="files have 1, 3 or 4 channels, the model 2"):
-        latentae.pipeline(build(in_channels=2)).encode("a.png")
     with pytest.raises(ImageError, match="found 4 x 2 x 2 and 4 x 3 x 2"):
         pipe.encode([good, photo(12, 8)]).batch()
 
@@ -362,8 +348,6 @@ def test_wrong_options_and_latents_are_named(model, pipe):
         latentae.pipeline(Path("nowhere/at/all"))
     with pytest.raises(RecipeError, match="output is 'jpeg'"):
         pipe.decode(torch.zeros(1, 4, 2, 2), output="jpeg")
-    with pytest.raises(RecipeError, match="2 channels, which Pillow has no image of"):
-        latentae.pipeline(build(out_channels=2)).decode(torch.zeros(1, 4, 2, 2))
     for latent in (torch.zeros(1, 3, 2, 2), torch.zeros(4, 2), torch.zeros(4, 0, 2)):
         with pytest.raises(ModelError, match=r"expected \[4, h, w\]"):
             pipe.decode(latent)
@@ -381,11 +365,15 @@ def test_a_result_that_overflows_says_what_to_do():
         latentae.pipeline(model, dtype="fp16").encode(image)
 
 
-def test_a_model_of_two_channels_takes_arrays_and_tensors():
+def test_a_model_of_two_channels_takes_arrays_and_tensors_but_no_files():
     pipe = latentae.pipeline(build(in_channels=2, out_channels=2))
+    with pytest.raises(ImageError, match="files have 1, 3 or 4 channels, the model 2"):
+        pipe.encode("a.png")
+    with pytest.raises(RecipeError, match="2 channels, which Pillow has no image of"):
+        pipe.decode(torch.zeros(1, 4, 2, 2))
     pixels = photo(8, 8, 2)
     latents = pipe.encode([pixels, in_range(pixels)[0]])
-    close(latents[0], latents[1], 1e-6)
+    close(latents[0], latents[1])
     assert pipe.decode(latents, output="numpy")[0].shape == (8, 8, 2)
 
 
@@ -416,6 +404,7 @@ def test_the_three_lines_of_the_docs_run(model, tmp_path, monkeypatch):
         Image.fromarray(photo(24, 21)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    assert torch.equal(latentae.pipeline("vae").encode(photo(8, 8))[0], latentae.pipeline(model).encode(photo(8, 8))[0])
     names: dict[str, object] = {}
     for block in text.split("```python\n")[1:]:
         exec(block.split("```")[0], names)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_trains_measures_and_draws(tmp_path):
+def test_it_trains_measures_and_draws(run, tmp_path):
     pytest.importorskip("sklearn")
-    program = [sys.executable, str(ROOT / "tools" / "family_page.py")]
-    options = ["--runs", tmp_path / "runs", "--pictures", tmp_path / "pictures", "--out", tmp_path / "family.json"]
-    result = subprocess.run(
-        [*program, *map(str, options), "--only", "linear-digits", "--digit-images", "1280"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    folders = ["--runs", tmp_path / "runs", "--pictures", tmp_path / "pictures", "--out", tmp_path / "family.json"]
+    code, output = run("family_page", *folders, "--only", "linear-digits", "--digit-images", 1280)
+    assert code == 0, output
     found = json.loads((tmp_path / "family.json").read_text())
     assert found["variants"]["linear-digits"]["error_over_pca_on_training_digits"] > 1, "nothing beats PCA where it was fitted"
     with Image.open(tmp_path / "pictures" / "family-linear-digits.png") as picture:

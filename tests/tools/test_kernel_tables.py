@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,28 +51,27 @@ CPU = {
 }
 
 
-def tables(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "kernel_tables.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture
 def readme(tmp_path):
     (tmp_path / "README.md").write_text(MARKERS)
     return tmp_path / "README.md"
 
 
-def update(readme: Path, *arguments: str, **reports: dict) -> subprocess.CompletedProcess[str]:
-    for folder, report in reports.items():
-        file = readme.parent / "benchmarks" / folder / "kernels.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report))
-    return tables("--readme", readme, "--benchmarks", readme.parent / "benchmarks", *arguments)
+@pytest.fixture
+def update(run, readme) -> Callable[..., tuple[object, str]]:
+    def call(*arguments: str, **reports: dict) -> tuple[object, str]:
+        for folder, report in reports.items():
+            file = readme.parent / "benchmarks" / folder / "kernels.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(report))
+        return run("kernel_tables", "--readme", readme, "--benchmarks", readme.parent / "benchmarks", *arguments)
+
+    return call
 
 
-def test_the_readme_of_this_repository_agrees_with_its_json_files():
-    done = tables("--check")
-    assert done.returncode == 0, done.stderr
+def test_the_readme_of_this_repository_agrees_with_its_json_files(run):
+    code, output = run("kernel_tables", "--check")
+    assert code == 0, output
 
 
 def test_every_op_that_is_benchmarked_has_a_table_in_the_readme():
@@ -83,8 +81,8 @@ def test_every_op_that_is_benchmarked_has_a_table_in_the_readme():
         assert f"<!-- table {op} -->" in text
 
 
-def test_without_a_measurement_the_column_is_empty_and_the_readme_says_so(readme):
-    assert update(readme, predicted=PREDICTED).returncode == 0
+def test_without_a_measurement_the_column_is_empty_and_the_readme_says_so(update, readme):
+    assert update(predicted=PREDICTED)[0] == 0
     text = readme.read_text()
     assert "No kernel has been measured on a GPU yet" in text
     assert "a fast GPU" in text
@@ -94,9 +92,9 @@ def test_without_a_measurement_the_column_is_empty_and_the_readme_says_so(readme
     assert text.endswith("<!-- end -->\nmore\n")
 
 
-def test_measured_figures_replace_predicted_ones(readme):
-    update(readme, predicted=PREDICTED)
-    update(readme, some_gpu=GPU, cpu=CPU)
+def test_measured_figures_replace_predicted_ones(update, readme):
+    update(predicted=PREDICTED)
+    update(some_gpu=GPU, cpu=CPU)
     text = readme.read_text()
     assert "No kernel has been measured" not in text
     assert "Measured on Some GPU" in text
@@ -105,18 +103,18 @@ def test_measured_figures_replace_predicted_ones(readme):
     assert "| forward | 8×128×256×256 | 20.00 | 30.00 | 10.00 | 0.50 |" in text
 
 
-def test_check_tells_a_stale_readme_and_writes_nothing(readme):
-    update(readme, predicted=PREDICTED)
+def test_check_tells_a_stale_readme_and_writes_nothing(update, readme):
+    update(predicted=PREDICTED)
     before = readme.read_text()
-    assert update(readme, "--check").returncode == 0
-    done = update(readme, "--check", some_gpu=GPU)
-    assert done.returncode == 1
-    assert "run: python tools/kernel_tables.py" in done.stderr
+    assert update("--check")[0] == 0
+    code, output = update("--check", some_gpu=GPU)
+    assert code == 1
+    assert "run: python tools/kernel_tables.py" in output
     assert readme.read_text() == before
 
 
-def test_a_file_of_another_format_is_named_and_left_out(readme):
-    done = update(readme, predicted=PREDICTED, old={"device": "cpu", "rows": []})
-    assert done.returncode == 0
-    assert "old/kernels.json has another format" in done.stderr
+def test_a_file_of_another_format_is_named_and_left_out(update, readme):
+    code, output = update(predicted=PREDICTED, old={"device": "cpu", "rows": []})
+    assert code == 0
+    assert "old/kernels.json has another format" in output
     assert "No kernel has been measured" in readme.read_text()
