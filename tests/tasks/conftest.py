@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from digit_files import pca_model, write_images
 from sklearn.datasets import load_digits
 from torch import Tensor
-
-from latentae.models.config import LinearAutoencoderConfig
-from latentae.models.linear import LinearAutoencoder
-from latentae.models.pca import fit_pca
 
 
 @pytest.fixture(scope="session")
@@ -22,29 +17,9 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def pca_model() -> Callable[[Path, Tensor, int], Path]:
-    """Save the linear autoencoder that is PCA of gray images of 8 x 8: it needs no training."""
-
-    def make(folder: Path, images: Tensor, components: int) -> Path:
-        config = LinearAutoencoderConfig(in_channels=1, out_channels=1, latent_channels=components, patch=8, sample_size=8)
-        model = LinearAutoencoder(config)
-        model.load_pca(fit_pca(images, 8, components))
-        model.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def write_digits() -> Callable[..., Path]:
-    """Write gray images as PNG files, with a class file beside each."""
-
-    def write(folder: Path, images: Tensor, classes: Iterable[int] | None = None) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            Image.fromarray(image[0].numpy()).save(folder / f"{number:04}.png")
-        for number, label in enumerate([] if classes is None else classes):
-            (folder / f"{number:04}.cls").write_text(str(int(label)))
-        return folder
-
-    return write
+def made(digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensor]:
+    """A PCA of every second digit, and 150 of the others as files with classes, and as a tensor."""
+    folder, (images, classes) = tmp_path_factory.mktemp("digits"), digits
+    some = slice(1, 301, 2)
+    inputs = write_images(folder / "digits", images[some], classes[some].tolist())
+    return pca_model(folder / "model", images[::2], 12), inputs, images[some]

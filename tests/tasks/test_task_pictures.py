@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from digit_files import write_images
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
@@ -18,14 +19,6 @@ from latentae.models.linear import LinearAutoencoder
 from latentae.tasks.latent_gaussian import fit_latent_gaussian
 from latentae.tasks.pictures import NOTE, heat_picture
 from latentae.training.keyed import keyed_normal
-
-
-@pytest.fixture(scope="module")
-def made(digits, pca_model, write_digits, tmp_path_factory):
-    """A PCA of every second digit with few components, and 60 of the others as files."""
-    folder = tmp_path_factory.mktemp("pictures")
-    images, _ = digits
-    return pca_model(folder / "model", images[::2], 10), write_digits(folder / "digits", images[1:121:2]), images[1:121:2]
 
 
 def _pixels(file):
@@ -54,7 +47,8 @@ def test_a_small_latent_takes_noise_away(made, tmp_path):
 
 def test_the_noise_of_an_image_depends_on_seed_and_key_alone(made, tmp_path):
     model, inputs, _ = made
-    latentae.denoise(model, inputs, tmp_path / "a", noise=0.3, batch_size=7)
+    some = [inputs / f"{number:04}.png" for number in range(30)]
+    latentae.denoise(model, some, tmp_path / "a", noise=0.3, batch_size=7)
     latentae.denoise(model, [inputs / "0021.png", inputs / "0003.png"], tmp_path / "b", noise=0.3)
     latentae.denoise(model, [inputs / "0003.png"], tmp_path / "c", noise=0.3, seed=1)
     one, same, other = (_pixels(tmp_path / name / "noisy" / "0003.png") for name in "abc")
@@ -102,13 +96,12 @@ def test_samples_of_a_fitted_gaussian_are_nearer_to_digits_than_noise_is(made, d
     model, inputs, _ = made
     result = latentae.sample(model, tmp_path / "s.png", latents=inputs, count=12, seed=4)
     assert result["distribution"] == "Gaussian fitted to whole latents"
-    assert result["fitted_on"] == 60
+    assert result["fitted_on"] == 150
     assert _note(tmp_path / "s.png")["seed"] == 4
     rows = _pixels(tmp_path / "s.png")
     samples = torch.stack([_tile(rows, number) for number in range(12)])
-    assert _nearest(samples, digits[0]) < 0.7 * _nearest(
-        torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) * 255, digits[0]
-    )
+    noise = torch.rand(12, 64, generator=torch.Generator().manual_seed(0)) * 255
+    assert _nearest(samples, digits[0]) < 0.7 * _nearest(noise, digits[0])
     latentae.sample(model, tmp_path / "more.png", latents=inputs, count=16, seed=4)
     more = _pixels(tmp_path / "more.png")
     assert all((_tile(more, number) == samples[number]).all() for number in range(12))
@@ -123,13 +116,9 @@ def _nearest(images, data):
     return float(torch.cdist(images, data.float().flatten(1)).min(dim=1).values.mean())
 
 
-def test_latents_that_were_encoded_before_serve_as_well(digits, tmp_path):
-    torch.manual_seed(0)
+def test_latents_that_were_encoded_before_serve_as_well(tmp_path):
     model = _tiny(tmp_path / "model")
-    for number in range(6):
-        pixels = torch.randint(0, 255, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
-        (tmp_path / "images").mkdir(exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{number}.png")
+    write_images(tmp_path / "images", torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8))
     shards(tmp_path / "images", tmp_path / "shards")
     latentae.encode(model, str(tmp_path / "shards"), tmp_path / "latents", resolution=16, dtype="fp32", device="cpu")
     stored = latentae.sample(model, tmp_path / "stored.png", latents=tmp_path / "latents", count=3)
@@ -163,6 +152,10 @@ def test_the_prior_is_taken_where_there_is_one_and_refused_where_not(made, tmp_p
     result = latentae.sample(strong, tmp_path / "s.png", count=3, seed=5)
     assert result["distribution"] == _note(tmp_path / "s.png")["distribution"] == "prior N(0, I)"
     assert result["kl"] == 0.01
+    with torch.no_grad():  # samples are decoded standard normal latents
+        expected = AutoencoderKL.from_pretrained(strong).decode(keyed_normal((3, 2, 8, 8), 5, 0, 0, "sample"))[0].numpy()
+    picture = _pixels(tmp_path / "s.png")[4:132:8, 4:132:8].transpose(2, 0, 1)
+    assert np.abs(picture - ((expected + 1) * 127.5).round().clip(0, 255)).max() <= 1
     capsys.readouterr()
     latentae.sample(_tiny(tmp_path / "weak", recipe="[loss]\nkl = 1e-6\n"), tmp_path / "w.png", count=1)
     assert "hardly pulls" in capsys.readouterr().err
@@ -172,16 +165,6 @@ def test_the_prior_is_taken_where_there_is_one_and_refused_where_not(made, tmp_p
         with pytest.raises(ModelError, match="without KL"):
             latentae.sample(_tiny(tmp_path / "plain", recipe=recipe), tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
-
-
-def test_samples_of_the_prior_are_decoded_standard_normal_latents(tmp_path):
-    folder = _tiny(tmp_path / "model", recipe="[loss]\nkl = 0.01\n")
-    latentae.sample(folder, tmp_path / "s.png", count=2, seed=5)
-    noise = keyed_normal((2, 2, 8, 8), 5, 0, 0, "sample")
-    with torch.no_grad():
-        expected = AutoencoderKL.from_pretrained(folder).decode(noise)
-    picture = _pixels(tmp_path / "s.png")[4:132:8, 4:132:8].transpose(2, 0, 1)
-    assert np.abs(picture - ((expected[0].numpy() + 1) * 127.5).round().clip(0, 255)).max() <= 1
 
 
 @pytest.mark.parametrize("side", [2, 40])  # the whole covariance, or that of channels
@@ -204,13 +187,6 @@ def test_drawn_latents_have_the_fitted_mean_and_covariance(side):
         np.testing.assert_allclose(torch.cov(deviations), mixing @ mixing.T + 0.3 * torch.eye(2), atol=0.05)
 
 
-def test_latents_of_two_sizes_have_no_gaussian():
-    with pytest.raises(ImageError, match="one size"):
-        fit_latent_gaussian(
-            [(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)), (torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 4, 5))]
-        )
-
-
 def test_heat_runs_from_black_to_yellow():
     picture = heat_picture(torch.tensor([[-1.0, 0.0, 0.5, 1.0, 9.0]]))
     assert picture[:, 0, 0].tolist() == picture[:, 0, 1].tolist() == [0, 0, 3]
@@ -230,30 +206,25 @@ def test_bad_options_are_refused_before_anything_is_written(made, tmp_path):
     with pytest.raises(RecipeError, match="noise is -1"):
         latentae.denoise(model, inputs, tmp_path / "out", noise=-1)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ImageError, match="one size"):
+        fit_latent_gaussian([(torch.zeros(2, 3, 4, 4),) * 2, (torch.zeros(1, 3, 4, 5),) * 2])
 
 
 def test_the_verbs_are_the_functions(made, tmp_path, capsys):
     from latentae.cli import main
 
     model, inputs, _ = made
+    one, two = str(inputs / "0001.png"), str(inputs / "0002.png")
     lines = {
-        "features": [str(model), str(inputs), "--out", str(tmp_path / "f"), "--pool", "moments"],
-        "denoise": [
-            str(model),
-            str(inputs / "0001.png"),
-            str(inputs / "0002.png"),
-            "--out",
-            str(tmp_path / "d"),
-            "--noise",
-            "0.2",
-        ],
-        "anomaly": [str(model), str(inputs), str(inputs), "--out", str(tmp_path / "a"), "--quantile", "0.8"],
-        "interpolate": [str(model), str(inputs / "0001.png"), str(inputs / "0002.png"), "--out", str(tmp_path / "i.png")],
-        "sample": [str(model), "--latents", str(inputs), "--out", str(tmp_path / "s.png"), "--count", "2"],
+        "features": [str(inputs), "--out", str(tmp_path / "f"), "--pool", "moments"],
+        "denoise": [one, two, "--out", str(tmp_path / "d"), "--noise", "0.2"],
+        "anomaly": [str(inputs), str(inputs), "--out", str(tmp_path / "a"), "--quantile", "0.8"],
+        "interpolate": [one, two, "--out", str(tmp_path / "i.png")],
+        "sample": ["--latents", str(inputs), "--out", str(tmp_path / "s.png"), "--count", "2"],
     }
     for verb, arguments in lines.items():
         with pytest.raises(SystemExit) as end:
-            main([verb, *arguments])
+            main([verb, str(model), *arguments])
         assert end.value.code == 0, capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"f", "d", "a", "i.png", "s.png"}
     assert json.loads((tmp_path / "d" / "summary.json").read_text())["noise"] == 0.2

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+import latentae
+from latentae.errors import OutputError
+from latentae.tasks import denoising, detecting, extracting
+from latentae.tasks.parts import Parts
+
+VERBS = {
+    "features": (latentae.features, {"pool": "moments"}),
+    "denoise": (latentae.denoise, {"noise": 0.3}),
+    "anomaly": (partial(latentae.anomaly, heat_maps=3), {"quantile": 0.9}),
+}
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_an_interrupted_job_resumes_and_repeats_no_part(made, tmp_path, monkeypatch, capsys, verb):
+    model, inputs, _ = made
+    function, other = VERBS[verb]
+    folders = (inputs, inputs) if verb == "anomaly" else (inputs,)
+    done, finished = Parts.done, []
+    monkeypatch.setattr(detecting, "PART", 60)
+    monkeypatch.setattr(denoising, "PART", 60)
+    monkeypatch.setitem(extracting.PART, "mean", 60)
+
+    def interrupted(self, part, rows):
+        if finished == [0]:
+            raise KeyboardInterrupt
+        record(self, part, rows)
+
+    def record(self, part, rows):
+        finished.append(part)
+        done(self, part, rows)
+
+    whole = function(model, *folders, tmp_path / "whole")
+    monkeypatch.setattr(Parts, "done", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        function(model, *folders, tmp_path / "out")
+    monkeypatch.setattr(Parts, "done", record)
+    monkeypatch.setattr(detecting, "GaussianFit", None)  # normal images are not measured again
+    assert function(model, *folders, tmp_path / "out") == whole
+    assert finished == [0, 1, 2]
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path.name
+    assert not (tmp_path / "out" / "parts").exists()
+    capsys.readouterr()
+    assert function(model, *folders, tmp_path / "out") == json.loads((tmp_path / "out" / "summary.json").read_text()) == whole
+    assert "already holds" in capsys.readouterr().err
+    with pytest.raises(OutputError, match=next(iter(other))):
+        function(model, *folders, tmp_path / "out", **other)
