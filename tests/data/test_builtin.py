@@ -56,20 +56,16 @@ def test_photos_are_split_by_photo(split, names):
     assert "cls" not in source.load(0)
 
 
-@pytest.mark.parametrize("spec", ["sklearn:faces", "skimage:digits", "sklearn:digits:test", "sklearn:"])
-def test_what_is_not_there_is_refused_with_what_is(spec, tmp_path):
-    with pytest.raises(DataError, match="no built-in set of images; there are sklearn:digits, sklearn:binary-digits") as caught:
-        shards(spec, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_scikit_learn_its_extra_is_named(monkeypatch):
+def test_what_is_not_there_is_refused_with_what_is(tmp_path, monkeypatch):
+    for spec in ("sklearn:faces", "skimage:digits", "sklearn:digits:test", "sklearn:"):
+        with pytest.raises(
+            DataError, match="no built-in set of images; there are sklearn:digits, sklearn:binary-digits"
+        ) as caught:
+            shards(spec, tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+    assert all(is_builtin(name) for name in BUILTIN)
+    assert not any(is_builtin(name) for name in ("digits", "hf://sklearn:digits", "./sklearn:digits", ""))
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingDependencyError, match=r"latentae\[quickstart\]"):
         BuiltinImages("sklearn:digits")
-
-
-def test_names_of_built_in_sets_are_no_paths():
-    assert all(is_builtin(name) for name in BUILTIN)
-    assert not any(is_builtin(name) for name in ("digits", "hf://sklearn:digits", "./sklearn:digits", ""))

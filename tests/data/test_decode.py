@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import struct
-import threading
 import types
 from pathlib import Path
 
@@ -172,19 +171,11 @@ def test_other_formats_are_refused_whatever_their_name(kind):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"<html>404 not found</html>",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8\xff",
-    ],
+    "data", [b"", b"<html>404 not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"]
 )
 def test_what_is_no_image_is_one_line_that_names_it(data):
-    with pytest.raises(ImageError) as caught:
+    with pytest.raises(ImageError, match=r"folder/photo\.jpg") as caught:
         decode_image(data, "folder/photo.jpg")
-    assert "folder/photo.jpg" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -225,32 +216,15 @@ def test_damaged_bytes_give_an_image_or_an_image_error(data):
     assert image.shape[0] == channels
 
 
-def test_decoding_works_from_many_threads(make_png):
-    data, results = make_png(1), []
-    threads = [threading.Thread(target=lambda: results.append(decode_image(data, "x"))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 8
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
 def test_a_sample_is_decoded_by_its_image_member(make_png):
     sample = decode_sample({"__key__": "a/b", "__url__": "x.tar", "txt": b"caption", "png": make_png(3)})
     assert sample.key == "a/b"
     assert sample.image.shape == (3, 12, 16)
     assert decode_sample({"__key__": "a", "png": make_png(3)}, channels=4, bits=16).image.dtype == torch.uint16
-
-
-def test_a_sample_that_fails_names_its_key_and_shard():
     with pytest.raises(ImageError, match=r"a/b in x\.tar"):
         decode_sample({"__key__": "a/b", "__url__": "x.tar", "jpg": b"<html>"})
     with pytest.raises(ImageError, match=r"a/b in x\.tar has no image: found npy, txt"):
         decode_sample({"__key__": "a/b", "__url__": "x.tar", "txt": b"", "npy": b""})
-
-
-def test_the_image_member_is_chosen_by_an_allow_list():
     assert image_extension({"__key__": "a", "pkl": b"", "png": b"", "jpg": b""}) == "jpg"
     assert image_extension({"__key__": "a", "json": b""}) is None
     assert {"jpg", "png", "webp", "avif"} <= set(IMAGE_EXTENSIONS)
