@@ -30,31 +30,21 @@ def latents(seed: int, bucket: tuple[int, int], dtype: str, flip: bool) -> dict[
 class Made:
     """An output, and what is in it."""
 
-    def __init__(self, out: str | Path, folder: Path, **options) -> None:
-        self.store = Store.open(out)
-        self.out, self.folder = out, folder
-        self.dtype = options.get("dtype", "fp32")
-        self.packed, self.flip = options.get("packed", False), options.get("flip", False)
-        self.keep = options.get("keep_images", False)
-        self.model = options.get("model", "model")
-        self.skipped = options.get("skipped", {})
+    def __init__(self, out, folder: Path, *, dtype="fp32", packed=False, flip=False, keep_images=False, **rest) -> None:
+        self.out, self.folder, self.store = out, folder, Store.open(out)
+        self.dtype, self.packed, self.flip, self.keep = dtype, packed, flip, keep_images
+        self.skipped: dict[str, list[str]] = rest.get("skipped", {})
+        counts = rest.get("counts", {"a.tar": 3, "deep/b.tar": 0, "deep/c.tar": 5})
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         self.sidecars: dict[str, Sidecar] = {}
-        counts = options.get("counts", {"a.tar": 3, "deep/b.tar": 0, "deep/c.tar": 5})
         self.sources = {name: self._source(name, count) for name, count in counts.items()}
         plan = [
             Shard(str(path), name, counts[name] + len(self.skipped.get(name, [])), path.stat().st_size)
             for name, path in self.sources.items()
         ]
-        self.inputs = {
-            "model": self.model,
-            "resolution": 32,
-            "dtype": self.dtype,
-            "keep_images": self.keep,
-            "shards": {"count": len(plan), "samples": sum(s.samples for s in plan), "digest": plan_digest(plan)},
-        }
-        notes = {"model_path": options["model_path"]} if "model_path" in options else None
-        self.job = self.store.claim("encode", self.inputs, notes)
+        shards = {"count": len(plan), "samples": sum(shard.samples for shard in plan), "digest": plan_digest(plan)}
+        settings = {"model": "model", "resolution": 32, "dtype": dtype, "keep_images": keep_images}
+        self.job = self.store.claim("encode", {**settings, "shards": shards})
         for name, count in counts.items():
             self.write(name, count)
 
@@ -113,7 +103,7 @@ class Made:
         total = merge(parts, CHANNELS)
         record = {
             "format_version": 2,
-            "model": self.model,
+            "model": "model",
             "fingerprint": "f" * 64,
             "resolution": 32,
             "dtype": self.dtype,

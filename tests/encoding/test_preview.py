@@ -4,12 +4,12 @@ import shutil
 import uuid
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from latentae import encode
 from latentae.data.shards import read_shard
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
 from latentae.encoding.preview import decode
@@ -22,24 +22,14 @@ KEYS = ["photos/0007", "photos/0002", "photos/0005"]
 SIDE, GAP = 32, 4
 
 
-@pytest.fixture(scope="module", params=["disk", "memory"])
-def kept(request: pytest.FixtureRequest, model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str | Path:
-    """Packed, with flips and images. Not to be changed."""
-    out = tmp_path_factory.mktemp("kept") / "out" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/out"
-    encode(model, photos, out, dtype="fp32", batch_size=4, device="cpu", packed=True, flip=True, keep_images=True)
-    return out
-
-
 def tiles(file: Path) -> np.ndarray:
     """The grid's images, [rows, columns, H, W, 3]."""
     picture = np.asarray(Image.open(file))
-    rows, columns = ((side - GAP) // (SIDE + GAP) for side in picture.shape[:2])
-    return np.stack(
-        [
-            np.stack([picture[GAP + r * 36 : GAP + r * 36 + SIDE, GAP + c * 36 : GAP + c * 36 + SIDE] for c in range(columns)])
-            for r in range(rows)
-        ]
-    )
+    step = SIDE + GAP
+    rows, columns = ((side - GAP) // step for side in picture.shape[:2])
+    cells = picture[GAP:, GAP:][: rows * step, : columns * step]
+    padded = np.pad(cells, ((0, rows * step - len(cells)), (0, columns * step - cells.shape[1]), (0, 0)))
+    return padded.reshape(rows, step, columns, step, 3).swapaxes(1, 2)[:, :, :SIDE, :SIDE]
 
 
 def originals(photos: Path) -> dict[str, torch.Tensor]:
@@ -49,8 +39,12 @@ def originals(photos: Path) -> dict[str, torch.Tensor]:
     return {str(raw["__key__"]): resize_and_center_crop(decode_sample(raw).image, SIDE) for raw in samples}
 
 
-def test_latents_are_right(kept: str | Path, model: Path, photos: Path, tmp_path: Path) -> None:
-    result = decode(kept, KEYS, model=model, device="cpu", file=tmp_path / "grid.png")
+@pytest.mark.parametrize("remote", [False, True])
+def test_latents_are_right(remote: bool, kept: Path, model: Path, photos: Path, tmp_path: Path) -> None:
+    out = f"memory://{uuid.uuid4().hex}" if remote else str(kept)
+    if remote:
+        fsspec.filesystem("memory").put(f"{kept}/", f"{out}/", recursive=True)
+    result = decode(out, KEYS, model=model, device="cpu", file=tmp_path / "grid.png")
     assert result["keys"] == KEYS
     grid = tiles(tmp_path / "grid.png")
     assert grid.shape == (3, 3, SIDE, SIDE, 3)

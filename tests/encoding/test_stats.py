@@ -42,8 +42,7 @@ def values(tensor) -> np.ndarray:
     return tensor.double().numpy().reshape(tensor.shape[0], -1)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("dtype", "packed"), [("bf16", False), ("fp16", True), ("fp32", False), ("fp32", True)])
 def test_equal_to_numpy(out: str | Path, tmp_path: Path, dtype: str, packed: bool) -> None:
     counts = {"a.tar": 3, "deep/b.tar": 0, "deep/c.tar": 50, "deep/d.tar": 1}
     made = Made(
@@ -52,14 +51,8 @@ def test_equal_to_numpy(out: str | Path, tmp_path: Path, dtype: str, packed: boo
     tensors = made.tensors.values()
     summary = stats(out)
     check(summary, [values(t["mean"]) for t in tensors], [values(t["logvar"]) for t in tensors])
-    assert summary | {"out": 0} == summary | {
-        "out": 0,
-        "finished": True,
-        "shards": 4,
-        "planned": 4,
-        "dtype": dtype,
-        "skipped": {"unreadable image": 2},
-    }
+    assert (summary["finished"], summary["shards"], summary["planned"], summary["dtype"]) == (True, 4, 4, dtype)
+    assert summary["skipped"] == {"unreadable image": 2}
 
 
 def test_of_what_encode_wrote(encoded: Path) -> None:
@@ -68,9 +61,8 @@ def test_of_what_encode_wrote(encoded: Path) -> None:
     summary = stats(encoded)
     check(summary, [values(latent.mean) for latent in latents], [values(latent.logvar) for latent in latents])
     assert summary["finished"]
-    assert {name: dataset.statistics[name] for name in ("scaling_factor", "latents_std")} == {
-        name: summary[name] for name in ("scaling_factor", "latents_std")
-    }
+    for name in ("scaling_factor", "latents_std"):
+        assert dataset.statistics[name] == summary[name]
 
 
 def test_so_far(out: str | Path, tmp_path: Path) -> None:
@@ -82,19 +74,14 @@ def test_so_far(out: str | Path, tmp_path: Path) -> None:
     tensors = [made.tensors[key] for key in made.tensors if key.startswith("deep/c")]
     check(summary, [values(t["mean"]) for t in tensors], [values(t["logvar"]) for t in tensors])
     assert "5 latents in 1 of 3 shards, not finished" in stats_table(summary)
-
-
-def test_nothing_yet(out: str | Path, tmp_path: Path) -> None:
-    made = Made(out, tmp_path / "in", counts={"a.tar": 0})
+    made.store.remove("deep/c.tar.done.json")
     summary = stats(out)
-    assert (summary["samples"], summary["scaling_factor"]) == (0, None)
+    assert (summary["shards"], summary["samples"], summary["scaling_factor"]) == (0, 0, None)
     assert stats_table(summary).count("\n") == 0
-    made.store.remove("a.tar.done.json")
-    assert stats(out)["shards"] == 0
 
 
 def test_table(tmp_path: Path) -> None:
-    Made(tmp_path / "out", tmp_path / "in", skipped={"a.tar": ["x"]}).finish()
+    made = Made(tmp_path / "out", tmp_path / "in", skipped={"a.tar": ["x"]}).finish()
     summary = stats(tmp_path / "out")
     lines = stats_table(summary).splitlines()
     assert lines[0].endswith("out: 8 latents in 3 of 3 shards, finished")
@@ -104,10 +91,6 @@ def test_table(tmp_path: Path) -> None:
     assert float(lines[6].split()[-1]) == pytest.approx(summary["scaling_factor"], rel=1e-5)
     assert float(lines[7].split()[-1]) == pytest.approx(summary["shift_factor"], rel=1e-5)
     assert "no scaling_factor" in stats_table({**summary, "scaling_factor": None})
-
-
-def test_shards_of_different_jobs(tmp_path: Path) -> None:
-    made = Made(tmp_path / "out", tmp_path / "in").finish()
     write_sidecar(made.store, made.sidecars["a.tar"].model_copy(update={"fingerprint": "e" * 64}))
     with pytest.raises(OutputError, match="different jobs"):
         stats(made.out)
