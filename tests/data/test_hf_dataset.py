@@ -65,12 +65,9 @@ def test_images_labels_and_columns_of_a_saved_dataset(dataset, rows, tmp_path, c
     assert json.loads(found[0]["json"]) == {"text": "nummer 0 é", "score": 0.5, "day": "2020-01-01 00:00:00", "label": "cat"}
     assert json.loads(found[1]["json"])["score"] is None
     assert shards(tmp_path / "saved", tmp_path / "out", shard_size=2) == index
-
-
-def test_rows_that_were_chosen_and_their_order_are_kept(dataset, rows, tmp_path):
-    dataset.select([4, 1]).save_to_disk(tmp_path / "saved")
-    shards(tmp_path / "saved", tmp_path / "out", max_shard_mb=1e-6)
-    assert [sample["png"] for sample in samples(tmp_path / "out")] == [rows["image"][number]["bytes"] for number in (4, 1)]
+    dataset.select([4, 1]).save_to_disk(tmp_path / "chosen")  # rows keep their order
+    shards(tmp_path / "chosen", tmp_path / "few", max_shard_mb=1e-6)
+    assert [sample["png"] for sample in samples(tmp_path / "few")] == [rows["image"][number]["bytes"] for number in (4, 1)]
 
 
 def test_a_row_without_an_image_is_bad(datasets, tmp_path, make_png):
@@ -128,13 +125,10 @@ def test_a_dataset_that_is_not_there_is_one_line(datasets, tmp_path):
         shards("hf://", tmp_path / "out")
 
 
-def test_without_the_library_its_name_is_said(tmp_path, monkeypatch):
+def test_without_the_library_its_name_is_said_and_a_folder_of_images_is_no_dataset(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDependencyError, match="pip install datasets"):
         shards("hf://someone/something", tmp_path / "out")
-
-
-def test_a_folder_of_images_is_no_dataset(tmp_path):
     assert not is_dataset(tmp_path)
     (tmp_path / "state.json").write_text("{}")
     assert not is_dataset(tmp_path)

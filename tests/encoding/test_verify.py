@@ -157,7 +157,12 @@ def test_statistics_of_the_output(made: Made) -> None:
     assert problems(made) == []
 
 
-def test_a_shard_of_another_job(made: Made) -> None:
+def test_a_shard_of_another_job_and_what_is_no_output(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="damaged or not ours"):
+        verify(tmp_path)
+    (tmp_path / "latentae.json").write_text('{"format_version": 1, "verb": "train", "inputs": {}}')
+    with pytest.raises(OutputError, match="was made by latentae train"):
+        verify(tmp_path)
     write_sidecar(made.store, made.sidecars["a.tar"].model_copy(update={"fingerprint": "e" * 64}))
     assert problems(made)[0].startswith("a.tar: it is of another job than most shards here")
     write_sidecar(made.store, made.sidecars["a.tar"].model_copy(update={"shard": "new.tar"}))
@@ -218,11 +223,12 @@ INFO = {"source": "jpg", "source_sha256": "", "bucket": [32, 32]}
         ({"latent_safetensors": tensors(logvar=numbers(3, 4, 4, fill=float("inf")))}, "its logvar is not finite"),
         ({"latent_safetensors": tensors(mean=numbers(3, 4, 4))}, "are not those of its latents (mean)"),
         ({"jpg": b"other"}, "its jpg is not the image that latent.json names"),
+        ({}, "its image (jpg) is missing"),
     ],
 )
 def test_samples_that_are_wrong_from_the_start(tmp_path: Path, changes: dict[str, bytes | None], problem: str) -> None:
     """The sidecar's hash fits: whoever wrote them was wrong."""
-    made = Made(tmp_path / "out", tmp_path / "in", counts={"a.tar": 1})
+    made = Made(tmp_path / "out", tmp_path / "in", counts={"a.tar": 1}, keep_images=not changes)
     good = latents(0, (32, 32), "fp32", flip=False)
     made.place("a.tar", tar_bytes(members(made, **changes)), 1, LatentStatistics.of(good["mean"], good["logvar"]), [])
     made.finish()
@@ -264,13 +270,6 @@ def test_packed_rows(tmp_path: Path) -> None:
     assert any("statistics" in fault for fault in faults)
 
 
-def test_images_that_should_be_there(tmp_path: Path) -> None:
-    made = Made(tmp_path / "out", tmp_path / "in", keep_images=True, counts={"a.tar": 1}).finish()
-    good = latents(0, (32, 32), "fp32", flip=False)
-    made.place("a.tar", tar_bytes(members(made)), 1, LatentStatistics.of(good["mean"], good["logvar"]), [])
-    assert "a.tar: sample 'k': its image (jpg) is missing" in problems(made)
-
-
 def test_inputs_that_changed(made: Made) -> None:
     shards = [str(path) for path in made.sources.values()]
     others = problems(made, shards=shards[1:])
@@ -298,14 +297,6 @@ def test_keys_of_the_input(tmp_path: Path) -> None:
     made.place("a.tar", made.store.read("a.tar") or b"", 3, LatentStatistics.from_json(good.statistics), [])
     shards = [str(path) for path in made.sources.values()]
     assert problems(made, shards=shards) == ["a.tar: its keys are not those of its input, less those skipped, in that order"]
-
-
-def test_what_is_no_output(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="damaged or not ours"):
-        verify(tmp_path)
-    (tmp_path / "latentae.json").write_text('{"format_version": 1, "verb": "train", "inputs": {}}')
-    with pytest.raises(OutputError, match="was made by latentae train"):
-        verify(tmp_path)
 
 
 def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, monkeypatch) -> None:
