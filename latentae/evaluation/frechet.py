@@ -10,7 +10,7 @@ between two halves of the originals. Images made from scratch can't be told from
 originals have about half of that bias. Reconstructions share the sampling noise of their originals and may lie far below.
 
 **No interval.** A resample with repetition holds about 63 % different images and is biased upwards, as a smaller set is: all resamples
-can lie above d^2 of the very sample they are drawn from (tested). Compare d^2 at equal numbers of images, and with the floor.
+can lie above d^2 of the very sample they are drawn from. Compare d^2 at equal numbers of images, and with the floor.
 """
 
 from __future__ import annotations

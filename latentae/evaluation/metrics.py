@@ -2,7 +2,7 @@
 
 Conventions: RGB, uint8, one value per image, fp64. SSIM is Wang et al. 2004 as scikit-image computes it with
 `gaussian_weights=True, use_sample_covariance=False, data_range=255`: only windows that lie inside the image count. torchmetrics
-1.x mirrors the border and counts those windows too; on the windows inside the image the two are equal (tested). The lines are our
+1.x mirrors the border and counts those windows too; on the windows inside the image the two are equal. The lines are our
 own because importing torchmetrics takes longer than evaluating a hundred small images.
 """
 

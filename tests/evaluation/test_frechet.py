@@ -89,17 +89,6 @@ def test_the_floor_is_what_sampling_noise_gives_and_falls_with_the_number_of_ima
     assert SplitMoments.from_arrays(split.to_arrays()).floor() == split.floor()
 
 
-def test_a_bootstrap_would_lie_above_the_distance():
-    a, b = features(60, 20), features(60, 20, 1)
-    value = frechet_distance(Moments.of(a), Moments.of(b))
-    generator = np.random.default_rng(0)
-    resampled = [
-        frechet_distance(Moments.of(a[generator.integers(0, 60, 60)]), Moments.of(b[generator.integers(0, 60, 60)]))
-        for _ in range(30)
-    ]
-    assert min(resampled) > value
-
-
 def test_gaussians_whose_distance_is_known():
     a = np.random.default_rng(0).normal(size=(5000, 3))
     a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False)).T)  # mean 0 and covariance I to rounding

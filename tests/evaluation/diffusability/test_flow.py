@@ -103,13 +103,8 @@ def test_everything_is_a_function_of_the_seed_also_within_inference_mode():
     samples = draw(first.network, 6, seed=5)
     assert torch.equal(samples, draw(again.network, 6, seed=5))
     assert not torch.equal(samples, draw(first.network, 6, seed=6))
-
-
-def test_a_sample_does_not_depend_on_the_batch_it_is_in():
-    network = fit_flow(stripes(8), WHITE, steps=3, batch=4, seed=0).network
-    samples = draw(network, 7, seed=0)
-    torch.testing.assert_close(draw(network, 7, seed=0, batch=3), samples, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(draw(network, 2, seed=0, start=4), samples[4:6], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(draw(first.network, 6, seed=5, batch=4), samples, rtol=1e-4, atol=1e-5)  # for any batch
+    torch.testing.assert_close(draw(first.network, 2, seed=5, start=3), samples[3:5], rtol=1e-4, atol=1e-5)
 
 
 def test_training_that_diverges_stops_and_says_so():

@@ -51,16 +51,6 @@ def test_the_strip_goes_from_one_reconstruction_to_the_other(smooth_images):
         assert (pictures[picture].int() - expected.int()).abs().max() <= 1
 
 
-def test_the_batch_size_changes_nothing(smooth_images):
-    images = smooth_images(5, 32)
-    one, _ = diagnosed(blocks(4), images, batch_size=1)
-    five, _ = diagnosed(blocks(4), images, batch_size=5)
-    for name, keys in (("equivariance", ("encoder_error", "decoder_psnr")), ("sensitivity", ("psnr", "drop"))):
-        for a, b in zip(one.result[name], five.result[name], strict=True):
-            assert [a[key] for key in keys] == pytest.approx([b[key] for key in keys], rel=1e-4, abs=1e-4)
-    assert (one.strip.int() - five.strip.int()).abs().max() <= 1
-
-
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_one_and_four_channels(channels):
     images = torch.randint(0, 256, (2, channels, 16, 16), dtype=torch.uint8)

@@ -36,14 +36,6 @@ def test_the_probe_is_tested_on_images_it_was_not_fitted_on():
     assert report["tested_on"] == sum(is_held_out(key, HELD_OUT) for key in keys)
 
 
-def test_quarters_of_a_latent_tell_digits_apart_and_their_mean_does_not(digits):
-    images, classes = digits
-    keys, labels = [str(number) for number in range(len(images))], [str(int(label)) for label in classes]
-    quarters, mean = (probe_report(keys, labels, features) for features in (pooled(images), images.mean((2, 3))))
-    assert quarters["features"] == 4
-    assert quarters["accuracy"] > 0.4 > 0.25 > mean["accuracy"]
-
-
 @pytest.mark.parametrize(("size", "parts"), [((6, 8), 4), ((5, 7), 4), ((1, 4), 2), ((1, 1), 1)])
 def test_pooled_latents_are_means_of_quarters(size, parts):
     latents = torch.randn(3, 2, *size)

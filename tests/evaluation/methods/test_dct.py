@@ -62,18 +62,6 @@ def test_components_are_scipys_coefficients_about_their_mean(smooth_images, chan
     assert torch.equal(dct.reconstruct(images), images)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from([1, 3, 4]), st.sampled_from([2, 4, 8]), st.integers(1, 12), st.booleans())
-def test_pca_is_never_worse_on_the_images_both_were_fitted_on(smooth_images, channels: int, block: int, kept: int, noise: bool):
-    images = channels_of(smooth_images(20, 32), channels)
-    if noise:
-        images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-    kept = min(kept, channels * block**2)
-    pca, dct = fit_pca(images, block, kept), fit_dct(images, block, kept)
-    best = training_error(pca.basis, pca.mean, images, block)
-    assert best <= training_error(dct.basis, dct.mean, images, block) * (1 + 1e-9) + 1e-6
-
-
 def test_batches_count_as_all_images_do_and_watching_leaves_them_as_they_are(smooth_images):
     images = smooth_images(7, 16)
     whole, parts = fit_dct(images, 4, 9), fit_dct(iter(images.split(3)), 4, 9)
