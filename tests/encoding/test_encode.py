@@ -259,8 +259,10 @@ def test_a_shard_without_a_good_image_becomes_an_empty_one(model, jpeg, write_ta
 
 
 def test_latent_shards_are_no_input(kept, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy2(kept / "train-000.tar", tmp_path / "in")
     with pytest.raises(ShardError, match="already holds a latent"):
-        encode(model, kept, tmp_path / "out", **OPTIONS)
+        encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)
 
 
 def test_output_may_not_be_the_input(model, photos, snapshot):
