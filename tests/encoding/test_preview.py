@@ -79,14 +79,6 @@ def test_of_an_output_that_is_not_finished(encoded: Path, model: Path, tmp_path:
         decode(out, model=model, device="cpu", file=tmp_path / "grid.png")
 
 
-def test_another_model_is_refused_in_one_line(encoded: Path, make_model, tmp_path: Path) -> None:
-    other = make_model(tmp_path / "other", seed=1)
-    with pytest.raises(ModelError, match="is not the model that") as caught:
-        decode(encoded, model=other, device="cpu", file=tmp_path / "grid.png")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "grid.png").exists()
-
-
 def test_the_model_is_found_where_it_was(encoded: Path, model: Path, tmp_path: Path) -> None:
     out = shutil.copytree(encoded, tmp_path / "out")
     store = Store.open(out)
@@ -98,7 +90,12 @@ def test_the_model_is_found_where_it_was(encoded: Path, model: Path, tmp_path: P
         decode(out, device="cpu", file=tmp_path / "grid.png")
 
 
-def test_what_can_not_be_shown(encoded: Path, model: Path, tmp_path: Path) -> None:
+def test_what_can_not_be_shown_is_refused_in_one_line(encoded: Path, model: Path, make_model, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", seed=1)
+    with pytest.raises(ModelError, match="is not the model that") as caught:
+        decode(encoded, model=other, device="cpu", file=tmp_path / "grid.png")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "grid.png").exists()
     with pytest.raises(DataError, match="no sample 'photos/9999'"):
         decode(encoded, ["photos/0001", "photos/9999"], model=model, device="cpu", file=tmp_path / "grid.png")
     with pytest.raises(ImageError, match=r"ends in \.png"):
