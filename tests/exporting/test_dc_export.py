@@ -13,7 +13,7 @@ from latentae import AutoencoderDC, AutoencoderDCConfig, LinearAutoencoder, Line
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.exporting.formats import written_formats
-from latentae.exporting.graphs import coder_graphs, coder_programs
+from latentae.exporting.graphs import coder_graphs
 from latentae.files import read_json
 
 VALUES = {
@@ -167,8 +167,6 @@ def test_graphs_of_a_posterior_give_its_mean():
     x = torch.rand(2, 3, 12, 20)
     with torch.no_grad():
         assert torch.equal(graphs["encoder"](x), model.encode(x).mean)
-    program = coder_programs(model, graphs)["encoder"].module()
-    torch.testing.assert_close(program(x), model.encode(x).mean, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_kind_does_not_have_is_refused(saved, tmp_path):

@@ -15,7 +15,9 @@ from latentae.exporting.onnx_folders import write_onnx
 from latentae.models.config import preset
 
 FILES = {f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")}
-NARROW = AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False)
+NARROW = AutoencoderKLConfig(
+    block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False
+)
 
 
 pytest.importorskip("onnxscript")

@@ -14,7 +14,7 @@ from latentae.errors import MissingDependencyError, ModelError, RecipeError
 from latentae.exporting.pt2 import write_pt2
 from latentae.models.config import preset
 
-NARROW = AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
+NARROW = AutoencoderKLConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
 F8 = preset("kl-f8", block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1)
 READER = """
 import json, sys

@@ -1,15 +1,16 @@
-"""Every kernel compiles for every architecture within its plan, and each gate can fail. In subprocesses: this one interprets kernels."""
+"""Each gate of the ahead-of-time compiler can fail, and each kernel of the package has plans. `make kernels` compiles all of them."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from latentae_kernels import aot
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
 
@@ -70,35 +71,53 @@ def plans():
 """
 
 
-def aot(*arguments: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    if folder is not None:
-        env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "latentae_kernels.aot", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "example_kernels.py").write_text(EXAMPLES)
+    return folder
+
+
+@pytest.fixture
+def run(examples, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process, whose kernels may be interpreted; it compiles in processes that it starts."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.syspath_prepend(examples)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aot", *map(str, arguments)])
+        return aot.main(), *capsys.readouterr()
+
+    return call
+
+
+def test_every_kernel_module_has_plans_under_its_own_name():
+    names = []
+    for module in aot.kernel_modules():
+        plans = importlib.import_module(module).plans()
+        assert {plan.name.split("/")[0] for plan in plans} == {module.rsplit(".", 1)[1].removesuffix("_kernels")}
+        names += [plan.name for plan in plans]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_and_keeps_its_plan_on_every_architecture(tmp_path):
-    from latentae_kernels.aot import ARCHITECTURES, kernel_modules
-
-    done = aot("--out", str(tmp_path / "report.json"))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_kernel_compiles_and_keeps_its_plan_on_every_architecture(run, tmp_path):
+    code, out, err = run("--filter", "row_norm_act/forward nhwc bf16 C=96", "--out", tmp_path / "report.json")
+    assert code == 0, out + err
     report = json.loads((tmp_path / "report.json").read_text())["kernels"]
-    names = {row["name"] for row in report}
-    assert {(row["name"], row["arch"]) for row in report} == {(name, arch) for name in names for arch in ARCHITECTURES}
-    assert {module.rsplit(".", 1)[1].removesuffix("_kernels") for module in kernel_modules()} == {n.split("/")[0] for n in names}
+    assert [(row["name"], row["arch"]) for row in report] == [
+        ("row_norm_act/forward nhwc bf16 C=96", arch) for arch in aot.ARCHITECTURES
+    ]
     for row in report:
-        assert f"{row['name']} " in done.stdout
         assert row["resources"]["spills"] == 0
+        assert row["resources"]["wide_loads"] > 0
         assert not row["resources"]["f64"]
-    assert "0 with faults" in done.stdout
+    assert "3 compilations, 0 with faults" in out
 
 
-def test_a_kernel_that_breaks_a_gate_fails_the_command_and_is_named(tmp_path):
-    (tmp_path / "example_kernels.py").write_text(EXAMPLES)
-    done = aot("example_kernels", "--arch", "90", "--out", str(tmp_path / "report.json"), folder=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
+def test_a_kernel_that_breaks_a_gate_fails_the_command_and_is_named(run, tmp_path):
+    code, out, err = run("example_kernels", "--arch", 90, "--out", tmp_path / "report.json")
+    assert code == 1, out + err
     found = {row["name"]: row["faults"] for row in json.loads((tmp_path / "report.json").read_text())["kernels"]}
     assert found["good"] == found["narrow allowed"] == []
     expected = {
@@ -114,22 +133,19 @@ def test_a_kernel_that_breaks_a_gate_fails_the_command_and_is_named(tmp_path):
     for name, message in expected.items():
         assert len(found[name]) == 1, (name, found[name])
         assert message in found[name][0]
-        assert f"{name}, sm_90: {found[name][0]}" in done.stderr
-    assert f"10 compilations, {len(expected)} with faults" in done.stdout
+        assert f"{name}, sm_90: {found[name][0]}" in err
+    assert all(f"{name} " in out for name in found)
+    assert f"10 compilations, {len(expected)} with faults" in out
 
 
-def test_the_filter_picks_kernels_by_name(tmp_path):
-    (tmp_path / "example_kernels.py").write_text(EXAMPLES)
-    done = aot("example_kernels", "--arch", "80", "100", "--filter", "good", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 compilations, 0 with faults" in done.stdout
-    nothing = aot("example_kernels", "--filter", "no such kernel", folder=tmp_path)
-    assert nothing.returncode == 2
-    assert "no kernel plan has 'no such kernel' in its name" in nothing.stderr
+def test_a_filter_that_matches_no_plan_is_refused(run):
+    code, _, err = run("example_kernels", "--filter", "no such kernel")
+    assert code == 2
+    assert "no kernel plan has 'no such kernel' in its name" in err
 
 
-def test_the_interpreter_is_refused():
-    done = aot(TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_interpreter_is_refused(run, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code, _, err = run()
+    assert code == 2
+    assert "TRITON_INTERPRET=1" in err

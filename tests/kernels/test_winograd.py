@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from latentae_kernels import winograd
 from latentae_kernels.reference import norm_act_reference
 from latentae_kernels.winograd import Norm, conv3x3
+from latentae_kernels.winograd_strips import Strips, convolve_strips
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
 
@@ -28,35 +29,41 @@ def plain(x, weight, bias=None, norm=None):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 5), (1, 1, 1, 1, 1), (1, 3, 64, 7, 1), (2, 20, 3, 1, 6), (5, 64, 20, 5, 9)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5, 5), (1, 1, 1, 1, 1), (1, 3, 64, 7, 1), (2, 20, 3, 1, 6), (5, 64, 20, 5, 9), (2, 8, 8, 9, 6)]
+)
 def test_equals_the_native_convolution_and_keeps_the_memory_format(layout, shape):
-    x, weight, bias, *_ = tensors(*shape, layout)
+    x, weight, bias, gamma, beta = tensors(*shape, layout)
+    norm = Norm(gamma, beta, 1, 1e-5, "silu" if layout == torch.channels_last else "identity")
     with torch.no_grad():
-        for shift in (bias, None):
-            found = conv3x3(x, weight, shift, method="winograd")
-            torch.testing.assert_close(found, plain(x, weight, shift), rtol=1e-11, atol=1e-11)
-            assert found.is_contiguous(memory_format=layout) or not x.numel()
+        for shift, before in ((bias, None), (None, norm if x[0:1].numel() > 1 else None)):
+            expected = plain(x, weight, shift, before)
+            kept = x.clone()
+            for overwrite in (False, True):
+                assert torch.equal(x, kept)
+                found = conv3x3(x, weight, shift, before, overwrite, "winograd")
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+                assert found.is_contiguous(memory_format=layout) or not x.numel()
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_any_shape_in_strips_of_any_size_with_the_norm(data):
-    batch, groups, height, width = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 19), (1, 19)))
-    channels, out_channels = groups * data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+def test_any_shape_in_strips_of_any_size(data):
+    batch, height, width = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 19), (1, 19)))
+    channels, transformed, overwrite = data.draw(st.integers(1, 12)), data.draw(st.booleans()), data.draw(st.booleans())
+    out_channels = channels if overwrite else data.draw(st.integers(1, 9))
     rows = data.draw(st.integers(1, -(-height // 4)))
     samples = data.draw(st.integers(1, batch)) if 4 * rows >= height else 1
-    strips = winograd.Strips(rows, samples, data.draw(st.integers(1, 9)))
-    layout, act = data.draw(st.sampled_from(FORMATS)), data.draw(st.sampled_from(["silu", "identity"]))
-    overwrite = data.draw(st.booleans())
-    x, weight, bias, gamma, beta = tensors(batch, channels, out_channels, height, width, layout)
-    norm = data.draw(st.sampled_from([None, Norm(gamma, beta, groups, 1e-5, act)]))
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(winograd, "_strips", lambda *_: strips)
-        expected = plain(x, weight, bias, norm)
-        before = x.clone()
-        found = conv3x3(x, weight, bias, norm, overwrite, "winograd")
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-        assert overwrite or torch.equal(x, before)
+    strips = Strips(rows, samples, data.draw(st.integers(1, 9)))
+    layout, silu = data.draw(st.sampled_from(FORMATS)), transformed and data.draw(st.booleans())
+    x, weight, bias, *_ = tensors(batch, channels, out_channels, height, width, layout)
+    affine = tuple(torch.randn(2, batch, channels, dtype=x.dtype)) if transformed else None
+    before = x if affine is None else torch.addcmul(*(t[:, :, None, None] for t in reversed(affine)), x)
+    expected = F.conv2d(F.silu(before) if silu else before, weight, bias, padding=1)
+    found = x if overwrite and transformed else torch.empty_like(expected)
+    with torch.no_grad():
+        convolve_strips(x, weight, bias, affine, silu, strips, found)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("channels", [128, 512])
