@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from latentae.encoding.sidecar import Sidecar, write_sidecar
+from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, write_sidecar
 from latentae.encoding.store import Store
 
 FACTOR = 8
@@ -73,7 +73,10 @@ def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, fini
     out.mkdir(parents=True)
     store = Store.open(out)
     for name, samples in shards.items():
-        _write_shard(store, name, samples, packed)
+        tar, files = pack(store, name, samples, packed)
+        flip = bool(samples) and "mean_flip" in samples[0].tensors
+        nothing = {"samples": 0, "count": 0, "mean": [0.0], "m2": [0.0], "variance_sum": [0.0]}
+        place(store, name, tar, len(samples), files, nothing, flip=flip)
     everything = [sample for samples in shards.values() for sample in samples]
     record = {"format_version": 1, "latentae": "0", "verb": "encode", "inputs": {"model": "m"}, "finished": finished}
     (out / "latentae.json").write_text(json.dumps(record))
@@ -81,33 +84,8 @@ def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, fini
     return out
 
 
-def _write_shard(store: Store, name: str, samples: list[Made], packed: bool) -> None:
-    tar, stacks = pack(samples, packed)
-    store.write_bytes(name, tar)
-    files = []
-    for (height, width), (rows, data) in stacks.items():
-        file = f"{name.removesuffix('.tar')}.latents-{height}x{width}.safetensors"
-        store.write_bytes(file, data)
-        files.append({"name": file, "bytes": len(data), "sha256": digest(data), "rows": rows})
-    about = {"samples": len(samples), "bytes": len(tar), "sha256": digest(tar)}
-    sidecar = {
-        "format_version": 2,
-        "shard": name,
-        "fingerprint": "f",
-        "input": about,
-        "output": about,
-        "packed": files,
-        "flip": bool(samples) and "mean_flip" in samples[0].tensors,
-        "skipped": {},
-        "batch_size": 4,
-        "batch_sizes": [],
-        "statistics": {"samples": 0, "count": 0, "mean": [0.0], "m2": [0.0], "variance_sum": [0.0]},
-    }
-    write_sidecar(store, Sidecar.model_validate(sidecar))
-
-
-def pack(samples: list[Made], packed: bool) -> tuple[bytes, dict[tuple[int, int], tuple[int, bytes]]]:
-    """The tar of a shard, and the rows and bytes of the file beside it for each bucket."""
+def pack(store: Store, name: str, samples: list[Made], packed: bool) -> tuple[bytes, list[PackedFile]]:
+    """The tar of a shard, once the files beside it are written: one for each bucket where latents are `packed`."""
     members: dict[str, bytes] = {}
     stacks: dict[tuple[int, int], list[dict[str, torch.Tensor]]] = {}
     for sample in samples:
@@ -119,11 +97,23 @@ def pack(samples: list[Made], packed: bool) -> tuple[bytes, dict[tuple[int, int]
             members[f"{sample.key}.latent.safetensors"] = save(sample.tensors)
         members[f"{sample.key}.latent.json"] = json.dumps(info).encode()
         members |= {f"{sample.key}.{extension}": data for extension, data in sample.members.items()}
-    files = {
-        bucket: (len(rows), save({name: torch.stack([row[name] for row in rows]) for name in rows[0]}))
-        for bucket, rows in stacks.items()
-    }
+    files = []
+    for (height, width), rows in stacks.items():
+        data = save({part: torch.stack([row[part] for row in rows]) for part in rows[0]})
+        file = f"{name.removesuffix('.tar')}.latents-{height}x{width}.safetensors"
+        store.write_bytes(file, data)
+        files.append(PackedFile(name=file, bytes=len(data), sha256=digest(data), rows=len(rows)))
     return tar_bytes(members), files
+
+
+def place(store: Store, name: str, tar: bytes, samples: int, packed: list[PackedFile], statistics: dict, **rest) -> Sidecar:
+    """A tar and the sidecar that vouches for it, whatever it holds."""
+    store.write_bytes(name, tar)
+    about = ShardFile(samples=samples, bytes=len(tar), sha256=digest(tar))
+    fields = {"input": about, "skipped": {}, "fingerprint": "f" * 64, "batch_size": 4, **rest}
+    sidecar = Sidecar(shard=name, output=about, packed=packed, statistics=statistics, **fields)
+    write_sidecar(store, sidecar)
+    return sidecar
 
 
 def tar_bytes(members: Mapping[str, bytes]) -> bytes:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import latent_writer
 import torch
-from latent_writer import digest, pack, tar_bytes
+from latent_writer import digest, pack, place, tar_bytes
 
 from latentae.encoding.plan import Shard, plan_digest
-from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, packed_name, write_sidecar
+from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar
 from latentae.encoding.store import Store
 from latentae.models.latent_statistics import LatentStatistics, merge
 
@@ -72,31 +72,22 @@ class Made:
             members = {**({"jpg": image} if self.keep else {}), "txt": b"a caption"}
             info = {"source": "jpg", "source_sha256": digest(image), "bucket": list(bucket)}
             samples.append(latent_writer.Made(key, None, bucket, tensors, members, info))
-        tar, stacks = pack(samples, self.packed)
-        packed = []
-        for bucket, (rows, data) in stacks.items():
-            file = packed_name(name, *bucket)
-            self.store.write_bytes(file, data)
-            packed.append(PackedFile(name=file, bytes=len(data), sha256=digest(data), rows=rows))
+        tar, packed = pack(self.store, name, samples, self.packed)
         self.place(name, tar, count, total, packed)
 
     def place(self, name: str, tar: bytes, count: int, total: LatentStatistics, packed: list[PackedFile]) -> None:
-        """A tar and the sidecar that vouches for it, whatever it holds."""
-        self.store.write_bytes(name, tar)
-        source = self.sources[name].read_bytes()
-        keys = self.skipped.get(name, [])
-        self.sidecars[name] = Sidecar(
-            shard=name,
-            fingerprint="f" * 64,
+        source, keys = self.sources[name].read_bytes(), self.skipped.get(name, [])
+        self.sidecars[name] = place(
+            self.store,
+            name,
+            tar,
+            count,
+            packed,
+            total.to_json(),
             input=ShardFile(samples=count + len(keys), bytes=len(source), sha256=digest(source)),
-            output=ShardFile(samples=count, bytes=len(tar), sha256=digest(tar)),
-            packed=packed,
             flip=self.flip,
             skipped={"unreadable image": keys} if keys else {},
-            batch_size=4,
-            statistics=total.to_json(),
         )
-        write_sidecar(self.store, self.sidecars[name])
 
     def finish(self) -> Made:
         parts = [LatentStatistics.from_json(self.sidecars[name].statistics) for name in sorted(self.sidecars)]
