@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentae.data.writing import shards
+from latentae.evaluation.evaluate import evaluate
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
 
@@ -67,3 +70,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards(write_images(root / "held <b>&", smooth_images(5, 48)), root / "held_out")
     shards(write_images(root / "seen", smooth_images(20, 48, seed=1)), root / "training", shard_size=10)
     return root
+
+
+@pytest.fixture(scope="session")
+def evaluation(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and result of one evaluation with everything in it, on the images of `workspace`."""
+    run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("out") / "evaluation"
+    shutil.copytree(workspace / "model", run / "model")
+    options = {"pca_shards": workspace / "training", "perceptual": "none", "frechet": "none", "batch_size": 2}
+    return out, evaluate(run / "model", workspace / "held_out", out=out, **options)

@@ -21,16 +21,6 @@ from latentae.models.pretrained import load_model
 FEW = {"perceptual": "none", "frechet": "none", "details": False}
 
 
-@pytest.fixture(scope="module")
-def evaluation(workspace, tmp_path_factory):
-    """One evaluation with everything in it, on the images of `workspace`."""
-    out = tmp_path_factory.mktemp("out") / "evaluation"
-    run = tmp_path_factory.mktemp("run")
-    shutil.copytree(workspace / "model", run / "model")
-    options = {"pca_shards": workspace / "training", "perceptual": "none", "frechet": "none", "batch_size": 2}
-    return out, evaluate(run / "model", workspace / "held_out", out=out, **options)
-
-
 def test_numbers_are_those_of_the_model_on_the_same_images(workspace, evaluation):
     _, result = evaluation
     model, _ = load_model(workspace / "model")

@@ -199,28 +199,17 @@ def test_a_cpu_runs_the_middle_of_the_first_images_in_half_precision(monkeypatch
     assert found.runs == middle.runs
 
 
-def test_a_linear_autoencoder_has_a_stage_a_coder_also_of_one_place():
-    torch.manual_seed(0)
-    model = LinearAutoencoder(LinearAutoencoderConfig(in_channels=1, out_channels=1, latent_channels=4, patch=8, sample_size=8))
-    batch = torch.rand(3, 1, 8, 8) * 2 - 1
-    found = audit_half(model, [batch])
-    with torch.no_grad():
-        mean = model.encode(batch).mean
-    assert found.encoder == {"encoder": pytest.approx(mean.abs().max().item(), rel=1e-6)}
-    assert list(found.decoder) == ["decoder"]
-    assert found.obstacle is None
-
-
-def test_large_batches_and_what_a_model_does_outside_its_coders():
+def test_large_batches_and_a_model_with_one_stage_a_coder():
     model = blocks(2, 1)
     with torch.no_grad():
         model.gain.fill_(3.0)
     batch = torch.zeros(70, 1, 4, 4)
     batch[69] = 0.5
-    found = audit_half(model, [batch])
-    assert found.images == found.half_images == 70
+    found = audit_half(model, [batch, torch.zeros(1, 1, 2, 2)])  # also of one latent pixel
+    assert found.images == found.half_images == 71
     assert found.encoder == {"encoder": 1.5}
     assert found.decoder == {"decoder": pytest.approx(4.5, abs=1e-4)}
+    assert found.obstacle is None
 
 
 def test_a_deep_compression_autoencoder_has_the_stages_of_its_own():

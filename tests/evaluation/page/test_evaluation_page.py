@@ -21,9 +21,9 @@ def text_of(sections: list[Section]) -> str:
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory):
+def everything(evaluation, tmp_path_factory):
     folder = tmp_path_factory.mktemp("everything")
-    result = add_pictures(folder, full_result(24))
+    result = add_pictures(folder, full_result(evaluation[1], 24))
     write_evaluation_report(folder, result)
     return folder, result, evaluation_sections(folder, result)
 
@@ -32,7 +32,7 @@ def section(sections: list[Section], title: str) -> str:
     return text_of([found for found in sections if found.title == title])
 
 
-def test_every_item_has_its_place_and_many_channels_are_folded(everything, tmp_path):
+def test_every_item_has_its_place_and_many_channels_are_folded(everything, evaluation, tmp_path):
     _, _, sections = everything
     assert [found.title for found in sections] == [
         "At a glance",
@@ -55,14 +55,16 @@ def test_every_item_has_its_place_and_many_channels_are_folded(everything, tmp_p
     ):
         assert wanted in latent
     disturbed = section(sections, "Disturbed latents")
-    for wanted in ("Safe in fp16", "rotation 90 0.73 19.30", "too small for it", "cat/000 to coffee/001", "68.2", "mid_block"):
+    for wanted in ("Safe in fp16", "rotation 90 0.73 19.30", "too small for it", "000 to 004", "68.2", "mid_block"):
         assert wanted in disturbed
     generating = section(sections, "Generating from the latent space")
     assert "21.3 ± 0.8" in generating
     assert "A ranking aid" in generating
     page = next(found for found in sections if found.title == "The latent space").html()
     assert "<summary>The numbers of all 24 channels</summary>" in page
-    assert "numbers of all" not in section(evaluation_sections(tmp_path, missing_result()), "The latent space")  # few: not folded
+    assert "numbers of all" not in section(
+        evaluation_sections(tmp_path, missing_result(evaluation[1])), "The latent space"
+    )  # few: not folded
 
 
 def test_the_table_has_every_method_and_the_details_what_was_left_out(everything):
@@ -99,8 +101,8 @@ def test_pictures_of_the_model_alone_for_the_hardest_and_easiest(everything):
     assert len(result["examples"]) == 10
 
 
-def test_what_is_missing_says_why(tmp_path):
-    result = json.loads(json.dumps(missing_result()))  # as read from metrics.json
+def test_what_is_missing_says_why(evaluation, tmp_path):
+    result = json.loads(json.dumps(missing_result(evaluation[1])))  # as read from metrics.json
     write_evaluation_report(tmp_path, result)
     assert "How good is this autoencoder?" in (tmp_path / "report.html").read_text(encoding="utf-8")
     text = text_of(evaluation_sections(tmp_path, result))
@@ -123,8 +125,8 @@ def test_what_is_missing_says_why(tmp_path):
     assert not re.search(r"\b(None|nan|NaN|inf)\b", text)
 
 
-def test_an_older_result_without_the_new_items_still_has_a_page(tmp_path):
-    result = full_result(4)
+def test_an_older_result_without_the_new_items_still_has_a_page(evaluation, tmp_path):
+    result = full_result(evaluation[1], 4)
     for key in ("frechet", "compared", "diagnostics", "rate_distortion", "diffusability"):
         del result[key]
     for key in ("kl_nats_per_channel", "channel_mean_variance", "active_units", "effective_rank", "spectrum", "probe"):
@@ -140,8 +142,8 @@ def test_an_older_result_without_the_new_items_still_has_a_page(tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
-def test_large_pictures_share_the_page(tmp_path):
-    result = full_result(4)
+def test_large_pictures_share_the_page(evaluation, tmp_path):
+    result = full_result(evaluation[1], 4)
     result["diffusability"] = {"missing": "it was not requested"}
     big = torch.nn.functional.interpolate(photo(0)[None].float(), size=(1024, 768)).to(torch.uint8)[0]
     files = {name: f"{name}.png" for name in ("original", "model", "heat")}

@@ -33,18 +33,18 @@ def check(found, images: int, drawings: int) -> None:
         assert item["words"] > 50
 
 
-def test_a_page_with_everything_is_whole_at_any_width(tmp_path):
-    result = add_pictures(tmp_path, full_result(24), size=160)
+def test_a_page_with_everything_is_whole_at_any_width(evaluation, tmp_path):
+    result = add_pictures(tmp_path, full_result(evaluation[1], 24), size=160)
     write_evaluation_report(tmp_path, result, write_log(tmp_path / "metrics.jsonl"))
     check(look_at(tmp_path / "report.html", tmp_path / "browser"), images=4 * 8 + 6 * 3 + 3, drawings=12)
 
 
-def test_a_page_where_everything_is_missing_is_whole(tmp_path):
-    write_evaluation_report(tmp_path, missing_result())
+def test_a_page_where_everything_is_missing_is_whole(evaluation, tmp_path):
+    write_evaluation_report(tmp_path, missing_result(evaluation[1]))
     check(look_at(tmp_path / "report.html", tmp_path / "browser"), images=0, drawings=4)
 
 
-def test_runs_side_by_side_are_whole(tmp_path):
+def test_runs_side_by_side_are_whole(evaluation, tmp_path):
     for number, name in enumerate(["first", "second-of-them-with-quite-a-long-name"]):
         run = tmp_path / name
         (run / "samples").mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_runs_side_by_side_are_whole(tmp_path):
         (run / "recipe.toml").write_text(
             f'images = 480\nseed = {number}\n[data]\nshards = "a/very/long/path/to/{number}/{"x" * 60}.tar"\n'
         )
-    result = add_pictures(tmp_path / "evaluation", full_result(4))
+    result = add_pictures(tmp_path / "evaluation", full_result(evaluation[1], 4))
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(result))
     (tmp_path / "evaluation" / "per_image.csv").write_text("key,psnr\na,20.0\nb,21.0\n")
     shutil.copy(tmp_path / "evaluation" / "examples" / "flow.png", tmp_path / "first" / "samples" / "00000480.png")
