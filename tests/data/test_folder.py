@@ -79,14 +79,12 @@ def test_links_are_followed_once_and_loops_end(tree, tmp_path_factory, make_png)
     assert keys(tree) == ["a/x", "b/1", "b/2", "c", "d", "linked/far"]
 
 
-def test_two_files_with_one_key_are_both_named(tree, make_png):
-    (tree / "c.jpg").write_bytes(make_png())
+def test_no_folder_no_image_and_two_files_with_one_key_are_errors(tmp_path):
+    for name in ("file.png", "twice/c.jpg", "twice/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"c\.jpg and .*c\.png .*'c'"):
-        find_images(tree)
-
-
-def test_no_folder_and_no_image_are_errors(tmp_path):
-    (tmp_path / "file.png").write_bytes(b"")
+        find_images(tmp_path / "twice")
     with pytest.raises(DataError, match="does not exist"):
         find_images(tmp_path / "missing")
     with pytest.raises(DataError, match="is a file"):
