@@ -222,15 +222,12 @@ def test_shards_on_a_failing_server_are_indexed_and_read(server, folder, tmp_pat
         assert found == [{**raw, "__url__": ""} for raw in read_samples(local, number, rows)]
 
 
-def test_a_shard_that_can_not_be_had_is_no_damaged_shard(server, folder, tmp_path):
+def test_a_remote_shard_that_can_not_be_had_is_not_damaged_and_one_that_changes_is_noticed(server, folder, tmp_path):
     server.files = {f"/s/{path.name}": path.read_bytes() for path in folder.glob("*.tar")} | {"/s/cut.tar": b"x" * 2000}
     urls = [f"{server.url}/s/{name}.tar" for name in ("000", "none", "cut")]
     summary = index(urls, tmp_path / "out")
     assert summary.counts == {"unread shard": 1, "damaged shard": 1}
     assert len(summary.index.shards) == 1
-
-
-def test_a_remote_shard_that_changes_is_noticed(server, folder, tmp_path, write_tar):
     server.files["/s/x.tar"] = (folder / "003.tar").read_bytes()
     url = f"{server.url}/s/x.tar"
     loaded = index(url, tmp_path / "out").index

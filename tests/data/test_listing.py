@@ -40,17 +40,13 @@ def test_it_lists_what_the_loader_gives(folder):
         assert (listed.steps, listed.tail) == (loader.steps, loader.tail)
 
 
-def test_start_and_limit_count_global_steps_of_the_epoch(folder):
+def test_start_and_limit_count_global_steps_of_the_epoch_and_the_held_out_slice_is_left_out(folder):
     whole = list(latentae.order(folder, global_batch=4, world_size=2))
     part = list(latentae.order(folder, global_batch=4, world_size=2, start=7, limit=3))
     assert part == [line for line in whole if 7 <= line[0] < 10]
     assert list(latentae.order(folder, global_batch=4, start=16)) == []
-
-
-def test_the_held_out_slice_is_left_out(folder):
-    keys = [key for _, key in latentae.order(folder, global_batch=1, held_out=0.3)]
-    everything = [key for _, key in latentae.order(folder, global_batch=1)]
-    assert sorted(keys) == sorted(key for key in everything if not is_held_out(key, 0.3))
+    keys, everything = (sorted(key for _, key in latentae.order(folder, global_batch=1, held_out=share)) for share in (0.3, 0.0))
+    assert keys == [key for key in everything if not is_held_out(key, 0.3)]
 
 
 def test_the_command_prints_one_line_a_sample_and_counts_the_tail(folder, capsys):
