@@ -18,7 +18,7 @@ from latentae.evaluation.diffusability.latents import Latents, Whitening
 __all__ = ["NEIGHBOURS", "draw_neighbours", "halfway", "nearest"]
 
 NEIGHBOURS = 10
-_AT_A_TIME = 256  # latents: flat memory
+AT_A_TIME = 256  # latents: flat memory
 _DIGITS = 6  # of a cosine; fp32 leaves the seventh to chance
 
 
@@ -55,12 +55,12 @@ def nearest(
     """
     count = min(count, len(references) - (not itself))
     found = []
-    for start in range(0, len(latents), _AT_A_TIME):
-        queries = _directions(latents[start : start + _AT_A_TIME], whitening)
+    for start in range(0, len(latents), AT_A_TIME):
+        queries = _directions(latents[start : start + AT_A_TIME], whitening)
         best = torch.empty(len(queries), 0)
         positions = torch.empty(len(queries), 0, dtype=torch.long)
-        for first in range(0, len(references), _AT_A_TIME):
-            block = (queries @ _directions(references[first : first + _AT_A_TIME], whitening).T).round(decimals=_DIGITS)
+        for first in range(0, len(references), AT_A_TIME):
+            block = (queries @ _directions(references[first : first + AT_A_TIME], whitening).T).round(decimals=_DIGITS)
             columns = torch.arange(first, first + block.shape[1])
             if not itself:
                 block[torch.arange(start, start + len(queries))[:, None] == columns] = -torch.inf

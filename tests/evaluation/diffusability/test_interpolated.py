@@ -25,7 +25,7 @@ def test_the_nearest_are_those_of_the_whole_table_of_cosines(queries, references
     b = latents(references, seed + 100) if itself else a
     whitening = Whitening(torch.tensor([0.5, -1.0, 0.0])[:, None, None], torch.tensor([1.0, 2.0, 0.5])[:, None, None])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpolated, "_AT_A_TIME", block)
+        patch.setattr(interpolated, "AT_A_TIME", block)
         found = nearest(a.means, b.means, whitening, itself=itself, count=count)
     x, y = ((torch.stack(each.means) - whitening.mean).div(whitening.std).flatten(1).double().numpy() for each in (a, b))
     cosines = (x @ y.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
