@@ -16,7 +16,6 @@ from latentae.training.checkpoint import find_checkpoint
 from latentae.training.networks import build_autoencoder
 
 CUT = {  # everything that reaches into the passes: ratios at both last layers, a discriminator
-    "model.block_out_channels": [8, 8],
     "loss.adversarial.weight": 0.1,
     "loss.adversarial.adaptive": True,
     "loss.adversarial.channels": 8,

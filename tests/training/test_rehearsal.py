@@ -68,6 +68,7 @@ def own(shards, tmp_path):
 def test_a_dry_run_measures_every_part_and_writes_nothing(phased, own, tmp_path, monkeypatch, capsys):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("COLUMNS", "200")  # on a slow machine times are long, and names would be wrapped
     before = listing(tmp_path)
     result = rehearse(phased(**{"data.shards": f"{own / 'first'}::{own / 'second'}"}), seconds=0.05)
     assert listing(tmp_path) == before
