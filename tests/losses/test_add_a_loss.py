@@ -31,6 +31,7 @@ for arguments in (["smooth-tiny.toml", "--output", "run", "--log.metrics-every-i
 """
 
 
+@pytest.mark.slow
 def test_the_module_test_line_and_recipe_of_the_page_work(tmp_path):
     """The test of the page passes; the line makes an option, a log line and an effective weight."""
     text = (ROOT / "docs" / "add_a_loss.md").read_text(encoding="utf-8")
@@ -46,7 +47,6 @@ def test_the_module_test_line_and_recipe_of_the_page_work(tmp_path):
     for name, content in blocks.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
-
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     done = subprocess.run(

@@ -66,7 +66,7 @@ def test_distance_is_zero_for_equal_images_symmetric_grows_with_noise_and_is_one
 def test_the_two_halves_make_the_distance(distance, squeezenet):
     x, y = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
     for module in (distance, LPIPS("squeeze", squeezenet[1])):
-        assert torch.equal(module.distance(module.features(x), module.features(y)), module(x, y))
+        torch.testing.assert_close(module.distance(module.features(x), module.features(y)), module(x, y))
 
 
 def test_gradient_reaches_the_image_and_is_finite_even_where_it_vanishes(distance):
