@@ -74,6 +74,7 @@ class Crew:
         threads, started = torch.get_num_threads(), Barrier(self.workers)
 
         def begin() -> None:
+            torch.get_num_threads()  # torch sets the number of a thread at its first use, which must not come after the next line
             torch.set_num_threads(1)
             started.wait()  # so that every worker takes one of these
 

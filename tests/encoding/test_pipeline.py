@@ -91,7 +91,8 @@ def test_buckets_flips_and_order(model, wide, read_tar, tmp_path):
         expected |= dict(zip(("mean_flip", "logvar_flip"), encoder(crop.flip(3)), strict=True))
         assert latents.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(latents[name], value[0], rtol=1e-5, atol=1e-5)
+            # fp32 convolutions and norms over 36864 pixels: another batch or number of threads sums in another order
+            torch.testing.assert_close(latents[name], value[0], rtol=1e-4, atol=1e-4)
     assert len(used) >= 3
     assert summary["samples"] == 23
     record = read_json(tmp_path / "out/a.tar.done.json")
@@ -322,9 +323,13 @@ def test_stages_keep_the_order_and_hand_on_errors(workers):
 
 def test_workers_leave_the_encoder_its_threads():
     before = torch.get_num_threads()
-    with Crew(3) as crew:
-        counts = list(crew.map(lambda _: torch.get_num_threads(), iter(range(9)), 9))
-        assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        with Crew(3) as crew:
+            counts = list(crew.map(lambda _: torch.get_num_threads(), iter(range(9)), 9))
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert set(counts) == {1}
     assert default_workers(torch.device("cpu")) == 1
     assert 1 <= default_workers(torch.device("cuda")) <= 16
