@@ -184,7 +184,7 @@ def discard(folder: Path) -> None:
 def _prune(latest: Path, keep: int) -> None:
     """Keep the latest and the newest before it; drop the rest, also what killed runs have left or came to later than this one."""
     older = [folder for folder in sorted(latest.parent.glob("step-*")) if folder.name < latest.name]
-    kept = {latest, *older[len(older) - (keep - 1) :]}
+    kept = {latest, *older[max(len(older) - (keep - 1), 0) :]}
     for folder in latest.parent.glob("step-*"):
         if folder not in kept:
             discard(folder)

@@ -205,7 +205,7 @@ class Mirror:
     def _prune(self, latest: str) -> None:
         names = [name for name in sorted(self._listed()) if _NAME.fullmatch(name)]
         older = [name for name in names if name < latest]
-        for name in {*names} - {latest, *older[len(older) - (self.keep - 1) :]}:
+        for name in {*names} - {latest, *older[max(len(older) - (self.keep - 1), 0) :]}:
             self._remove(f"{name}/{META}")
             with suppress(FileNotFoundError):
                 self._fs.rm(f"{self._root}/{name}", recursive=True)

@@ -84,7 +84,7 @@ def test_a_restored_trainer_goes_on_bitwise_like_the_uninterrupted_one(trained, 
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, 2, 4])
 def test_what_killed_runs_have_left_goes_and_the_latest_never_does(keep, trained, tmp_path):
     trained.recipe = trained.recipe.model_copy(update={"keep_checkpoints": keep})
     first = save_checkpoint(trained, tmp_path, DATA)
@@ -103,7 +103,7 @@ def test_what_killed_runs_have_left_goes_and_the_latest_never_does(keep, trained
     assert (second / "meta.json").stat().st_mtime_ns == before, "a step is saved once"
     step(trained)
     third = save_checkpoint(trained, tmp_path, DATA)
-    assert sorted(p.name for p in first.parent.iterdir()) == ["latest", *[second.name, third.name][-keep:]]
+    assert sorted(p.name for p in first.parent.iterdir()) == ["latest", *[first.name, second.name, third.name][-keep:]]
 
 
 def test_a_checkpoint_is_verified_before_it_is_the_latest_and_before_older_ones_go(trained, tmp_path, monkeypatch):

@@ -99,7 +99,9 @@ def test_copies_are_whole_the_oldest_go_and_another_machine_gets_the_newest(url,
     first.claim()
     for step in (4, 8, 12):
         folder = make(tmp_path / "lost", step)
-        assert first.push(folder)
+        assert Mirror(url, INPUTS, keep=5).push(folder)
+    assert there(url) == ["latentae.json", "latest", "step-00000004", "step-00000008", "step-00000012"]
+    assert first.push(folder)
     assert there(url) == ["latentae.json", "latest", "step-00000008", "step-00000012"]
     fs, root = fsspec.core.url_to_fs(url)
     assert fs.cat_file(f"{root}/latest") == b"step-00000012\n"

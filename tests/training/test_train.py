@@ -210,7 +210,7 @@ PHASES = [
 
 @pytest.fixture(scope="module")
 def phased(small):
-    recipe = small(keep_checkpoints=99, checkpoint_every_images=4)
+    recipe = small(keep_checkpoints=9, checkpoint_every_images=4)
     return Recipe(**{**recipe.model_dump(mode="json", exclude={"images", "phases"}), "phases": PHASES})
 
 
