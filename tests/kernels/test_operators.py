@@ -30,9 +30,9 @@ class Operator:
     """A letter each: x and r have the image's shape, v and p one value a channel, w and b are of a convolution."""
     options: dict[str, Any]
 
-    @property
-    def images_only(self) -> bool:
-        return "w" in self.inputs or self.inputs == "xx"
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        images_only = "w" in self.inputs or self.inputs == "xx"
+        return (len(shape) == 4 or not images_only) and (0 not in shape[2:] or self.function is row_norm_act)
 
     def tensors(self, dtype, device, shape=(2, 6, 3, 4), channels_last=True, parameters=None) -> list[Tensor]:
         """Leaves that want gradients."""
@@ -105,22 +105,31 @@ def wide(inputs: list[Tensor]) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in inputs]
 
 
+SHAPES = [
+    ((2, 21, 5, 7), True),
+    ((2, 6, 9, 11), False),
+    ((1, 6, 1, 1), True),
+    ((0, 6, 4, 4), True),
+    ((2, 6, 3, 4, 5), True),
+    ((2, 6, 3, 4, 5), False),
+    ((2, 6, 9), False),
+    ((5, 6), False),
+    ((2, 6, 0, 3), True),
+]
+
+
 @BACKENDS
-@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize(
-    ("shape", "channels_last"),
-    [((2, 21, 5, 7), True), ((2, 6, 9, 11), False), ((1, 6, 1, 1), True), ((0, 6, 4, 4), True), ((2, 6, 3, 4, 5), True),
-     ((2, 6, 3, 4, 5), False), ((2, 6, 9), False), ((5, 6), False), ((2, 6, 0, 3), True)],
-)  # fmt: skip
+    ("name", "shape", "channels_last"),
+    [(name, *case) for name, operator in OPERATORS.items() for case in SHAPES if operator.takes(case[0])],
+)
 def test_equals_the_reference_in_fp64_with_gradients(backend, name, shape, channels_last, device):
     operator = OPERATORS[name]
-    if (operator.images_only and len(shape) != 4) or (0 in shape[2:] and operator.function is not row_norm_act):
-        pytest.skip("takes no such shape")
     inputs = operator.tensors(torch.float64, device, shape, channels_last)
     expected = with_gradients(operator.expected, inputs)
     for ours, theirs in zip(with_gradients(operator.run, inputs, backend=backend), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    if len(shape) == 4 and 0 not in shape and not operator.images_only:
+    if len(shape) == 4 and 0 not in shape and operator.takes(shape[:2]):
         y = operator.run(*inputs, backend=backend)[0]
         assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -142,19 +151,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("groups", "shape", "channels_last", "dtype"),
-    [
-        *((*case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
-        *((*case, torch.float16) for case in CASES[:3]),
-    ],
+    ("name", "groups", "shape", "channels_last"),
+    [(name, *case) for name in ("norm_act pre_bias", *MAIN[1:]) for case in CASES if OPERATORS[name].takes(case[1])],
 )
-@pytest.mark.parametrize("name", ["norm_act pre_bias", *MAIN[1:]])
 def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_last, dtype, device):
     """Half precision has one rounding and is never worse than eager; fp32 loses no more than sums of its size do."""
     operator = OPERATORS[name]
-    if operator.images_only and len(shape) != 4:
-        pytest.skip("takes images only")
     options = {"groups": groups} if "groups" in operator.options else {}
     inputs = operator.tensors(dtype, device, shape, channels_last, parameters=torch.float32)
     exact = with_gradients(operator.expected, wide(inputs), **options)
