@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from latentae.data.decode import read_image
-from latentae.data.pixels import fit, orientation, read_pixels, upright
+from latentae.data.headers import orientation
+from latentae.data.pixels import fit, read_pixels, upright
 from latentae.data.transforms import to_uint8, to_uint16
 from latentae.errors import ImageError, RecipeError
 from latentae.evaluation.images import pil_image
