@@ -93,8 +93,9 @@ def shards(
     }  # without `skip_bad`, so that a run that stopped at a bad image can go on without it
     job = _ShardsJob.claim(out, inputs)
     if job.state == "finished":
-        say(f"{out} is finished: these images are already in shards")
-        return load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
+        index = load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
+        say(f"{out} is finished: these images are already in shards{_bad(count - index.samples, out)}")
+        return index
     _remove_leftovers(out)
     entries = Packer(source, out, resize, quality, skip_bad, workers or min(os.cpu_count() or 1, 16)).run(plan)
     if not any(entry.samples for entry in entries):
@@ -103,8 +104,14 @@ def shards(
         if not entry.samples:  # every image of this shard was bad
             Path(entry.path).unlink()
     index = write_index(out, [entry for entry in entries if entry.samples])
-    job.finish(samples=index.samples, bad_samples=count - index.samples, shards=len(index.shards))
+    bad, left_out = count - index.samples, source.left_out if isinstance(source, ImageFolder) else {}
+    job.finish(samples=index.samples, bad_samples=bad, left_out=dict(sorted(left_out.items())), shards=len(index.shards))
+    say(f"shards: {index.samples} images in {len(index.shards)} shards in {out}{_bad(bad, out)}")
     return index
+
+
+def _bad(count: int, out: Path) -> str:
+    return f"; left out {count} that can't be read, see {out / BAD_SAMPLES}" if count else ""
 
 
 def _source(images: str | Path, out: Path) -> ImageSource:

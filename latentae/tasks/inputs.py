@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from latentae.data.decode import IMAGE_EXTENSIONS, decode_image, image_extension
-from latentae.data.folder import ImageFolder, SourceImage, escape_key
+from latentae.data.folder import ImageFolder, SourceImage, by_stem, escape_key, find_sidecars
 from latentae.data.index import ShardIndex, load_index
 from latentae.data.reading import READ_EXTENSIONS, read_samples
 from latentae.data.shards import expand_shards
@@ -155,13 +155,17 @@ def open_images(inputs: InputSpec, what: str = "inputs") -> Images:
 
 def _named_files(paths: Sequence[Path]) -> Images:
     files: dict[str, SourceImage] = {}
+    names: dict[Path, dict[tuple[str, str], list[str]]] = {}
     for path in paths:
         key = escape_key(path.stem)
         if not path.is_file():
             raise DataError(f"no image file {path}; name files, a folder of images or shards")
         if key in files:
             raise DataError(f"{files[key].path} and {path} would both be sample {key!r}; give their folder instead")
-        files[key] = SourceImage(path, key, path.stat().st_size, tuple(p for p in [path.with_suffix(".cls")] if p.is_file()))
+        if path.parent not in names:
+            names[path.parent] = by_stem(entry.name for entry in path.parent.iterdir())
+        sidecars = tuple(side for side in find_sidecars(path, names[path.parent]) if side.suffix.lower() == ".cls")
+        files[key] = SourceImage(path, key, path.stat().st_size, sidecars)
     rows = [[key, file.path.suffix, file.bytes] for key, file in files.items()]
     return _Files(list(files.values()), hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest())
 

@@ -60,7 +60,7 @@ def _as_shards(shards: str | None, made: Path) -> str | None:
     try:
         find_images(shards)
     except DataError as error:
-        raise DataError(f"data.shards: {shards} holds neither .tar shards nor images; name a folder of either") from error
+        raise DataError(f"data.shards: {shards} holds no .tar shards; {error}") from error
     write_shards(shards, made)
     return str(made)
 
