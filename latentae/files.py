@@ -34,7 +34,11 @@ def _fsync(path: Path) -> None:
 
 def _beside(path: Path) -> Path:
     """A name that no other process, here or on another machine that shares the disk, uses at the same time."""
-    return path.with_name(f".{path.name}.{_here()}.{os.getpid()}{INCOMPLETE}")
+    tail = f".{_here()}.{os.getpid()}{INCOMPLETE}"
+    name = path.name
+    if len(os.fsencode(f".{name}{tail}")) > 255:  # a name that just fits the file system
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return path.with_name(f".{name}{tail}")
 
 
 def _here() -> str:

@@ -18,47 +18,9 @@ from latentae.progress import say
 __all__ = ["ImageFolder", "SourceImage", "by_stem", "escape_key", "find_images", "find_sidecars", "unescape_key"]
 
 SIDECARS = (".txt", ".json", ".cls", ".caption")  # captions, notes and labels that travel with their image
-_UNREAD = frozenset(
-    (
-        "gif",
-        "heic",
-        "heif",
-        "hif",
-        "jp2",
-        "j2k",
-        "j2c",
-        "jpc",
-        "jpf",
-        "jpx",
-        "jxl",
-        "jxr",
-        "wdp",
-        "psd",
-        "psb",
-        "tga",
-        "ico",
-        "icns",
-    )
-    + (
-        "qoi",
-        "dds",
-        "exr",
-        "hdr",
-        "pfm",
-        "pcx",
-        "sgi",
-        "svg",
-        "eps",
-        "raw",
-        "dng",
-        "cr2",
-        "cr3",
-        "nef",
-        "arw",
-        "orf",
-        "rw2",
-        "raf",
-    )
+_UNREAD = re.compile(
+    r"\.(gif|hei[cf]|hif|jp2|j2k|j2c|jpc|jpf|jpx|jxl|jxr|wdp|ps[db]|tga|ico|icns|qoi|dds|exr|hdr|pfm|pcx|sgi|svgz?|eps"
+    r"|raw|dng|cr[23]|nef|arw|orf|rw2|raf)"
 )
 """Extensions of images of other kinds, for advice."""
 
@@ -242,7 +204,7 @@ def _kind(path: Path) -> str:
 
 def _told(left_out: Mapping[str, int]) -> str:
     """Kinds and numbers in words, images first, each group by number."""
-    images = {kind: count for kind, count in left_out.items() if kind[1:] in _UNREAD}
+    images = {kind: count for kind, count in left_out.items() if _UNREAD.fullmatch(kind)}
     others = {kind: count for kind, count in left_out.items() if kind not in images}
     groups = [
         ", ".join(f"{n} {kind}" for kind, n in sorted(group.items(), key=lambda pair: (-pair[1], pair[0])))

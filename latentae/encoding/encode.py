@@ -179,8 +179,15 @@ def _check_format(
             f"format {format} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
             'or a `json` with a whole number as "label"'
         )
-    if format == "kohya" and (factor := resolve_model(model, weights).config.downsampling) != 8:
+    if format != "kohya":
+        return
+    if (factor := resolve_model(model, weights).config.downsampling) != 8:
         raise RecipeError(f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format")
+    index = _index(expand_shards(shards))
+    if index.sources:  # of remote shards without an index, keys are known once they have been read
+        from latentae.encoding.formats import kohya
+
+        kohya.check_names(Path(out) / format, index.names())
 
 
 def prepare(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentae.data.file_names import check_file_names
 from latentae.data.order import derive_seed
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
@@ -72,6 +73,7 @@ def denoise(
     network = Network(model, weights, device, reconstructs=True)
     network.check(resolution, batch_size)
     images = open_images(inputs)
+    check_file_names(Path(out) / IMAGES, ((f"{key}.png", f"image {name}") for key, name in images.names()))
     facts = {"model": network.fingerprint, "inputs": images.digest, "noise": noise, "seed": seed, "resolution": resolution}
     job = Job.open(out, "denoise", facts)
     if job.state == "finished":

@@ -35,6 +35,7 @@ SCORES = ("combined", "error", "peak", "latent", "perceptual")
 TABLE, SUMMARY, NORMAL, HEAT = "scores.csv", "summary.json", "normal.json", "heat"
 PART = 4096
 _CALIBRATION = 0.5
+_NAMED = 200  # bytes of a key in the name of its heat map, whose number keeps it apart
 _COMBINED = ("error", "peak", "latent")
 _BRIGHT = 2.0  # times the threshold of the peak is the brightest colour of a heat map
 
@@ -251,8 +252,8 @@ class _Detection:
             maps = error_map(self.network.pixels(batch), reconstructions) / brightest
             for item, heat, result in zip(batch.items, maps, to_uint8(reconstructions).cpu(), strict=True):
                 shown = [rgb(to_uint8(to_float(item.image))), rgb(result), heat_picture(heat)]
-                name = f"{ranks[item.number]:03}-{item.key.replace('/', '__')}.png"
-                write_png(folder / name, image_grid([[enlarge(image) for image in shown]]))
+                flat = item.key.replace("/", "__").encode("utf-8", "surrogateescape")[:_NAMED].decode("utf-8", "ignore")
+                write_png(folder / f"{ranks[item.number]:03}-{flat}.png", image_grid([[enlarge(image) for image in shown]]))
 
     def _batches(self, images: Images, numbers: Sequence[int], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[Batch]:
         items = images.items(numbers, self.labels, channels=self.network.channels, resolution=self.resolution, wanted=wanted)

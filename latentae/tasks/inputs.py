@@ -56,6 +56,10 @@ class Images(ABC):
     count: int
 
     @abstractmethod
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Key of each image, and where it is, for messages."""
+
+    @abstractmethod
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
         """Key, name for messages and members (extension -> bytes) of these images, whose numbers ascend."""
 
@@ -103,6 +107,9 @@ class _Files(Images):
     def __init__(self, files: Sequence[SourceImage], digest: str) -> None:
         self._files, self.digest, self.count = files, digest, len(files)
 
+    def names(self) -> Iterator[tuple[str, str]]:
+        return ((file.key, str(file.path)) for file in self._files)
+
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
         for number in numbers:
             file = self._files[number]
@@ -117,6 +124,9 @@ class _Shards(Images):
     def __init__(self, index: ShardIndex) -> None:
         self._index, self.digest, self.count = index, index.digest, index.samples
         self._first = np.cumsum([0, *(entry.samples for entry in index.shards)])
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        return ((key, f"{key} in {shard}") for key, shard in self._index.names())
 
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
         bounds = np.searchsorted(np.asarray(numbers), self._first)
