@@ -196,7 +196,7 @@ def test_collated_labels(even):
 def test_no_label_is_minus_one(tmp_path):
     made = make_samples(5, labels=0)
     for one, extension, data in zip(
-        made, ("cls", "json", "json", "json"), (b"cat", b"[1", b'{"label": true}', b"[]"), strict=False
+        made, ("cls", "json", "json", "json"), (b"-1", b'{"label": null}', b"{}", b"[]"), strict=False
     ):
         one.members[extension] = data
     assert LatentDataset(write_output(tmp_path / "out", {"a.tar": made})).labels.tolist() == [-1] * 5
