@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from latentae.data.decode import Sample, decode_sample
 from latentae.data.index import ShardIndex, load_index, read_samples
 from latentae.data.options import DataOptions
-from latentae.data.order import EpochOrder, derive_seed, lane_share
+from latentae.data.order import EpochOrder, derive_seed, lane_share, whole_seed
 from latentae.data.selection import Selection, is_held_out
 from latentae.data.shards import RawSample, expand_shards, read_shard
 from latentae.data.transforms import augment, resize_and_center_crop
@@ -284,7 +284,7 @@ class TrainLoader:
         held_out = options.validation_fraction if options.validation == "auto" else None
         selection = Selection(index, held_out, options.bucket_sizes())
         counts = tuple(tuple(pool) for pool in selection.counts())
-        self._plan = _Plan(selection, counts, seed, index.digest, batch_size * world_size, options)
+        self._plan = _Plan(selection, counts, whole_seed(seed), index.digest, batch_size * world_size, options)
         self._lanes = range(rank * batch_size, (rank + 1) * batch_size)
         self._epoch, self._step = 0, 0
         self._seen, self._bad, self._bad_in_a_row, self._bad_log = 0, 0, 0, bad_log

@@ -18,7 +18,7 @@ from latentae.data.decode import Sample, decode_sample
 from latentae.data.index import IndexFiles
 from latentae.data.loader import BadSample, Batch
 from latentae.data.options import DataOptions
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.reading import READ_EXTENSIONS
 from latentae.data.shards import RawSample, expand_shards
 from latentae.data.sources import is_remote, shown, stream
@@ -133,7 +133,7 @@ class StreamLoader:
             raise DataError(
                 "data.buckets needs the sizes of all images; run `latentae index SHARDS FOLDER` and give --data.index FOLDER"
             )
-        self._options, self._batch_size, self._seed, self._rank = options, batch_size, seed, rank
+        self._options, self._batch_size, self._seed, self._rank = options, batch_size, whole_seed(seed), rank
         self._shards, self._batches = expand_shards(str(options.shards)), 0
         self.epoch = 0
 

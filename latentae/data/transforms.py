@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentae.data.options import DataOptions
+from latentae.data.order import whole_seed
 from latentae.errors import ImageError
 
 __all__ = [
@@ -188,7 +189,7 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 
 def _uniform(seed: int, count: int) -> list[float]:
     """Uniform in [0, 1): Philox is the same everywhere, while Generator's methods may change (NEP 19)."""
-    draws = np.random.Philox(key=seed).random_raw(count) >> np.uint64(11)
+    draws = np.random.Philox(key=whole_seed(seed)).random_raw(count) >> np.uint64(11)
     return [float(draw) * 2.0**-53 for draw in draws]
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.sources import read_range
 from latentae.data.tars import Reader, group, walk
 from latentae.encoding.places import (
@@ -106,7 +106,8 @@ class LatentDataset(Dataset[Any]):
         labels: bool = True,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.path, self.scaled, self.sampled, self.flip, self.seed, self.transform = path, scaled, sample, flip, seed, transform
+        self.path, self.scaled, self.sampled, self.flip, self.transform = path, scaled, sample, flip, transform
+        self.seed = whole_seed(seed)
         store = Store.open(path)
         record = store.record()
         if record.get("verb") != "encode":

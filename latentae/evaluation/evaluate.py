@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentae.data.order import whole_seed
 from latentae.errors import RecipeError
 from latentae.evaluation.finish import finish
 from latentae.evaluation.images import write_png
@@ -96,7 +97,7 @@ def evaluate(
         details=details,
         diffusability=diffusability,
         pca_shards=pca_shards,
-        seed=seed,
+        seed=whole_seed(seed),
         weights=weights,
         device=device,
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import pad_to_multiple, to_float
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError, RecipeError
@@ -110,6 +110,7 @@ class LatentPipeline:
             ImageError: something is no image, or damaged; its number or path is named.
             ModelError: the result is not finite.
         """
+        seed = whole_seed(seed)
         sizes: list[tuple[int, int]] = []
         results: dict[int, Tensor] = {}
         for numbers, batch in self._batches(self._read(images, sizes), 1):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.file_names import check_file_names
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
 from latentae.evaluation.images import image_grid, write_png
@@ -70,6 +70,7 @@ def denoise(
     """
     if not 0 <= noise < math.inf:
         raise RecipeError(f"noise is {noise:g}, expected a standard deviation of 0 or more on the scale of [-1, 1]")
+    seed = whole_seed(seed)
     network = Network(model, weights, device, reconstructs=True)
     network.check(resolution, batch_size)
     images = open_images(inputs)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.evaluation.distance import Distance, choose_distance
@@ -91,6 +91,7 @@ def anomaly(
             f"quantile is {quantile:g}, score {score!r} and heat_maps {heat_maps}; expected 0 < quantile < 1, one of {', '.join(SCORES)}, "
             "and 0 or more"
         )
+    seed = whole_seed(seed)
     network = Network(model, weights, device, reconstructs=True)
     network.check(resolution, batch_size)
     distance = _perceptual(perceptual, network, resolution, score)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from latentae.data.order import whole_seed
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.evaluation.images import image_grid
@@ -64,6 +65,7 @@ def sample(
     file = check_png(out)
     if count < 1:
         raise RecipeError(f"count is {count}, expected 1 or more")
+    seed = whole_seed(seed)
     network = Network(model, weights, device)
     size = network.source.resolution if resolution is None else resolution
     network.check(size, batch_size)

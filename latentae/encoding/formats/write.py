@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from latentae.data.order import whole_seed
 from latentae.encoding.formats.layout import Layout, alone, remove_staging
 from latentae.encoding.latents import LatentDataset
 from latentae.encoding.store import Store
@@ -74,4 +75,5 @@ def _resolve(format: str, known: dict[str, Any], given: dict[str, Any]) -> dict[
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         raise RecipeError(f"{format} has no option {unknown!r}; it has {', '.join(known) or 'none'}")
-    return {**known, **given}
+    options = {**known, **given}
+    return {**options, "seed": whole_seed(options["seed"])} if "seed" in options else options
