@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -90,13 +91,20 @@ def _as_output_error(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed.
+
+    The file has the permissions that the umask gives to a new file there, even if its writer chose others, as safetensors does.
+    """
     path = Path(path)
     temporary = _beside(path)
     try:
         with _as_output_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(stat.S_IMODE(mode))
             _fsync(temporary)
             temporary.replace(path)
             _fsync(path.parent)
