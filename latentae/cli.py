@@ -11,8 +11,9 @@ import typer
 from typer.core import TyperCommand
 
 from latentae.cli_latents import decode, encode, stats, verify
-from latentae.cli_options import Device, Model, Shards, Weights
+from latentae.cli_options import Device, MaxPixels, Model, Shards, Weights
 from latentae.cli_tasks import anomaly, denoise, features, interpolate, sample
+from latentae.data.headers import MAX_PIXELS
 from latentae.errors import LatentAEError, RecipeError, ShardError
 
 __all__ = ["app", "main"]
@@ -116,6 +117,7 @@ def shards(
         bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Images read at the same time; one for each core when not given.")] = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Pack images into WebDataset shards; the same command goes on where it stopped."""
     import latentae
@@ -129,6 +131,7 @@ def shards(
         quality=quality,
         skip_bad=skip_bad,
         workers=workers,
+        max_pixels=max_pixels,
     )
 
 
@@ -227,6 +230,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap, of noise and of what is trained.")] = 0,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Measure reconstructions, the latent space and baselines on held-out shards, with a report that opens offline."""
     import latentae
@@ -247,6 +251,7 @@ def evaluate(
         seed=seed,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -271,11 +276,12 @@ def reconstruct(
     ] = None,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Show images beside their reconstructions."""
     import latentae
 
-    latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device)
+    latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device, max_pixels=max_pixels)
 
 
 for _verb in (encode, verify, stats, decode, features, anomaly, denoise, interpolate, sample):
@@ -287,7 +293,7 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     format: Annotated[
-        str, typer.Option(help="diffusers, ldm (one file, for ComfyUI and others), onnx, pt2 (AOTInductor) or all.")
+        str, typer.Option(help="diffusers, ldm (one file under LDM's names), onnx, pt2 (AOTInductor) or all.")
     ] = "diffusers",
     fold_normalization: Annotated[
         bool, typer.Option("--fold-normalization", help="Normalise latents inside the weights: scaling 1, shift 0.")
@@ -312,8 +318,9 @@ def export(
     ] = None,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Write a model as a component that diffusers, ComfyUI, ONNX Runtime or torch alone load, with a model card."""
+    """Write a model, with a model card, as a component that diffusers, ONNX Runtime, torch or LDM's readers load."""
     import latentae
 
     latentae.export(
@@ -334,6 +341,7 @@ def export(
         push_to_hub=push_to_hub,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 

@@ -72,7 +72,7 @@ def image_extension(raw: Mapping[str, Any]) -> str | None:
 
 
 def decode_sample(
-    raw: RawSample, *, channels: int = 3, bits: int = 8, max_pixels: int = MAX_PIXELS, short: int | None = None
+    raw: RawSample, *, channels: int = 3, bits: int = 8, max_pixels: int | None = MAX_PIXELS, short: int | None = None
 ) -> Sample:
     """Decode the image of a raw sample as `decode_image` does; ImageError names its key and shard."""
     key, shard = raw["__key__"], raw.get("__url__")
@@ -86,7 +86,7 @@ def decode_sample(
 
 
 def read_image(
-    path: str | Path, *, channels: int = 3, bits: int | None = 8, max_pixels: int = MAX_PIXELS, short: int | None = None
+    path: str | Path, *, channels: int = 3, bits: int | None = 8, max_pixels: int | None = MAX_PIXELS, short: int | None = None
 ) -> Tensor:
     """Decode the image file at `path` as `decode_image` does; a file that can't be read is an ImageError, too."""
     try:
@@ -102,7 +102,7 @@ def decode_image(
     *,
     channels: int = 3,
     bits: int | None = 8,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = MAX_PIXELS,
     short: int | None = None,
 ) -> Tensor:
     """Decode an image file to uint8 or uint16 [channels, H, W], a view of [H, W, channels] memory.
@@ -116,7 +116,7 @@ def decode_image(
         channels: 1 is luma, 3 is RGB with transparency laid over white, 4 is RGBA, opaque where the file has no transparency.
         bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened. None keeps what there is: 16
             where the file has more than 8 bits and they can be had, else 8.
-        max_pixels: refuse an image of more pixels (height times width) by its header.
+        max_pixels: refuse an image of more pixels (height times width) by its header; None is no limit.
         short: pixels of the short side that the caller keeps after resizing. A JPEG of more than 80 million pixels is then decoded
             at 1/2, 1/4 or 1/8 of its size, but with a short side of 4 * `short` or more. None decodes every image in full.
 
@@ -147,7 +147,7 @@ def _decode(
     name: str,
     channels: int,
     bits: int | None,
-    max_pixels: int,
+    max_pixels: int | None,
     *,
     short: int | None = None,
     at_least: int | None = None,
@@ -185,18 +185,18 @@ def _reduce(image: Image.Image, short: int) -> None:
 
 def _open(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     """Read the header only, and refuse what must not be decoded."""
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # its readers of TIFF and WebP heed it too
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         image = open_image(data)
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image {name} is larger than Pillow opens ({_reason(error)}); resize it") from None
     except Exception as error:
         raise ImageError(f"image {name} is damaged ({_reason(error)}); replace or remove it") from error
     if image is None:
         raise ImageError(_unidentified(data, name))
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise ImageError(
-            f"image {name} is {image.width}x{image.height} by its header, above the limit of {max_pixels} pixels; raise max_pixels "
-            f"to {image.width * image.height} or more, or resize it"
+            f"image {name} is {image.width}x{image.height} by its header, above the limit of {max_pixels} pixels; give "
+            f"--max-pixels {image.width * image.height} (for training --data.max-pixels) or resize it"
         )
     return image
 

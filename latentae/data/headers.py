@@ -10,13 +10,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from latentae.errors import RecipeError
-
 __all__ = [
     "EXTENSIONS",
     "IMAGE_EXTENSIONS",
     "MAX_PIXELS",
-    "check_max_pixels",
     "image_extension_of",
     "image_size",
     "open_image",
@@ -73,16 +70,6 @@ def image_size(take: Callable[[int], bytes], size: int, skip: Callable[[int], ob
         if found is not None or len(head) >= size or head.startswith(_PNG) or not any(_readers(head)):
             return found if found is not None and 0 < found[0] < _SIDE and 0 < found[1] < _SIDE else None
     return None
-
-
-def check_max_pixels(max_pixels: int) -> None:
-    """Refuse a limit that lets no image pass.
-
-    Raises:
-        RecipeError: below 1.
-    """
-    if max_pixels < 1:
-        raise RecipeError(f"max_pixels is {max_pixels}, expected 1 or more; the default is {MAX_PIXELS}")
 
 
 def image_extension_of(data: bytes) -> str | None:

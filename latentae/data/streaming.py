@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from latentae.data.decode import Sample, decode_sample
+from latentae.data.decode import Sample
 from latentae.data.index import IndexFiles
-from latentae.data.loader import BadSample, Batch
+from latentae.data.loader import BadSample, Batch, decode_for_training
 from latentae.data.options import DataOptions
 from latentae.data.order import derive_seed, whole_seed
 from latentae.data.reading import READ_EXTENSIONS
@@ -82,8 +82,7 @@ class _Stream(IterableDataset):
 
     def _crop(self, raw: RawSample, seed: int) -> Sample:
         options = self.options
-        image = decode_sample(raw, channels=options.channels, bits=options.bits).image
-        return Sample(raw["__key__"], augment(image, options, seed))
+        return Sample(raw["__key__"], augment(decode_for_training(raw, options), options, seed))
 
 
 class _File:

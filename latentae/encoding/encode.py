@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.index import ShardEntry, ShardIndex, load_index
 from latentae.data.options import DataOptions
 from latentae.data.shards import expand_shards
@@ -87,6 +88,7 @@ def encode(
     device: str = "auto",
     format: str = "latentae",
     engine: str = "local",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Encode image shards to latent shards; running the same command again goes on where it stopped, or says it is done.
 
@@ -113,6 +115,7 @@ def encode(
         format: "latentae", or the trainer whose layout to write into OUT/FORMAT from latents that are then in OUT/latents; mirrored
             latents and images are kept for those that need them.
         engine: "local", or "ray" to spread the shards over a Ray cluster.
+        max_pixels: skip images of more pixels by their header, and record them; docs/images.md has the memory that large ones take.
 
     Returns:
         A summary: `out`, `shards`, `samples`, `skipped`, `finished`. While other tasks have shards to do, `finished` is False and
@@ -145,6 +148,7 @@ def encode(
         num_tasks=num_tasks,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
     if work.pending and engine == "ray":
         from latentae.encoding import ray_engine
@@ -209,6 +213,7 @@ def prepare(
     num_tasks: int | None = None,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> Work:
     """Check the options of `encode`, claim the output, and find out what is left to do."""
     for name, value, allowed in (
@@ -242,6 +247,8 @@ def prepare(
         "packed": packed,
         "keep_images": keep_images,
     }
+    if max_pixels != MAX_PIXELS:  # outputs of before it was an option have the same fingerprint
+        identity["max_pixels"] = max_pixels
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()
     settings = ShardSettings(
         side,
@@ -256,6 +263,7 @@ def prepare(
         workers=default_workers(where) if workers is None else workers,
         in_channels=source.config.in_channels,
         pin=where.type == "cuda",
+        max_pixels=max_pixels,
     )
     inputs = {**identity, "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}}
     job = store.claim("encode", inputs, {"model_path": str(Path(model).absolute())})

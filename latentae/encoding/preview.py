@@ -129,8 +129,9 @@ def _read(contents: ShardContents, sample: Sample, channels: int) -> dict[str, T
     result = contents.tensors(sample, info)
     extension = str(info.get("source"))
     if any(extension == name for name, _, _ in sample.members):
-        image = decode_image(contents.read(sample, extension), f"{sample.key}.{extension}", channels=channels)
         height, width = info["bucket"] if "bucket" in info else info["crop"][2:]
+        name, short = f"{sample.key}.{extension}", max(height, width)  # as it was encoded, which no limit refused
+        image = decode_image(contents.read(sample, extension), name, channels=channels, max_pixels=None, short=short)
         result["original"] = crop_to_bucket(image, (height, width))
     return result
 

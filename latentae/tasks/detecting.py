@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, RecipeError
@@ -56,6 +57,7 @@ def anomaly(
     batch_size: int = 16,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Score how unlike normal images each image is, with a threshold that `quantile` of normal images stay below.
 
@@ -79,6 +81,7 @@ def anomaly(
         batch_size: images at a time; changes speed and memory only.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -95,7 +98,7 @@ def anomaly(
     network = Network(model, weights, device, reconstructs=True)
     network.check(resolution, batch_size)
     distance = _perceptual(perceptual, network, resolution, score)
-    normals, images = open_images(normal, "normal images"), open_images(inputs)
+    normals, images = open_images(normal, "normal images", max_pixels), open_images(inputs, max_pixels=max_pixels)
     label_of, label_kind = read_labels(labels)
     facts = {"model": network.fingerprint, "normal": normals.digest, "inputs": images.digest, "labels": label_kind}
     options = {"quantile": quantile, "score": score, "perceptual": distance.name, "heat_maps": heat_maps, "seed": seed}

@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from latentae.data.decode import IMAGE_EXTENSIONS, decode_image, image_extension
+from latentae.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, image_extension
 from latentae.data.folder import ImageFolder, SourceImage, by_stem, escape_key, find_sidecars
 from latentae.data.index import ShardIndex, load_index
 from latentae.data.reading import READ_EXTENSIONS, read_samples
@@ -50,10 +50,12 @@ class Images(ABC):
     Attributes:
         digest: equal for equal images in equal order.
         count: how many there are.
+        max_pixels: of an image; larger ones are errors.
     """
 
     digest: str
     count: int
+    max_pixels: int = MAX_PIXELS
 
     @abstractmethod
     def names(self) -> Iterator[tuple[str, str]]:
@@ -90,7 +92,9 @@ class Images(ABC):
                 extension = image_extension(members)
                 if extension is None:
                     raise ImageError(f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
-                image = decode_image(members[extension], name, channels=channels, bits=None)
+                short = LONGEST_SIDE if resolution is None else resolution
+                options: dict[str, Any] = {"bits": None, "max_pixels": self.max_pixels, "short": short}
+                image = decode_image(members[extension], name, channels=channels, **options)
                 yield Item(number, key, fit_image(image, resolution), labels(key, members))
 
 
@@ -138,17 +142,24 @@ class _Shards(Images):
                     yield raw["__key__"], f"{raw['__key__']} in {shown(entry.path)}", members
 
 
-def open_images(inputs: InputSpec, what: str = "inputs") -> Images:
+def open_images(inputs: InputSpec, what: str = "inputs", max_pixels: int = MAX_PIXELS) -> Images:
     """Find the images that the user named.
 
     Args:
         inputs: a folder of images (with its subfolders) or of shards, image files, or shards as everywhere: a file, a glob, a
             brace pattern or a URL.
         what: they are, for messages.
+        max_pixels: refuse images of more pixels by their header when they are read.
 
     Raises:
         DataError: there are none, or two files would have one key.
     """
+    images = _open(inputs, what)
+    images.max_pixels = max_pixels
+    return images
+
+
+def _open(inputs: InputSpec, what: str) -> Images:
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if not paths:
         raise DataError(f"no {what} given; name a folder of images, image files or shards")

@@ -51,7 +51,7 @@ _NOT_IDENTITY = {
     "failure",
     "log",
 }
-_NOT_IDENTITY_OF_DATA = ("shards", "workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row")
+_NOT_IDENTITY_OF_DATA = ("shards", "workers", "index", "cache_mb", "max_pixels", "max_bad_share", "max_bad_in_a_row")
 
 
 class Recipe(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_anything_else_is_refused(seed):
 
 def test_a_generator_is_refused_with_what_to_do():
     with pytest.raises(RecipeError, match=r"torch.* expected a whole number; give an int such as its initial_seed\(\)"):
-        whole_seed(torch.Generator())
+        whole_seed(torch.Generator())  # pyright: ignore[reportArgumentType]
 
 
 def test_every_verb_with_a_seed_refuses_a_fraction(make_shards, make_png, tmp_path):
@@ -97,10 +98,11 @@ def test_every_verb_with_a_seed_refuses_a_fraction(make_shards, make_png, tmp_pa
 
 def test_loaders_take_equal_seeds_alike(make_shards, tmp_path):
     data = make_shards(tmp_path / "shards", [6])
-    listed = [list(order(data, seed=seed, global_batch=2)) for seed in (3, np.int64(3), torch.tensor(3))]
+    seeds: list[Any] = [3, np.int64(3), torch.tensor(3)]
+    listed = [list(order(data, seed=seed, global_batch=2)) for seed in seeds]
     assert listed[0] == listed[1] == listed[2]
     options = DataOptions(shards=str(data), validation="none", resolution=8)
-    batches = [next(iter(TrainLoader(options, 2, seed))) for seed in (3, np.int64(3))]
+    batches = [next(iter(TrainLoader(options, 2, seed))) for seed in seeds]
     assert batches[0].keys == batches[1].keys
     assert torch.equal(batches[0].images, batches[1].images)
     with pytest.raises(RecipeError, match=r"seed is 3\.0"):

@@ -233,11 +233,11 @@ from pathlib import Path
 from latentae.data import packing, writing
 what, when, seen = sys.argv[3], int(sys.argv[4]), []
 def dying(function):
-    def call(*arguments):
+    def call(*arguments, **options):
         seen.append(arguments)
         if len(seen) == when:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
+        return function(*arguments, **options)
     return call
 if what == "decoding":
     packing.decode_image = dying(packing.decode_image)
