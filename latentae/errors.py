@@ -8,6 +8,7 @@
     |-- ModelError              a model folder, its config or its weights
     |-- WeightsError            pretrained weights of a perceptual network that can't be had
     |-- OutputError             an output folder that can't be written or holds something else
+    |   `-- BusyError           an output folder that another process is working in
     |-- TrainingError           a run that can't go on
     |-- MissingDependencyError  an optional package that this step needs
     `-- Interrupted             Ctrl-C, SIGTERM or SIGUSR1, after the state was saved
@@ -18,6 +19,7 @@ Messages are one line: what was found, what was expected, what to do.
 from __future__ import annotations
 
 __all__ = [
+    "BusyError",
     "DataError",
     "ImageError",
     "Interrupted",
@@ -66,6 +68,12 @@ class WeightsError(LatentAEError):
 
 class OutputError(LatentAEError):
     """An output folder that can't be written, or that holds something else."""
+
+
+class BusyError(OutputError):
+    """An output folder that another process is working in; the same command can run later."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class TrainingError(LatentAEError):

@@ -23,7 +23,7 @@ from latentae.data.order import EpochOrder, derive_seed, lane_share, whole_seed
 from latentae.data.selection import Selection, is_held_out
 from latentae.data.shards import RawSample, expand_shards, read_shard
 from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
-from latentae.data.workers import leave_signals_to_parent
+from latentae.data.workers import leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError
 from latentae.progress import say
 
@@ -189,7 +189,9 @@ class _PartStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self._batches(lane_share(self.lanes, worker, workers), workers)
+            for batch in self._batches(lane_share(self.lanes, worker, workers), workers):
+                share(batch.images)
+                yield batch
         except LatentAEError as error:  # DataLoader would wrap it in a traceback of many lines
             yield error
 

@@ -23,7 +23,7 @@ from latentae.data.reading import READ_EXTENSIONS
 from latentae.data.shards import RawSample, expand_shards
 from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
-from latentae.data.workers import leave_signals_to_parent
+from latentae.data.workers import leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError, ShardError
 from latentae.progress import say
 
@@ -67,7 +67,9 @@ class _Stream(IterableDataset):
                 if failures >= self.options.max_bad_in_a_row:
                     raise DataError(f"{failures} samples in a row can't be read, the last: {error}; check the shards") from error
             if len(samples) == self.batch_size:
-                yield Batch.of(samples, bad)
+                batch = Batch.of(samples, bad)
+                share(batch.images)
+                yield batch
                 samples, bad = [], []
 
     def _samples(self, seed: int) -> Iterator[RawSample]:
