@@ -328,3 +328,18 @@ def test_tiling_names_the_layers_that_it_can_not_split():
     replace(model, name, Scaled(model.get_submodule(name), 2))
     with pytest.raises(ModelError, match=f"{name} is a Scaled"):
         Tiled(model)  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_of_videos_keep_their_order_and_output():
+    """The decoder of Stable Video Diffusion has convolutions over time next to those that fuse knows."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        latent = vae.encode(x).latent_dist.mode()
+        expected = vae.decode(latent, num_frames=2).sample
+        with latentae.fuse(vae):
+            torch.testing.assert_close(vae.encode(x).latent_dist.mode(), latent, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(vae.decode(latent, num_frames=2).sample, expected, rtol=1e-4, atol=1e-4)
