@@ -64,7 +64,7 @@ def image_size(take: Callable[[int], bytes], size: int, skip: Callable[[int], ob
     for step in _STEPS:
         head += take(min(step, size) - len(head))
         try:
-            found = _png(head, take, skip or take) if head.startswith(_PNG) else _quick(head)
+            found = _png(_Bytes(head, size, take, skip or take)) if head.startswith(_PNG) else _quick(head)
         except _MoreNeeded:
             found = _with_pil(head, whole=len(head) >= size)
         if found is not None or len(head) >= size or head.startswith(_PNG) or not any(_readers(head)):
@@ -108,25 +108,28 @@ def _jpeg(head: bytes) -> tuple[int, int]:
 
 
 class _Bytes:
-    """The bytes of a file in order: first those at hand."""
+    """The bytes of a file in order: first those at hand. Beyond its end, where `take` and `skip` may go on to another file, nothing."""
 
-    def __init__(self, head: bytes, take: Callable[[int], bytes], skip: Callable[[int], object]) -> None:
-        self._head, self._take, self._skip = head, take, skip
+    def __init__(self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]) -> None:
+        self._head, self._left, self._take, self._skip = head, size - len(head), take, skip
 
     def read(self, count: int) -> bytes:
         found, self._head = self._head[:count], self._head[count:]
-        return found if len(found) == count else found + self._take(count - len(found))
+        missing = min(count - len(found), self._left)
+        self._left -= missing
+        return found + self._take(missing) if missing else found
 
     def skip(self, count: int) -> None:
-        missing, self._head = count - len(self._head), self._head[count:]
-        if missing > 0:
+        missing = min(max(count - len(self._head), 0), self._left)
+        self._head, self._left = self._head[count:], self._left - missing
+        if missing:
             self._skip(missing)
 
 
-def _png(head: bytes, take: Callable[[int], bytes], skip: Callable[[int], object]) -> tuple[int, int] | None:
+def _png(file: _Bytes) -> tuple[int, int] | None:
     """The PNG specification, 5: walk the chunks; metadata, which may follow the pixels, says whether the image is turned."""
-    file, first, metadata = _Bytes(head[8:], take, skip), b"", b""
-    pixels = False
+    file.skip(len(_PNG))
+    first, metadata, pixels = b"", b"", False
     while len(start := file.read(8)) == 8 and (kind := start[4:]).isalpha() and kind != b"IEND":
         length = int.from_bytes(start[:4], "big")
         if kind == b"fcTL" and pixels:  # the second frame of an animation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps, PngImagePlugin, features
 from latentae.data.decode import decode_image
 from latentae.data.headers import IMAGE_EXTENSIONS, image_extension_of, image_size
 from latentae.data.index import load_index
+from latentae.data.scanning import scan
+from latentae.data.tables import open_table
 from latentae.data.writing import write_shards
 
 KINDS = ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", *(["AVIF"] if features.check("avif") else [])]
@@ -156,6 +159,25 @@ def test_an_index_has_the_upright_size(tmp_path):
         indexed.unlink()
     table = load_index([str(tmp_path / "000000.tar")]).table(0)
     assert (int(table.height[0]), int(table.width[0])) == (5, 3)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a length that points beyond the file", "long metadata"])
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_tar, tmp_path):
+    data = saved("PNG", (40, 50))
+    at = data.index(b"IDAT") - 4
+    if damage == "cut short":
+        data = data[:5000]
+    else:
+        kind = b"IDAT" if damage.startswith("a length") else b"tEXt"
+        data = data[:at] + struct.pack(">I", 1 << 20) + kind + data[at + 8 :]
+    shard = write_tar(tmp_path / "a.tar", [("a.png", data), ("b.png", saved("PNG", (3, 5))), ("c.png", saved("PNG", (4, 6)))])
+    found = scan(str(shard), hashed=hashed)
+    table = open_table(found.data)
+    assert table.keys() == ["a", "b", "c"]
+    assert list(zip(table.height.tolist(), table.width.tolist(), strict=True))[1:] == [(3, 5), (4, 6)]
+    if hashed:
+        assert found.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("kind", KINDS)
