@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -405,8 +406,25 @@ def _common(
     pass
 
 
+def _open_streams() -> None:
+    """Give a process that was started without standard streams (`2>&-`) ones to nowhere, and let any text through those that it has.
+
+    An unused descriptor 0, 1 or 2 would go to the first file that is opened, and C libraries would write their messages into it.
+    """
+    for descriptor, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # keys may have letters that an ASCII terminal or UTF-8 does not have
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, an error's own code, 2 for wrong usage, 130 for Ctrl-C."""
+    _open_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]

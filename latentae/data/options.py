@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentae.data.headers import MAX_PIXELS
 
-__all__ = ["DataOptions"]
+__all__ = ["MAX_SEED", "DataOptions"]
+
+MAX_SEED = 2**63 - 1  # torch's generators take 64 bits, and a training also begins one from the seed plus one
 
 
 class DataOptions(BaseModel):

@@ -20,9 +20,10 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from latentae.data.options import MAX_SEED
 from latentae.errors import RecipeError
 
-__all__ = ["SLICE_SAMPLES", "EpochOrder", "Run", "derive_seed", "lane_share", "plain_word", "whole_seed"]
+__all__ = ["SLICE_SAMPLES", "EpochOrder", "Run", "derive_seed", "lane_share", "plain_word", "run_seed", "whole_seed"]
 
 SLICE_SAMPLES = 64  # one read of some megabytes; B lanes of it are the reach of the shuffle
 
@@ -38,6 +39,18 @@ def whole_seed(seed: SupportsIndex) -> int:
     except (TypeError, ValueError):
         advice = "its initial_seed()" if hasattr(seed, "initial_seed") else "3"
         raise RecipeError(f"seed is {seed!r}, expected a whole number; give an int such as {advice}") from None
+
+
+def run_seed(seed: SupportsIndex) -> int:
+    """A seed that a training takes, as a plain int: generators of torch and NumPy begin from it, too.
+
+    Raises:
+        RecipeError: no whole number from 0 to MAX_SEED.
+    """
+    plain = whole_seed(seed)
+    if not 0 <= plain <= MAX_SEED:
+        raise RecipeError(f"seed is {plain}, expected a whole number from 0 to {MAX_SEED}; give another one")
+    return plain
 
 
 def plain_word(word: SupportsIndex | str) -> int | str:

@@ -31,6 +31,7 @@ from latentae.encoding.shard import DTYPES, UNREADABLE, ShardSettings, encode_sh
 from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.files import json_bytes
 from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.models.pretrained import ModelSource, resolve_model
@@ -389,7 +390,7 @@ def conclude(work: Work) -> dict[str, Any]:
         **total.statistics.summary(),
         "merged": total.statistics.to_json(),
     }
-    text = (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json_bytes(record)
     remove_leftovers(work.store)
     if work.pending or work.job.state != "finished" or work.store.read(STATISTICS) != text:
         work.store.write_bytes(STATISTICS, text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.order import whole_seed
+from latentae.data.order import run_seed
 from latentae.errors import RecipeError
 from latentae.evaluation.finish import finish
 from latentae.evaluation.images import write_png
@@ -100,7 +100,7 @@ def evaluate(
         details=details,
         diffusability=diffusability,
         pca_shards=pca_shards,
-        seed=whole_seed(seed),
+        seed=run_seed(seed),
         weights=weights,
         device=device,
         max_pixels=max_pixels,

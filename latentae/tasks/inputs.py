@@ -209,7 +209,7 @@ def read_labels(labels: str | Path) -> tuple[Labels, str]:
         return (lambda key, members: key.partition("/")[0] if "/" in key else None), "folder"
     table = _read_table(Path(labels))
     digest = hashlib.blake2b(json.dumps(sorted(table.items())).encode(), digest_size=16).hexdigest()
-    return (lambda key, members: table.get(key)), digest
+    return (lambda key, members: table.get(key, table.get(key.encode("utf-8", "backslashreplace").decode()))), digest
 
 
 def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
@@ -219,9 +219,9 @@ def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
 
 def _read_table(path: Path) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # keys need not be UTF-8
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"labels {path} can't be read ({error}); give auto, folder, none or a CSV file with key,label") from error
     if not rows or not {"key", "label"} <= set(rows[0]):
         raise DataError(f"labels {path} has no columns key and label, or no row; its first line must be key,label")
