@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import pickle
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,11 +88,11 @@ def _content(file: str | Path) -> Any:
 
 def _inert_content(file: str | Path) -> Any:
     """The file's content with stand-ins; torch reads the container and the values, `_InertUnpickler` the pickle in it."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
-                raise pickle.UnpicklingError("a TorchScript archive, which holds code")
-    elif tarfile.is_tarfile(file):
+    with Path(file).open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"  # as torch decides
+    if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
+        raise pickle.UnpicklingError("a TorchScript archive, which holds code")
+    if tarfile.is_tarfile(file):
         raise pickle.UnpicklingError("a tar archive of torch before 0.1.10")
     module = SimpleNamespace(
         __name__=__name__, Unpickler=_InertUnpickler, load=lambda *args, **kw: _InertUnpickler(*args, **kw).load()

@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 from typing import Any
@@ -183,12 +184,19 @@ def test_the_operations_of_a_pickle_call_nothing(operations, tmp_path, monkeypat
     assert 0xF0 not in copyreg._extension_cache
 
 
-def test_a_torchscript_archive_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
-        archive.writestr("model/data.pkl", stream(b"}"))
+def test_archives_that_hold_code_or_paths_are_refused(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: ran.append("TorchScript"))
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *args, **kwargs: ran.append("tar"))
+    torch.save({"state_dict": STATE}, tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt", "a") as archive:
         archive.writestr("model/constants.pkl", stream(b"}"))
-    with pytest.raises(ModelError, match=r"could not read .*model\.pt"):
-        read_tensors(tmp_path / "model.pt")
+    with tarfile.open(tmp_path / "tar.pt", "w") as archive:
+        archive.add(tmp_path / "model.pt", "../storages")
+    for name in ("model.pt", "tar.pt"):
+        with pytest.raises(ModelError, match=rf"could not read .*{name}"):
+            read_tensors(tmp_path / name)
+    assert not ran
 
 
 @pytest.mark.parametrize(
