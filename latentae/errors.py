@@ -18,6 +18,8 @@ Messages are one line: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 __all__ = [
     "BusyError",
     "DataError",
@@ -31,6 +33,7 @@ __all__ = [
     "ShardError",
     "TrainingError",
     "WeightsError",
+    "some",
 ]
 
 
@@ -98,3 +101,10 @@ class Interrupted(LatentAEError):
     def __init__(self, message: str, exit_code: int = SIGINT) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def some(names: Collection[str], most: int = 4) -> str:
+    """The first names of several for a message, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from functools import cache
 from types import TracebackType
 
-__all__ = ["Progress", "say"]
+__all__ = ["Progress", "note", "say"]
 
 _active: Progress | None = None
 
@@ -17,6 +19,13 @@ def say(message: str) -> None:
         _active._bar.console.print(message, markup=False, highlight=False)
     elif sys.stderr is not None:  # a process can be without one; print() would then take standard output
         print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def note(message: str) -> None:
+    """Log a line once, by the first of several processes: several steps of a verb may find the same."""
+    if os.environ.get("RANK", "0") == "0":
+        say(message)
 
 
 class Progress:

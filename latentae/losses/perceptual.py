@@ -13,10 +13,10 @@ import torch
 from latentae_kernels import lpips_head
 from torch import Tensor, nn
 
-from latentae.errors import ModelError, WeightsError
+from latentae.errors import ModelError, WeightsError, some
 from latentae.losses.options import PerceptualNet
 from latentae.models.backbone import EFFICIENTNET, efficientnet_input, efficientnet_lite0
-from latentae.models.weight_files import read_tensors, some
+from latentae.models.weight_files import read_tensors
 
 __all__ = ["LPIPS", "NAMES", "EfficientNetDistance", "FrozenDistance", "build_perceptual", "perceptual_available"]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from latentae.errors import ModelError
-from latentae.models.weight_files import note, some
+from latentae.errors import ModelError, some
+from latentae.progress import note
 
 __all__ = ["AutoencoderConfig", "read_config_values"]
 

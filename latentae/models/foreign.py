@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from latentae.errors import MissingDependencyError, ModelError
+from latentae.errors import MissingDependencyError, ModelError, some
 from latentae.files import sha256
 from latentae.models.architectures import ARCHITECTURES
 from latentae.models.base import Autoencoder
@@ -18,7 +18,6 @@ from latentae.models.config import AutoencoderConfig, read_config_values
 from latentae.models.hub import hub_id
 from latentae.models.posterior import DiagonalGaussian
 from latentae.models.pretrained import CONFIG, ModelSource, folder_weights, load_model
-from latentae.models.weight_files import some
 
 __all__ = ["ForeignAutoencoder", "ForeignConfig", "load_any_model"]
 

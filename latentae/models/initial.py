@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from latentae.errors import some
 from latentae.models.architectures import build
 from latentae.models.config import AutoencoderConfig
 from latentae.models.ldm import discriminator_from_ldm, ldm_prefix
 from latentae.models.pretrained import TRAINING, ModelSource, fitting_state, read_tensors, resolve_model
-from latentae.models.weight_files import some
 
 __all__ = ["InitialWeights", "load_discriminator", "load_initial"]
 

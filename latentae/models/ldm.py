@@ -21,10 +21,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from latentae.errors import ModelError
+from latentae.errors import ModelError, some
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import DOWN, UP, AutoencoderKLConfig
-from latentae.models.weight_files import note, note_left_out, prefix_before, some, split_unknown
+from latentae.models.weight_files import note_left_out, prefix_before, split_unknown
+from latentae.progress import note
 
 __all__ = ["discriminator_from_ldm", "from_ldm", "infer_config", "ldm_names", "ldm_prefix", "renamed_to_ldm", "to_ldm"]
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentae.errors import ModelError
+from latentae.errors import ModelError, some
 from latentae.files import atomic_file, read_json, sha256, write_json
 from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
@@ -30,16 +30,8 @@ from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig, read_
 from latentae.models.hub import hub_id, snapshot
 from latentae.models.ldm import from_ldm, infer_config, ldm_prefix, renamed_to_ldm
 from latentae.models.pickled import PICKLES
-from latentae.models.weight_files import (
-    is_weights_file,
-    note,
-    note_left_out,
-    prefix_before,
-    read_tensors,
-    some,
-    split_unknown,
-    weight_parts,
-)
+from latentae.models.weight_files import is_weights_file, note_left_out, prefix_before, read_tensors, split_unknown, weight_parts
+from latentae.progress import note
 
 __all__ = [
     "CHECKPOINTS",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentae.errors import ModelError
+from latentae.errors import ModelError, some
 from latentae.files import read_json
 from latentae.models.pickled import PICKLES, read_pickle
-from latentae.progress import say
+from latentae.progress import note
 
-__all__ = [
-    "is_index",
-    "is_weights_file",
-    "note",
-    "note_left_out",
-    "prefix_before",
-    "read_tensors",
-    "some",
-    "split_unknown",
-    "weight_parts",
-]
+__all__ = ["is_index", "is_weights_file", "note_left_out", "prefix_before", "read_tensors", "split_unknown", "weight_parts"]
 
 # what torch.compile, DDP, FSDP and activation checkpointing put into the name of a parameter
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -123,13 +111,6 @@ def _read(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-@cache
-def note(message: str) -> None:
-    """Log a line once, by the first of several processes: several steps of a verb read the same file."""
-    if os.environ.get("RANK", "0") == "0":
-        say(message)
-
-
 def prefix_before(keys: Iterable[str], mark: str) -> str | None:
     """What is before the key `mark` of an autoencoder in a file: nothing, or the name that its program gave it; None without the key.
 
@@ -166,10 +147,3 @@ def note_left_out(file: str | Path, harmless: str) -> None:
     """Log once which tensors of a file no model takes."""
     if harmless:
         note(f"{file}: left out {harmless}, which the autoencoder does not use")
-
-
-def some(names: Collection[str], most: int = 4) -> str:
-    """The first names of several, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

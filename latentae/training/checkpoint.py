@@ -28,11 +28,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from latentae.errors import ModelError, TrainingError
+from latentae.errors import ModelError, TrainingError, some
 from latentae.files import read_json, sha256, staged_folder, write_json, write_text
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_weights, save_weights
-from latentae.models.weight_files import note, some
+from latentae.progress import note
 from latentae.training.steps import Trainer, TrainState
 from latentae.version import __version__
 

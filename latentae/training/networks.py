@@ -16,7 +16,7 @@ from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminat
 from latentae.models.initial import load_discriminator, load_initial
 from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
 from latentae.models.trainable import select_trainable
-from latentae.models.weight_files import note
+from latentae.progress import note
 from latentae.training.recipe import Recipe
 
 __all__ = ["build_autoencoder", "build_discriminator"]

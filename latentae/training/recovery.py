@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from latentae.errors import TrainingError
-from latentae.models.weight_files import note
+from latentae.progress import note
 from latentae.training.checkpoint import find_checkpoint, load_checkpoint, read_state, verify
 from latentae.training.steps import Trainer
 
