@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import typer
 from typer.core import TyperCommand
 
 from latentae.cli_latents import decode, encode, stats, verify
-from latentae.cli_options import Device, Model, Shards, Weights
+from latentae.cli_options import Device, MaxPixels, Model, Shards, Weights
 from latentae.cli_tasks import anomaly, denoise, features, interpolate, sample
+from latentae.data.headers import MAX_PIXELS
 from latentae.errors import LatentAEError, RecipeError, ShardError
 
 __all__ = ["app", "main"]
@@ -116,6 +118,7 @@ def shards(
         bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Images read at the same time; one for each core when not given.")] = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Pack images into WebDataset shards; the same command goes on where it stopped."""
     import latentae
@@ -129,6 +132,7 @@ def shards(
         quality=quality,
         skip_bad=skip_bad,
         workers=workers,
+        max_pixels=max_pixels,
     )
 
 
@@ -227,6 +231,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap, of noise and of what is trained.")] = 0,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Measure reconstructions, the latent space and baselines on held-out shards, with a report that opens offline."""
     import latentae
@@ -247,6 +252,7 @@ def evaluate(
         seed=seed,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -271,11 +277,12 @@ def reconstruct(
     ] = None,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Show images beside their reconstructions."""
     import latentae
 
-    latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device)
+    latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device, max_pixels=max_pixels)
 
 
 for _verb in (encode, verify, stats, decode, features, anomaly, denoise, interpolate, sample):
@@ -287,7 +294,7 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     format: Annotated[
-        str, typer.Option(help="diffusers, ldm (one file, for ComfyUI and others), onnx, pt2 (AOTInductor) or all.")
+        str, typer.Option(help="diffusers, ldm (one file under LDM's names), onnx, pt2 (AOTInductor) or all.")
     ] = "diffusers",
     fold_normalization: Annotated[
         bool, typer.Option("--fold-normalization", help="Normalise latents inside the weights: scaling 1, shift 0.")
@@ -312,8 +319,9 @@ def export(
     ] = None,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Write a model as a component that diffusers, ComfyUI, ONNX Runtime or torch alone load, with a model card."""
+    """Write a model, with a model card, as a component that diffusers, ONNX Runtime, torch or LDM's readers load."""
     import latentae
 
     latentae.export(
@@ -334,6 +342,7 @@ def export(
         push_to_hub=push_to_hub,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -397,8 +406,25 @@ def _common(
     pass
 
 
+def _open_streams() -> None:
+    """Give a process that was started without standard streams (`2>&-`) ones to nowhere, and let any text through those that it has.
+
+    An unused descriptor 0, 1 or 2 would go to the first file that is opened, and C libraries would write their messages into it.
+    """
+    for descriptor, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # keys may have letters that an ASCII terminal or UTF-8 does not have
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, an error's own code, 2 for wrong usage, 130 for Ctrl-C."""
+    _open_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from latentae.cli_options import Device, Model, Shards, Weights
+from latentae.cli_options import Device, MaxPixels, Model, Shards, Weights
+from latentae.data.headers import MAX_PIXELS
 from latentae.errors import OutputError
 
 __all__ = ["decode", "encode", "stats", "verify"]
@@ -45,6 +46,7 @@ def encode(
         str, typer.Option(help="latentae, or the trainer to write for: lightningdit, edm2, repa, mar, fastdit or kohya.")
     ] = "latentae",
     engine: Annotated[str, typer.Option(help="local, or ray to spread the shards over a Ray cluster.")] = "local",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Encode image shards to latent shards, one for one; the same command goes on where it stopped."""
     import latentae
@@ -69,6 +71,7 @@ def encode(
         device=device,
         format=format,
         engine=engine,
+        max_pixels=max_pixels,
     )
 
 

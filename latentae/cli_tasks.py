@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from latentae.cli_options import Device, Model, Weights
+from latentae.cli_options import Device, MaxPixels, Model, Weights
+from latentae.data.headers import MAX_PIXELS
 
 __all__ = ["anomaly", "denoise", "features", "interpolate", "sample"]
 
@@ -37,6 +38,7 @@ def features(
     batch_size: BatchSize = 16,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Write latents as features, and with labels the accuracy of a linear probe; the same command goes on where it stopped."""
     import latentae
@@ -52,6 +54,7 @@ def features(
         batch_size=batch_size,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -70,6 +73,7 @@ def anomaly(
     batch_size: BatchSize = 16,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Score how unlike normal images others are, with a threshold and heat maps; the same command goes on where it stopped."""
     import latentae
@@ -89,6 +93,7 @@ def anomaly(
         batch_size=batch_size,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -104,6 +109,7 @@ def denoise(
     batch_size: BatchSize = 16,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Write what a model makes of noisy images; the same command goes on where it stopped."""
     import latentae
@@ -118,6 +124,7 @@ def denoise(
         batch_size=batch_size,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -131,11 +138,14 @@ def interpolate(
     resolution: Square = None,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Show the pictures between two pictures."""
     import latentae
 
-    latentae.interpolate(model, a, b, out, steps=steps, mode=mode, resolution=resolution, weights=weights, device=device)
+    latentae.interpolate(
+        model, a, b, out, steps=steps, mode=mode, resolution=resolution, weights=weights, device=device, max_pixels=max_pixels
+    )
 
 
 def sample(
@@ -151,6 +161,7 @@ def sample(
     batch_size: BatchSize = 16,
     weights: Weights = "ema",
     device: Device = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Draw new pictures from a variational model's prior, or near latents that are given."""
     import latentae
@@ -165,4 +176,5 @@ def sample(
         batch_size=batch_size,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )

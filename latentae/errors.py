@@ -8,6 +8,7 @@
     |-- ModelError              a model folder, its config or its weights
     |-- WeightsError            pretrained weights of a perceptual network that can't be had
     |-- OutputError             an output folder that can't be written or holds something else
+    |   `-- BusyError           an output folder that another process is working in
     |-- TrainingError           a run that can't go on
     |-- MissingDependencyError  an optional package that this step needs
     `-- Interrupted             Ctrl-C, SIGTERM or SIGUSR1, after the state was saved
@@ -17,7 +18,10 @@ Messages are one line: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 __all__ = [
+    "BusyError",
     "DataError",
     "ImageError",
     "Interrupted",
@@ -29,6 +33,7 @@ __all__ = [
     "ShardError",
     "TrainingError",
     "WeightsError",
+    "some",
 ]
 
 
@@ -68,6 +73,12 @@ class OutputError(LatentAEError):
     """An output folder that can't be written, or that holds something else."""
 
 
+class BusyError(OutputError):
+    """An output folder that another process is working in; the same command can run later."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class TrainingError(LatentAEError):
     """A training run that can't go on."""
 
@@ -90,3 +101,10 @@ class Interrupted(LatentAEError):
     def __init__(self, message: str, exit_code: int = SIGINT) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def some(names: Collection[str], most: int = 4) -> str:
+    """The first names of several for a message, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

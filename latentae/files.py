@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,28 +18,63 @@ from typing import Any
 
 from latentae.errors import LatentAEError, OutputError
 
-__all__ = ["INCOMPLETE", "abandoned", "atomic_file", "read_json", "sha256", "staged_folder", "write_json", "write_text"]
+__all__ = [
+    "INCOMPLETE",
+    "abandoned",
+    "alive",
+    "alone",
+    "atomic_file",
+    "here",
+    "read_json",
+    "sha256",
+    "staged_folder",
+    "write_advice",
+    "write_json",
+    "write_text",
+]
 
 INCOMPLETE = ".incomplete"  # files so named are on their way to another name, or were left by the dead
+_CAN_NOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 STALE_SECONDS = 600.0  # a living writer touches its file more often, also one on another machine
 
 
 def _fsync(path: Path) -> None:
+    """Flush a file or the names in a folder. A file system that can't flush (FUSE, some network disks) is no error."""
     if os.name == "nt":  # Windows can't open a folder to flush it, and flushes files on close
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        opened = path.is_dir() and error.errno in (errno.EACCES, errno.EPERM, errno.EISDIR)  # it may be written but not listed
+        if error.errno not in _CAN_NOT_FLUSH and not opened:
+            raise
+
+
+def write_advice(number: int | None) -> str:
+    """What to do about a failed write, by its errno."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free the space or choose another folder"
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a folder that you can write to"
+    return "choose another folder"
 
 
 def _beside(path: Path) -> Path:
     """A name that no other process, here or on another machine that shares the disk, uses at the same time."""
-    return path.with_name(f".{path.name}.{_here()}.{os.getpid()}{INCOMPLETE}")
+    tail = f".{here()}.{os.getpid()}{INCOMPLETE}"
+    name = path.name
+    if len(os.fsencode(f".{name}{tail}")) > 255:  # a name that just fits the file system
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return path.with_name(f".{name}{tail}")
 
 
-def _here() -> str:
+def here() -> str:
     """Where a process number means one process: this machine, or a container, which may have its machine's name and numbers of its own."""
     with suppress(OSError):  # only Linux has it
         return f"{platform.node()}-{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -54,10 +91,11 @@ def abandoned(path: Path) -> bool:
     except OSError:
         return False
     owner, _, number = path.name.removesuffix(INCOMPLETE).rpartition(".")
-    return idle > STALE_SECONDS or (owner.endswith(f".{_here()}") and number.isdecimal() and not _alive(int(number)))
+    return idle > STALE_SECONDS or (owner.endswith(f".{here()}") and number.isdecimal() and not alive(int(number)))
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this machine has not ended."""
     if os.name == "nt":  # there, signal 0 ends a process
         return True
     try:
@@ -81,24 +119,49 @@ def _as_output_error(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and not number:
             raise
         reason = (error.strerror if isinstance(error, OSError) else os.strerror(int(number[1])) if number else None) or error
-        raise OutputError(f"could not write {path}: {reason}; free the space or choose another folder") from error
+        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        raise OutputError(f"could not write {path}: {reason}; {write_advice(code)}") from error
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed.
+
+    The file has the permissions that the umask gives to a new file there, even if its writer chose others, as safetensors does.
+    """
     path = Path(path)
     temporary = _beside(path)
     try:
         with _as_output_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(stat.S_IMODE(mode))
             _fsync(temporary)
             temporary.replace(path)
             _fsync(path.parent)
     finally:
         with suppress(OSError):  # a parent that is a file: the error on its way says so better
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for `folder`, and keep others waiting; the system lets go when a process dies."""
+    if os.name == "nt":  # Windows can't lock a folder
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -127,14 +190,20 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically; what is not UTF-8 in names of files (surrogates) becomes an escape such as \\udce9."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The content of a JSON file. What is not UTF-8 in names of files is escaped, and read back unchanged."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_json(path: str | Path) -> Any:

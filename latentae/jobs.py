@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentae.errors import OutputError, RecipeError
-from latentae.files import write_json
+from latentae.files import json_bytes, write_json
 from latentae.version import __version__
 
 __all__ = ["FORMAT_VERSION", "RECORD", "Job", "RemoteJob", "resolve_task", "task_from_environment"]
@@ -135,7 +135,7 @@ class RemoteJob(_Ends):
 
     def _write(self, **rest: Any) -> None:
         record = _compose(self, rest)
-        self.write((json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self.write(json_bytes(record))
 
 
 def _compose(job: Job | RemoteJob, rest: Mapping[str, Any]) -> dict[str, Any]:

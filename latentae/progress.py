@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from functools import cache
 from types import TracebackType
 
-__all__ = ["Progress", "say"]
+__all__ = ["Progress", "note", "say"]
 
 _active: Progress | None = None
 
@@ -15,8 +17,15 @@ def say(message: str) -> None:
     """Print one line to standard error, above a running bar if there is one."""
     if _active is not None and _active._bar is not None:
         _active._bar.console.print(message, markup=False, highlight=False)
-    else:
+    elif sys.stderr is not None:  # a process can be without one; print() would then take standard output
         print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def note(message: str) -> None:
+    """Log a line once, by the first of several processes: several steps of a verb may find the same."""
+    if os.environ.get("RANK", "0") == "0":
+        say(message)
 
 
 class Progress:
@@ -49,7 +58,7 @@ class Progress:
     def __enter__(self) -> Progress:
         global _active
         self._start = self._last_line = time.monotonic()
-        if not self.quiet and sys.stderr.isatty() and _active is None:
+        if not self.quiet and sys.stderr is not None and sys.stderr.isatty() and _active is None:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
@@ -104,7 +113,7 @@ class Progress:
             parts.append(f"{_clock((self.total - self.done) / self.speed)} left")
         if self._note:
             parts.append(self._note)
-        print(f"{self.description}: {', '.join(parts)}", file=sys.stderr, flush=True)
+        say(f"{self.description}: {', '.join(parts)}")
 
 
 def _clock(seconds: float) -> str:

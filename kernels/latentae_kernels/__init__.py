@@ -6,6 +6,7 @@ The package depends on torch alone (and on Triton where a kernel runs), uses rel
 from __future__ import annotations
 
 from .dispatch import Backend, BackendError, resolve_backend, use_backend
+from .group_norm import channel_moments, group_moments, group_norm
 from .lpips_head import lpips_head
 from .norm_act import norm_act
 from .norm_act_conv import norm_act_conv2d
@@ -17,7 +18,10 @@ __all__ = [
     "Backend",
     "BackendError",
     "Norm",
+    "channel_moments",
     "conv3x3",
+    "group_moments",
+    "group_norm",
     "lpips_head",
     "norm_act",
     "norm_act_conv2d",

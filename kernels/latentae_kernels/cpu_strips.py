@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .checks import check_floating
 
-__all__ = ["check_convolution", "empty_output", "is_plain_memory", "scratch"]
+__all__ = ["check_convolution", "empty_output", "is_ordinary", "is_plain_memory", "scratch"]
 
 _KEPT = 2**26  # bytes
 
@@ -35,24 +36,32 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def is_plain_memory(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary CPU tensors that nothing records: no gradient, compiler, tracer, autocast, vmap or fake tensor.
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary CPU tensors, outside compilers, tracers, forward-mode gradients, vmap and fake tensors.
 
-    Only then may an op write intermediate results with `out=` and in place.
+    Only then may an op branch on their values.
     """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if forward_ad._current_level >= 0:
         return False
     given = [t for t in tensors if t is not None]
     if any(type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu" for t in given):
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return False
     try:  # transforms of torch.func wrap tensors that look ordinary but own no memory
         return all(t.untyped_storage().nbytes() >= 0 for t in given)
     except NotImplementedError:
         return False
+
+
+def is_plain_memory(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary CPU tensors, with neither a gradient to record nor autocast.
+
+    Only then may an op write intermediate results with `out=` and in place.
+    """
+    if torch.is_autocast_enabled("cpu") or not is_ordinary(*tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def empty_output(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import check_channel_vector, check_choice, check_floating, check_like
 from .dispatch import Backend, resolve_backend
+from .group_norm import group_norm
 from .norm_act_ops import norm_act_forward
 
 __all__ = ["Act", "norm_act"]
@@ -105,7 +106,7 @@ def _native(total: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
     if weight.dtype != total.dtype and not total.is_cpu:  # only the CPU operator takes fp32 parameters beside half x
         z = F.group_norm(total.float(), groups, weight, bias, eps)
         return (F.silu(z) if act == "silu" else z).to(total.dtype)
-    z = F.group_norm(total, groups, weight, bias, eps)
+    z = group_norm(total, groups, weight, bias, eps)
     if act == "identity":
         return z
     # nobody else holds z, and without a graph nobody will: fresh memory costs the CPU as much as the activation

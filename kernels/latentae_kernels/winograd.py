@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checks import check_choice
 from .cpu_strips import check_convolution, empty_output, is_plain_memory
+from .group_norm import channel_moments, group_moments
 from .norm_act import Act, check_norm_act, norm_act
 from .winograd_strips import TILE, Strips, convolve_strips
 
@@ -118,19 +119,12 @@ def _strips(shape: torch.Size, out_channels: int) -> Strips:
     return Strips(rows, max(1, min(samples, tiles // (rows * across))) if rows == down else 1, block)
 
 
-def _affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Scale and shift [N, C] that make GroupNorm of `x` (Wu & He 2018).
-
-    Means and variances of the channels come first (two passes, so mean >> std is safe); a group's variance is the mean of its channels'
-    variances and the variance of their means.
-    """
-    moments = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in x.split(1)]
-    mean, variance = (torch.stack(values).view(x.shape[0], norm.groups, -1) for values in zip(*moments, strict=True))
-    centre = mean.mean(-1, keepdim=True)
-    total = (variance + (mean - centre).square()).mean(-1, keepdim=True)
-    scale = norm.weight.view(1, norm.groups, -1) * torch.rsqrt(total + norm.eps)
-    shift = norm.bias.view(1, norm.groups, -1) - centre * scale
-    return scale.view(x.shape[:2]), shift.view(x.shape[:2])
+def _affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, scale and shift [N, C] that make (x - mean) * scale + shift the GroupNorm of `x` (Wu & He 2018)."""
+    mean, variance = group_moments(*channel_moments(x), norm.groups)
+    mean, rstd = (t.repeat_interleave(x.shape[1] // norm.groups, 1) for t in (mean, (variance + norm.eps).rsqrt()))
+    centre, scale = mean.to(x.dtype), rstd * norm.weight
+    return centre, scale.to(x.dtype), (norm.bias + (centre - mean) * scale).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, method: str) -> None:

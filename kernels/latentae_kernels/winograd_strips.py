@@ -73,12 +73,12 @@ def convolve_strips(
     x: Tensor,  # [N, c, H, W]
     weight: Tensor,  # [o, c, 3, 3]
     bias: Tensor | None,  # [o]
-    affine: tuple[Tensor, Tensor] | None,  # scale and shift, [N, c] each
+    affine: tuple[Tensor, Tensor, Tensor] | None,  # mean, scale and shift, [N, c] each
     silu: bool,
     strips: Strips,
     out: Tensor,  # [N, o, H, W]; with `affine` it may be x itself
 ) -> None:
-    """Write the convolution (padding 1) of silu(x * scale + shift), or of x itself, to `out`."""
+    """Write the convolution (padding 1) of silu((x - mean) * scale + shift), or of x itself, to `out`."""
     samples, channels, height, width = x.shape
     source, target = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
     across = -(-width // TILE)
@@ -95,7 +95,7 @@ def convolve_strips(
             rows = min(strips.rows, -(-height // TILE) - row)
             gathered = first[: 36 * (part.stop - n) * rows * across * channels].view(6, 6, part.stop - n, rows, across, channels)
             for k in range(n, part.stop):
-                lines = _lines(source[k], row, rows, band, None if affine is None else (affine[0][k], affine[1][k]), silu)
+                lines = _lines(source[k], row, rows, band, None if affine is None else tuple(t[k] for t in affine), silu)
                 _transform_rows(lines, gathered[:, :, k - n], second)
             _clear_outside(gathered, width)
             data = second[: gathered.numel()].view(6, -1)
@@ -120,7 +120,7 @@ def _lines(
     row: int,
     rows: int,
     band: Tensor,  # [4 * rows of a strip + 2, W, c]
-    affine: tuple[Tensor, Tensor] | None,
+    affine: tuple[Tensor, ...] | None,  # mean, scale and shift, [c] each
     silu: bool,
 ) -> Tensor:
     """The 4 * rows + 2 lines of pixels that a strip reads, dense, zero outside the sample."""
@@ -140,7 +140,9 @@ def _lines(
     if affine is None:
         new.copy_(sample[start + ready : start + inside])
     else:
-        torch.addcmul(affine[1], sample[start + ready : start + inside], affine[0], out=new)
+        mean, scale, shift = affine
+        torch.sub(sample[start + ready : start + inside], mean, out=new)
+        torch.addcmul(shift, new, scale, out=new)
         if silu:
             F.silu(new, inplace=True)
     lines[inside:].zero_()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, features
 from torch import Tensor
 
-from latentae.data.headers import IMAGE_EXTENSIONS
-from latentae.data.pixels import fit, orientation, read_pixels, stored_kind, upright
+from latentae.data.headers import EXTENSIONS, IMAGE_EXTENSIONS, MAX_PIXELS, open_image, orientation
+from latentae.data.pixels import fit, read_pixels, stored_kind, upright
 from latentae.errors import DataError, ImageError
 
 if TYPE_CHECKING:
@@ -35,13 +32,8 @@ __all__ = [
     "read_image",
 ]
 
-MAX_PIXELS = 80_000_000  # above any camera in common use; a decompression bomb is refused by its header
-
-# An allow-list: PIL's EPS reader, say, would start a program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF") + (
-    ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
-)
-_filters = threading.Lock()  # warnings.catch_warnings is not thread-safe
+LARGE = MAX_PIXELS  # JPEGs of more pixels may be decoded at a reduced scale
+MARGIN = 4  # times as large as what is kept of it, at least: 53 dB after resizing, docs/images.md
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,10 @@ class Sample:
     """One decoded image."""
 
     key: str
-    image: Tensor  # uint8 or uint16 [C, H, W], sRGB
+    image: Tensor
+    """uint8 or uint16 [C, H, W], sRGB."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width in pixels of the file's image, upright; `image` is smaller where it was decoded at a reduced scale."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def image_kind(raw: RawSample) -> ImageKind:
     if extension is None:
         raise ImageError(f"sample {raw['__key__']} has no image")
     data = raw[extension]
-    colours, deep = stored_kind(_open(data, str(raw["__key__"])), data)
+    colours, deep = stored_kind(_open(data, str(raw["__key__"]), None), data)
     return ImageKind(colours == 1, deep)
 
 
@@ -76,7 +71,9 @@ def image_extension(raw: Mapping[str, Any]) -> str | None:
     return next((extension for extension in IMAGE_EXTENSIONS if extension in raw), None)
 
 
-def decode_sample(raw: RawSample, *, channels: int = 3, bits: int = 8) -> Sample:
+def decode_sample(
+    raw: RawSample, *, channels: int = 3, bits: int = 8, max_pixels: int | None = MAX_PIXELS, short: int | None = None
+) -> Sample:
     """Decode the image of a raw sample as `decode_image` does; ImageError names its key and shard."""
     key, shard = raw["__key__"], raw.get("__url__")
     name = f"{key} in {shard}" if shard else key
@@ -84,19 +81,30 @@ def decode_sample(raw: RawSample, *, channels: int = 3, bits: int = 8) -> Sample
     if extension is None:
         there = ", ".join(sorted(member for member in raw if not member.startswith("__"))) or "nothing"
         raise ImageError(f"sample {name} has no image: found {there}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
-    return Sample(key, decode_image(raw[extension], f"{name} ({extension})", channels=channels, bits=bits))
+    image, size = _decode(raw[extension], f"{name} ({extension})", channels, bits, max_pixels, short=short)
+    return Sample(key, image, size)
 
 
-def read_image(path: str | Path, *, channels: int = 3, bits: int | None = 8) -> Tensor:
+def read_image(
+    path: str | Path, *, channels: int = 3, bits: int | None = 8, max_pixels: int | None = MAX_PIXELS, short: int | None = None
+) -> Tensor:
     """Decode the image file at `path` as `decode_image` does; a file that can't be read is an ImageError, too."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"could not read {path}: {error.strerror}; give image files") from error
-    return decode_image(data, str(path), channels=channels, bits=bits)
+    return decode_image(data, str(path), channels=channels, bits=bits, max_pixels=max_pixels, short=short)
 
 
-def decode_image(data: bytes, name: str, *, channels: int = 3, bits: int | None = 8) -> Tensor:
+def decode_image(
+    data: bytes,
+    name: str,
+    *,
+    channels: int = 3,
+    bits: int | None = 8,
+    max_pixels: int | None = MAX_PIXELS,
+    short: int | None = None,
+) -> Tensor:
     """Decode an image file to uint8 or uint16 [channels, H, W], a view of [H, W, channels] memory.
 
     Upright by EXIF, in sRGB by the embedded ICC profile, the first frame for all; docs/images.md has the rule for each kind of
@@ -108,13 +116,16 @@ def decode_image(data: bytes, name: str, *, channels: int = 3, bits: int | None 
         channels: 1 is luma, 3 is RGB with transparency laid over white, 4 is RGBA, opaque where the file has no transparency.
         bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened. None keeps what there is: 16
             where the file has more than 8 bits and they can be had, else 8.
+        max_pixels: refuse an image of more pixels (height times width) by its header; None is no limit.
+        short: pixels of the short side that the caller keeps after resizing. A JPEG of more than 80 million pixels is then decoded
+            at 1/2, 1/4 or 1/8 of its size, but with a short side of 4 * `short` or more. None decodes every image in full.
 
     Raises:
-        ImageError: not an image, cut short, of an unknown kind, more than `MAX_PIXELS` by its header, or of more than 8 bits
+        ImageError: not an image, cut short, of an unknown kind, more than `max_pixels` by its header, or of more than 8 bits
             that can't be had where 16 are asked for.
         DataError: channels or bits of another number.
     """
-    return _decode(data, name, None, channels, bits)
+    return _decode(data, name, channels, bits, max_pixels, short=short)[0]
 
 
 def decode_at_least(data: bytes, name: str, short: int, *, channels: int = 3, bits: int = 8) -> Tensor:
@@ -128,24 +139,40 @@ def decode_at_least(data: bytes, name: str, short: int, *, channels: int = 3, bi
         data, name, channels, bits: as in `decode_image`.
         short: pixels of the short side to keep at least.
     """
-    return _decode(data, name, short, channels, bits)
+    return _decode(data, name, channels, bits, MAX_PIXELS, at_least=short)[0]
 
 
-def _decode(data: bytes, name: str, short: int | None, channels: int, bits: int | None) -> Tensor:
+def _decode(
+    data: bytes,
+    name: str,
+    channels: int,
+    bits: int | None,
+    max_pixels: int | None,
+    *,
+    short: int | None = None,
+    at_least: int | None = None,
+) -> tuple[Tensor, tuple[int, int]]:
+    """The pixels, and height and width of the file's image, upright."""
     if channels not in (1, 3, 4) or bits not in (8, 16, None):
         raise DataError(f"can't decode to {channels} channels of {bits} bits; expected 1, 3 or 4 channels of 8 or 16 bits")
-    image = _open(data, name)
+    image = _open(data, name, max_pixels)
+    width, height = image.size
+    if short is not None and width * height > LARGE:
+        at_least = MARGIN * short
     try:
-        if short is not None:
-            _reduce(image, short)
-        pixels = read_pixels(image, lambda: _open(data, name), data, name, bits or 8)
+        if at_least is not None:
+            _reduce(image, at_least)
+        reduced = image.size != (width, height)
+        pixels = read_pixels(image, lambda: _open(data, name, max_pixels), data, name, bits or 8)
         bits = bits or 8 * pixels.dtype.itemsize
-        pixels = np.ascontiguousarray(fit(upright(pixels, orientation(image)), channels, bits))
+        turn = orientation(image)
+        pixels = np.ascontiguousarray(fit(upright(pixels, turn), channels, bits))
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         raise ImageError(f"image {name} is damaged or cut short ({_reason(error)}); replace or remove it") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    full = ((width, height) if turn >= 5 else (height, width)) if reduced else (pixels.shape[0], pixels.shape[1])
+    return torch.from_numpy(pixels).permute(2, 0, 1), full
 
 
 def _reduce(image: Image.Image, short: int) -> None:
@@ -156,30 +183,29 @@ def _reduce(image: Image.Image, short: int) -> None:
             return
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     """Read the header only, and refuse what must not be decoded."""
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # its readers of TIFF and WebP heed it too
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        with _filters, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError(_unidentified(data, name)) from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"image {name} has more than {MAX_PIXELS} pixels by its header; resize or remove it") from None
+        image = open_image(data)
     except Exception as error:
         raise ImageError(f"image {name} is damaged ({_reason(error)}); replace or remove it") from error
-    if image.width * image.height > MAX_PIXELS:
+    if image is None:
+        raise ImageError(_unidentified(data, name))
+    if max_pixels is not None and image.width * image.height > max_pixels:
         raise ImageError(
-            f"image {name} is {image.width}x{image.height} by its header, above the limit of {MAX_PIXELS} pixels; resize it"
+            f"image {name} is {image.width}x{image.height} by its header, above the limit of {max_pixels} pixels; give "
+            f"--max-pixels {image.width * image.height} (for training --data.max-pixels) or resize it"
         )
     return image
 
 
 def _unidentified(data: bytes, name: str) -> str:
-    if data[4:12] == b"ftypavif" and "AVIF" not in _FORMATS:
+    if data[4:12] == b"ftypavif" and not features.check("avif"):
         return f"{name} is AVIF, which this Pillow can't read; install Pillow 11.3 or newer from a wheel"
     found = "an empty file" if not data else f"{data[:12]!r}..."
-    return f"{name} is not an image: found {found}, expected a {', '.join(IMAGE_EXTENSIONS)} file"
+    return f"{name} is not an image: found {found}, expected a {', '.join(EXTENSIONS)} file"
 
 
 def _reason(error: BaseException) -> str:

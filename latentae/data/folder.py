@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentae.data.decode import IMAGE_EXTENSIONS
 from latentae.errors import DataError, ImageError
+from latentae.progress import say
 
-__all__ = ["ImageFolder", "SourceImage", "escape_key", "find_images"]
+__all__ = ["ImageFolder", "SourceImage", "by_stem", "escape_key", "find_images", "find_sidecars", "unescape_key"]
 
 SIDECARS = (".txt", ".json", ".cls", ".caption")  # captions, notes and labels that travel with their image
+_UNREAD = re.compile(
+    r"\.(gif|hei[cf]|hif|jp2|j2k|j2c|jpc|jpf|jpx|jxl|jxr|wdp|ps[db]|tga|ico|icns|qoi|dds|exr|hdr|pfm|pcx|sgi|svgz?|eps"
+    r"|raw|dng|cr[23]|nef|arw|orf|rw2|raf)"
+)
+"""Extensions of images of other kinds, for advice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +36,14 @@ class SourceImage:
 
 
 class ImageFolder:
-    """The images under a folder, to be packed into shards.
+    """The images under a folder, to be packed into shards. What is left out is printed, by kind and number.
 
     Args:
         folder: searched as `find_images` does.
         leave_out: a folder to pass over.
+
+    Attributes:
+        left_out: number of files by kind: an extension such as `.gif`, "hidden", "broken link" or "no extension".
 
     Raises:
         DataError: as `find_images`.
@@ -40,11 +51,13 @@ class ImageFolder:
 
     def __init__(self, folder: Path, leave_out: Path | None = None) -> None:
         self.folder = folder
-        self.files = find_images(folder, leave_out)
+        self.files, self.left_out = _find(folder, leave_out)
         self.place = str(folder.resolve())
         self.sizes = [file.bytes for file in self.files]
         rows = [[file.key, file.path.suffix, file.bytes, [side.suffix for side in file.sidecars]] for file in self.files]
         self.listing = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+        if self.left_out:
+            say(f"{folder}: {len(self.files)} images; left out: {_told(self.left_out)}")
 
     def key(self, number: int) -> str:
         """The key of a sample."""
@@ -63,7 +76,7 @@ class ImageFolder:
         file = self.files[number]
         try:
             data = file.path.read_bytes()
-            return {file.path.suffix[1:].lower(): data, **{side.suffix[1:]: side.read_bytes() for side in file.sidecars}}
+            return {file.path.suffix[1:].lower(): data, **{side.suffix[1:].lower(): side.read_bytes() for side in file.sidecars}}
         except OSError as error:
             raise ImageError(f"image {file.path} can't be read ({error.strerror or error}); check the file") from error
 
@@ -84,6 +97,13 @@ def _escape(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
+def unescape_key(key: str) -> str:
+    """The relative path, without extension, of a key that `escape_key` made; any other key is returned unchanged."""
+    data = key.encode("utf-8", "surrogateescape")
+    path = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes([int(match[1], 16)]), data).decode("utf-8", "surrogateescape")
+    return path if escape_key(path) == key else key
+
+
 def find_images(folder: str | Path, leave_out: Path | None = None) -> list[SourceImage]:
     """Every image under a folder, sorted by path.
 
@@ -91,44 +111,104 @@ def find_images(folder: str | Path, leave_out: Path | None = None) -> list[Sourc
     everything under `leave_out` are passed over, and so are files of other kinds.
 
     Raises:
-        DataError: the folder is missing or holds no image, or two files would get the same key.
+        DataError: the folder is missing, can't be read or holds no image, or two files would get the same key.
     """
-    folder = Path(folder)
+    return _find(Path(folder), leave_out)[0]
+
+
+def find_sidecars(image: Path, names: Mapping[tuple[str, str], list[str]]) -> tuple[Path, ...]:
+    """The captions, notes and labels of an image, in the order of SIDECARS.
+
+    Args:
+        image: its file.
+        names: of the files in its folder, from `by_stem`.
+
+    Raises:
+        DataError: two files differ by the case of their extension only.
+    """
+    found = [names.get((image.stem, suffix), []) for suffix in SIDECARS]
+    twice = next((same for same in found if len(same) > 1), None)
+    if twice:
+        raise DataError(f"{' and '.join(twice)} in {image.parent} would both belong to {image.name}; remove one of them")
+    return tuple(path for same in found for name in same if (path := image.with_name(name)).is_file())
+
+
+def by_stem(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """File names by their stem and their extension in lower case."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in sorted(names):
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122 (a name, of which there are millions)
+        found[stem, suffix.lower()].append(name)
+    return dict(found)
+
+
+def _find(folder: Path, leave_out: Path | None) -> tuple[list[SourceImage], Counter[str]]:
+    """The images, and how many files of each kind are none."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"image folder {folder} {found}; name a folder that holds {', '.join(IMAGE_EXTENSIONS)} files")
-    skip = leave_out.resolve() if leave_out else None
     images: dict[str, SourceImage] = {}
-    for path, beside in sorted(_walk(folder, skip), key=lambda found: found[0].relative_to(folder).as_posix()):
+    left_out: Counter[str] = Counter()
+    paths: list[tuple[Path, Mapping[tuple[str, str], list[str]]]] = []
+    for top, hidden, files in _walk(folder, leave_out.resolve() if leave_out else None):
+        left_out["hidden"] += hidden
+        names = by_stem(files)
+        for name in files:
+            path = top / name
+            left_out[kind := _kind(path)] += 1
+            if kind == "":
+                paths.append((path, names))
+    for path, names in sorted(paths, key=lambda found: found[0].relative_to(folder).as_posix()):
         key = escape_key(path.relative_to(folder).with_suffix("").as_posix())
         if key in images:
             raise DataError(f"{images[key].path} and {path} would both be sample {key!r}; rename one of them")
-        sidecars = (path.with_suffix(suffix) for suffix in SIDECARS)
-        found = tuple(side for side in sidecars if side.name in beside and side.is_file())
-        images[key] = SourceImage(path, key, path.stat().st_size, found)
+        sidecars = find_sidecars(path, names)
+        left_out.subtract(side.suffix.lower() for side in sidecars)
+        images[key] = SourceImage(path, key, path.stat().st_size, sidecars)
+    del left_out[""]
     if not images:
-        raise DataError(f"no image under {folder}; expected {', '.join(IMAGE_EXTENSIONS)} files")
-    return list(images.values())
+        there = f"found {_told(+left_out)}" if +left_out else "it is empty"
+        raise DataError(f"no image under {folder}: {there}; expected {', '.join(IMAGE_EXTENSIONS)} files")
+    return list(images.values()), +left_out
 
 
-def _walk(root: Path, skip: Path | None) -> Iterator[tuple[Path, frozenset[str]]]:
-    """Image files under `root` and the names beside them: real folders first, then the links to folders outside them."""
+def _walk(root: Path, skip: Path | None) -> Iterator[tuple[Path, int, list[str]]]:
+    """Folders, how many hidden entries each has, and its other files: real folders first, then the links to folders outside them."""
     seen: set[Path] = set()
     roots = [root]
     while roots:
         links: list[Path] = []
-        for top, folders, files in os.walk(roots.pop(0)):
+        for top, folders, files in os.walk(roots.pop(0), onerror=_refuse):
             here = Path(top).resolve()
             if here in seen or here == skip:
                 folders.clear()
                 continue
             seen.add(here)
+            hidden = sum(name.startswith(".") for name in (*folders, *files))
             folders[:] = [name for name in folders if not name.startswith(".")]
             links += [Path(top, name) for name in folders if Path(top, name).is_symlink()]
-            beside = frozenset(files)
-            yield from ((path, beside) for path in (Path(top, name) for name in files) if _is_image(path))
+            yield Path(top), hidden, [name for name in files if not name.startswith(".")]
         roots += sorted(links)
 
 
-def _is_image(path: Path) -> bool:
-    return not path.name.startswith(".") and path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file()
+def _refuse(error: OSError) -> None:
+    raise DataError(f"folder {error.filename} can't be read ({error.strerror}); change its permissions or move it away")
+
+
+def _kind(path: Path) -> str:
+    """Why a file is no image, in a word or as its extension; empty for an image."""
+    if not path.is_file():
+        return "broken link" if path.is_symlink() else "special file"
+    return "" if path.suffix[1:].lower() in IMAGE_EXTENSIONS else path.suffix.lower() or "no extension"
+
+
+def _told(left_out: Mapping[str, int]) -> str:
+    """Kinds and numbers in words, images first, each group by number."""
+    images = {kind: count for kind, count in left_out.items() if _UNREAD.fullmatch(kind)}
+    others = {kind: count for kind, count in left_out.items() if kind not in images}
+    groups = [
+        ", ".join(f"{n} {kind}" for kind, n in sorted(group.items(), key=lambda pair: (-pair[1], pair[0])))
+        for group in (images, others)
+    ]
+    advice = " (convert them to PNG or JPEG)" if images else ""
+    return "; ".join(text for text in (groups[0] + advice, groups[1]) if text)

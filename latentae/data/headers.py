@@ -1,25 +1,48 @@
-"""Height and width of an image from the first bytes of its file, without decoding it. Loads no torch."""
+"""Which files are images, which readers may open them, and an image's height and width from its header. Loads no torch."""
 
 from __future__ import annotations
 
 import io
-import re
 import struct
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["IMAGE_EXTENSIONS", "image_size"]
+__all__ = [
+    "EXTENSIONS",
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "image_extension_of",
+    "image_size",
+    "open_image",
+    "orientation",
+]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "avif")  # decoding prefers them in this order
+MAX_PIXELS = 80_000_000  # the default of max_pixels: a decompression bomb is refused by its header
+
+EXTENSIONS = {
+    "JPEG": ("jpg", "jpeg", "jfif", "jpe", "jif", "jfi", "pjpeg", "pjp", "mpo"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "DIB": ("dib",),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif", "avifs"),
+}
+"""Pillow's readers that may open a file, and the extensions of their files. An allow-list: the EPS reader, say, starts a program."""
+
+_PREFERRED = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "avif")
+IMAGE_EXTENSIONS = (*_PREFERRED, *(e for group in EXTENSIONS.values() for e in group if e not in _PREFERRED))
+"""Lower case, without a dot. Decoding takes the first of these that a sample has."""
 
 _STEPS = (1 << 12, 1 << 16, 1 << 26)  # bytes of a file to try with; headers beyond 64 MiB are taken as unknown
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "AVIF")  # an allow-list: PIL's EPS reader, say, starts a program
+_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that may say that it is turned
 _ORIENTATION = 0x0112
-_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
 _SIDE = 1 << 31  # sides are stored in 32 bits with a sign
+_PNG = b"\x89PNG\r\n\x1a\n"
 _filters = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
@@ -27,7 +50,7 @@ class _MoreNeeded(Exception):
     """The header goes on after the bytes at hand, or is of a kind that PIL reads."""
 
 
-def image_size(take: Callable[[int], bytes], size: int) -> tuple[int, int] | None:
+def image_size(take: Callable[[int], bytes], size: int, skip: Callable[[int], object] | None = None) -> tuple[int, int] | None:
     """Height and width of an image, upright by its EXIF orientation; None where its header can't be read.
 
     A decompression bomb is measured like any other image: nothing is decoded.
@@ -35,66 +58,99 @@ def image_size(take: Callable[[int], bytes], size: int) -> tuple[int, int] | Non
     Args:
         take: `take(count)` returns the next `count` bytes of the file.
         size: bytes of the file.
+        skip: `skip(count)` passes over the next `count` bytes; by default they are read. A PNG may have its metadata after its pixels.
     """
     head = b""
     for step in _STEPS:
         head += take(min(step, size) - len(head))
         try:
-            found = _quick(head)
+            found = _png(_Bytes(head, size, take, skip or take)) if head.startswith(_PNG) else _quick(head)
         except _MoreNeeded:
-            found = _with_pil(head)
-        if found is not None:
-            return found if 0 < found[0] < _SIDE and 0 < found[1] < _SIDE else None
-        if len(head) >= size or not _known(head):
-            return None
+            found = _with_pil(head, whole=len(head) >= size)
+        if found is not None or len(head) >= size or head.startswith(_PNG) or not any(_readers(head)):
+            return found if found is not None and 0 < found[0] < _SIDE and 0 < found[1] < _SIDE else None
     return None
 
 
-def _known(head: bytes) -> bool:
-    return head.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"P", b"II", b"MM")) or head[4:8] == b"ftyp"
+def image_extension_of(data: bytes) -> str | None:
+    """The extension for an image file by its first bytes; None where no reader takes it."""
+    name = next(_readers(data), None)
+    return None if name is None else EXTENSIONS[name][0]
 
 
-def _quick(head: bytes) -> tuple[int, int] | None:
+def _quick(head: bytes) -> tuple[int, int]:
     """The common cases, some ten times faster than PIL; _MoreNeeded for all others."""
     if head.startswith(b"\xff\xd8\xff"):
         return _jpeg(head)
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
-        return _png(head)
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP" and len(head) >= 30:
         return _webp(head)
     raise _MoreNeeded
 
 
 def _jpeg(head: bytes) -> tuple[int, int]:
-    """ITU-T T.81, annex B: walk the segments to the frame header."""
-    at = 2
+    """ITU-T T.81, annex B: walk the segments to the first scan."""
+    at, found = 2, None
     while at + 9 <= len(head):
         if head[at] != 0xFF:
             break
         marker = head[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">HH", head, at + 5)
-        elif marker == 0xE1 or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:  # APP1: it may be turned
+            continue
+        if marker == 0xDA and found is not None:  # what follows are pixels
+            return found
+        if marker == 0xE1 or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:  # APP1: it may be turned
             break
-        else:
-            at += 2 + struct.unpack_from(">H", head, at + 2)[0]
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            found = struct.unpack_from(">HH", head, at + 5)
+        at += 2 + struct.unpack_from(">H", head, at + 2)[0]
     raise _MoreNeeded
 
 
-def _png(head: bytes) -> tuple[int, int]:
-    """The PNG specification, 5: walk the chunks to the first pixels, for one of them may say that the image is turned."""
-    at = 8
-    while at + 8 <= len(head):
-        length, kind = struct.unpack_from(">I4s", head, at)
-        if kind == b"IDAT":
-            width, height = struct.unpack_from(">II", head, 16)
-            return height, width
-        if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+class _Bytes:
+    """The bytes of a file in order: first those at hand. Beyond its end, where `take` and `skip` may go on to another file, nothing."""
+
+    def __init__(self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]) -> None:
+        self._head, self._left, self._take, self._skip = head, size - len(head), take, skip
+
+    def read(self, count: int) -> bytes:
+        found, self._head = self._head[:count], self._head[count:]
+        missing = min(count - len(found), self._left)
+        self._left -= missing
+        return found + self._take(missing) if missing else found
+
+    def skip(self, count: int) -> None:
+        missing = min(max(count - len(self._head), 0), self._left)
+        self._head, self._left = self._head[count:], self._left - missing
+        if missing:
+            self._skip(missing)
+
+
+def _png(file: _Bytes) -> tuple[int, int] | None:
+    """The PNG specification, 5: walk the chunks; metadata, which may follow the pixels, says whether the image is turned."""
+    file.skip(len(_PNG))
+    first, metadata, pixels = b"", b"", False
+    while len(start := file.read(8)) == 8 and (kind := start[4:]).isalpha() and kind != b"IEND":
+        length = int.from_bytes(start[:4], "big")
+        if kind == b"fcTL" and pixels:  # the second frame of an animation
             break
-        at += 12 + length
-    raise _MoreNeeded
+        pixels = pixels or kind == b"IDAT"
+        if kind != b"IHDR" and kind not in _METADATA:
+            file.skip(length + 4)
+            continue
+        if len(metadata) + length > _STEPS[-1]:
+            return None
+        body, check = file.read(length), file.read(4)
+        if kind == b"IHDR":
+            first = start + body + check
+        else:  # Pillow does not check the sum of what follows the pixels
+            metadata += start + body + (zlib.crc32(kind + body).to_bytes(4, "big") if pixels else check)
+    if len(first) != 25:
+        return None
+    if metadata:
+        return _with_pil(_PNG + first + metadata + bytes(4) + b"IEND\xaeB`\x82", whole=True)
+    width, height = struct.unpack_from(">II", first, 8)
+    return height, width
 
 
 def _webp(head: bytes) -> tuple[int, int]:
@@ -111,47 +167,70 @@ def _webp(head: bytes) -> tuple[int, int]:
     raise _MoreNeeded
 
 
-def _with_pil(head: bytes) -> tuple[int, int] | None:
+def _with_pil(head: bytes, *, whole: bool) -> tuple[int, int] | None:
     try:
         with _filters, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore" if whole else "error")  # Pillow only warns of a TIFF's tag that lies beyond the head
             image = _open(head)
             if image is None:
                 return None
             width, height = image.size
-            turned = _orientation(image) in (5, 6, 7, 8)
+            # Pillow has turned the size of a TIFF with the tag already.
+            turned = _ORIENTATION not in getattr(image, "tag_v2", ()) and orientation(image) >= 5
     except Exception:  # readers raise nearly anything on damaged or missing bytes
         return None
     return (width, height) if turned else (height, width)
 
 
-def _open(head: bytes) -> Any:
-    """What `Image.open` does, less its check of the size: a bomb's size is wanted, not its pixels."""
+def _readers(head: bytes) -> Iterator[str]:
+    """Readers that know a file by its first bytes."""
+    from PIL import Image
+
+    Image.preinit()
+    for name in EXTENSIONS:
+        if name not in Image.OPEN:
+            Image.init()
+        accept = Image.OPEN[name][1] if name in Image.OPEN else None
+        if accept and (accepted := accept(head[:16])) and not isinstance(accepted, str):  # a text says why not
+            yield name
+
+
+def open_image(data: bytes) -> Any:
+    """What `PIL.Image.open` does, with the readers of EXTENSIONS and without a limit on the size, which is the caller's.
+
+    Returns:
+        The opened image, of which only the header is read; None where no reader takes the data.
+
+    Raises:
+        Exception: readers raise nearly anything on damaged bytes.
+    """
+    with _filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _open(data)
+
+
+def _open(data: bytes) -> Any:
     from PIL import Image
     from PIL.JpegImagePlugin import JpegImageFile
 
-    Image.preinit()
-    if not all(name in Image.OPEN for name in ("WEBP", "TIFF")):
-        Image.init()
-    for name in _FORMATS:
-        if name not in Image.OPEN:
+    for name in _readers(data):
+        factory: Any = JpegImageFile if name == "JPEG" else Image.OPEN[name][0]
+        try:
+            return factory(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # it is of another kind, as Image.open has it
             continue
-        factory, accept = Image.OPEN[name]
-        if accept and not isinstance(accepted := accept(head[:16]), str) and accepted:
-            return (JpegImageFile if name == "JPEG" else factory)(io.BytesIO(head), "")
     return None
 
 
-def _orientation(image: Any) -> int:
+def orientation(image: Any) -> int:
+    """How EXIF (or XMP) says that an image lies, 1 (upright) to 8; damaged metadata says nothing.
+
+    Of a PNG that is not loaded, what comes before its pixels.
+    """
     from PIL import Image
 
-    if image.format == "TIFF":  # PIL has turned its size already
+    try:
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PngImageFile's own method would decode the image
+    except Exception:  # parsers of metadata raise nearly anything on damaged bytes
         return 1
-    exif = Image.Exif()
-    with suppress(Exception):  # damaged EXIF data says nothing
-        exif.load(image.info.get("exif", b""))
-        if _ORIENTATION in exif:
-            return int(exif[_ORIENTATION])
-    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
-    found = _XMP_ORIENTATION.search(xmp if isinstance(xmp, bytes) else xmp.encode("utf-8", "replace"))
-    return int(found[1]) if found else 1
+    return value if value in range(1, 9) else 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentae.data.folder import escape_key
+from latentae.data.headers import image_extension_of
 from latentae.errors import DataError, ImageError, MissingDependencyError
 from latentae.progress import say
 
@@ -18,7 +19,6 @@ __all__ = ["ImageDataset", "is_dataset"]
 SCHEME = "hf://"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")  # taken where there are several, the first of these
 _LABEL_COLUMNS = ("label", "labels", "cls")
-_KINDS = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"II", "tif"), (b"MM", "tif"), (b"P", "ppm"))
 
 
 def is_dataset(images: str | Path) -> bool:
@@ -85,7 +85,7 @@ class ImageDataset:
             raise ImageError(f"image {self.name(number)} can't be read ({error}); check the dataset") from error
         if not data:
             raise ImageError(f"{self.name(number)} has no image; leave such rows out")
-        members: dict[str, bytes] = {_kind(data): data}
+        members: dict[str, bytes] = {image_extension_of(data) or "png": data}  # decoding says what is no image at all
         label = row.pop(self._label) if self._label else None
         if isinstance(label, int) and label >= 0:  # -1 is a hidden label
             members["cls"] = str(label).encode()
@@ -169,15 +169,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _kind(data: bytes) -> str:
-    """The extension of an image file by its first bytes; decoding says what is no image at all."""
-    if data[:4] == b"RIFF":
-        return "webp"
-    if data[4:8] == b"ftyp":
-        return "avif"
-    return next((extension for magic, extension in _KINDS if data.startswith(magic)), "png")
 
 
 def _sizes(dataset: Any, column: str) -> list[int]:

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +77,12 @@ class ShardIndex:
         """Hex digest of names, sizes, keys and members of all shards: the same data set has the same one wherever it lies."""
         facts = [[shard.name, shard.bytes, shard.samples, shard.headers] for shard in self.shards]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """The key and the shard's path of each sample, in order."""
+        for number, shard in enumerate(self.shards):
+            for key in self.table(number).keys():  # noqa: SIM118 (no mapping)
+                yield key, shown(shard.path)
 
     def table(self, number: int) -> SampleTable:
         """The index of one shard; a few dozen stay open.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from latentae.data.index import load_index
-from latentae.data.order import EpochOrder, lane_share
+from latentae.data.order import EpochOrder, lane_share, run_seed
 from latentae.data.selection import Selection
 from latentae.data.shards import expand_shards
 from latentae.errors import DataError
@@ -94,6 +94,7 @@ def order(
             f"global batch {global_batch}, rank {rank} of {world_size}, {workers} workers: expected a batch that the ranks divide, "
             "a rank from 0 to world size - 1 and 0 or more workers"
         )
+    seed = run_seed(seed)
     selection = Selection(load_index(expand_shards(shards), index), held_out or None)
     counts = selection.counts()
     epoch_order = EpochOrder(counts, seed, epoch, selection.index.digest, global_batch, pad)

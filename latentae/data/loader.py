@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from latentae.data.decode import Sample, decode_sample
+from latentae.data.decode import MAX_PIXELS, Sample, decode_sample
 from latentae.data.index import ShardIndex, load_index, read_samples
 from latentae.data.options import DataOptions
-from latentae.data.order import EpochOrder, derive_seed, lane_share
+from latentae.data.order import EpochOrder, derive_seed, lane_share, whole_seed
 from latentae.data.selection import Selection, is_held_out
 from latentae.data.shards import RawSample, expand_shards, read_shard
-from latentae.data.transforms import augment, resize_and_center_crop
-from latentae.data.workers import leave_signals_to_parent
+from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
+from latentae.data.workers import leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError
 from latentae.progress import say
 
-__all__ = ["STATE_VERSION", "BadSample", "Batch", "TrainLoader", "image_batches", "is_held_out"]
+__all__ = ["STATE_VERSION", "BadSample", "Batch", "TrainLoader", "decode_for_training", "image_batches", "is_held_out"]
 
 STATE_VERSION = 2
 _SPARES = 16  # samples tried in place of one that can't be read
@@ -83,6 +83,7 @@ def image_batches(
     only_held_out: float | None = None,
     channels: int = 3,
     index: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
     """Yield every image once, resized and centre-cropped, in shard order; the last batch may be smaller.
 
@@ -94,6 +95,7 @@ def image_batches(
         only_held_out: only the held-out slice of this fraction (see `is_held_out`).
         channels: 1, 3 or 4.
         index: folder of the shards' indexes, where they are not beside the shards (needed for `only_held_out` alone).
+        max_pixels: of an image; larger ones are errors.
 
     Raises:
         ShardError, ImageError: a shard is damaged, a sample can't be decoded.
@@ -103,7 +105,8 @@ def image_batches(
     else:
         every = _held_out_samples(load_index(shards, index), only_held_out)
     raw = itertools.islice(every, limit)
-    decoded = (decode_sample(sample, channels=channels) for sample in raw)  # one image at a time at full size
+    options: dict[str, Any] = {"channels": channels, "max_pixels": max_pixels, "short": resolution}
+    decoded = (decode_sample(sample, **options) for sample in raw)  # one image at a time at full size
     cropped = (Sample(sample.key, resize_and_center_crop(sample.image, resolution)) for sample in decoded)
     while chunk := list(itertools.islice(cropped, batch_size)):
         yield Batch.of(chunk)
@@ -115,6 +118,12 @@ def _held_out_samples(index: ShardIndex, fraction: float) -> Iterator[RawSample]
     for shard, entry in enumerate(index.shards):
         trained = set(selection.rows(shard)[0].tolist())
         yield from read_samples(index, shard, [row for row in range(entry.samples) if row not in trained])
+
+
+def decode_for_training(raw: RawSample, options: DataOptions, bucket: tuple[int, int] | None = None) -> Tensor:
+    """The image that `augment` crops, by the `[data]` table; ImageError where it can't be read."""
+    short = kept_short_side(options, bucket)
+    return decode_sample(raw, channels=options.channels, bits=options.bits, max_pixels=options.max_pixels, short=short).image
 
 
 def _check_apart(validation: str, training: ShardIndex) -> None:
@@ -141,15 +150,14 @@ class _DecodedImages:
     """
 
     budget: int  # bytes
-    channels: int
-    bits: int
+    options: DataOptions
     images: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
-    def get(self, raw: RawSample) -> Tensor:
+    def get(self, raw: RawSample, bucket: tuple[int, int] | None) -> Tensor:
         name = (raw["__url__"], raw["__key__"])
         image = self.images.get(name)
         if image is None:
-            image = decode_sample(raw, channels=self.channels, bits=self.bits).image
+            image = decode_for_training(raw, self.options, bucket)
             if image.nbytes <= self.budget:
                 self.budget -= image.nbytes
                 self.images[name] = image
@@ -181,13 +189,15 @@ class _PartStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self._batches(lane_share(self.lanes, worker, workers), workers)
+            for batch in self._batches(lane_share(self.lanes, worker, workers), workers):
+                share(batch.images)
+                yield batch
         except LatentAEError as error:  # DataLoader would wrap it in a traceback of many lines
             yield error
 
     def _batches(self, lanes: range, workers: int) -> Iterator[Batch]:
         options, step = self.plan.options, self.step
-        cache = _DecodedImages(options.cache_mb * 1_000_000 // workers, options.channels, options.bits)
+        cache = _DecodedImages(options.cache_mb * 1_000_000 // workers, options)
         for epoch in itertools.count(self.epoch):
             yield from _EpochReader(self.plan, epoch, cache).batches(lanes, step)
             step = 0
@@ -240,7 +250,8 @@ class _EpochReader:
     def _crop(self, raw: RawSample, pool: int) -> Sample:
         seed = derive_seed("augment", self.plan.seed, self.epoch, raw["__key__"])
         buckets = self.plan.selection.buckets
-        return Sample(raw["__key__"], augment(self.cache.get(raw), self.plan.options, seed, buckets[pool] if buckets else None))
+        bucket = buckets[pool] if buckets else None
+        return Sample(raw["__key__"], augment(self.cache.get(raw, bucket), self.plan.options, seed, bucket))
 
 
 class TrainLoader:
@@ -284,7 +295,7 @@ class TrainLoader:
         held_out = options.validation_fraction if options.validation == "auto" else None
         selection = Selection(index, held_out, options.bucket_sizes())
         counts = tuple(tuple(pool) for pool in selection.counts())
-        self._plan = _Plan(selection, counts, seed, index.digest, batch_size * world_size, options)
+        self._plan = _Plan(selection, counts, whole_seed(seed), index.digest, batch_size * world_size, options)
         self._lanes = range(rank * batch_size, (rank + 1) * batch_size)
         self._epoch, self._step = 0, 0
         self._seen, self._bad, self._bad_in_a_row, self._bad_log = 0, 0, 0, bad_log

@@ -6,7 +6,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["DataOptions"]
+from latentae.data.headers import MAX_PIXELS
+
+__all__ = ["MAX_SEED", "DataOptions"]
+
+MAX_SEED = 2**63 - 1  # torch's generators take 64 bits, and a training also begins one from the seed plus one
 
 
 class DataOptions(BaseModel):
@@ -57,6 +61,12 @@ class DataOptions(BaseModel):
     )
     bucket_step: int = Field(default=64, ge=8, description="Sides of aspect-ratio buckets are multiples of so many pixels.")
     bucket_max_ratio: float = Field(default=2.0, ge=1, description="Largest ratio of a bucket's long side to its short side.")
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        description="Refuse images of more pixels by their header, as decompression bombs; JPEGs above 80 million are decoded at "
+        "1/2, 1/4 or 1/8 where the crop is a quarter of that or smaller.",
+    )
     max_bad_share: float = Field(
         default=0.01, ge=0, le=1, description="Stop when more than this share of the images can't be read; a few are replaced."
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from latentae.data.decode import decode_image, image_extension
+from latentae.data.decode import MAX_PIXELS, decode_image, image_extension
 from latentae.data.index import IndexFiles, ShardEntry, entry_of, scan_shard
 from latentae.data.shrinking import shrink
 from latentae.errors import ImageError, Interrupted
@@ -81,6 +81,7 @@ class Packer:
         quality: of the JPEGs that shrunk images become; None is PNG.
         skip_bad: leave unreadable images out and put them on record, rather than stop.
         workers: threads that read images.
+        max_pixels: of an image; larger ones are errors.
     """
 
     source: ImageSource
@@ -89,6 +90,7 @@ class Packer:
     quality: int | None
     skip_bad: bool
     workers: int
+    max_pixels: int = MAX_PIXELS
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _bad: dict[str, list[str]] | None = None
@@ -174,8 +176,8 @@ class Packer:
             raise ImageError(f"image {name} is of no known kind: found {', '.join(members)}")
         sample: dict[str, str | bytes] = {"__key__": self.source.key(number)}
         if self.resize is None:
-            decode_image(members[extension], name)
-        elif smaller := shrink(members[extension], name, self.resize, self.quality):
+            decode_image(members[extension], name, max_pixels=self.max_pixels, short=1)
+        elif smaller := shrink(members[extension], name, self.resize, self.quality, max_pixels=self.max_pixels):
             del members[extension]
             sample[smaller[0]] = smaller[1]
         return {**sample, **members}

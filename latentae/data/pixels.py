@@ -23,7 +23,7 @@ try:  # a third faster than Pillow, and bit for bit the same
 except ImportError:
     simplejpeg = None
 
-__all__ = ["fit", "orientation", "read_pixels", "stored_kind", "upright"]
+__all__ = ["fit", "read_pixels", "stored_kind", "upright"]
 
 Pixels = NDArray[np.uint8 | np.uint16]
 
@@ -216,25 +216,14 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if np.abs(moved - (grid[..., None] if mode == "L" else grid)).max() > 1 else None
 
 
-def orientation(image: Image.Image) -> int:
-    """How EXIF (or XMP) says that the image lies, 1 (upright) to 8; damaged metadata says nothing.
-
-    For PNG this may decode the image, since EXIF may follow the pixels.
-    """
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # parsers of metadata raise nearly anything on damaged bytes
-        return 1
-    return value if value in range(1, 9) else 1
-
-
 def upright(pixels: Pixels, orientation: int) -> Pixels:
     """A view turned and mirrored as the EXIF orientation says (EXIF 2.32, tag 0x0112)."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
+    # One row is its own mirror image, and NumPy would call it contiguous with a negative stride, which torch does not take.
+    if orientation in (3, 4, 7, 8) and pixels.shape[0] > 1:
         pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
+    if orientation in (2, 3, 6, 7) and pixels.shape[1] > 1:
         pixels = pixels[:, ::-1]
     return pixels
 

@@ -105,7 +105,7 @@ def _collect(reader: Reader, path: str, builder: TableBuilder, pace: _Pace) -> i
             pace()
             end = member.end
             if member.kind == "file" and member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                sizes[member.offset] = image_size(reader.take, member.size)
+                sizes[member.offset] = image_size(reader.take, member.size, lambda count: reader.skip_to(reader.position + count))
             yield member
 
     for sample in group(members(), builder.report):

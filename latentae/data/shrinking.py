@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from latentae.data.decode import decode_image
+from latentae.data.decode import MAX_PIXELS, decode_image
 from latentae.data.transforms import crop_to_bucket
 from latentae.errors import DataError, ImageError
 
@@ -25,7 +25,7 @@ _JPEG = b"\xff\xd8"  # has no transparency
 _CAN_BE_DEEP = (b"\x89PNG", b"II", b"MM", b"P")  # PNG, TIFF, PPM
 
 
-def shrink(data: bytes, name: str, short: int, quality: int | None) -> tuple[str, bytes] | None:
+def shrink(data: bytes, name: str, short: int, quality: int | None, *, max_pixels: int = MAX_PIXELS) -> tuple[str, bytes] | None:
     """Resize an image file so that its short side is `short`, by antialiased bicubic, and encode it again.
 
     The result is upright and in sRGB, by the rules of docs/images.md. PNG keeps gray, transparency and 16 bits; JPEG lays
@@ -36,6 +36,7 @@ def shrink(data: bytes, name: str, short: int, quality: int | None) -> tuple[str
         name: what error messages call it.
         short: pixels of the short side.
         quality: of a JPEG without chroma subsampling, 1 to 100; None is PNG.
+        max_pixels: as in `decode_image`.
 
     Returns:
         Extension and bytes of the new file; None where the short side has `short` pixels or fewer: images are never enlarged.
@@ -43,7 +44,7 @@ def shrink(data: bytes, name: str, short: int, quality: int | None) -> tuple[str
     Raises:
         ImageError: as `decode_image`, also for an image that stays as it is.
     """
-    image = _decode(data, name, keep=quality is None)
+    image = _decode(data, name, quality is None, max_pixels, short)
     height, width = image.shape[1:]
     side = min(height, width)
     if side <= short:
@@ -83,11 +84,12 @@ def encode_jpeg(image: Tensor, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _decode(data: bytes, name: str, keep: bool) -> Tensor:
+def _decode(data: bytes, name: str, keep: bool, max_pixels: int, short: int) -> Tensor:
     """With as few channels and bits as hold every pixel; `keep` keeps transparency and 16 bits at all."""
-    image = _deep(data, name) if keep else None
+    image = _deep(data, name, max_pixels) if keep else None
     if image is None:
-        image = decode_image(data, name, channels=4 if keep and not data.startswith(_JPEG) else 3)
+        channels = 4 if keep and not data.startswith(_JPEG) else 3
+        image = decode_image(data, name, channels=channels, max_pixels=max_pixels, short=short)
     opaque = torch.iinfo(image.dtype).max
     if len(image) == 4 and _all(image, lambda pixels: pixels[3] == opaque):
         image = image[:3]
@@ -102,12 +104,12 @@ def _all(image: Tensor, test: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> bo
     return bool(test(pixels[:, ::32, ::32]).all()) and bool(test(pixels).all())
 
 
-def _deep(data: bytes, name: str) -> Tensor | None:
+def _deep(data: bytes, name: str, max_pixels: int) -> Tensor | None:
     """uint16 [4, H, W] of a file that has more than 8 bits; None for all others."""
     if not data.startswith(_CAN_BE_DEEP):
         return None
     try:
-        image = decode_image(data, name, channels=4, bits=16)
+        image = decode_image(data, name, channels=4, bits=16, max_pixels=max_pixels)
     except ImageError:  # deep, but can be had with 8 bits only, which is how training would read it; or no image at all
         return None
     widened = bool((image.numpy() % 257 == 0).all())

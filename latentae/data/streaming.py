@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from latentae.data.decode import Sample, decode_sample
+from latentae.data.decode import Sample
 from latentae.data.index import IndexFiles
-from latentae.data.loader import BadSample, Batch
+from latentae.data.loader import BadSample, Batch, decode_for_training
 from latentae.data.options import DataOptions
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.reading import READ_EXTENSIONS
 from latentae.data.shards import RawSample, expand_shards
 from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
-from latentae.data.workers import leave_signals_to_parent
+from latentae.data.workers import leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError, ShardError
 from latentae.progress import say
 
@@ -67,7 +67,9 @@ class _Stream(IterableDataset):
                 if failures >= self.options.max_bad_in_a_row:
                     raise DataError(f"{failures} samples in a row can't be read, the last: {error}; check the shards") from error
             if len(samples) == self.batch_size:
-                yield Batch.of(samples, bad)
+                batch = Batch.of(samples, bad)
+                share(batch.images)
+                yield batch
                 samples, bad = [], []
 
     def _samples(self, seed: int) -> Iterator[RawSample]:
@@ -82,8 +84,7 @@ class _Stream(IterableDataset):
 
     def _crop(self, raw: RawSample, seed: int) -> Sample:
         options = self.options
-        image = decode_sample(raw, channels=options.channels, bits=options.bits).image
-        return Sample(raw["__key__"], augment(image, options, seed))
+        return Sample(raw["__key__"], augment(decode_for_training(raw, options), options, seed))
 
 
 class _File:
@@ -133,7 +134,7 @@ class StreamLoader:
             raise DataError(
                 "data.buckets needs the sizes of all images; run `latentae index SHARDS FOLDER` and give --data.index FOLDER"
             )
-        self._options, self._batch_size, self._seed, self._rank = options, batch_size, seed, rank
+        self._options, self._batch_size, self._seed, self._rank = options, batch_size, whole_seed(seed), rank
         self._shards, self._batches = expand_shards(str(options.shards)), 0
         self.epoch = 0
 

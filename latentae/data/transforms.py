@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentae.data.options import DataOptions
+from latentae.data.order import whole_seed
 from latentae.errors import ImageError
 
 __all__ = [
     "augment",
     "crop_to_bucket",
+    "kept_short_side",
     "keyed_flip",
     "pad_to_multiple",
     "random_crop_flip",
@@ -29,6 +31,7 @@ __all__ = [
     "to_uint16",
 ]
 
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random-resized crops, as in torchvision
 ATTEMPTS = 10  # draws of a random-resized crop before the centre is taken, as in torchvision
 
 
@@ -102,8 +105,8 @@ def random_resized_crop_flip(
     image: Tensor,
     size: int,
     *,
-    area: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    area: tuple[float, float] = AREA,
+    ratio: tuple[float, float] = RATIO,
     seed: int,
     flip: bool = True,
 ) -> Tensor:
@@ -161,6 +164,15 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
     return keyed_flip(cut, seed ^ 1) if options.flip else cut
 
 
+def kept_short_side(options: DataOptions, bucket: tuple[int, int] | None = None) -> int | None:
+    """Pixels of an image's short side that `augment` keeps at least, over all seeds; None where it crops at native scale."""
+    if bucket is None and options.crop == "random-resized":
+        return math.ceil(options.resolution / math.sqrt(AREA[0] * RATIO[0]))  # the shortest side of the smallest rectangle
+    if bucket is None and options.crop == "random":
+        return math.ceil(options.resolution / options.scale_min) if options.scale_min else None
+    return max(bucket or (options.resolution,))
+
+
 def keyed_flip(image: Tensor, seed: int) -> Tensor:
     """Mirror [C, H, W] left to right for half of the seeds."""
     return image.flip(2) if _uniform(seed, 1)[0] < 0.5 else image
@@ -188,7 +200,7 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 
 def _uniform(seed: int, count: int) -> list[float]:
     """Uniform in [0, 1): Philox is the same everywhere, while Generator's methods may change (NEP 19)."""
-    draws = np.random.Philox(key=seed).random_raw(count) >> np.uint64(11)
+    draws = np.random.Philox(key=whole_seed(seed)).random_raw(count) >> np.uint64(11)
     return [float(draw) * 2.0**-53 for draw in draws]
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder, escape_key
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.hf_dataset import ImageDataset, is_dataset
 from latentae.data.index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan_shard, write_index
 from latentae.data.packing import BAD_SAMPLES, ImageSource, Members, Packer, fill_tar
@@ -47,6 +48,7 @@ def shards(
     quality: int | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ShardIndex:
     """Pack images into WebDataset shards `OUT/000000.tar ...`, each with its index, and a manifest `index.json`.
 
@@ -68,6 +70,7 @@ def shards(
         quality: of the JPEGs that shrunk images become, 1 to 100; None makes PNGs.
         skip_bad: leave unreadable images out and list them in `bad_samples.jsonl`, rather than stop at the first.
         workers: threads that read and check images; None is one for each core, up to 16.
+        max_pixels: refuse images of more pixels by their header; docs/images.md has the memory that large ones take.
 
     Raises:
         DataError: no such images, none at all, or two files with the same key.
@@ -90,21 +93,29 @@ def shards(
         "max_shard_mb": float(max_shard_mb),
         "resize": resize,
         "quality": quality,
-    }  # without `skip_bad`, so that a run that stopped at a bad image can go on without it
+    }  # without `skip_bad` and `max_pixels`, so that a run that stopped at a bad or large image can resume
     job = _ShardsJob.claim(out, inputs)
     if job.state == "finished":
-        say(f"{out} is finished: these images are already in shards")
-        return load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
+        index = load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
+        say(f"{out} is finished: these images are already in shards{_bad(count - index.samples, out)}")
+        return index
     _remove_leftovers(out)
-    entries = Packer(source, out, resize, quality, skip_bad, workers or min(os.cpu_count() or 1, 16)).run(plan)
+    threads = workers or min(os.cpu_count() or 1, 16)
+    entries = Packer(source, out, resize, quality, skip_bad, threads, max_pixels).run(plan)
     if not any(entry.samples for entry in entries):
         raise ImageError(f"none of the {count} images of {images} can be read; see {out / BAD_SAMPLES}")
     for entry in entries:
         if not entry.samples:  # every image of this shard was bad
             Path(entry.path).unlink()
     index = write_index(out, [entry for entry in entries if entry.samples])
-    job.finish(samples=index.samples, bad_samples=count - index.samples, shards=len(index.shards))
+    bad, left_out = count - index.samples, source.left_out if isinstance(source, ImageFolder) else {}
+    job.finish(samples=index.samples, bad_samples=bad, left_out=dict(sorted(left_out.items())), shards=len(index.shards))
+    say(f"shards: {index.samples} images in {len(index.shards)} shards in {out}{_bad(bad, out)}")
     return index
+
+
+def _bad(count: int, out: Path) -> str:
+    return f"; left out {count} that can't be read, see {out / BAD_SAMPLES}" if count else ""
 
 
 def _source(images: str | Path, out: Path) -> ImageSource:

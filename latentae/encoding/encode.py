@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.index import ShardEntry, ShardIndex, load_index
 from latentae.data.options import DataOptions
 from latentae.data.shards import expand_shards
@@ -30,6 +31,7 @@ from latentae.encoding.shard import DTYPES, UNREADABLE, ShardSettings, encode_sh
 from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.files import json_bytes
 from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.models.pretrained import ModelSource, resolve_model
@@ -87,6 +89,7 @@ def encode(
     device: str = "auto",
     format: str = "latentae",
     engine: str = "local",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Encode image shards to latent shards; running the same command again goes on where it stopped, or says it is done.
 
@@ -113,6 +116,7 @@ def encode(
         format: "latentae", or the trainer whose layout to write into OUT/FORMAT from latents that are then in OUT/latents; mirrored
             latents and images are kept for those that need them.
         engine: "local", or "ray" to spread the shards over a Ray cluster.
+        max_pixels: skip images of more pixels by their header, and record them; docs/images.md has the memory that large ones take.
 
     Returns:
         A summary: `out`, `shards`, `samples`, `skipped`, `finished`. While other tasks have shards to do, `finished` is False and
@@ -145,6 +149,7 @@ def encode(
         num_tasks=num_tasks,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
     if work.pending and engine == "ray":
         from latentae.encoding import ray_engine
@@ -179,8 +184,15 @@ def _check_format(
             f"format {format} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
             'or a `json` with a whole number as "label"'
         )
-    if format == "kohya" and (factor := resolve_model(model, weights).config.downsampling) != 8:
+    if format != "kohya":
+        return
+    if (factor := resolve_model(model, weights).config.downsampling) != 8:
         raise RecipeError(f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format")
+    index = _index(expand_shards(shards))
+    if index.sources:  # of remote shards without an index, keys are known once they have been read
+        from latentae.encoding.formats import kohya
+
+        kohya.check_names(Path(out) / format, index.names())
 
 
 def prepare(
@@ -202,6 +214,7 @@ def prepare(
     num_tasks: int | None = None,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> Work:
     """Check the options of `encode`, claim the output, and find out what is left to do."""
     for name, value, allowed in (
@@ -235,6 +248,8 @@ def prepare(
         "packed": packed,
         "keep_images": keep_images,
     }
+    if max_pixels != MAX_PIXELS:  # outputs of before it was an option have the same fingerprint
+        identity["max_pixels"] = max_pixels
     fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()
     settings = ShardSettings(
         side,
@@ -249,6 +264,7 @@ def prepare(
         workers=default_workers(where) if workers is None else workers,
         in_channels=source.config.in_channels,
         pin=where.type == "cuda",
+        max_pixels=max_pixels,
     )
     inputs = {**identity, "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}}
     job = store.claim("encode", inputs, {"model_path": str(Path(model).absolute())})
@@ -374,7 +390,7 @@ def conclude(work: Work) -> dict[str, Any]:
         **total.statistics.summary(),
         "merged": total.statistics.to_json(),
     }
-    text = (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json_bytes(record)
     remove_leftovers(work.store)
     if work.pending or work.job.state != "finished" or work.store.read(STATISTICS) != text:
         work.store.write_bytes(STATISTICS, text)

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -23,13 +24,23 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.sources import read_range
 from latentae.data.tars import Reader, group, walk
-from latentae.encoding.places import JSON_MEMBER, LATENT_MEMBER, PackedLayout, Places, join, scan_places
+from latentae.encoding.places import (
+    BAD_LABEL,
+    CLASS_NUMBERS,
+    JSON_MEMBER,
+    LATENT_MEMBER,
+    PackedLayout,
+    Places,
+    join,
+    label_of,
+    scan_places,
+)
 from latentae.encoding.sidecar import STATISTICS, SUFFIX, Sidecar, fits, parse_sidecar, sidecar_name
 from latentae.encoding.store import Store
-from latentae.errors import OutputError, ShardError
+from latentae.errors import DataError, OutputError, ShardError
 
 __all__ = ["Latent", "LatentDataset", "LatentSample", "decode_latent"]
 
@@ -75,9 +86,11 @@ class LatentDataset(Dataset[Any]):
         sample: items are LatentSample, drawn anew in each epoch, instead of the posteriors, which are Latent.
         flip: take the latent of the mirrored image half of the time; it must have been stored (`encode --flip`).
         seed: of noise and flips; both are functions of (seed, epoch, index), whichever worker draws them.
+        labels: read class labels; False gives -1 for every sample, for data whose labels are no class numbers.
         transform: called with each item; what it returns is the item.
 
     Raises:
+        DataError: from `labels` and from items with `sample`, where a label is no class number.
         OutputError: `path` is no output of encode, is not finished, or holds no flips where they are wanted.
         ShardError: a shard is damaged.
     """
@@ -90,9 +103,11 @@ class LatentDataset(Dataset[Any]):
         sample: bool = False,
         flip: bool = False,
         seed: int = 0,
+        labels: bool = True,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.path, self.scaled, self.sampled, self.flip, self.seed, self.transform = path, scaled, sample, flip, seed, transform
+        self.path, self.scaled, self.sampled, self.flip, self.transform = path, scaled, sample, flip, transform
+        self.seed = whole_seed(seed)
         store = Store.open(path)
         record = store.record()
         if record.get("verb") != "encode":
@@ -117,6 +132,8 @@ class LatentDataset(Dataset[Any]):
             found = list(pool.map(lambda sidecar: scan_places(path_of, sidecar), sidecars))
         self._files: list[PackedLayout] = [layout for _, layouts in found for layout in layouts]
         self._places: Places = join([places for places, _ in found], [len(layouts) for _, layouts in found])
+        if not labels:
+            self._places = replace(self._places, label=np.full_like(self._places.label, -1))
         self._first = np.cumsum([0, *(len(places) for places, _ in found)])
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see a new epoch
 
@@ -141,8 +158,24 @@ class LatentDataset(Dataset[Any]):
         item: Any = latent
         if self.sampled:
             generator = torch.Generator().manual_seed(self._seed("noise", index) >> 1)  # torch takes 63 bits
-            item = LatentSample(latent.key, latent.sample(generator), int(self._places.label[index]))
+            item = LatentSample(latent.key, latent.sample(generator), self._label(index))
         return item if self.transform is None else self.transform(item)
+
+    def _label(self, index: int) -> int:
+        label = int(self._places.label[index])
+        if label == BAD_LABEL:
+            raise self._no_class(index)
+        return label
+
+    def _no_class(self, index: int) -> DataError:
+        members = self.members(index)
+        try:
+            label_of(members.get("cls"), members.get("json"))
+            found = "a json that is too long to look for a label in"
+        except ValueError as error:
+            found = str(error)
+        sample = f"sample {self._places.key(index)!r} of {self.shards[self._shard(index)]}"
+        return DataError(f"{sample} has {found}, {CLASS_NUMBERS}, or open the data set with labels=False")
 
     def _seed(self, purpose: str, index: int) -> int:
         return derive_seed(f"latent {purpose}", self.seed, self.epoch, index)
@@ -169,7 +202,14 @@ class LatentDataset(Dataset[Any]):
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [n]: the class labels, from a sample's `cls` or the "label" of its `json`; -1 where it has none."""
+        """int64 [n]: the class labels, from a sample's `cls` or the "label" of its `json`; -1 where it has none.
+
+        Raises:
+            DataError: a label is no class number, such as a word.
+        """
+        bad = np.flatnonzero(self._places.label == BAD_LABEL)
+        if len(bad):
+            raise self._no_class(int(bad[0]))
         return self._places.label
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -13,12 +14,25 @@ import numpy as np
 from latentae.data.sources import is_remote, read_range, shown, size_of
 from latentae.data.tars import Member, Problem, Reader, Sample, group, walk
 from latentae.encoding.sidecar import Sidecar
-from latentae.errors import ShardError
+from latentae.errors import DataError, ShardError
 
-__all__ = ["JSON_MEMBER", "LATENT_MEMBER", "PackedLayout", "Places", "has_label", "join", "label_of", "scan_places"]
+__all__ = [
+    "BAD_LABEL",
+    "CLASS_NUMBERS",
+    "JSON_MEMBER",
+    "LATENT_MEMBER",
+    "PackedLayout",
+    "Places",
+    "has_label",
+    "join",
+    "label_of",
+    "scan_places",
+]
 
 LATENT_MEMBER, JSON_MEMBER = "latent.safetensors", "latent.json"
 _READ = (".json", ".cls")  # members that are read along with the headers
+CLASS_NUMBERS = 'but classes are whole numbers from 0; write them into `cls`, or into `json` as "label"'
+BAD_LABEL = -2  # a label that is no class number; -1 is none
 _LARGEST = 1 << 20  # bytes of such a member; a label lies in a small one
 _NEAR, _FAR = 1 << 13, 1 << 22  # bytes read at once from a disk and from a server
 _MAX_HEADER = 1 << 24  # bytes of JSON before the tensors of a packed file
@@ -56,7 +70,7 @@ class Places:
     width: np.ndarray
     """uint16."""
     label: np.ndarray
-    """int64: class label, -1 where the sample has none."""
+    """int64: class label, -1 where the sample has none, BAD_LABEL where it is no class number."""
     key_end: np.ndarray
     """int64: where the sample's key ends in `keys`."""
     keys: np.ndarray
@@ -151,18 +165,46 @@ def _place(path: str, sample: Sample, small: dict[int, bytes], layouts: Sequence
             file = next(number for number, layout in enumerate(layouts) if layout.path.endswith(end))
     except (KeyError, ValueError, TypeError, StopIteration) as error:
         raise ShardError(f"sample {sample.key!r} of {shown(path)} holds no latent; delete the shard and encode again") from error
-    label = label_of(texts.get("cls"), texts.get("json"))
+    try:
+        label = label_of(texts.get("cls"), texts.get("json"))
+    except ValueError:
+        label = BAD_LABEL
     span = sample.end - sample.start
     return sample.start, span, where, size, file, height, width, -1 if label is None else label
 
 
 def label_of(cls: bytes | None, text: bytes | None) -> int | None:
-    """The class label in a sample's `cls` or in the "label" of its `json`; None where there is neither."""
+    """The class label of a sample: its `cls`, or the "label" of its `json`. A whole number may be written as 3, "3", 3.0 or true.
+
+    Returns:
+        From 0; None where there is neither, or it is empty, null or -1.
+
+    Raises:
+        ValueError: there is a label, but no class number; says what was found.
+    """
     try:
-        label = int(cls) if cls is not None else json.loads(text or b"{}")["label"]
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(text) if cls is None and text is not None else None
+    except (ValueError, RecursionError):
+        raise ValueError("a json that can't be read") from None
+    value = (
+        cls.decode("utf-8", "replace").strip() if cls is not None else record.get("label") if isinstance(record, dict) else None
+    )
+    if value in (None, ""):
         return None
-    return label if type(label) is int and label >= 0 else None
+    number = _whole(value)
+    if number is None or not -1 <= number < 1 << 63:
+        raise ValueError(f"the label {value!r}")
+    return None if number == -1 else number
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
+    if isinstance(value, int | float | str):
+        with suppress(ValueError):
+            return int(number) if (number := float(value)).is_integer() else None
+    return None
 
 
 def _layout(path: str, rows: int) -> PackedLayout:
@@ -194,11 +236,15 @@ def has_label(shards: Iterable[str]) -> bool:
 
     Raises:
         ShardError: a shard can't be read.
+        DataError: the label is no class number.
     """
     for path in shards:
         reader = Reader(lambda start, stop, path=path: read_range(path, start, stop), size_of(path), chunk=_NEAR)
         for sample in group(walk(reader, shown(path)), lambda problem: None):
             there = {extension: (offset, size) for extension, offset, size in sample.members if size <= _LARGEST}
             texts = {kind: read_range(path, there[kind][0], sum(there[kind])) for kind in ("cls", "json") if kind in there}
-            return label_of(texts.get("cls"), texts.get("json")) is not None
+            try:
+                return label_of(texts.get("cls"), texts.get("json")) is not None
+            except ValueError as error:
+                raise DataError(f"sample {sample.key!r} of {shown(path)} has {error}, {CLASS_NUMBERS}") from None
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,15 @@ def decode(
 
     Args:
         out: output folder or URL of encode, finished or not.
-        keys: samples to show, in that order; none shows the first eight.
+        keys: samples to show, in that order, of a key that several shards have all of them; none shows the first eight samples.
         model: the model that the latents are of; where not given, the one that was encoded with, if it is still where it was.
         weights: "ema" or "raw" weights of a run.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         file: the PNG to write; an existing one is replaced.
 
     Returns:
-        `file`, `keys` as shown, and `psnr` (dB by key, of samples whose image was kept).
+        `file`, `keys` as shown ("KEY of SHARD" where a key is shown more than once), and `psnr` (dB by these, of samples whose image
+        was kept).
 
     Raises:
         OutputError: `out` is no output of encode, or the picture can't be written.
@@ -63,20 +65,24 @@ def decode(
         raise ImageError(f"the picture is written as PNG, got {file}; give a name that ends in .png")
     store, record = open_output(out)
     network = _load(record, model, weights, device, store.shown)
-    wanted = list(keys or ())
-    found = _find(store, wanted, network.config.in_channels)
-    shown = wanted or list(found)
+    found = _find(store, list(dict.fromkeys(keys or ())), network.config.in_channels)
+    times = Counter(key for key, _, _ in found)
+    shown = [key if times[key] == 1 else f"{key} of {shard}" for key, shard, _ in found]
+    samples = [tensors for _, _, tensors in found]
     results = {
-        name: _decode(network, [found[key][name] for key in shown]) for name in ("mean", "mean_flip") if name in found[shown[0]]
+        name: _decode(network, [sample[name] for sample in samples]) for name in ("mean", "mean_flip") if name in samples[0]
     }
     rows = list(results.values())
     ratios: dict[str, float] = {}
-    if all("original" in found[key] for key in shown):
-        originals = [found[key]["original"] for key in shown]
+    if all("original" in sample for sample in samples):
+        originals = [sample["original"] for sample in samples]
         rows.insert(0, originals)
-        for key, original, result in zip(shown, originals, results["mean"], strict=True):
-            ratios[key] = float(psnr(result[None], original[None]))
-            say(f"decode: {key}: {ratios[key]:.2f} dB")
+        for name, original, result in zip(shown, originals, results["mean"], strict=True):
+            ratios[name] = float(psnr(result[None], original[None]))
+            say(f"decode: {name}: {ratios[name]:.2f} dB")
+    for key, count in times.items():
+        if count > 1:
+            say(f"decode: {count} shards have a sample {key}; all are shown, in the order of their shards")
     write_png(file, image_grid([[_rgb(image) for image in row] for row in rows]))
     say(f"decode: {len(shown)} samples of {store.shown} in {file}")
     return {"file": str(file), "keys": shown, "psnr": ratios}
@@ -96,28 +102,26 @@ def _load(record: Mapping[str, Any], model: str | Path | None, weights: str, dev
     return load_model(source.weights_file, device=choose_device(device))[0]
 
 
-def _find(store: Store, keys: list[str], channels: int) -> dict[str, dict[str, Tensor]]:
-    """By key: the tensors as stored [z, h, w] and, where the image was kept, `original`: uint8 [C, H, W] as it was encoded."""
+def _find(store: Store, keys: list[str], channels: int) -> list[tuple[str, str, dict[str, Tensor]]]:
+    """Key, shard, and the tensors as stored [z, h, w] and, where the image was kept, `original`: uint8 [C, H, W] as it was encoded."""
     sizes = store.sizes()
     names = sorted(name.removesuffix(SUFFIX) for name in sizes if name.endswith(SUFFIX))
-    wanted, most = set(keys), len(set(keys)) or SOME
-    found: dict[str, dict[str, Tensor]] = {}
+    found: list[tuple[str, str, dict[str, Tensor]]] = []
     for sidecar in read_sidecars(store, names, sizes):
         if sidecar is None or not sidecar.output.samples:
             continue
         with shard_contents(store, sidecar) as contents:
             for sample in contents.samples():
-                if (sample.key in wanted or not wanted) and sample.key not in found:
-                    found[sample.key] = _read(contents, sample, channels)
-                if len(found) == most:
+                if sample.key in keys or not keys:
+                    found.append((sample.key, sidecar.shard, _read(contents, sample, channels)))
+                if not keys and len(found) == SOME:
                     return found
-    if wanted - set(found):
-        raise DataError(
-            f"no sample {min(wanted - set(found))!r} in the finished shards of {store.shown}; keys are as in the input"
-        )
+    missing = set(keys).difference(key for key, _, _ in found)
+    if missing:
+        raise DataError(f"no sample {min(missing)!r} in the finished shards of {store.shown}; keys are as in the input")
     if not found:
         raise DataError(f"no latent is finished in {store.shown} yet")
-    return found
+    return sorted(found, key=lambda one: keys.index(one[0])) if keys else found
 
 
 def _read(contents: ShardContents, sample: Sample, channels: int) -> dict[str, Tensor]:
@@ -125,8 +129,9 @@ def _read(contents: ShardContents, sample: Sample, channels: int) -> dict[str, T
     result = contents.tensors(sample, info)
     extension = str(info.get("source"))
     if any(extension == name for name, _, _ in sample.members):
-        image = decode_image(contents.read(sample, extension), f"{sample.key}.{extension}", channels=channels)
         height, width = info["bucket"] if "bucket" in info else info["crop"][2:]
+        name, short = f"{sample.key}.{extension}", max(height, width)  # as it was encoded, which no limit refused
+        image = decode_image(contents.read(sample, extension), name, channels=channels, max_pixels=None, short=short)
         result["original"] = crop_to_bucket(image, (height, width))
     return result
 

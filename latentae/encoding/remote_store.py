@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from latentae.data.sources import read_range, shown
 from latentae.encoding.store import Store
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
-from latentae.files import INCOMPLETE, sha256
+from latentae.files import INCOMPLETE, sha256, write_advice
 from latentae.jobs import RECORD, RemoteJob
 
 __all__ = ["RemoteStore"]
@@ -116,9 +116,8 @@ class RemoteStore(Store):
                 raise
             except OSError as error:
                 reason = error.strerror or error
-                raise OutputError(
-                    f"could not write {name} to a temporary folder: {reason}; free the space or set TMPDIR"
-                ) from error
+                advice = write_advice(error.errno)
+                raise OutputError(f"could not write {name} to a temporary folder: {reason}; {advice} (TMPDIR)") from error
             self._upload(path, name, digest, size)
 
     def write_bytes(self, name: str, data: bytes) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.buckets import Bucket, assign_buckets
-from latentae.data.decode import decode_sample, image_extension
+from latentae.data.decode import MAX_PIXELS, decode_sample, image_extension
 from latentae.data.shards import RawSample
 from latentae.data.sources import ByteStream, shown, size_of, stream
 from latentae.data.tars import Member, Problem, Reader, group, walk
@@ -161,7 +161,7 @@ def _refuse(source: str, problem: Problem) -> None:
         )
 
 
-def decode(item: Any, buckets: tuple[Bucket, ...], channels: int, keep_images: bool) -> Any:
+def decode(item: Any, buckets: tuple[Bucket, ...], channels: int, keep_images: bool, max_pixels: int = MAX_PIXELS) -> Any:
     """An Undecoded becomes Decoded, Skipped, or a Failure where it already holds a latent; anything else stays."""
     if not isinstance(item, Undecoded):
         return item
@@ -170,10 +170,11 @@ def decode(item: Any, buckets: tuple[Bucket, ...], channels: int, keep_images: b
     if LATENT_MEMBER in members or JSON_MEMBER in members:
         return Failure(ShardError(f"{item.raw['__url__']}: sample {key} already holds a latent; give the shards of images"))
     try:
-        image = decode_sample(item.raw, channels=channels).image
+        short = max(side for bucket in buckets for side in bucket)
+        decoded = decode_sample(item.raw, channels=channels, max_pixels=max_pixels, short=short)
     except ImageError as error:
         return Skipped(item.position, key, UNREADABLE, str(error))
-    height, width = image.shape[1:]
+    height, width = decoded.size
     bucket = buckets[int(assign_buckets(height, width, buckets)) if len(buckets) > 1 else 0]
     extension = str(image_extension(item.raw))
     info = {
@@ -183,7 +184,7 @@ def decode(item: Any, buckets: tuple[Bucket, ...], channels: int, keep_images: b
     }
     if not keep_images:
         del members[extension]
-    return Decoded(Source(item.position, key, members, info), crop_to_bucket(image, bucket))
+    return Decoded(Source(item.position, key, members, info), crop_to_bucket(decoded.image, bucket))
 
 
 def geometry(height: int, width: int, bucket: Bucket) -> dict[str, list[int]]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.encoding.encoders import Encoder, PatientEncoder
 from latentae.encoding.output import NON_FINITE, Encoded, Event, Finished, write_shards
 from latentae.encoding.pipeline import Crew
@@ -83,6 +84,8 @@ class ShardSettings:
     """Of the images: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."""
     pin: bool = False
     """Hand the encoder images in page-locked memory, for a GPU."""
+    max_pixels: int = MAX_PIXELS
+    """Of an image; larger ones are skipped and recorded as unreadable."""
 
 
 def encode_shard(
@@ -131,7 +134,13 @@ def encode_shards(
         OutputError: `store` can't be written.
     """
     buckets = settings.buckets or ((settings.resolution, settings.resolution),)
-    decoding = partial(decode, buckets=buckets, channels=settings.in_channels, keep_images=settings.keep_images)
+    decoding = partial(
+        decode,
+        buckets=buckets,
+        channels=settings.in_channels,
+        keep_images=settings.keep_images,
+        max_pixels=settings.max_pixels,
+    )
     writing = partial(
         write_shards,
         store=store,

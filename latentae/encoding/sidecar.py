@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from latentae.encoding.store import Store
+from latentae.files import json_bytes
 from latentae.models.latent_statistics import LatentStatistics
 
 __all__ = [
@@ -107,8 +108,7 @@ def packed_name(shard: str, height: int, width: int) -> str:
 
 def write_sidecar(store: Store, sidecar: Sidecar) -> None:
     """Vouch for a shard, which must have its final name and content."""
-    text = json.dumps({**sidecar.model_dump(), DIGEST: _digest(sidecar)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    store.write_bytes(sidecar_name(sidecar.shard), text.encode())
+    store.write_bytes(sidecar_name(sidecar.shard), json_bytes({**sidecar.model_dump(), DIGEST: _digest(sidecar)}))
 
 
 def parse_sidecar(data: bytes | None, shard: str) -> Sidecar | None:

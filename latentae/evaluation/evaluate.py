@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.order import run_seed
 from latentae.errors import RecipeError
 from latentae.evaluation.finish import finish
 from latentae.evaluation.images import write_png
@@ -50,6 +52,7 @@ def evaluate(
     seed: int = 0,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Measure reconstruction, the latent space and the baselines on images in shards.
 
@@ -73,6 +76,7 @@ def evaluate(
         seed: of the bootstrap, of noise, and of what is trained.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: leave out images of more pixels by their header, and name them.
 
     Returns:
         What metrics.json holds; empty where other processes are still at it.
@@ -96,9 +100,10 @@ def evaluate(
         details=details,
         diffusability=diffusability,
         pca_shards=pca_shards,
-        seed=seed,
+        seed=run_seed(seed),
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
     )
     if out is None:
         with tempfile.TemporaryDirectory(prefix="latentae-") as temporary:
@@ -126,7 +131,7 @@ def _measured(setting: Setting, folder: Path, task: int, tasks: int) -> PartsFol
         for number in share:
             positions = [setting.positions[row] for row in parts.chunks[number]]
             samples = samples_at(setting.index, positions)
-            images = _counted(load_images(samples, setting.resolution, setting.channels), progress)
+            images = _counted(load_images(samples, setting.resolution, setting.channels, setting.max_pixels), progress)
             measure(instruments, images, setting.batch_size).save(parts.path(number))
     return parts
 

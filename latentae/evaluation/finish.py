@@ -16,7 +16,6 @@ from latentae.evaluation.rate_distortion import RATE_DISTORTION_IMAGES, rate_dis
 from latentae.evaluation.results import summarise
 from latentae.evaluation.setting import Setting
 from latentae.evaluation.showing import Shown, choose, make_examples, stack
-from latentae.evaluation.training_data import training_images
 from latentae.evaluation.work import PartsFolder, samples_at, spread
 from latentae.progress import say
 
@@ -79,7 +78,7 @@ def _add_details(setting: Setting, measurement: Measurement, shown: Shown) -> No
 def _reload(setting: Setting, measurement: Measurement, rows: list[int]) -> dict[int, Loaded]:
     """The images of these rows, by row."""
     samples = samples_at(setting.index, [measurement.positions[row] for row in rows])
-    return dict(zip(rows, load_images(samples, setting.resolution, setting.channels), strict=True))
+    return dict(zip(rows, load_images(samples, setting.resolution, setting.channels, setting.max_pixels), strict=True))
 
 
 def _add_diffusability(setting: Setting, measurement: Measurement, shown: Shown) -> None:
@@ -91,7 +90,7 @@ def _add_diffusability(setting: Setting, measurement: Measurement, shown: Shown)
     training = setting.training
     neighbours = None
     if training.index is not None:
-        neighbours = training_images(training, setting.resolution, setting.batch_size, LATENTS, setting.seed, setting.channels)
+        neighbours = setting.training_images(LATENTS)
     found = diffusability(
         setting.model,
         _batches(setting, measurement, spread(len(measurement.keys), LATENTS)),

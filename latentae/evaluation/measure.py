@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.decode import decode_sample, image_kind
+from latentae.data.decode import MAX_PIXELS, decode_sample, image_kind
 from latentae.data.shards import RawSample
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
 from latentae.errors import ImageError, ModelError
@@ -93,12 +93,15 @@ def _check_finite(latent: Tensor, image: Tensor, keys: Sequence[str]) -> None:
         )
 
 
-def load_images(samples: Iterable[tuple[int, RawSample]], resolution: int, channels: int) -> Iterator[Loaded]:
+def load_images(
+    samples: Iterable[tuple[int, RawSample]], resolution: int, channels: int, max_pixels: int = MAX_PIXELS
+) -> Iterator[Loaded]:
     """Decode, resize and crop samples; one that can't be read comes with the reason instead of an image."""
     for position, raw in samples:
         key, label = printable(raw["__key__"]), _label(raw)
         try:
-            kind, image = image_kind(raw), decode_sample(raw, channels=channels).image
+            kind = image_kind(raw)
+            image = decode_sample(raw, channels=channels, max_pixels=max_pixels, short=resolution).image
         except ImageError as error:
             yield Loaded(position, key, None, printable(str(error)), label)
             continue

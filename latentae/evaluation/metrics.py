@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentae.data.order import whole_seed
 from latentae.errors import ImageError
 
 __all__ = ["Interval", "bootstrap_mean", "psnr", "ssim"]
@@ -121,7 +122,7 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
     infinite = int(np.isinf(array).sum())
     if not len(finite):
         return Interval(None, None, None, 0, infinite)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(whole_seed(seed))
     rows = max(1_000_000 // len(finite), 1)  # so many resamples at a time: flat memory
     means = np.concatenate(
         [

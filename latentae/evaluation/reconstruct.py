@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentae.data.decode import read_image
+from latentae.data.decode import MAX_PIXELS, read_image
+from latentae.data.headers import image_size
 from latentae.data.transforms import pad_to_multiple, resize_and_center_crop, to_float, to_uint8
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError
@@ -32,6 +33,7 @@ def reconstruct(
     resolution: int | None = None,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> Path:
     """Write originals over their reconstructions (posterior mean) as one PNG and print the PSNR of each.
 
@@ -43,6 +45,7 @@ def reconstruct(
             reflection for the model and cropped back, and is reduced where its longer side exceeds 1024 pixels.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         `out`.
@@ -64,7 +67,7 @@ def reconstruct(
         )
     if resolution is not None and (resolution < 1 or resolution % factor):
         raise ImageError(f"resolution is {resolution}, this model needs a multiple of {factor}")
-    originals = [_prepare(Path(path), resolution) for path in images]
+    originals = [_prepare(Path(path), resolution, max_pixels) for path in images]
     with Progress("reconstructing", len(originals)) as progress:
         results = []
         for path, original in zip(images, originals, strict=True):
@@ -78,9 +81,9 @@ def reconstruct(
     return Path(out)
 
 
-def _prepare(path: Path, resolution: int | None) -> Tensor:
+def _prepare(path: Path, resolution: int | None, max_pixels: int) -> Tensor:
     """Read an image and bring it to the size it is shown in: uint8 [3, H, W]."""
-    image = read_image(path)
+    image = read_image(path, max_pixels=max_pixels, short=resolution or LONGEST_SIDE)
     if resolution is not None:
         return resize_and_center_crop(image, resolution)
     height, width = image.shape[1:]
@@ -88,6 +91,8 @@ def _prepare(path: Path, resolution: int | None) -> Tensor:
         ratio = LONGEST_SIDE / max(height, width)
         size = max(round(height * ratio), 1), max(round(width * ratio), 1)
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
+        with path.open("rb") as file:  # the image may have been decoded at a reduced scale
+            height, width = image_size(file.read, path.stat().st_size) or (height, width)
         say(f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to choose another size")
     return image.contiguous()
 

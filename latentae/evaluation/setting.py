@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.index import ShardIndex, load_index
+from latentae.data.loader import Batch
 from latentae.data.shards import expand_shards
 from latentae.device import choose_device
 from latentae.errors import DataError, ImageError, ModelError, RecipeError
@@ -70,6 +72,7 @@ class Setting:
     details: bool
     diffusability: bool
     device: torch.device
+    max_pixels: int = MAX_PIXELS
     missing: dict[str, str] = field(default_factory=dict)
     """Methods that can't be measured, and why; filled when the methods are fitted."""
 
@@ -77,6 +80,13 @@ class Setting:
     def channels(self) -> int:
         """Of the images."""
         return self.source.config.in_channels
+
+    def training_images(self, wanted: int) -> Iterator[Batch]:
+        """About so many images that the model was trained on."""
+        limit = max(self.max_pixels, self.training.max_pixels)
+        return training_images(
+            self.training, self.resolution, self.batch_size, wanted, self.seed, channels=self.channels, max_pixels=limit
+        )
 
     @cached_property
     def positions(self) -> list[int]:
@@ -103,6 +113,7 @@ class Setting:
             "diffusability": self.diffusability,
             "pca_shards": self.training.index.digest if self.training_given and self.training.index else None,
             "seed": self.seed,
+            **({} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}),
         }
 
     def instruments(self) -> Instruments:
@@ -146,7 +157,7 @@ class Setting:
             return None, None
         small = numbers <= MAX_PATCH_NUMBERS
         components = min(WIDER * z, numbers) if small else z
-        images = training_images(self.training, self.resolution, self.batch_size, PCA_IMAGES, self.seed, self.channels)
+        images = self.training_images(PCA_IMAGES)
         variances = DctVariances(f)
         batches = variances.watch(batch.images.to(self.device) for batch in images)
         try:
@@ -179,6 +190,7 @@ def prepare(
     seed: int,
     weights: str,
     device: str,
+    max_pixels: int = MAX_PIXELS,
 ) -> Setting:
     """Check everything that `evaluate` was asked for; see there for the options and errors."""
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -209,6 +221,7 @@ def prepare(
         details=details,
         diffusability=diffusability,
         device=where,
+        max_pixels=max_pixels,
     )
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ class Subject:
         record: latentae.json of the run.
         ran_on: what the run said it ran on, last.
         evaluation: metrics.json.
-        rows: the model's own numbers by the key of the image.
+        rows: the model's own numbers by the key of the image, and how often the key came before: shards may repeat keys.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Subject:
     record: Mapping[str, Any] = field(default_factory=dict)
     ran_on: str | None = None
     evaluation: Mapping[str, Any] | None = None
-    rows: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rows: Mapping[tuple[str, int], Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -147,15 +148,17 @@ def _evaluation(file: Path) -> Mapping[str, Any]:
     return evaluation
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def _rows(file: Path) -> Iterator[tuple[tuple[str, int], dict[str, float]]]:
     """The model's own columns of per_image.csv; rows that are damaged are passed over."""
+    seen: Counter[str] = Counter()
     with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace", newline="") as lines:
         for row in csv.DictReader(lines):
             with suppress(ValueError):
                 metrics = ("psnr", "ssim", "perceptual")
                 values = {name: float(row[name] or math.nan) for name in metrics if row.get(name) is not None}
                 if row.get("key") is not None and values:
-                    yield row["key"], values
+                    yield (row["key"], seen[row["key"]]), values
+                    seen[row["key"]] += 1
 
 
 def _recipe(file: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.index import ShardIndex, load_index
 from latentae.data.loader import Batch, image_batches, is_held_out
 from latentae.data.shards import expand_shards
@@ -30,11 +31,13 @@ class TrainingData:
         index: None where they are not known or gone.
         held_out: fraction of their samples kept out of training by key.
         reason: why there are none.
+        max_pixels: of an image, as training had it.
     """
 
     index: ShardIndex | None
     held_out: float = 0.0
     reason: str = ""
+    max_pixels: int = MAX_PIXELS
 
 
 def given_training_data(shards: str | Path | Sequence[str | Path]) -> TrainingData:
@@ -54,7 +57,8 @@ def recorded_training_data(source: ModelSource) -> TrainingData:
         index = load_index(expand_shards(data["shards"]), data.get("index"))
     except ShardError as error:
         return TrainingData(None, reason=f"the training shards can't be read any more ({error})")
-    return TrainingData(index, float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0)
+    held_out = float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0
+    return TrainingData(index, held_out, max_pixels=int(data.get("max_pixels", MAX_PIXELS)))
 
 
 def recorded_recipe(source: ModelSource) -> dict[str, Any] | None:
@@ -68,7 +72,14 @@ def recorded_recipe(source: ModelSource) -> dict[str, Any] | None:
 
 
 def training_images(
-    training: TrainingData, resolution: int, batch_size: int, wanted: int, seed: int, channels: int = 3
+    training: TrainingData,
+    resolution: int,
+    batch_size: int,
+    wanted: int,
+    seed: int,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
     """About `wanted` images uint8 [B, C, R, R] and their keys, as many from each shard, without those that training held out."""
     entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
@@ -76,7 +87,8 @@ def training_images(
     share = math.ceil(wanted / max(len(entries), 1))
     with Progress("reading training images", None) as progress:
         for entry in entries[:wanted]:
-            for batch in image_batches([entry.path], resolution, batch_size, limit=share, channels=channels):
+            batches = image_batches([entry.path], resolution, batch_size, limit=share, channels=channels, max_pixels=max_pixels)
+            for batch in batches:
                 kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, training.held_out)]
                 progress.advance(len(kept))
                 if kept:

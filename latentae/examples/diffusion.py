@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
+from latentae.data.order import whole_seed
 from latentae.encoding.batches import SizeBatches
 from latentae.encoding.latents import LatentDataset
 
@@ -136,7 +137,7 @@ def train(
 def sample(model: LatentTransformer, labels: Tensor, size: tuple[int, int], *, steps: int = 50, seed: int = 0) -> Tensor:
     """Latents [B, z, *size] as the model saw them, scaled, one for each label [B]: Euler steps from noise at t = 0 to t = 1."""
     device = next(model.parameters()).device
-    noise = torch.randn(len(labels), model.channels, *size, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(labels), model.channels, *size, generator=torch.Generator().manual_seed(whole_seed(seed)))
     z, labels = noise.to(device), labels.to(device)
     for step in range(steps):
         t = torch.full((len(labels),), step / steps, device=device)

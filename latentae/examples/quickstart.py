@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latentae.data.order import run_seed
 from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.encoding.encode import encode
 from latentae.encoding.latents import LatentDataset
@@ -52,6 +53,7 @@ def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: 
     """
     if (images is not None and images < 1) or not 0 < minutes < 1e5:
         raise RecipeError(f"minutes is {minutes} and images is {images}; give a positive number")
+    seed = run_seed(seed)
     job = Job.open(out, "quickstart", {"minutes": minutes if images is None else None, "images": images, "seed": seed})
     report = job.folder / "report.html"
     if job.state == "finished":

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.device import choose_device
 from latentae.errors import OutputError
 from latentae.exporting.building import ExportPlan, build
@@ -54,6 +55,7 @@ def export(
     push_to_hub: str | None = None,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Write a model as a component that others load; the folder appears whole or not at all.
 
@@ -62,8 +64,8 @@ def export(
     Args:
         model: run folder, checkpoint, exported folder, file of weights or owner/name on the Hub.
         out: folder to make; the same export again says it is done.
-        format: "diffusers", "ldm" (one file for ComfyUI, A1111, kohya; of an AutoencoderKL), "onnx", "pt2" (AOTInductor), or "all" of
-            them that the model can have, with what a further training needs.
+        format: "diffusers", "ldm" (one file under LDM's names, of an AutoencoderKL; the log says which programs load it), "onnx",
+            "pt2" (AOTInductor), or "all" of them that the model can have, with what a further training needs.
         fold_normalization: normalise latents by channel inside the weights, so that scaling is 1 and shift 0; needs statistics or data.
         variant: "fp16" or "bf16": write the diffusers weights once more in half precision.
         scaling_factor: what a diffusion model multiplies latents by; measured or the config's if not given.
@@ -80,6 +82,7 @@ def export(
         push_to_hub: "owner/name" of a repository on the Hugging Face Hub to upload the folder to; made if it is not there.
         weights: "ema" or "raw" weights of a run.
         device: where to measure, and what a "pt2" package is compiled for: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         A summary: `out`, `format`, `scaling_factor`, `shift_factor`, `files`, and `repository` (an address) if it was uploaded.
@@ -98,7 +101,13 @@ def export(
     config = exportable(source.config, str(model))
     check_kind(config, format, fold_normalization, shift_factor)
     sizes = [resolution] if isinstance(resolution, int) else resolution
-    options = {"resolutions": sizes, "images": images, "batch_size": batch_size, "perceptual": perceptual}
+    options = {
+        "resolutions": sizes,
+        "images": images,
+        "batch_size": batch_size,
+        "perceptual": perceptual,
+        "max_pixels": max_pixels,
+    }
     plan = ExportPlan(
         source=source,
         config=config,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.index import ShardIndex, load_index
 from latentae.data.loader import Batch, image_batches
 from latentae.data.shards import expand_shards
@@ -54,6 +55,7 @@ class DataRequest:
     batch_size: int
     perceptual: str
     device: torch.device
+    max_pixels: int = MAX_PIXELS
 
     @property
     def total(self) -> int:
@@ -72,7 +74,8 @@ class DataRequest:
     def batches(self, resolution: int, limit: int | None = None) -> Iterator[Batch]:
         """The images at one resolution."""
         paths, count = [entry.path for entry in self.index.shards], self.images if limit is None else min(limit, self.images)
-        return image_batches(paths, resolution, self.batch_size, limit=count, channels=self.channels)
+        options: dict[str, Any] = {"channels": self.channels, "max_pixels": self.max_pixels}
+        return image_batches(paths, resolution, self.batch_size, limit=count, **options)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def data_request(
     batch_size: int,
     perceptual: str,
     device: torch.device,
+    max_pixels: int = MAX_PIXELS,
 ) -> DataRequest:
     """Check what is asked for against the model, before any work.
 
@@ -140,7 +144,7 @@ def data_request(
         if size < 1 or size % f:
             raise ImageError(f"resolution is {size}, this model needs a multiple of {f}; use {max(round(size / f), 1) * f}")
     index = load_index(expand_shards(shards))
-    return DataRequest(index, sizes, images, config.in_channels, batch_size, perceptual, device)
+    return DataRequest(index, sizes, images, config.in_channels, batch_size, perceptual, device, max_pixels)
 
 
 @torch.inference_mode()

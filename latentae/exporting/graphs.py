@@ -28,7 +28,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """[B, C, H, W] in [-1, 1] -> [B, 2z, H/f, W/f], mean and log-variance stacked."""
-        moments, _ = self.encoder(sample)
+        moments = self.encoder(sample)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
 
@@ -42,7 +42,7 @@ class DecoderGraph(nn.Module):
     def forward(self, latent_sample: Tensor) -> Tensor:
         """[B, z, h, w] -> [B, C, f*h, f*w], about [-1, 1]."""
         z = latent_sample if self.post_quant_conv is None else self.post_quant_conv(latent_sample)
-        return self.decoder(z)[0]
+        return self.decoder(z)
 
 
 class DCEncoderGraph(nn.Module):
@@ -54,7 +54,7 @@ class DCEncoderGraph(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """[B, C, H, W] in [-1, 1] -> [B, z, H/f, W/f]."""
-        return self.encoder(sample)[0]
+        return self.encoder(sample)
 
 
 class DCDecoderGraph(nn.Module):
@@ -66,7 +66,7 @@ class DCDecoderGraph(nn.Module):
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         """[B, z, h, w] -> [B, C, f*h, f*w], about [-1, 1]."""
-        return self.decoder(latent_sample)[0]
+        return self.decoder(latent_sample)
 
 
 def coder_graphs(model: Exportable, device: str | torch.device = "cpu") -> dict[str, nn.Module]:

@@ -96,11 +96,8 @@ with torch.no_grad():
 
 
 def _ldm(facts: CardFacts) -> str:
-    notes = "".join(f" {note}" for note in facts.ldm_notes)
-    title = (
-        "`vae.ldm.safetensors` has the same weights under LDM's names: put it into ComfyUI's or A1111's VAE folder, or give it to kohya's "
-        f"scripts as `--vae`.{notes} In Python:"
-    )
+    notes = "\n".join(f"- {note}" for note in facts.ldm_notes)
+    title = f"`vae.ldm.safetensors` has the same weights under LDM's names.\n\n{notes}\n\nIn Python:"
     return _block(
         title,
         f"""

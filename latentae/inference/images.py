@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from latentae.data.decode import read_image
-from latentae.data.pixels import fit, orientation, read_pixels, upright
+from latentae.data.decode import MAX_PIXELS, read_image
+from latentae.data.headers import orientation
+from latentae.data.pixels import fit, read_pixels, upright
 from latentae.data.transforms import to_uint8, to_uint16
 from latentae.errors import ImageError, RecipeError
 from latentae.evaluation.images import pil_image
@@ -45,7 +46,7 @@ def each_image(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
         raise ImageError(f"found a {type(images).__name__}, expected {_KINDS}, or a list of these") from None
 
 
-def read(image: ImageLike, channels: int, name: str) -> Tensor:
+def read(image: ImageLike, channels: int, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """One image as the model wants it, not yet in [-1, 1] unless it came so.
 
     Args:
@@ -53,6 +54,7 @@ def read(image: ImageLike, channels: int, name: str) -> Tensor:
         channels: that the model has. Between 1, 3 and 4 files, Pillow images and whole-number pixels are converted as
             `decode_image` does; any other number, and float, is taken as it is.
         name: what error messages call it.
+        max_pixels: of a file.
 
     Returns:
         uint8, uint16 or float32 [channels, H, W].
@@ -63,7 +65,7 @@ def read(image: ImageLike, channels: int, name: str) -> Tensor:
     if isinstance(image, (str, Path)):
         if channels not in _CONVERTIBLE:
             raise ImageError(f"image {name}: files have 1, 3 or 4 channels, the model {channels}; give a tensor [C, H, W]")
-        return read_image(image, channels=channels, bits=None)
+        return read_image(image, channels=channels, bits=None, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         return _from_pixels(_pil_pixels(image, name), channels, name)
     if isinstance(image, np.ndarray):

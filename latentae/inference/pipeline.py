@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import pad_to_multiple, to_float
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError, RecipeError
@@ -45,6 +46,7 @@ def pipeline(
     dtype: str | torch.dtype = "fp32",
     tiling: str = "auto",
     batch_size: int = 8,
+    max_pixels: int = MAX_PIXELS,
 ) -> LatentPipeline:
     """Load a model that takes images to latents and back.
 
@@ -57,6 +59,7 @@ def pipeline(
         tiling: of an AutoencoderKL: "auto" computes images above `LARGEST_PASS` (2.4 million) pixels in blended tiles, "none" none,
             "blended" all, "exact" all in the slower tiles that give the untiled result. See docs/tiling.md.
         batch_size: images of one size computed at once, fewer where they are large: `LARGEST_PASS` pixels at most.
+        max_pixels: refuse image files of more pixels by their header; every file is decoded at its full size.
 
     Raises:
         ModelError: no such model.
@@ -67,7 +70,7 @@ def pipeline(
         raise RecipeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     where = choose_device(device)
     network = model if isinstance(model, Autoencoder) else load_model(model, weights)[0]
-    return LatentPipeline(network.to(where, kind).eval(), tiling=tiling, batch_size=batch_size)
+    return LatentPipeline(network.to(where, kind).eval(), tiling=tiling, batch_size=batch_size, max_pixels=max_pixels)
 
 
 class LatentPipeline:
@@ -75,7 +78,7 @@ class LatentPipeline:
 
     Args:
         model: where and in what precision it is to compute.
-        tiling, batch_size: see `pipeline`.
+        tiling, batch_size, max_pixels: see `pipeline`.
 
     Attributes:
         model: the autoencoder.
@@ -85,14 +88,14 @@ class LatentPipeline:
         RecipeError: an unknown tiling, or a batch size below 1.
     """
 
-    def __init__(self, model: Autoencoder, *, tiling: str = "auto", batch_size: int = 8) -> None:
+    def __init__(self, model: Autoencoder, *, tiling: str = "auto", batch_size: int = 8, max_pixels: int = MAX_PIXELS) -> None:
         if tiling not in TILING:
             raise RecipeError(f"tiling is {tiling!r}, expected one of {', '.join(TILING)}")
         if tiling in ("blended", "exact") and not isinstance(model, AutoencoderKL):
             raise RecipeError(f"tiling is {tiling!r}, but a {type(model).__name__} has no tiles; give 'auto' or 'none'")
         if batch_size < 1:
             raise RecipeError(f"batch_size is {batch_size}, expected 1 or more")
-        self.model, self.tiling, self.batch_size = model, tiling, batch_size
+        self.model, self.tiling, self.batch_size, self.max_pixels = model, tiling, batch_size, max_pixels
         self.normalization = Normalization.of(model.config)
 
     @torch.no_grad()
@@ -110,6 +113,7 @@ class LatentPipeline:
             ImageError: something is no image, or damaged; its number or path is named.
             ModelError: the result is not finite.
         """
+        seed = whole_seed(seed)
         sizes: list[tuple[int, int]] = []
         results: dict[int, Tensor] = {}
         for numbers, batch in self._batches(self._read(images, sizes), 1):
@@ -188,7 +192,7 @@ class LatentPipeline:
         """Images one by one, padded, in [-1, 1]; their own sizes are put into `sizes`."""
         config = self.model.config
         for number, image in enumerate(each_image(images)):
-            pixels = read(image, config.in_channels, f"number {number}").to(self._device)
+            pixels = read(image, config.in_channels, f"number {number}", self.max_pixels).to(self._device)
             sizes.append((pixels.shape[1], pixels.shape[2]))
             pixels = pixels if pixels.is_floating_point() else to_float(pixels)
             yield pad_to_multiple(pixels, config.downsampling).to(self._dtype)

@@ -13,9 +13,10 @@ import torch
 from latentae_kernels import lpips_head
 from torch import Tensor, nn
 
-from latentae.errors import WeightsError
+from latentae.errors import ModelError, WeightsError, some
 from latentae.losses.options import PerceptualNet
 from latentae.models.backbone import EFFICIENTNET, efficientnet_input, efficientnet_lite0
+from latentae.models.weight_files import read_tensors
 
 __all__ = ["LPIPS", "NAMES", "EfficientNetDistance", "FrozenDistance", "build_perceptual", "perceptual_available"]
 
@@ -86,8 +87,17 @@ class LPIPS(FrozenDistance):
         with warnings.catch_warnings():  # lpips 0.1.4 still passes torchvision's retired `pretrained` argument
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        state = {key: _layer(trunk, key, net) for key in self.network.net.state_dict()}
-        self.network.net.load_state_dict(state)
+        layers = {key: "features." + key.split(".", 1)[1] for key in self.network.net.state_dict()}  # lpips: sliceS.INDEX.rest
+        missing = [name for name in layers.values() if name not in trunk]
+        unknown = [name for name in trunk if name not in set(layers.values()) and not name.startswith("classifier.")]
+        wanted = f"so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one"
+        if missing or unknown:
+            what = f"has no {some(missing)}" if missing else f"has {some(unknown)}"
+            raise WeightsError(f"the weights file {what}, {wanted}")
+        try:
+            self.network.net.load_state_dict({key: trunk[name] for key, name in layers.items()})
+        except RuntimeError as error:  # a shape
+            raise WeightsError(f"the weights file does not fit ({str(error).splitlines()[-1].strip()}), {wanted}") from error
         self.freeze()
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
@@ -100,16 +110,6 @@ class LPIPS(FrozenDistance):
         layers = zip(a, b, self.network.lins, strict=True)
         terms = [lpips_head(u, v, next(layer.parameters()).flatten()) for u, v, layer in layers]
         return torch.stack(terms).sum(dim=0)
-
-
-def _layer(trunk: dict[str, Tensor], key: str, net: str) -> Tensor:
-    """lpips names a layer `sliceS.INDEX.rest`; torchvision `features.INDEX.rest`."""
-    name = "features." + key.split(".", 1)[1]
-    if name not in trunk:
-        raise WeightsError(
-            f"the weights file has no {name}, so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one"
-        )
-    return trunk[name]
 
 
 def _weights_entry(net: str) -> Any:
@@ -131,16 +131,14 @@ def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
     try:
         if not file.is_file():
             torch.hub.load_state_dict_from_url(_weights_entry(net).url, map_location="cpu", progress=False, check_hash=True)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_tensors(file)
     except (URLError, OSError) as error:
         file.with_suffix(".partial").unlink(missing_ok=True)
         raise WeightsError(
             f"LPIPS ({net}) needs {file.name}, which is not at {file} and could not be downloaded ({error}); put it there or use {_OPTIONS}"
         ) from error
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise WeightsError(
-            f"could not read {file} ({type(error).__name__}); the file is damaged, delete it or use {_OPTIONS}"
-        ) from error
+    except (ModelError, RuntimeError) as error:  # a damaged file, or a download whose hash is wrong
+        raise WeightsError(f"{error}, or delete it and use {_OPTIONS}") from error
 
 
 class EfficientNetDistance(FrozenDistance):

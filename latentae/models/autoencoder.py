@@ -32,10 +32,10 @@ class AutoencoderKL(Autoencoder):
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
         self._check_image(x)
-        moments, features = self.encoder(x, keep_features, self.gradient_checkpointing)
+        moments, features = self._run(self.encoder, x, keep_features)
         return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments)), features
 
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
         self._check_latent(z)
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        return self.decoder(z, keep_features, self.gradient_checkpointing)
+        return self._run(self.decoder, z, keep_features)

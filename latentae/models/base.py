@@ -118,6 +118,16 @@ class Autoencoder(nn.Module, ABC):
         self.encoder.compile(**options)
         self.decoder.compile(**options)
 
+    def _run(self, coder: nn.Module, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
+        """Output of the encoder or decoder, and the input of its last normalization, detached, if `keep_features`.
+
+        A coder that a user has replaced or hooked sees a tensor only, where nothing more is wanted.
+        """
+        if not keep_features and not self.gradient_checkpointing:
+            return coder(x), None
+        out = coder(x, keep_features=keep_features, checkpointing=self.gradient_checkpointing)
+        return out if keep_features else (out, None)
+
     @abstractmethod
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
         """The posterior, and what the encoder's last normalization read, detached, if `keep_features` and there is one."""

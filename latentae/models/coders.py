@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from latentae.models.blocks import (
     Attention,
+    Chain,
     Downsample,
     MidBlock,
     ResnetBlock,
     Upsample,
     group_norm,
     recomputed,
-    run_block,
+    run_chain,
 )
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.pending import Pending, convolve, normalize_convolve
@@ -21,7 +24,7 @@ from latentae.models.pending import Pending, convolve, normalize_convolve
 __all__ = ["Decoder", "Encoder"]
 
 
-class Level(nn.Module):
+class Level(Chain):
     """Residual blocks at one resolution, each followed by attention if the level has it, then a change of resolution.
 
     The resampler's attribute name differs between the two coders (`downsamplers`, `upsamplers`) because diffusers' keys do.
@@ -33,59 +36,54 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(width, out_channels, groups) for width in widths])
         self.attentions = nn.ModuleList([Attention(out_channels, groups) for _ in range(layers)] if attention else [])
 
-    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
-        """[B, C_in, H, W] -> [B, C_out, H, W]."""
+    def blocks(self) -> Iterator[nn.Module]:
+        """Residual blocks, each with its attention."""
         for index, resnet in enumerate(self.resnets):
-            x = run_block(resnet, x, checkpointing)
+            yield resnet
             if self.attentions:
-                x = run_block(self.attentions[index], x, checkpointing)
-        return x
+                yield self.attentions[index]
 
 
 class DownLevel(Level):
-    """A level of the encoder."""
+    """A level of the encoder. [B, C_in, H, W] -> [B, C_out, H/2, W/2], or the same size in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool) -> None:
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
-    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
-        """[B, C_in, H, W] -> [B, C_out, H/2, W/2], or the same size in the last level."""
-        x = super().forward(x, checkpointing)
-        for downsample in self.downsamplers:
-            x = run_block(downsample, x, checkpointing)
-        return x
+    def blocks(self) -> Iterator[nn.Module]:
+        """The level's blocks, then the halving."""
+        yield from super().blocks()
+        yield from self.downsamplers
 
 
 class UpLevel(Level):
-    """A level of the decoder."""
+    """A level of the decoder. [B, C_in, H, W] -> [B, C_out, 2H, 2W], or the same size in the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool) -> None:
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
-    def forward(self, x: Pending, checkpointing: bool = False) -> Pending:
-        """[B, C_in, H, W] -> [B, C_out, 2H, 2W], or the same size in the last level."""
-        x = super().forward(x, checkpointing)
-        for upsample in self.upsamplers:
-            x = run_block(upsample, x, checkpointing)
-        return x
+    def blocks(self) -> Iterator[nn.Module]:
+        """The level's blocks, then the doubling."""
+        yield from super().blocks()
+        yield from self.upsamplers
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: their last layers."""
+    """What encoder and decoder share: their last layers, and the form of their output."""
 
     conv_norm_out: nn.GroupNorm
     conv_out: nn.Conv2d
 
-    def _finish(self, h: Pending, keep_features: bool, checkpointing: bool) -> tuple[Tensor, Tensor | None]:
-        """The output, and the detached input of the last normalization where it is asked for."""
+    def _finish(self, h: Pending, keep_features: bool, checkpointing: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """The output, with the detached input of the last normalization if `keep_features`."""
         if checkpointing and torch.is_grad_enabled():
-            h = Pending(h.value())
-            out = recomputed(lambda h: normalize_convolve(self.conv_norm_out, self.conv_out, h)[0], h)
-            return out.value(), h.x.detach() if keep_features else None
-        out, total = normalize_convolve(self.conv_norm_out, self.conv_out, h)
-        return out.value(), total.value().detach() if keep_features else None
+            total = Pending(h.value())
+            out = recomputed(lambda h: normalize_convolve(self.conv_norm_out, self.conv_out, h)[0], total)
+        else:
+            out, total = normalize_convolve(self.conv_norm_out, self.conv_out, h)
+        return (out.value(), total.value().detach()) if keep_features else out.value()
 
 
 class Encoder(Coder):
@@ -104,12 +102,12 @@ class Encoder(Coder):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, C, H, W] -> [B, 2z, H/f, W/f], and what the last normalization read if `keep_features`."""
+    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C, H, W] -> [B, 2z, H/f, W/f]; with `keep_features` also the input of the last normalization, detached."""
         h = convolve(self.conv_in, x)
-        for level in self.down_blocks:
-            h = level(h, checkpointing)
-        return self._finish(self.mid_block(h, checkpointing), keep_features, checkpointing)
+        for level in (*self.down_blocks, self.mid_block):
+            h = run_chain(level, h, checkpointing)
+        return self._finish(h, keep_features, checkpointing)
 
 
 class Decoder(Coder):
@@ -128,9 +126,9 @@ class Decoder(Coder):
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, z, h, w] -> [B, C, f*h, f*w], and what the last normalization read if `keep_features`."""
-        h = self.mid_block(convolve(self.conv_in, z), checkpointing)
-        for level in self.up_blocks:
-            h = level(h, checkpointing)
+    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, z, h, w] -> [B, C, f*h, f*w]; with `keep_features` also the input of the last normalization, detached."""
+        h = convolve(self.conv_in, z)
+        for level in (self.mid_block, *self.up_blocks):
+            h = run_chain(level, h, checkpointing)
         return self._finish(h, keep_features, checkpointing)

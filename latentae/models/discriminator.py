@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from latentae_kernels import group_norm
 from torch import Tensor, nn
 
 from latentae.models.backbone import FrozenBackbone
@@ -150,11 +151,21 @@ def _places(norm: Norm) -> int:
 
 
 def _norm(norm: Norm, channels: int) -> list[nn.Module]:
-    """The normalization of a convolution's output, or nothing; groups have at least four channels."""
-    if norm == "group":
-        groups = max(count for count in range(1, min(32, channels // 4) + 1) if channels % count == 0)
-        return [nn.GroupNorm(groups, channels)]
-    return [nn.InstanceNorm2d(channels, affine=True)] if norm == "instance" else []
+    """The normalization of a convolution's output, or nothing; groups have at least four channels, or one for instance norm.
+
+    torch's own InstanceNorm2d copies its input to channels first, and of one image its CPU gradient is wrong if dy is channels last.
+    """
+    if norm == "none":
+        return []
+    groups = max(count for count in range(1, min(32, channels // 4) + 1) if channels % count == 0)
+    return [_GroupNorm(channels if norm == "instance" else groups, channels)]
+
+
+class _GroupNorm(nn.GroupNorm):
+    """GroupNorm that is accurate on a CPU in channels_last too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _initialize(module: nn.Module) -> None:
@@ -163,6 +174,6 @@ def _initialize(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)) and module.weight is not None:
+    elif isinstance(module, nn.GroupNorm):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)

@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from latentae.errors import MissingDependencyError, ModelError
+from latentae.errors import MissingDependencyError, ModelError, some
 from latentae.files import sha256
 from latentae.models.architectures import ARCHITECTURES
 from latentae.models.base import Autoencoder
 from latentae.models.config import AutoencoderConfig, read_config_values
 from latentae.models.hub import hub_id
 from latentae.models.posterior import DiagonalGaussian
-from latentae.models.pretrained import CONFIG, ModelSource, load_model
+from latentae.models.pretrained import CONFIG, ModelSource, folder_weights, load_model
 
 __all__ = ["ForeignAutoencoder", "ForeignConfig", "load_any_model"]
 
@@ -79,13 +79,13 @@ def load_any_model(path: str | Path, weights: str = "ema", device: str | torch.d
     if folder is None:
         return load_model(path, weights, device)
     values = read_config_values(folder / CONFIG)
-    module = _load(folder, str(values["_class_name"])).to(device)
+    module = _load(folder, values).to(device)
     config = _config(module, values, folder)
     size = config.sample_size
     files = sorted(file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     digest = hashlib.sha256("".join(sha256(file) for file in (*files, folder / CONFIG)).encode()).hexdigest()
     resolution = size if isinstance(size, int) else min(size)
-    source = ModelSource(Path(path), files[0] if files else folder / CONFIG, config, "folder", resolution, digest)
+    source = ModelSource(Path(path), folder_weights(folder) or folder / CONFIG, config, "folder", resolution, digest)
     return ForeignAutoencoder(module, config).eval(), source
 
 
@@ -101,7 +101,8 @@ def _foreign_folder(path: str | Path) -> Path | None:
     return None
 
 
-def _load(folder: Path, name: str) -> nn.Module:
+def _load(folder: Path, values: dict[str, Any]) -> nn.Module:
+    name = str(values["_class_name"])
     try:
         import diffusers
     except ImportError as error:
@@ -109,11 +110,22 @@ def _load(folder: Path, name: str) -> nn.Module:
     kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ModelError(f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an autoencoder")
+    file = folder_weights(folder)
+    words = (
+        set(file.name.split(".")[1:]) - {"safetensors", "bin", "index", "json"} if file else set()
+    )  # of "x.fp16.bin": the variant
+    options = {"variant": next(iter(words), None), "use_safetensors": None if file is None else "safetensors" in file.name}
     try:
         loader: Any = kind
-        return loader.from_pretrained(folder).eval().requires_grad_(False)
+        module, info = loader.from_pretrained(folder, **options, torch_dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"diffusers could not load the {name} in {folder} ({_line(error)}); give a whole folder") from error
+    for what in ("missing", "unexpected", "mismatched"):
+        if keys := info[f"{what}_keys"]:
+            raise ModelError(
+                f"the weights in {folder} have {what} {some(list(map(str, keys)))} for a {name}; give a matching config.json"
+            )
+    return module.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -13,12 +13,13 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from latentae_kernels import conv3x3, norm_act, row_norm_act
+from latentae_kernels import norm_act, row_norm_act
 from torch import Tensor, nn
 
 from latentae.errors import ModelError
-from latentae.models.dc.blocks import add
+from latentae.models.dc.blocks import add, convolve
 from latentae.models.pending import Pending, residual_step, upsample_convolve
+from latentae.models.plain import has_hooks, is_plain
 
 __all__ = ["Fusion", "fuse"]
 
@@ -44,7 +45,7 @@ class Fusion:
             else:
                 module.__dict__.pop("forward", None)
         if self._patched and self._contiguous:
-            self.module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+            _set_order(self.module, torch.contiguous_format)
         self._patched.clear()
 
     def __enter__(self) -> Fusion:
@@ -94,7 +95,7 @@ def fuse(module: nn.Module) -> Fusion:
         raise ModelError(
             f"fuse: nothing to replace in {type(module).__name__} ({found}); give a diffusers AutoencoderKL or AutoencoderDC"
         )
-    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    _set_order(module, torch.channels_last)
     return fusion
 
 
@@ -105,13 +106,19 @@ def _class_of(module: nn.Module) -> str:
     return kind if home.startswith("diffusers.") and not elsewhere else ""
 
 
-def _replace(fusion: Fusion, name: str, child: nn.Module, kind: str, forward: Callable[..., Tensor], reason: str | None) -> None:
+class _Patch(partial):
+    """A forward that `fuse` puts on a module; other libraries put plain partials there."""
+
+
+def _replace(
+    fusion: Fusion, name: str, child: nn.Module, kind: str, forward: Callable[..., Tensor], reason: str | None, *bound: Any
+) -> None:
     if reason is None and "forward" in child.__dict__:
         reason = "its forward has been replaced already"
     if reason is not None:
         fusion.left[name] = reason
         return
-    child.forward = partial(forward, child)  # an instance attribute: the class, and with it undo, stays untouched
+    child.forward = _Patch(forward, child, *bound)  # an instance attribute: the class, and with it undo, stays untouched
     fusion._patched.append(child)
     fusion.replaced.setdefault(kind, []).append(name)
 
@@ -119,13 +126,31 @@ def _replace(fusion: Fusion, name: str, child: nn.Module, kind: str, forward: Ca
 def _replace_head(
     fusion: Fusion, name: str, norm: nn.Module, coder: nn.Module, reason: str | None, forward: Callable[..., Tensor]
 ) -> None:
-    """The last normalization takes in the activation after it."""
+    """The last normalization takes in the activation after it, as long as both layers are there and unhooked."""
     activation = getattr(coder, "conv_act", None)
-    reason = reason or _not_plain(activation, nn.SiLU)
-    _replace(fusion, name, norm, "output normalizations", forward, reason)
-    if reason is None and name not in fusion.left and activation is not None:
-        activation.forward = _identity
+    if reason is None:
+        reason = _not_plain(activation, nn.SiLU)
+    if reason is None and activation is not None and "forward" in activation.__dict__:
+        reason = "the forward of its activation has been replaced already"
+    place = name.rpartition(".")[2]
+    _replace(fusion, name, norm, "output normalizations", _head_normalize, reason, coder, place, forward)
+    if name not in fusion.left and activation is not None:
+        activation.forward = _Patch(_head_activate, activation, coder, place)
         fusion._patched.append(activation)
+
+
+def _head_normalize(norm: Any, coder: nn.Module, place: str, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return forward(norm, x) if _joined(coder, place) else type(norm).forward(norm, x)
+
+
+def _head_activate(_: nn.Module, coder: nn.Module, place: str, x: Tensor) -> Tensor:
+    return x if _joined(coder, place) else nn.functional.silu(x)
+
+
+def _joined(coder: nn.Module, place: str) -> bool:
+    """Whether the last normalization takes in its activation: both layers are the patched ones and unhooked."""
+    layers = (getattr(coder, place), getattr(coder, "conv_act", None))
+    return all(isinstance(layer, nn.Module) and not _changed(layer) for layer in layers)
 
 
 def _replace_rms(fusion: Fusion, name: str, norm: nn.Module, parent: nn.Module) -> None:
@@ -137,14 +162,20 @@ def _replace_rms(fusion: Fusion, name: str, norm: nn.Module, parent: nn.Module) 
         _replace(fusion, name, norm, "RMS normalizations", _rms_normalize, reason)
 
 
+def _set_order(module: nn.Module, order: torch.memory_format) -> None:
+    """Give weights of images a memory order; `Module.to` refuses a module that has weights of videos too."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=order)
+
+
 def _is_contiguous(module: nn.Module) -> bool:
     return all(p.is_contiguous() for p in module.parameters() if p.ndim == 4)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward (offloading, feature extraction), so that it has to be called."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or hasattr(module, "_hf_hook") or bool(_diffusers_hooks(module))
+def _changed(module: nn.Module) -> bool:
+    """Whether a call of a patched module does more than the patch: hooks, or a forward that was put on top of it."""
+    return has_hooks(module) or not isinstance(module.__dict__.get("forward"), _Patch)
 
 
 def _diffusers_hooks(module: nn.Module) -> list[Any]:
@@ -193,16 +224,20 @@ def _resnet_obstacle(block: Any) -> str | None:
     return None
 
 
-def _resnet_forward(block: nn.Module, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    if temb is not None or any(_hooked(child) for child in block.children()):
+def _resnet_forward(block: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    if temb is not None or not _can_step(block):
         return type(block).forward(block, input_tensor, temb, *args, **kwargs)
     return residual_step(block, Pending(input_tensor)).value()
 
 
-def _chained(block: nn.Module, x: Pending) -> Pending:
+def _can_step(block: Any) -> bool:
+    """Whether the layers without parameters are those that the fused step computes itself."""
+    return is_plain(block.nonlinearity, nn.SiLU) and is_plain(block.dropout, nn.Dropout) and block.dropout.p == 0
+
+
+def _chained(block: Any, x: Pending) -> Pending:
     """One residual block of a chain, its last additions pending; called as a module where that is not the same."""
-    plain = isinstance(block.__dict__.get("forward"), partial) and not _hooked(block)
-    if plain and not any(_hooked(child) for child in block.children()):
+    if _class_of(block) == "ResnetBlock2D" and not _changed(block) and _can_step(block):
         return residual_step(block, x)
     return Pending(block(x.value(), None))
 
@@ -235,7 +270,7 @@ def _middle_forward(block: Any, hidden_states: Tensor, temb: Tensor | None = Non
 
 def _upsample_forward(block: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """Upsample2D."""
-    if output_size is not None or args or kwargs or _hooked(block.conv):
+    if output_size is not None or args or kwargs:
         return type(block).forward(block, hidden_states, output_size, *args, **kwargs)
     return upsample_convolve(block.conv, hidden_states).value()
 
@@ -275,20 +310,14 @@ def _rms_activate(norm: Any, x: Tensor) -> Tensor:
 
 def _dc_residual_forward(block: Any, hidden_states: Tensor) -> Tensor:
     """ResBlock."""
-    if any(_hooked(child) for child in (block.conv1, block.conv2)):
-        return type(block).forward(block, hidden_states)
-    h = block.nonlinearity(conv3x3(hidden_states, block.conv1.weight, block.conv1.bias))
-    h = conv3x3(h, block.conv2.weight, block.conv2.bias)
-    rows = block.norm_type == "rms_norm"
-    return add(block.norm(h.movedim(1, -1)).movedim(-1, 1) if rows else block.norm(h), hidden_states)
+    h = convolve(block.conv2, block.nonlinearity(convolve(block.conv1, hidden_states)))
+    h = block.norm(h.movedim(1, -1)).movedim(-1, 1) if block.norm_type == "rms_norm" else block.norm(h)
+    fresh = is_plain(block.norm, nn.BatchNorm2d) or not _changed(block.norm)
+    return add(h, hidden_states, overwrite=fresh)
 
 
 def _dc_residual_obstacle(block: Any) -> str | None:
     return _conv_obstacle("conv1", block.conv1) or _conv_obstacle("conv2", block.conv2)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _no_obstacle(_: nn.Module) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from latentae.errors import some
 from latentae.models.architectures import build
 from latentae.models.config import AutoencoderConfig
 from latentae.models.ldm import discriminator_from_ldm, ldm_prefix
@@ -43,7 +44,7 @@ def load_initial(path: str | Path) -> InitialWeights:
     tensors = read_tensors(source.weights_file)
     discriminator = next((read_tensors(f) for f in _discriminator_files(source) if f.is_file()), None)
     if discriminator is None and ldm_prefix(tensors) is not None:
-        discriminator = discriminator_from_ldm(tensors)
+        discriminator = discriminator_from_ldm(tensors, source.weights_file)
     with torch.device("meta"):
         model = build(source.config)
     state = fitting_state(model, tensors, source.weights_file)
@@ -66,9 +67,9 @@ def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> str | Non
     expected = module.state_dict()
     missing, unknown = [k for k in expected if k not in state], [k for k in state if k not in expected]
     if missing:
-        return f"it lacks {missing[0]} (and {len(missing) - 1} more)"
+        return f"it lacks {some(missing)}"
     if unknown:
-        return f"it has an unknown {unknown[0]} (and {len(unknown) - 1} more)"
+        return f"it has unknown {some(unknown)}"
     for key, value in expected.items():
         if state[key].shape != value.shape:
             return f"its {key} has shape {tuple(state[key].shape)}, this discriminator's {tuple(value.shape)}"

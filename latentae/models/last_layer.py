@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from latentae_kernels import norm_act
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
@@ -18,6 +17,7 @@ from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
 from latentae.models.coders import Coder
 from latentae.models.dc.autoencoder import AutoencoderDC
+from latentae.models.pending import normalize_activate
 from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["decoder_weight_gradient", "encoder_weight_gradient"]
@@ -91,7 +91,6 @@ def _kl(model: Autoencoder) -> AutoencoderKL:
 @torch.no_grad()
 def _activation(coder: Coder, features: Tensor) -> Tensor:
     """What the last convolution read."""
-    norm = coder.conv_norm_out
     with torch.autocast(features.device.type, enabled=False):
-        y = norm_act(features, norm.weight, norm.bias, norm.num_groups, norm.eps, "silu")
+        y = normalize_activate(coder.conv_norm_out, features)
     return y.to(torch.promote_types(y.dtype, torch.float32))

@@ -14,24 +14,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from latentae.errors import ModelError
+from latentae.errors import ModelError, some
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import DOWN, UP, AutoencoderKLConfig
+from latentae.models.weight_files import note_left_out, prefix_before, split_unknown
+from latentae.progress import note
 
 __all__ = ["discriminator_from_ldm", "from_ldm", "infer_config", "ldm_names", "ldm_prefix", "renamed_to_ldm", "to_ldm"]
 
-_PREFIXES = ("first_stage_model.", "vae.", "")  # a latent diffusion model, a bundle of components, an autoencoder alone
 _MARK = "encoder.mid.block_1.conv1.weight"
 _DISCRIMINATOR = "loss.discriminator."
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _SCALE = "scale_factor"
 _GROUPS = 32  # LDM's Normalize knows no other
+
+# Tensors that tell another family with LDM's names, and what to do with it.
+_FAMILIES = (
+    (
+        re.compile(r"^(bn\.|encoder\.quant_conv\.|decoder\.post_quant_conv\.)"),
+        "this is FLUX.2's layout, which is not read; `evaluate` reads its diffusers folder (AutoencoderKLFlux2)",
+    ),
+    (
+        re.compile(r"(^|\.)(time_stack|mix_factor|time_mix_conv)\b"),
+        "these are layers over time, of an autoencoder of videos; give one of images",
+    ),
+)
 
 _RENAMED = (
     (r"^(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.mid.block_1."),
@@ -89,35 +103,44 @@ def _is_attention_matrix(key: str) -> bool:
 
 def ldm_prefix(keys: Iterable[str]) -> str | None:
     """What stands before the autoencoder's keys in an LDM file, or None if these are not the keys of one."""
-    found = set(keys)
-    return next((prefix for prefix in _PREFIXES if prefix + _MARK in found), None)
+    return prefix_before(keys, _MARK)
 
 
-def from_ldm(tensors: Mapping[str, Tensor], config: AutoencoderKLConfig) -> dict[str, Tensor]:
+def from_ldm(tensors: Mapping[str, Tensor], config: AutoencoderKLConfig, file: str | Path = "the LDM file") -> dict[str, Tensor]:
     """The state dict, under our names, of the autoencoder in an LDM file.
 
     Where the file holds an average of all the autoencoder's weights (`model_ema.*`, as LDM's `ema_decay` writes), the average is taken,
     as everywhere here; the average of a latent diffusion model is of its denoiser only, and is not looked at.
 
     Args:
-        tensors: the file's content, with any of the prefixes "", "first_stage_model." and "vae."; other keys are left alone.
+        tensors: the file's content, with or without a prefix such as "first_stage_model." or "vae.".
         config: the autoencoder's shape, for instance what `infer_config` reads from the same tensors.
+        file: what the log calls the file. It names the tensors that are left out: those of the training and of other components.
 
     Raises:
-        ModelError: no LDM autoencoder, or a key or shape that does not fit.
+        ModelError: no LDM autoencoder, a key or shape that does not fit, or a tensor that a model of this shape does not have.
     """
     prefix, found = _autoencoder_part(tensors)
     names, shapes = ldm_names(config), _shapes(config)
     averaged = {key: "model_ema." + name.replace(".", "") for key, name in names.items()}  # LDM's LitEma leaves out the dots
-    if not prefix and all(name in found for name in averaged.values()):
-        names = averaged
-    return {key: _fitting(found, name, key, shapes[key]) for key, name in names.items()}
+    whole_average = not prefix and all(name in found for name in averaged.values())
+    state = {key: _fitting(found, name, key, shapes[key]) for key, name in (averaged if whole_average else names).items()}
+    used = {prefix + name for name in names.values()} | (set(averaged.values()) if whole_average else set())
+    unknown, harmless = split_unknown(tensors, used, prefix)
+    if unknown:
+        families = (text for pattern, text in _FAMILIES for key in unknown if pattern.search(key.removeprefix(prefix)))
+        advice = next(families, "give weights of an AutoencoderKL, or the config.json that belongs to these")
+        raise ModelError(f"the LDM file has {some(unknown)}, which an AutoencoderKL of its shape does not have: {advice}")
+    if whole_average:
+        note(f"{file}: took the averaged weights (model_ema.*)")
+    note_left_out(file, harmless)
+    return state
 
 
 def _autoencoder_part(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     prefix = ldm_prefix(tensors)
     if prefix is None:
-        raise ModelError(f"no LDM autoencoder: there is no {_MARK}, alone or under first_stage_model. or vae.")
+        raise ModelError(f"no LDM autoencoder: there is no {_MARK}, alone or behind a prefix such as first_stage_model.")
     return prefix, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
@@ -191,16 +214,21 @@ def _convolution(found: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def discriminator_from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def discriminator_from_ldm(tensors: Mapping[str, Tensor], file: str | Path = "the LDM file") -> dict[str, Tensor] | None:
     """The PatchGAN that an LDM autoencoder was trained against, under PatchDiscriminator's keys; None where there is none.
 
-    Convolutions and the normalizations' scale and shift are kept. The running statistics of LDM's BatchNorm are dropped: a
-    PatchDiscriminator normalizes each image for itself, so it starts as a related network, not as the same one.
+    Convolutions and the normalizations' scale and shift are kept. The running statistics of LDM's BatchNorm are dropped, and the log says
+    so: a PatchDiscriminator normalizes each image for itself, so it starts as a related network, not as the same one.
+
+    Args:
+        tensors: the file's content.
+        file: what the log calls the file.
     """
-    start = (ldm_prefix(tensors) or "") + _DISCRIMINATOR + "main."
+    start = (ldm_prefix(tensors) or "") + _DISCRIMINATOR
     state = {
-        "layers." + key.removeprefix(start): value
-        for key, value in tensors.items()
-        if key.startswith(start) and not key.endswith(_RUNNING)
+        re.sub(r"^main\.", "layers.", key.removeprefix(start)): value for key, value in tensors.items() if key.startswith(start)
     }
-    return state or None
+    running = [key for key in state if key.endswith(_RUNNING)]
+    if running:
+        note(f"{file}: left out the running statistics of the discriminator's BatchNorm ({len(running)} tensors)")
+    return {key: value for key, value in state.items() if key not in running} or None

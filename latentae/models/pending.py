@@ -4,19 +4,32 @@ A convolution's bias and a residual block's addition each cost a pass over memor
 on the way into the next normalization, so there a layer hands on its bare output with what remains to be added. Elsewhere (a CPU,
 an export) the convolution adds its bias itself and the sum is made at once: native operators are fastest that way.
 
-The steps read plain `nn.GroupNorm`, `nn.Conv2d` and `nn.Linear` modules, whoever made them: `latentae.fuse` runs them on diffusers'.
+The steps take `nn.GroupNorm`, `nn.Conv2d` and `nn.Linear` modules of any model: `latentae.fuse` runs them on diffusers'. A step reads
+the parameters of plain layers. It calls any other layer: one that is replaced, wrapped, hooked or parametrized (see `plain.py`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from latentae_kernels import Norm, conv3x3, norm_act, norm_act_conv2d, resolve_backend, upsample_conv2d
 from torch import Tensor, nn
 
-__all__ = ["Pending", "add", "attend", "convolve", "normalize", "normalize_convolve", "residual_step", "upsample_convolve"]
+from latentae.models.plain import is_plain, is_plain_conv, is_plain_norm
+
+__all__ = [
+    "Pending",
+    "add",
+    "attend",
+    "convolve",
+    "normalize",
+    "normalize_activate",
+    "normalize_convolve",
+    "residual_step",
+    "upsample_convolve",
+]
 
 
 class Pending(NamedTuple):
@@ -32,22 +45,57 @@ class Pending(NamedTuple):
         return total if self.residual is None else total + self.residual
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Pending:
-    """A convolution, its bias pending where the kernels can add it for nothing."""
-    if not _fused(x):
+class ResidualLayers(Protocol):
+    """The layers of a residual block, here and in diffusers."""
+
+    @property
+    def norm1(self) -> nn.Module: ...
+    @property
+    def conv1(self) -> nn.Module: ...
+    @property
+    def norm2(self) -> nn.Module: ...
+    @property
+    def conv2(self) -> nn.Module: ...
+    @property
+    def conv_shortcut(self) -> nn.Module | None: ...
+
+
+class AttentionLayers(Protocol):
+    """The layers of single-head attention."""
+
+    @property
+    def group_norm(self) -> nn.Module: ...
+    @property
+    def to_q(self) -> nn.Module: ...
+    @property
+    def to_k(self) -> nn.Module: ...
+    @property
+    def to_v(self) -> nn.Module: ...
+    @property
+    def to_out(self) -> nn.ModuleList: ...
+
+
+def convolve(conv: nn.Module, x: Tensor, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> Pending:
+    """A convolution, its bias pending where the kernels can add it for nothing. The shape is that of a plain layer."""
+    if not _fused(x) or not is_plain_conv(conv, kernel=kernel, stride=stride, padding=padding):
         return Pending(conv(x))
-    return Pending(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias)  # pyright: ignore[reportArgumentType]
+    return Pending(F.conv2d(x, conv.weight, None, stride, padding), conv.bias)
 
 
-def upsample_convolve(conv: nn.Conv2d, x: Tensor) -> Pending:
-    """Nearest-neighbour doubling and a 3x3 convolution."""
+def upsample_convolve(conv: nn.Module, x: Tensor) -> Pending:
+    """Nearest-neighbor doubling and a 3x3 convolution."""
+    if not is_plain_conv(conv):
+        return Pending(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
     if not _fused(x):
         return Pending(upsample_conv2d(x, conv.weight, conv.bias))
     return Pending(upsample_conv2d(x, conv.weight), conv.bias)
 
 
-def normalize(norm: nn.GroupNorm, x: Pending) -> tuple[Tensor, Pending]:
-    """GroupNorm without activation; returns what was normalized too, for the skip around it."""
+def normalize(norm: nn.Module, x: Pending) -> tuple[Tensor, Pending]:
+    """GroupNorm without activation; returns its input too, for the skip around it."""
+    if not is_plain_norm(norm):
+        total = x.value()
+        return norm(total), Pending(total)
     arguments = (norm.weight, norm.bias, norm.num_groups, norm.eps, "identity", x.bias)
     if x.residual is None:
         return norm_act(x.x, *arguments), Pending(x.x, x.bias)
@@ -55,11 +103,21 @@ def normalize(norm: nn.GroupNorm, x: Pending) -> tuple[Tensor, Pending]:
     return y, Pending(total)
 
 
-def normalize_convolve(norm: nn.GroupNorm, conv: nn.Conv2d, x: Pending, *, last_use: bool = False) -> tuple[Pending, Pending]:
-    """GroupNorm, SiLU and a 3x3 convolution of stride 1; returns what was normalized too, for the skip around it.
+def normalize_activate(norm: nn.Module, x: Tensor) -> Tensor:
+    """GroupNorm and SiLU."""
+    if not is_plain_norm(norm):
+        return F.silu(norm(x))
+    return norm_act(x, norm.weight, norm.bias, norm.num_groups, norm.eps, "silu")
+
+
+def normalize_convolve(norm: nn.Module, conv: nn.Module, x: Pending, *, last_use: bool = False) -> tuple[Pending, Pending]:
+    """GroupNorm, SiLU and a 3x3 convolution of stride 1; returns the input of the norm too, for the skip around it.
 
     `last_use`: nobody reads x afterwards, so a CPU may write the result into its memory (the second value is then void).
     """
+    if not (is_plain_norm(norm) and is_plain_conv(conv)):
+        total = x.value()
+        return convolve(conv, normalize_activate(norm, total)), Pending(total)
     if not _fused(x.x):
         total = x.value()
         step = Norm(norm.weight, norm.bias, norm.num_groups, norm.eps)
@@ -71,34 +129,38 @@ def normalize_convolve(norm: nn.GroupNorm, conv: nn.Conv2d, x: Pending, *, last_
     return Pending(out, conv.bias), Pending(total)
 
 
-def add(branch: Pending, skip: Pending) -> Pending:
-    """A branch, whose memory nobody else reads, onto its skip: left to the next normalization, or made at once."""
+def add(branch: Pending, skip: Pending, *, overwrite: bool) -> Pending:
+    """Add a branch to its skip, or leave the addition to the next normalization.
+
+    `overwrite`: the branch comes from a plain layer, so nobody else has its memory.
+    """
     if _fused(branch.x):
         bias = branch.bias if skip.bias is None else skip.bias if branch.bias is None else branch.bias + skip.bias
         return Pending(branch.x, bias, skip.x)
     x, y = branch.value(), skip.value()
-    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not overwrite or torch.is_grad_enabled() or torch.compiler.is_exporting():
         return Pending(y + x)
     return Pending(x.add_(y))  # fresh memory costs a CPU more than the addition
 
 
-def residual_step(block: nn.Module, x: Pending) -> Pending:
-    """Two norm-activation-convolution steps around a skip; `block` has norm1, conv1, norm2, conv2 and conv_shortcut (or None)."""
-    norm1, norm2, conv1, conv2, shortcut = block.norm1, block.norm2, block.conv1, block.conv2, block.conv_shortcut
-    h, skip = normalize_convolve(norm1, conv1, x)  # pyright: ignore[reportArgumentType]
-    h, _ = normalize_convolve(norm2, conv2, h, last_use=True)  # pyright: ignore[reportArgumentType]
-    return add(h, skip if shortcut is None else convolve(shortcut, skip.value()))  # pyright: ignore[reportArgumentType]
+def residual_step(block: ResidualLayers, x: Pending) -> Pending:
+    """Two norm-activation-convolution steps around a skip."""
+    h, skip = normalize_convolve(block.norm1, block.conv1, x)
+    h, _ = normalize_convolve(block.norm2, block.conv2, h, last_use=is_plain_conv(block.conv1))
+    if block.conv_shortcut is not None:
+        skip = convolve(block.conv_shortcut, skip.value(), kernel=1, padding=0)
+    return add(h, skip, overwrite=is_plain_conv(block.conv2))
 
 
-def attend(attention: nn.Module, x: Pending) -> Pending:
-    """Single-head self-attention over all pixels, around a skip; `attention` has group_norm, to_q, to_k, to_v and to_out[0]."""
-    y, skip = normalize(attention.group_norm, x)  # pyright: ignore[reportArgumentType]
+def attend(attention: AttentionLayers, x: Pending) -> Pending:
+    """Single-head self-attention over all pixels, around a skip."""
+    y, skip = normalize(attention.group_norm, x)
     tokens = y.flatten(2).transpose(1, 2)  # [B, HW, C]
     layers = (attention.to_q, attention.to_k, attention.to_v)
-    q, k, v = (layer(tokens).unsqueeze(1) for layer in layers)  # pyright: ignore[reportCallIssue]  # [B, 1 head, HW, C]
-    mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-    out = attention.to_out[0](mixed)  # pyright: ignore
-    return add(Pending(out.transpose(1, 2).reshape(y.shape)), skip)
+    q, k, v = (layer(tokens).unsqueeze(1) for layer in layers)  # [B, 1 head, HW, C]
+    last = attention.to_out[0]
+    out: Tensor = last(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+    return add(Pending(out.transpose(1, 2).reshape(y.shape)), skip, overwrite=is_plain(last, nn.Linear))
 
 
 def _fused(x: Tensor) -> bool:

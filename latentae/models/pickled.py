@@ -1,8 +1,18 @@
-"""Pickled checkpoints, read as plain tensors by torch's restricted unpickler, which runs no code."""
+"""Pickled checkpoints, read as plain tensors without running any code of the file.
+
+torch's restricted unpickler reads most files. It refuses those that name classes of a trainer, such as the callbacks of Lightning 1.4
+that LDM's own checkpoints hold. These files are read a second time, with every unknown class or function replaced by an inert
+stand-in: nothing is imported, and only OrderedDict and torch's functions that rebuild a dense tensor are called.
+"""
 
 from __future__ import annotations
 
+import collections
+import pickle
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,33 +23,158 @@ from latentae.errors import ModelError
 __all__ = ["PICKLES", "read_pickle"]
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_STATE = "state_dict"
 
 
-def read_pickle(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a pickled checkpoint, or of its "state_dict"; what else it holds is left out.
+def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a pickled checkpoint, and the names of its other entries, which are left out.
+
+    The tensors are the file's own, those of its "state_dict", or those of its only entry that is a dict of tensors.
 
     Raises:
-        ModelError: it is damaged, holds no dict, or asks for more of Python than tensors.
+        ModelError: the file is damaged, holds no dict of tensors or several, or one of its weights is not a plain tensor.
     """
-    try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can make the unpickler fail in any way
-        raise ModelError(
-            f"could not read {file} as plain tensors ({type(error).__name__}: {_first_sentence(error)}); it is damaged or asks for "
-            "more of Python than that, which is refused: use a .safetensors copy"
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    content = _content(file)
     if not isinstance(content, dict):
-        raise ModelError(f"{file} holds a {type(content).__name__}, expected a dict of tensors, or one under 'state_dict'")
-    return {key: value for key, value in content.items() if isinstance(key, str) and _is_plain(value)}
+        what = content.name if isinstance(content, _Inert) else type(content).__name__
+        raise ModelError(f"could not read {file}: it holds a {what}, no state dict; save the model's state_dict()")
+    state, rest = content, []
+    nested = [key for key, value in content.items() if _is_state(value)]
+    if _STATE in nested or not _is_state(content):
+        if _STATE not in nested and len(nested) != 1:
+            found = f"several dicts of tensors ({', '.join(map(str, nested))})" if nested else "no dict of tensors"
+            raise ModelError(f"{file} holds {found}; save the one state dict that you want in a file of its own")
+        name = _STATE if _STATE in nested else nested[0]
+        state, rest = content[name], [str(key) for key in content if key != name]
+    tensors = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor | _Inert):
+            tensors[str(key)] = _plain(value, key, file)
+        else:
+            rest.append(str(key))
+    return tensors, rest
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor that owns all of its values; a file can also claim terabytes by a stride of zero."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-        return False
-    return value.nbytes <= value.untyped_storage().nbytes()
+def _is_state(value: Any) -> bool:
+    """Whether this is a dict of weights; numbers, such as a count of steps, may be tensors without being weights."""
+    return isinstance(value, dict) and any(isinstance(item, Tensor) and item.ndim for item in value.values())
+
+
+def _plain(value: Tensor | _Inert, key: Any, file: str | Path) -> Tensor:
+    """`value`, a dense tensor that owns all of its values; a file can also claim terabytes by a stride of zero."""
+    if isinstance(value, _Inert):
+        found = f"a {value.name}"
+    elif value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+        found = f"a tensor of layout {value.layout}, type {value.dtype}, on {value.device.type}"
+    elif value.nbytes > value.untyped_storage().nbytes():
+        found = "a view that repeats its values"
+    else:
+        return value
+    raise ModelError(f"{file}: {key} is {found}, expected a dense tensor; save the weights again as .safetensors")
+
+
+def _content(file: str | Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can make the unpickler fail in any way
+        try:
+            return _inert_content(file)
+        except Exception:
+            raise ModelError(
+                f"could not read {file} as plain tensors ({type(error).__name__}: {_first_sentence(error)}); the file is damaged or "
+                "of an unknown format, use another copy"
+            ) from error
+
+
+def _inert_content(file: str | Path) -> Any:
+    """The file's content with stand-ins; torch reads the container and the values, `_InertUnpickler` the pickle in it."""
+    with Path(file).open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"  # as torch decides
+    if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
+        raise pickle.UnpicklingError("a TorchScript archive, which holds code")
+    if tarfile.is_tarfile(file):
+        raise pickle.UnpicklingError("a tar archive of torch before 0.1.10")
+    module = SimpleNamespace(
+        __name__=__name__, Unpickler=_InertUnpickler, load=lambda *args, **kw: _InertUnpickler(*args, **kw).load()
+    )
+    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=module)
+
+
+class _Inert:
+    """Where a file names a class, a function or an object of one: it keeps the name, takes everything and does nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def append(self, value: Any) -> None:
+        """Ignore an item."""
+
+    extend = append
+    add = append
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Ignore an item."""
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
+    """A dense tensor; whether it needs a gradient, its hooks and its metadata are left out."""
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_CALLED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+}
+
+
+class _InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Python's unpickler, in which the operations that call something call what is in _CALLED, and nothing else."""
+
+    stack: list[Any]
+    append: Callable[[Any], None]
+    dispatch: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What the file calls `module.name`; nothing is imported."""
+        return _CALLED.get((module, name)) or _Inert(f"{module}.{name}")
+
+    def _called(self, function: Any, args: Any) -> Any:
+        if any(function is known for known in _CALLED.values()):
+            return function(*args)
+        return function if isinstance(function, _Inert) else _Inert(type(function).__name__)
+
+    def get_extension(self, code: int) -> None:
+        """An object by its number in this process's registry, which is not read."""
+        self.append(_Inert(f"extension {code}"))
+
+    def load_reduce(self) -> None:
+        """A call."""
+        args = self.stack.pop()
+        self.stack[-1] = self._called(self.stack[-1], args)
+
+    def load_newobj(self) -> None:
+        """A new object of a class."""
+        self.load_reduce()
+
+    def load_newobj_ex(self) -> None:
+        """A new object of a class, with keyword arguments."""
+        self.stack.pop()
+        self.load_reduce()
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        """A new object of a class, in the oldest protocols."""
+        self.append(self._called(klass, args))
+
+    def load_build(self) -> None:
+        """An object's state, which no tensor needs."""
+        self.stack.pop()
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def _first_sentence(error: Exception) -> str:

@@ -1,15 +1,17 @@
 """Finding, loading and saving the weights of an autoencoder.
 
 exported folder   config.json, diffusion_pytorch_model.safetensors          (diffusers' own names), or config.json, vae.ldm.safetensors
+diffusers folder  the same; or shards with an index, .bin, or a half-precision variant where there is nothing else
 checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
 run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
-file              .safetensors, or pickled: LDM's names or diffusers', with a config.json beside it or without
+file              .safetensors, pickled, or an index of shards: LDM's names or diffusers', with or without config.json in its folder
 owner/name        a repository on the Hub that holds an exported folder, or one as `vae/`
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,19 +19,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from latentae.errors import ModelError
+from latentae.errors import ModelError, some
 from latentae.files import atomic_file, read_json, sha256, write_json
 from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
 from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig, read_config
 from latentae.models.hub import hub_id, snapshot
 from latentae.models.ldm import from_ldm, infer_config, ldm_prefix, renamed_to_ldm
-from latentae.models.pickled import PICKLES, read_pickle
-from latentae.progress import say
+from latentae.models.pickled import PICKLES
+from latentae.models.weight_files import is_weights_file, note_left_out, prefix_before, read_tensors, split_unknown, weight_parts
+from latentae.progress import note
 
 __all__ = [
     "CHECKPOINTS",
@@ -42,6 +44,7 @@ __all__ = [
     "WEIGHTS",
     "ModelSource",
     "fitting_state",
+    "folder_weights",
     "inferred_config",
     "load_model",
     "load_weights",
@@ -59,7 +62,27 @@ PROVENANCE = "latentae.json"
 CHECKPOINT_WEIGHTS = {"ema": "ema.safetensors", "raw": "autoencoder.safetensors"}
 
 _DIFFUSERS_MARK = "encoder.mid_block.resnets.0.conv1.weight"
-_HUB_FILES = tuple(f"{folder}{name}" for folder in ("", "vae/") for name in (CONFIG, WEIGHTS, LDM_WEIGHTS, PROVENANCE))
+_FOLDERS = ("", "vae/")  # of the model itself, or of a pipeline
+
+# What holds the weights in a diffusers folder, by patterns, from the best to the last resort; "*" in a name is a variant such as fp16.
+_STEM = "diffusion_pytorch_model"
+_WEIGHTS = (
+    (WEIGHTS, f"{WEIGHTS}.index.json"),
+    (LDM_WEIGHTS,),
+    (f"{_STEM}.bin", f"{_STEM}.bin.index.json"),
+    (f"{_STEM}.*.safetensors", f"{_STEM}.*safetensors.index*.json"),
+    (f"{_STEM}.*.bin", f"{_STEM}.*bin.index*.json"),
+)
+_VARIANTS = 3  # of these, the first that is a variant
+_SHARD = re.compile(r"-\d+-of-\d+\.")
+# What is fetched from the Hub, row by row, until there are weights.
+_HUB_FILES = (
+    (CONFIG, PROVENANCE, WEIGHTS, LDM_WEIGHTS),
+    (f"{WEIGHTS}.index.json", f"{_STEM}-*.safetensors"),
+    (f"{_STEM}.bin", f"{_STEM}.bin.index.json", f"{_STEM}-*.bin"),
+    (f"{_STEM}.*.safetensors", f"{_STEM}.*index*.json"),
+    (f"{_STEM}.*.bin",),
+)
 
 # diffusers wrote attention layers under these names until 2023; its oldest VAE folders still have them.
 _DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -91,9 +114,10 @@ class ModelSource:
 def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
     """Find config and weights behind a run folder, checkpoint, exported folder, file of weights or name of a repository on the Hub.
 
-    A file may be .safetensors, .ckpt, .pt, .pth or .bin, and its names diffusers' or LDM's, with the prefixes "",
-    "first_stage_model." and "vae."; its shape is that of the config.json beside it, or what the tensors say. Pickled files are read
-    as tensors only: one that wants more of Python is refused. What is no path here and reads `owner/name` is looked for on the Hub.
+    A file may be .safetensors, .ckpt, .pt, .pth, .bin or an index of shards. Its names are diffusers' or LDM's, with or without a prefix
+    such as "first_stage_model." or "module."; its shape is that of the config.json in its folder, or what the tensors say. Pickled files
+    are read as tensors and run no code. In a diffusers folder full precision is preferred to a variant, and safetensors to .bin. What is
+    no path here and reads `owner/name` is looked for on the Hub.
 
     Raises:
         ModelError: `path` is none of these, or a part is missing.
@@ -101,14 +125,14 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
     if weights not in CHECKPOINT_WEIGHTS:
         raise ModelError(f"weights is {weights!r}, expected 'ema' or 'raw'")
     name = hub_id(path)
-    path = Path(path) if name is None else snapshot(name, _HUB_FILES)
+    path = Path(path) if name is None else _fetched(name)
     if not path.exists():
         raise ModelError(
             f"{path} does not exist; give a run folder, a checkpoint, an exported folder, a file of weights or owner/name on the Hub"
         )
     if path.is_file():
-        if path.suffix not in (".safetensors", *PICKLES):
-            raise ModelError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)}")
+        if not is_weights_file(path):
+            raise ModelError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)} or an index of shards")
         return _source(path, path, path.with_name(CONFIG), "file")
     latest = path / CHECKPOINTS / LATEST
     if latest.is_file():
@@ -119,11 +143,44 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
         raise ModelError(f"{path} is a run without a finished checkpoint yet; let it train on, or give another model")
     if (path / META).is_file():
         return _source(path, path / CHECKPOINT_WEIGHTS[weights], path / CONFIG, "checkpoint")
-    for file in (path / WEIGHTS, path / "vae" / WEIGHTS, path / LDM_WEIGHTS, path / "vae" / LDM_WEIGHTS):
-        if file.is_file():
-            return _source(path, file, file.with_name(CONFIG), "folder")
+    file = folder_weights(path)
+    if file is not None:
+        return _source(path, file, file.with_name(CONFIG), "folder")
     where = f"{name} on the Hub" if name else str(path)
-    raise ModelError(f"{where} holds no model: expected {WEIGHTS}, a checkpoint's {META} or a run's {CHECKPOINTS}/{LATEST}")
+    others = sorted(file.name for file in path.iterdir() if is_weights_file(file))
+    advice = f"; it has {some(others)}: give one of these files itself" if others else ""
+    raise ModelError(
+        f"{where} holds no model: expected {WEIGHTS}, a checkpoint's {META} or a run's {CHECKPOINTS}/{LATEST}{advice}"
+    )
+
+
+def folder_weights(path: Path) -> Path | None:
+    """The file of weights, or the index of shards, in a diffusers folder or the `vae/` of a pipeline; None if there is none.
+
+    Raises:
+        ModelError: several files are equally good.
+    """
+    for row, patterns in enumerate(_WEIGHTS):
+        for folder in _FOLDERS:
+            files = {file for pattern in patterns for file in (path / folder).glob(pattern)}
+            found = sorted(file for file in files if file.is_file() and not _SHARD.search(file.name))
+            if len(found) > 1:
+                raise ModelError(f"{path / folder} holds {some([file.name for file in found])}; give the file that you want")
+            if found and row >= _VARIANTS:
+                note(f"{found[0]}: its folder has no weights in full precision, so this variant is read")
+            if found:
+                return found[0]
+    return None
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a repository on the Hub with the first kind of weights that it has."""
+    folder = Path()
+    for patterns in _HUB_FILES:
+        folder = snapshot(name, [f"{part}{pattern}" for part in _FOLDERS for pattern in patterns])
+        if folder_weights(folder) is not None:
+            break
+    return folder
 
 
 def _source(
@@ -150,8 +207,9 @@ def _source(
 
 
 def weights_fingerprint(file: Path, config: AutoencoderConfig) -> str:
-    """Hex digest of a file of weights and the config it is read with."""
-    return hashlib.sha256((sha256(file) + config.model_dump_json()).encode()).hexdigest()
+    """Hex digest of a file of weights, or of all shards of an index, and the config it is read with."""
+    digests = "".join(sha256(part) for part in weight_parts(file))
+    return hashlib.sha256((digests + config.model_dump_json()).encode()).hexdigest()
 
 
 def inferred_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
@@ -162,65 +220,70 @@ def inferred_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLC
     Raises:
         ModelError: `tensors` are not those of an autoencoder that this library has.
     """
-    if ldm_prefix(tensors) is not None:
-        with _naming(file):
+    with _naming(file):
+        if ldm_prefix(tensors) is not None:
             return infer_config(tensors)
-    current = {_current_name(key): value for key, value in tensors.items()}
+        current = _unprefixed(_current(tensors), _DIFFUSERS_MARK)[1]
     if _DIFFUSERS_MARK not in current:
         raise ModelError(
             f"{file} has no {CONFIG} beside it, and its tensors are not those of an AutoencoderKL; put its {CONFIG} there"
         )
     with _naming(file):
         config = infer_config(renamed_to_ldm(current))
-    say(
+    note(
         f"{file}: no {CONFIG} beside it; its shape was read from the tensors, norms taken to have {config.norm_num_groups} groups"
     )
     return config
 
 
-def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """Everything in a file of weights; of a pickled one its tensors, without running any code.
-
-    Raises:
-        ModelError: it is damaged or can't be read.
-    """
-    if Path(file).suffix in PICKLES:
-        return read_pickle(file)
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"could not read {file} ({error}); the file is damaged, use another copy") from error
-
-
 def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """The content of `file` as a state dict of `model` (which may be on the meta device: only shapes are read).
 
-    Names may be LDM's, or those that diffusers used until 2023.
+    Names may be LDM's, or those that diffusers used until 2023, behind any prefix. The log names tensors that a training left in the
+    file, and other components of it.
 
     Raises:
-        ModelError: a key or shape does not fit; the first one is named.
+        ModelError: a key, shape or type does not fit, or a tensor is unknown; the first ones are named.
     """
-    if isinstance(model.config, AutoencoderKLConfig) and ldm_prefix(tensors) is not None:
-        with _naming(file):
-            return from_ldm(tensors, model.config)
-    state = {_current_name(key): _as_current(key, value) for key, value in tensors.items()}
+    expected = model.state_dict()
+    with _naming(file):
+        if isinstance(model.config, AutoencoderKLConfig) and ldm_prefix(tensors) is not None:
+            state = from_ldm(tensors, model.config, file)
+        else:
+            current = _current(tensors)
+            prefix, state = _unprefixed(current, max(expected, key=len))
+            _check_shapes(model, state)
+            unknown, harmless = split_unknown(current, {prefix + key for key in expected}, prefix)
+            missing = [key for key in expected if key not in state]
+            if missing or unknown:
+                what = f"it lacks {some(missing)}" if missing else f"it has unknown {some(unknown)}"
+                raise ModelError(f"{what}; the weights and config.json belong to different models")
+            note_left_out(file, harmless)
+            state = {key: state[key] for key in expected}
+        for key, value in state.items():
+            if expected[key].is_floating_point() and not value.is_floating_point():
+                raise ModelError(f"{key} has type {value.dtype}, expected floating point; give weights that are not quantized")
+    return state
+
+
+def _current(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under today's names of diffusers."""
+    return {_current_name(key): _as_current(key, value) for key, value in tensors.items()}
+
+
+def _unprefixed(tensors: Mapping[str, Tensor], mark: str) -> tuple[str, dict[str, Tensor]]:
+    """What is before the autoencoder's keys, of which `mark` is one, and the tensors behind it."""
+    prefix = prefix_before(tensors, mark) or ""
+    return prefix, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _check_shapes(model: Autoencoder, state: Mapping[str, Tensor]) -> None:
     expected = model.state_dict()
     wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     if wrong:
         key = next((k for k in wrong if k.startswith(("quant_conv", "post_quant_conv", "decoder.conv_in"))), wrong[0])
         hint = f"; the config says latent_channels = {model.config.latent_channels}" if key != wrong[0] or "quant" in key else ""
-        raise ModelError(
-            f"{file}: {key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}"
-        )
-    missing, unknown = [k for k in expected if k not in state], [k for k in state if k not in expected]
-    if missing or unknown:
-        what = (
-            f"lacks {missing[0]} (and {len(missing) - 1} more)"
-            if missing
-            else f"has unknown {unknown[0]} (and {len(unknown) - 1} more)"
-        )
-        raise ModelError(f"{file} {what}; the weights and config.json belong to different models")
-    return state
+        raise ModelError(f"{key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}")
 
 
 def load_weights(model: Autoencoder, file: str | Path) -> None:
@@ -249,7 +312,7 @@ def _current_name(key: str) -> str:
 
 def _as_current(key: str, value: Tensor) -> Tensor:
     """Attention layers stored as 1x1 convolutions (LDM's way) become linear ones."""
-    return value[:, :, 0, 0] if "attentions" in key and value.ndim == 4 else value
+    return value[:, :, 0, 0] if "attentions" in key and value.ndim == 4 and value.shape[2:] == (1, 1) else value
 
 
 def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> tuple[Autoencoder, ModelSource]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.file_names import check_file_names
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
 from latentae.evaluation.images import image_grid, write_png
@@ -44,6 +46,7 @@ def denoise(
     batch_size: int = 16,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Write what the model makes of noisy images, or of clean ones to which Gaussian noise is added to see what it is worth.
 
@@ -60,6 +63,7 @@ def denoise(
         batch_size: images at a time; changes speed and memory only.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -69,9 +73,11 @@ def denoise(
     """
     if not 0 <= noise < math.inf:
         raise RecipeError(f"noise is {noise:g}, expected a standard deviation of 0 or more on the scale of [-1, 1]")
+    seed = whole_seed(seed)
     network = Network(model, weights, device, reconstructs=True)
     network.check(resolution, batch_size)
-    images = open_images(inputs)
+    images = open_images(inputs, max_pixels=max_pixels)
+    check_file_names(Path(out) / IMAGES, ((f"{key}.png", f"image {name}") for key, name in images.names()))
     facts = {"model": network.fingerprint, "inputs": images.digest, "noise": noise, "seed": seed, "resolution": resolution}
     job = Job.open(out, "denoise", facts)
     if job.state == "finished":

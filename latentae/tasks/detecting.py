@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.evaluation.distance import Distance, choose_distance
@@ -37,6 +38,7 @@ SCORES = ("combined", "error", "peak", "latent", "perceptual")
 TABLE, SUMMARY, NORMAL, HEAT = "scores.csv", "summary.json", "normal.json", "heat"
 PART = 4096
 _CALIBRATION = 0.5
+_NAMED = 200  # bytes of a key in the name of its heat map, whose number keeps it apart
 _COMBINED = ("error", "peak", "latent")
 _BRIGHT = 2.0  # times the threshold of the peak is the brightest colour of a heat map
 
@@ -57,6 +59,7 @@ def anomaly(
     batch_size: int = 16,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Score how unlike normal images each image is, with a threshold that `quantile` of normal images stay below.
 
@@ -80,6 +83,7 @@ def anomaly(
         batch_size: images at a time; changes speed and memory only.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -92,10 +96,11 @@ def anomaly(
             f"quantile is {quantile:g}, score {score!r} and heat_maps {heat_maps}; expected 0 < quantile < 1, one of {', '.join(SCORES)}, "
             "and 0 or more"
         )
+    seed = whole_seed(seed)
     network = Network(model, weights, device, reconstructs=True)
     network.check(resolution, batch_size)
     distance = _perceptual(perceptual, network, resolution, score)
-    normals, images = open_images(normal, "normal images"), open_images(inputs)
+    normals, images = open_images(normal, "normal images", max_pixels), open_images(inputs, max_pixels=max_pixels)
     label_of, label_kind = read_labels(labels)
     facts = {"model": network.fingerprint, "normal": normals.digest, "inputs": images.digest, "labels": label_kind}
     options = {"quantile": quantile, "score": score, "perceptual": distance.name, "heat_maps": heat_maps, "seed": seed}
@@ -256,8 +261,8 @@ class _Detection:
             maps = error_map(self.network.pixels(batch), reconstructions) / brightest
             for item, heat, result in zip(batch.items, maps, to_uint8(reconstructions).cpu(), strict=True):
                 shown = [rgb(to_uint8(to_float(item.image))), rgb(result), heat_picture(heat)]
-                name = f"{ranks[item.number]:03}-{item.key.replace('/', '__')}.png"
-                write_png(folder / name, image_grid([[enlarge(image) for image in shown]]))
+                flat = item.key.replace("/", "__").encode("utf-8", "surrogateescape")[:_NAMED].decode("utf-8", "ignore")
+                write_png(folder / f"{ranks[item.number]:03}-{flat}.png", image_grid([[enlarge(image) for image in shown]]))
 
     def _batches(self, images: Images, numbers: Sequence[int], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[Batch]:
         items = images.items(numbers, self.labels, channels=self.network.channels, resolution=self.resolution, wanted=wanted)

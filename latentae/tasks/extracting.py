@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.errors import ImageError, RecipeError
 from latentae.evaluation.latents.probe import probe_report
 from latentae.files import atomic_file, read_json, write_json
@@ -41,6 +42,7 @@ def features(
     batch_size: int = 16,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Write the features of images, and where images have labels, how well a linear classifier tells them apart by these.
 
@@ -59,6 +61,7 @@ def features(
         batch_size: images at a time; changes speed and memory only.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -73,7 +76,7 @@ def features(
         )
     network = Network(model, weights, device)
     network.check(resolution, batch_size)
-    images, (label_of, label_kind) = open_images(inputs), read_labels(labels)
+    images, (label_of, label_kind) = open_images(inputs, max_pixels=max_pixels), read_labels(labels)
     facts = {"model": network.fingerprint, "inputs": images.digest, "pool": pool, "format": format, "labels": label_kind}
     job = Job.open(out, "features", {**facts, "resolution": resolution})
     if job.state == "finished":

@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from latentae.data.decode import IMAGE_EXTENSIONS, decode_image, image_extension
-from latentae.data.folder import ImageFolder, SourceImage, escape_key
+from latentae.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, image_extension
+from latentae.data.folder import ImageFolder, SourceImage, by_stem, escape_key, find_sidecars
 from latentae.data.index import ShardIndex, load_index
 from latentae.data.reading import READ_EXTENSIONS, read_samples
 from latentae.data.shards import expand_shards
@@ -50,10 +50,16 @@ class Images(ABC):
     Attributes:
         digest: equal for equal images in equal order.
         count: how many there are.
+        max_pixels: of an image; larger ones are errors.
     """
 
     digest: str
     count: int
+    max_pixels: int = MAX_PIXELS
+
+    @abstractmethod
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Key of each image, and where it is, for messages."""
 
     @abstractmethod
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
@@ -86,7 +92,9 @@ class Images(ABC):
                 extension = image_extension(members)
                 if extension is None:
                     raise ImageError(f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
-                image = decode_image(members[extension], name, channels=channels, bits=None)
+                short = LONGEST_SIDE if resolution is None else resolution
+                options: dict[str, Any] = {"bits": None, "max_pixels": self.max_pixels, "short": short}
+                image = decode_image(members[extension], name, channels=channels, **options)
                 yield Item(number, key, fit_image(image, resolution), labels(key, members))
 
 
@@ -103,6 +111,9 @@ class _Files(Images):
     def __init__(self, files: Sequence[SourceImage], digest: str) -> None:
         self._files, self.digest, self.count = files, digest, len(files)
 
+    def names(self) -> Iterator[tuple[str, str]]:
+        return ((file.key, str(file.path)) for file in self._files)
+
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
         for number in numbers:
             file = self._files[number]
@@ -118,6 +129,9 @@ class _Shards(Images):
         self._index, self.digest, self.count = index, index.digest, index.samples
         self._first = np.cumsum([0, *(entry.samples for entry in index.shards)])
 
+    def names(self) -> Iterator[tuple[str, str]]:
+        return ((key, f"{key} in {shard}") for key, shard in self._index.names())
+
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
         bounds = np.searchsorted(np.asarray(numbers), self._first)
         for shard, entry in enumerate(self._index.shards):
@@ -128,17 +142,24 @@ class _Shards(Images):
                     yield raw["__key__"], f"{raw['__key__']} in {shown(entry.path)}", members
 
 
-def open_images(inputs: InputSpec, what: str = "inputs") -> Images:
+def open_images(inputs: InputSpec, what: str = "inputs", max_pixels: int = MAX_PIXELS) -> Images:
     """Find the images that the user named.
 
     Args:
         inputs: a folder of images (with its subfolders) or of shards, image files, or shards as everywhere: a file, a glob, a
             brace pattern or a URL.
         what: they are, for messages.
+        max_pixels: refuse images of more pixels by their header when they are read.
 
     Raises:
         DataError: there are none, or two files would have one key.
     """
+    images = _open(inputs, what)
+    images.max_pixels = max_pixels
+    return images
+
+
+def _open(inputs: InputSpec, what: str) -> Images:
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if not paths:
         raise DataError(f"no {what} given; name a folder of images, image files or shards")
@@ -155,13 +176,17 @@ def open_images(inputs: InputSpec, what: str = "inputs") -> Images:
 
 def _named_files(paths: Sequence[Path]) -> Images:
     files: dict[str, SourceImage] = {}
+    names: dict[Path, dict[tuple[str, str], list[str]]] = {}
     for path in paths:
         key = escape_key(path.stem)
         if not path.is_file():
             raise DataError(f"no image file {path}; name files, a folder of images or shards")
         if key in files:
             raise DataError(f"{files[key].path} and {path} would both be sample {key!r}; give their folder instead")
-        files[key] = SourceImage(path, key, path.stat().st_size, tuple(p for p in [path.with_suffix(".cls")] if p.is_file()))
+        if path.parent not in names:
+            names[path.parent] = by_stem(entry.name for entry in path.parent.iterdir())
+        sidecars = tuple(side for side in find_sidecars(path, names[path.parent]) if side.suffix.lower() == ".cls")
+        files[key] = SourceImage(path, key, path.stat().st_size, sidecars)
     rows = [[key, file.path.suffix, file.bytes] for key, file in files.items()]
     return _Files(list(files.values()), hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest())
 
@@ -184,7 +209,7 @@ def read_labels(labels: str | Path) -> tuple[Labels, str]:
         return (lambda key, members: key.partition("/")[0] if "/" in key else None), "folder"
     table = _read_table(Path(labels))
     digest = hashlib.blake2b(json.dumps(sorted(table.items())).encode(), digest_size=16).hexdigest()
-    return (lambda key, members: table.get(key)), digest
+    return (lambda key, members: table.get(key, table.get(key.encode("utf-8", "backslashreplace").decode()))), digest
 
 
 def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
@@ -194,9 +219,9 @@ def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
 
 def _read_table(path: Path) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # keys need not be UTF-8
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"labels {path} can't be read ({error}); give auto, folder, none or a CSV file with key,label") from error
     if not rows or not {"key", "label"} <= set(rows[0]):
         raise DataError(f"labels {path} has no columns key and label, or no row; its first line must be key,label")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentae.data.headers import MAX_PIXELS
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
 from latentae.evaluation.images import image_grid
@@ -31,6 +32,7 @@ def interpolate(
     resolution: int | None = None,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Decode the latents between those of two images: a strip, over the cross-fade of the two reconstructions to compare with.
 
@@ -44,6 +46,7 @@ def interpolate(
         resolution: side of the centre square of both; the model's own when not given.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         `file`, and how it was made, which the PNG says in its text chunk "latentae", too.
@@ -57,7 +60,7 @@ def interpolate(
     network = Network(model, weights, device)
     size = network.source.resolution if resolution is None else resolution
     network.check(size, 1)
-    ends = [_read(network, path, size) for path in (a, b)]
+    ends = [_read(network, path, size, max_pixels) for path in (a, b)]
     first, last = (network.encode(Batch([item], item.image[None])).mode()[0].cpu() for item in ends)
     latents = torch.stack(
         [mix_latents(first, last, step / (steps - 1), mode, network.config.shift_factor) for step in range(steps)]
@@ -70,9 +73,9 @@ def interpolate(
     return {"file": str(file), **note}
 
 
-def _read(network: Network, path: str | Path, resolution: int) -> Item:
+def _read(network: Network, path: str | Path, resolution: int, max_pixels: int) -> Item:
     no_labels = read_labels("none")[0]
-    images = open_images([path], "images")
+    images = open_images([path], "images", max_pixels)
     return next(images.items([0], no_labels, channels=network.channels, resolution=resolution))
 
 

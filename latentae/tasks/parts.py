@@ -50,8 +50,9 @@ class Parts:
             yield from read_json(self._file(part))
 
     def write_table(self, file: Path, columns: Sequence[str]) -> None:
-        """Write the rows of all parts as one CSV; None is an empty cell, floats have all their digits."""
-        with atomic_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as target:
+        """Write the rows of all parts as one CSV; None is an empty cell, floats have all digits, keys that are not UTF-8 are escaped."""
+        options: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with atomic_file(file) as temporary, temporary.open("w", **options) as target:
             writer = csv.writer(target, lineterminator="\n")
             writer.writerow(columns)
             for row in self.rows():

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.order import whole_seed
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.evaluation.images import image_grid
@@ -36,6 +38,7 @@ def sample(
     batch_size: int = 16,
     weights: str = "ema",
     device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Decode random latents to a picture.
 
@@ -54,6 +57,7 @@ def sample(
         batch_size: images at a time.
         weights: "ema" or "raw".
         device: "auto", "cpu", "cuda" or "cuda:N".
+        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         `file`, and how it was made, which the PNG says, too.
@@ -64,6 +68,7 @@ def sample(
     file = check_png(out)
     if count < 1:
         raise RecipeError(f"count is {count}, expected 1 or more")
+    seed = whole_seed(seed)
     network = Network(model, weights, device)
     size = network.source.resolution if resolution is None else resolution
     network.check(size, batch_size)
@@ -73,7 +78,7 @@ def sample(
         side = size // network.downsampling
         drawn = _noise(count, (network.config.latent_channels, side, side), seed)
     else:
-        gaussian = fit_latent_gaussian(_posteriors(network, latents, size, resolution, batch_size))
+        gaussian = fit_latent_gaussian(_posteriors(network, latents, size, resolution, batch_size, max_pixels))
         kind = "whole latents" if gaussian.whole else "the channels of each place"
         note |= {"distribution": f"Gaussian fitted to {kind}", "fitted_on": gaussian.latents}
         drawn = gaussian.color(_noise(count, gaussian.shape, seed))
@@ -106,7 +111,7 @@ def _prior_note(network: Network) -> dict[str, Any]:
 
 
 def _posteriors(
-    network: Network, latents: InputSpec, size: int, resolution: int | None, batch_size: int
+    network: Network, latents: InputSpec, size: int, resolution: int | None, batch_size: int, max_pixels: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of latents that were encoded before, or of those of images."""
     if isinstance(latents, str | Path) and (record := _encoded(latents)) is not None:
@@ -123,7 +128,7 @@ def _posteriors(
                 yield posterior.mean[None], posterior.logvar[None].exp()
                 progress.advance()
         return
-    images, no_labels = open_images(latents), read_labels("none")[0]
+    images, no_labels = open_images(latents, max_pixels=max_pixels), read_labels("none")[0]
     with Progress("sample: fitting", images.count) as progress:
         items = images.items(range(images.count), no_labels, channels=network.channels, resolution=size)
         for batch in batches(items, batch_size):

@@ -28,10 +28,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from latentae.errors import ModelError, TrainingError
+from latentae.errors import ModelError, TrainingError, some
 from latentae.files import read_json, sha256, staged_folder, write_json, write_text
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_weights, save_weights
+from latentae.progress import note
 from latentae.training.steps import Trainer, TrainState
 from latentae.version import __version__
 
@@ -227,6 +228,9 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
     try:
         for name, part in trainer.saved.items():
             _load_part(part, folder, name)
+        left = sorted(file.stem for file in folder.glob("*.safetensors") if file.stem not in trainer.saved)
+        if left:
+            note(f"{folder}: left out {some(left)}, which this recipe does not have")
         optimizers = torch.load(folder / OPTIMIZERS, map_location="cpu", weights_only=True)
         for name, optimizer in trainer.optimizers.items():
             if name not in optimizers:

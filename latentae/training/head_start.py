@@ -83,7 +83,8 @@ def fit_head_start(recipe: Recipe) -> HeadStart:
     needed = numbers if closed else PATCHES_PER_COMPONENT * z
     images = _crops(recipe, max(PATCHES, PATCHES_PER_NUMBER * numbers, needed), f)
     pca = (fit_pca if closed else sketch_pca)(images, f, z)
-    return HeadStart(pca, images, pca.variances.sum().item() / _variance(images, pca))
+    variance = _variance(images, pca)
+    return HeadStart(pca, images, pca.variances.sum().item() / variance if variance > 0 else 1.0)  # equal images: nothing to lose
 
 
 def take_head_start(trainer: Trainer, validation: Validation) -> None:

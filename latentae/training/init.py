@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def init(recipe: str | Path | Recipe, shards: str | Path, out: str | Path, **ove
 
     Returns:
         What is in `out`/head_start.json: `patches` and `crops` that PCA was fitted on, `explained` (share of the variance) and, where there
-        are held-out images, `pca_psnr` and `psnr` of the model, in dB.
+        are held-out images, `pca_psnr` and `psnr` of the model, in dB (None if all images are exact).
 
     Raises:
         RecipeError, DataError, ModelError, OutputError: one line each.
@@ -74,8 +75,9 @@ def _report(recipe: Recipe, head_start: HeadStart, model: AutoencoderDC) -> dict
     batches = [batch.images for batch in held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images)]
     if batches:
         codecs = {"pca_psnr": head_start.pca.reconstruct, "psnr": _reconstruction(model)}
-        report |= {name: mean_psnr(codec, batches) for name, codec in codecs.items()}
-        say(f"held out: PCA {report['pca_psnr']:.2f} dB, the model {report['psnr']:.2f} dB")
+        found = {name: mean_psnr(codec, batches) for name, codec in codecs.items()}
+        say(f"held out: PCA {found['pca_psnr']:.2f} dB, the model {found['psnr']:.2f} dB")
+        report |= {name: value if math.isfinite(value) else None for name, value in found.items()}  # JSON knows no infinity
     return report
 
 

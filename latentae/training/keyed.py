@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 
 __all__ = ["Draws", "keyed_normal", "keyed_uniform"]
 
@@ -56,6 +56,6 @@ class Draws:
 
 
 def _generators(count: int, seed: int, step: int, first: int, purpose: str) -> Iterator[torch.Generator]:
-    generator = torch.Generator()
+    generator, seed = torch.Generator(), whole_seed(seed)
     for index in range(count):
         yield generator.manual_seed(derive_seed(purpose, seed, step, first + index) >> 1)  # torch takes 63 bits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from latentae.errors import LatentAEError, TrainingError
+from latentae.progress import say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +25,9 @@ T = TypeVar("T")
 
 # How long one process may work alone (a validation, a copy of a checkpoint) while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
+
+# Seconds after which a process that finds no others says what it waits for.
+PATIENCE = 5.0
 
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
@@ -55,11 +61,12 @@ def build_accelerator(precision: str) -> Accelerator:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     advice = "start with `accelerate launch -m latentae train ...` or `torchrun -m latentae train ...`"
     try:
-        accelerator = Accelerator(
-            cpu=not gpu and not torch.backends.mps.is_available(),
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-        )
+        with _announce_waiting(world_size):
+            accelerator = Accelerator(
+                cpu=not gpu and not torch.backends.mps.is_available(),
+                mixed_precision="bf16" if precision == "bf16" else "no",
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+            )
     except ValueError as error:
         raise TrainingError(
             f"the launcher's environment does not say how {world_size} processes meet ({error}); {advice}"
@@ -69,6 +76,30 @@ def build_accelerator(precision: str) -> Accelerator:
             f"the launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}; {advice}"
         )
     return accelerator
+
+
+@contextmanager
+def _announce_waiting(world_size: int) -> Iterator[None]:
+    """Tell what a process waits for that finds no others, as after a launcher whose variables were left behind."""
+    if world_size < 2:
+        yield
+        return
+    rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "?")
+    message = (
+        f"process {rank} of WORLD_SIZE={world_size} waits for the others at {os.environ.get('MASTER_ADDR', '?')}:{port}; if you "
+        "started one process only, stop it and run: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
+    )
+    timer = threading.Timer(PATIENCE, say, [message])
+    timer.daemon = True
+    timer.start()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None  # Python's handler can't run while torch waits
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if main:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def close_accelerator(accelerator: Accelerator) -> None:

@@ -27,8 +27,9 @@ from latentae.jobs import RECORD, first_difference
 from latentae.models.pretrained import CHECKPOINTS, LATEST, META
 from latentae.progress import say
 from latentae.training.checkpoint import check_meta, discard, find_checkpoint
+from latentae.training.claim import CLAIM
 
-__all__ = ["Mirror"]
+__all__ = ["Mirror", "UrlPlace"]
 
 WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before each new try
 _T = TypeVar("_T")
@@ -38,6 +39,28 @@ _BLOCK = 1 << 23
 
 class _Damaged(Exception):
     """Other bytes than were written."""
+
+
+class UrlPlace:
+    """The claim at a mirror's address (a `ClaimPlace`). Object stores have no locks."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.name, self._mirror = shown(mirror.url), mirror
+
+    def read(self) -> bytes | None:
+        """The claim that is there."""
+        return self._mirror._try("read the claim", lambda: self._mirror._read(CLAIM))
+
+    def write(self, data: bytes) -> None:
+        """Replace the claim."""
+        self._mirror._try("write the claim", lambda: self._mirror._write(CLAIM, data))
+
+    def remove(self) -> None:
+        """Remove the claim."""
+        self._mirror._remove(CLAIM)
+
+    def alone(self) -> None:
+        """No lock."""
 
 
 class Mirror:

@@ -16,6 +16,7 @@ from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminat
 from latentae.models.initial import load_discriminator, load_initial
 from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
 from latentae.models.trainable import select_trainable
+from latentae.progress import note
 from latentae.training.recipe import Recipe
 
 __all__ = ["build_autoencoder", "build_discriminator"]
@@ -79,6 +80,8 @@ def build_discriminator(recipe: Recipe) -> nn.Module | None:
         problem = "it holds no discriminator" if state is None else load_discriminator(model, state)
         if problem and recipe.model.init_discriminator == "yes":
             raise ModelError(f"{recipe.model.init_from}: {problem}; --model.init-discriminator no starts a new one")
+        if problem and state is not None:
+            note(f"{recipe.model.init_from}: its discriminator is left out, a new one is trained: {problem}")
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

@@ -33,10 +33,13 @@ def make_shards(recipe: Recipe, run: Path) -> Recipe:
     """
     if recipe.data.shards is None and not all("shards" in phase.get("data", {}) for phase in recipe.phases or [{}]):
         raise RecipeError("no training data: give --data.shards SHARDS (or a folder of images)")
-    data = recipe.data.model_copy(update=_with_shards(recipe.data.model_dump(include={"shards", "validation"}), run, ""))
+    named = recipe.data.model_dump(include={"shards", "validation", "max_pixels"})
+    data = recipe.data.model_copy(update=_with_shards(named, run, ""))
     phases = []
     for index, phase in enumerate(recipe.phases):
-        changed = _with_shards(phase.get("data", {}), run, f"-{index}")
+        changed = _with_shards(
+            {"max_pixels": recipe.data.max_pixels, **phase["data"]} if "data" in phase else {}, run, f"-{index}"
+        )
         phases.append({**phase, "data": changed} if changed else phase)
     return recipe.model_copy(update={"data": data, "phases": tuple(phases)})
 
@@ -45,13 +48,15 @@ def _with_shards(data: dict[str, Any], run: Path, suffix: str) -> dict[str, Any]
     """A `[data]` table that names shards where it named images: only built-in ones for validation, which takes slices and none, too."""
     changed = dict(data)
     if "shards" in data:
-        changed["shards"] = _as_shards(data["shards"], run.with_name(f"{run.name}-shards{suffix}"))
+        changed["shards"] = _as_shards(data["shards"], data["max_pixels"], run.with_name(f"{run.name}-shards{suffix}"))
     if is_builtin(data.get("validation", "")):
-        changed["validation"] = _as_shards(data["validation"], run.with_name(f"{run.name}-held-out-shards{suffix}"))
+        changed["validation"] = _as_shards(
+            data["validation"], data["max_pixels"], run.with_name(f"{run.name}-held-out-shards{suffix}")
+        )
     return changed
 
 
-def _as_shards(shards: str | None, made: Path) -> str | None:
+def _as_shards(shards: str | None, max_pixels: int, made: Path) -> str | None:
     if shards is not None and is_builtin(shards):
         write_shards(shards, made)
         return str(made)
@@ -60,8 +65,8 @@ def _as_shards(shards: str | None, made: Path) -> str | None:
     try:
         find_images(shards)
     except DataError as error:
-        raise DataError(f"data.shards: {shards} holds neither .tar shards nor images; name a folder of either") from error
-    write_shards(shards, made)
+        raise DataError(f"data.shards: {shards} holds no .tar shards; {error}") from error
+    write_shards(shards, made, max_pixels=max_pixels)
     return str(made)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from latentae.data.options import DataOptions
+from latentae.data.options import MAX_SEED, DataOptions
 from latentae.errors import RecipeError
 from latentae.losses.options import LossOptions
 from latentae.models.config import LINEAR, AutoencoderConfig, AutoencoderDCConfig, preset_config, preset_kind
@@ -51,7 +51,7 @@ _NOT_IDENTITY = {
     "failure",
     "log",
 }
-_NOT_IDENTITY_OF_DATA = ("shards", "workers", "index", "cache_mb", "max_bad_share", "max_bad_in_a_row")
+_NOT_IDENTITY_OF_DATA = ("shards", "workers", "index", "cache_mb", "max_pixels", "max_bad_share", "max_bad_in_a_row")
 
 
 class Recipe(BaseModel):
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
         default="auto", description="Compute type; auto is bf16 on a GPU that has it, else fp32."
     )
     compile: bool = Field(default=False, description="torch.compile encoder, decoder and discriminator; R1 and R2 need eager.")
-    seed: int = Field(default=0, ge=0, description="Seed of weights, data order, augmentation and posterior noise.")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of weights, data order, augmentation and posterior noise.")
     checkpoint_every_images: int = Field(
         default=100_000, ge=1, description="Images between checkpoints; the last state is always saved."
     )

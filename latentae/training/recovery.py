@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from latentae.errors import TrainingError
+from latentae.progress import note
 from latentae.training.checkpoint import find_checkpoint, load_checkpoint, read_state, verify
 from latentae.training.steps import Trainer
 
@@ -46,6 +47,8 @@ def enter_phase(trainer: Trainer, folder: Path, phase: int) -> None:
             part.load_state_dict(state)
         elif name in ("autoencoder", "ema"):
             raise TrainingError(f"{file} is of a model of another shape than phase {phase + 1} of this recipe")
+        else:
+            note(f"{file} is left out: the {name} of phase {phase + 1} has another shape and begins anew")
     before = read_state(folder)
     trainer.state = replace(before, phase=phase, phase_images=0, skipped_in_a_row=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from latentae.errors import MissingDependencyError, OutputError
-from latentae.files import write_text
+from latentae.files import write_advice, write_text
 from latentae.models.pretrained import METRICS_LOG
 from latentae.training.options import LogOptions
 from latentae.training.recipe import Recipe
@@ -172,14 +173,14 @@ def devices(accelerator: Accelerator) -> str:
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     """Add a JSON line by one write; a kill can cut it, but never mix two."""
-    data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
     try:
         with path.open("ab", buffering=0) as file:
-            reason = None if file.write(data) == len(data) else "the disk took a part of a line only"
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "the disk took a part of a line only")
     except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise OutputError(f"could not write {path}: {reason}; free the space, and the same command goes on")
+        advice = write_advice(error.errno)
+        raise OutputError(f"could not write {path}: {error.strerror}; {advice}; the same command resumes the run") from error
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -78,6 +78,10 @@ class StopFlag:
         if self.requested:
             raise self._nothing_lost(when)
 
+    def request(self, reason: str) -> None:
+        """Ask for the end as a signal does, from any thread."""
+        self.signals.append(reason)
+
     def _nothing_lost(self, when: str) -> Interrupted:
         return self.interrupted(f"stopped by {self.signals[0]} {when}; the same command goes on")
 

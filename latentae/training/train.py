@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from latentae.data.writing import BAD_SAMPLES
 from latentae.errors import Interrupted, OutputError, RecipeError, TrainingError
-from latentae.files import write_text
+from latentae.files import INCOMPLETE, write_text
 from latentae.jobs import RECORD, Job
 from latentae.progress import Progress, say
 from latentae.training.checkpoint import find_checkpoint, read_state, save_checkpoint
+from latentae.training.claim import Claim, FolderPlace
 from latentae.training.head_start import take_head_start
 from latentae.training.launch import build_accelerator, close_accelerator, in_contact, on_main
 from latentae.training.loop import PhaseLoop
-from latentae.training.mirror import Mirror
+from latentae.training.mirror import Mirror, UrlPlace
 from latentae.training.plan import describe_phases
 from latentae.training.preparation import build_loader, build_validation, check_sizes, job_inputs, make_shards
 from latentae.training.recipe import Recipe, load_recipe
@@ -100,23 +102,33 @@ def _train(resolved: Recipe, run: Path, resume: str | Path) -> Path:
     check_wandb(resolved.log)
     resolved.autoencoder_config()
     accelerator = build_accelerator(resolved.precision)
+    claim: Claim | None = None
     try:
         with StopFlag(announce=accelerator.is_main_process) as stop, in_contact(accelerator):
+            claim = Claim(lost=lambda: stop.request("another training"))
+            with stop.at_once():
+                on_main(accelerator, partial(_claim, claim, run))
             resolved = on_main(accelerator, lambda: make_shards(resolved, run))
             inputs = job_inputs(resolved)
             if on_main(accelerator, lambda: _already_finished(run, inputs, str(resume))):
                 on_main(accelerator, lambda: _copy_again(resolved, run, inputs, stop))
                 say(f"{run} is finished: {resolved.images} images seen; nothing to do")
                 return run
-            _Run(resolved, run, inputs, accelerator, stop).train(resume)
+            _Run(resolved, run, inputs, accelerator, stop, claim).train(resume)
     finally:
+        if claim is not None:
+            claim.release()
         close_accelerator(accelerator)
     return run
 
 
+def _claim(claim: Claim, run: Path) -> None:
+    claim.take(FolderPlace(run))
+
+
 def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
     """Refuse a folder that holds something else, before any heavy work."""
-    if not run.is_dir() or not any(run.iterdir()):
+    if not run.is_dir() or all(entry.name.endswith(INCOMPLETE) for entry in run.iterdir()):
         return False
     if resume == "never":
         raise OutputError(f"{run} is not empty and --resume is never; choose another output")
@@ -144,8 +156,11 @@ def _copy_again(recipe: Recipe, run: Path, inputs: dict[str, Any], stop: StopFla
 class _Run:
     """One run: its phases one after the other, from wherever its last checkpoint stands."""
 
-    def __init__(self, recipe: Recipe, folder: Path, inputs: dict[str, Any], accelerator: Accelerator, stop: StopFlag) -> None:
-        self.recipe, self.folder, self.inputs, self.accelerator, self.stop = recipe, folder, inputs, accelerator, stop
+    def __init__(
+        self, recipe: Recipe, folder: Path, inputs: dict[str, Any], accelerator: Accelerator, stop: StopFlag, claim: Claim
+    ) -> None:
+        self.recipe, self.folder, self.inputs, self.accelerator = recipe, folder, inputs, accelerator
+        self.stop, self.claim = stop, claim
         self.phases, self.main = recipe.phase_recipes(), accelerator.is_main_process
         self.mirror: Mirror | None = None
 
@@ -181,6 +196,8 @@ class _Run:
     def _starting_point(self, resume: str | Path) -> Path | None:
         """The checkpoint to go on from, fetched first if it is only at the recipe's `checkpoint_url`; on the first process."""
         self.mirror = _mirror(self.recipe, self.inputs, self.stop)
+        if self.mirror is not None:
+            self.claim.take(UrlPlace(self.mirror))
         if self.mirror is not None and resume == "auto":
             Job.open(self.folder, "train", self.inputs)  # the folder must be ours before a checkpoint is put into it
             return self.mirror.newest(self.folder)
@@ -227,7 +244,12 @@ class _Run:
     def _save(self) -> None:
         """The first process writes a checkpoint; its error reaches all."""
         position = self.loader.state_dict()
-        on_main(self.accelerator, lambda: save_checkpoint(self.trainer, self.folder, position, self.inputs, self.mirror) and None)
+
+        def write() -> None:
+            self.claim.check()
+            save_checkpoint(self.trainer, self.folder, position, self.inputs, self.mirror)
+
+        on_main(self.accelerator, write)
 
     def _open_log(self, start: Path | None) -> MetricsLog:
         write_text(self.folder / "recipe.toml", self.recipe.toml())

@@ -56,6 +56,7 @@ def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[
         only_held_out=fraction,
         channels=channels,
         index=index,
+        max_pixels=options.max_pixels,
     )
     batches = list(found)
     if not batches:

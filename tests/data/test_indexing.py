@@ -155,9 +155,9 @@ KILLED = """
 import sys, time
 from latentae.data import scanning, indexing
 slow = scanning.image_size
-def image_size(take, size):
+def image_size(*words):
     time.sleep(0.02)
-    return slow(take, size)
+    return slow(*words)
 scanning.image_size = image_size
 indexing.index(sys.argv[1], sys.argv[2], workers=2)
 """

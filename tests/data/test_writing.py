@@ -206,11 +206,11 @@ from pathlib import Path
 from latentae.data import packing, writing
 
 def dying(function, when, seen):
-    def call(*arguments):
+    def call(*arguments, **options):
         seen.append(arguments)
         if len(seen) == when:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
+        return function(*arguments, **options)
     return call
 
 def die(what, when, workers):

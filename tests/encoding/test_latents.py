@@ -189,9 +189,10 @@ def test_workers_read_the_same(even, start):
 
 def test_no_label_is_minus_one(tmp_path):
     made = make_samples(5, labels=0)
-    made[0].members["cls"] = b"cat"
-    for one, data in zip(made[1:4], (b"[1", b'{"label": true}', b"[]"), strict=True):
-        one.members["json"] = data
+    for one, extension, data in zip(
+        made, ("cls", "json", "json", "json"), (b"-1", b'{"label": null}', b"{}", b"[]"), strict=False
+    ):
+        one.members[extension] = data
     assert LatentDataset(write_output(tmp_path / "out", {"a.tar": made})).labels.tolist() == [-1] * 5
 
 

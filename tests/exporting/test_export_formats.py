@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from latentae import AutoencoderKL, export
 from latentae.errors import MissingDependencyError, ModelError, RecipeError
 from latentae.exporting.diffusers import write_diffusers
-from latentae.exporting.ldm_file import ldm_notes
 from latentae.exporting.measured import MeasuredLatents
 from latentae.files import read_json, write_json, write_text
 from latentae.models.config import AutoencoderKLConfig, preset
@@ -108,28 +107,6 @@ def test_the_ldm_card_runs_and_gives_the_same_images(ldm_export, run_snippets):
         expected = original.decode(original.encode(images).mode()).clamp(-1, 1)
     assert ours["decoded"].shape == images.shape
     torch.testing.assert_close(theirs["decoded"], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (preset("kl-f8"), []),
-        (preset("kl-f4"), ["f8 (four levels) only"]),
-        (preset("kl-f32"), ["f8 (four levels) only", "Hunyuan"]),
-        (preset("tiny"), ["f8 (four levels) only", "groups"]),
-        (preset("kl-f8", in_channels=1, out_channels=1), ["expect RGB"]),
-    ],
-)
-def test_what_other_programs_do_not_take_is_said(config, words):
-    notes = ldm_notes(config)
-    assert len(notes) == len(words)
-    assert all(word in note for word, note in zip(words, notes, strict=True))
-
-
-def test_the_warning_is_said_at_export_too(small, tmp_path, capsys):
-    export(small, tmp_path / "vae", format="ldm")
-    assert "ComfyUI's own VAE loader knows f8" in capsys.readouterr().err
-    assert "ComfyUI's own VAE loader knows f8" in (tmp_path / "vae/README.md").read_text()
 
 
 def test_onnx_runs_as_the_card_says(onnx_export, run_snippets):

@@ -1,24 +1,29 @@
 """kohya's sd-scripts: the cache of latents beside each image, for SD and SDXL.
 
-    KEY_WWWWxHHHH_sd.npz      latents [z, h, w] fp32 (drawn, raw), original_size (w, h), crop_ltrb; latents_flipped where stored;
+    NAME_WWWWxHHHH_sd.npz     latents [z, h, w] fp32 (drawn, raw), original_size (w, h), crop_ltrb; latents_flipped where stored;
                               WWWWxHHHH is the size of the original image, the ending _sd or _sdxl
-    KEY.jpg, KEY.txt ...      the image where it was kept, and its caption
+    NAME.jpg, NAME.txt ...    the image where it was kept, and its caption
 
-Without kept images, the files belong into the folder of the images. The reader expects one latent for eight pixels.
+NAME is the image's own, with spaces and dots: `latentae shards` escapes them in keys. Without kept images, the files belong into the
+folder of the images. The reader expects one latent for eight pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from latentae.data.file_names import check_file_names
+from latentae.data.folder import unescape_key
 from latentae.encoding.formats.layout import Layout, draw, npz
 from latentae.encoding.latents import LatentDataset
 from latentae.encoding.places import JSON_MEMBER
 from latentae.errors import OutputError, RecipeError
 
-__all__ = ["OPTIONS", "build", "check", "crop_ltrb", "target"]
+__all__ = ["OPTIONS", "build", "check", "check_names", "crop_ltrb", "target"]
 
 OPTIONS: dict[str, Any] = {"seed": 0, "model": "sd"}
 MODELS = ("sd", "sdxl")
@@ -41,6 +46,21 @@ def check(dataset: LatentDataset, options: dict[str, Any]) -> None:
         )
 
 
+def check_names(out: str | Path, samples: Iterable[tuple[str, str]], model: str = "sd") -> None:
+    """Refuse keys of samples whose files can't all be written.
+
+    Args:
+        out: the folder of the layout.
+        samples: the key and the shard of each.
+        model: the ending of the file names.
+
+    Raises:
+        OutputError: as `check_file_names`.
+    """
+    longest = f"_00000x00000_{model}.npz"
+    check_file_names(out, ((f"{unescape_key(key)}{longest}", f"sample {key!r} of {shard}") for key, shard in samples))
+
+
 def target(options: dict[str, Any]) -> str:
     """What the trainer is given."""
     return "."
@@ -61,11 +81,11 @@ def build(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> No
             }
             if dataset.flips:
                 arrays["latents_flipped"] = draw(dataset, index, options["seed"], flip=True).numpy()
-            key = dataset.keys[index]
-            layout.put(f"{key}_{wide:04}x{high:04}_{options['model']}.npz", npz(arrays))
+            name = unescape_key(dataset.keys[index])
+            layout.put(f"{name}_{wide:04}x{high:04}_{options['model']}.npz", npz(arrays))
             for extension in (info["source"], *CAPTIONS):
                 if extension in members:
-                    layout.put(f"{key}.{extension}", members[extension])
+                    layout.put(f"{name}.{extension}", members[extension])
 
 
 def crop_ltrb(bucket: tuple[int, int], image: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch import Tensor
 from latentae.data.order import derive_seed
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import DataError, OutputError
+from latentae.files import write_advice
 from latentae.progress import Progress
 
-__all__ = ["Layout", "alone", "draw", "npy", "npz", "remove_staging", "require_flips", "require_labels", "require_one_size"]
+__all__ = ["Layout", "draw", "npy", "npz", "remove_staging", "require_flips", "require_labels", "require_one_size"]
 
 _STAGING = "layout.incomplete"  # a name that Job.open and readers of the folder pass over
 _DONE, _BUILT = "done", "all"
@@ -97,25 +98,8 @@ class Layout:
             yield
         except OSError as error:
             raise OutputError(
-                f"could not write {self._out}: {error.strerror or error}; free the space and run the same command again"
+                f"could not write {self._out}: {error.strerror or error}; {write_advice(error.errno)}; the same command resumes"
             ) from error
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Wait until no other process writes a layout into `out`, and keep others waiting; the system lets go when a process dies."""
-    if os.name == "nt":  # Windows can't lock a folder
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a network disk without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def remove_staging(out: Path) -> None:

@@ -43,7 +43,8 @@ def build(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> No
     for rows in layout.shards():
         for index in rows:
             extension, name = dataset.meta(index)[JSON_MEMBER]["source"], name_of(index, STEM)
-            image = decode_image(dataset.members(index)[extension], f"{dataset.keys[index]}.{extension}")
+            name_in_shard = f"{dataset.keys[index]}.{extension}"
+            image = decode_image(dataset.members(index)[extension], name_in_shard, max_pixels=None, short=max(size))
             layout.put(f"images/{_png(name)}", encode_png(crop_to_bucket(image, size)))
             layout.put(f"vae-sd/{name}", npy(mean_std(dataset, index)))
     names = [name_of(index, STEM) for index in range(len(dataset))]

@@ -6,10 +6,12 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from latentae.encoding.formats.layout import Layout, alone, remove_staging
+from latentae.data.order import whole_seed
+from latentae.encoding.formats.layout import Layout, remove_staging
 from latentae.encoding.latents import LatentDataset
 from latentae.encoding.store import Store
 from latentae.errors import OutputError, RecipeError
+from latentae.files import alone
 from latentae.jobs import Job
 from latentae.progress import say
 
@@ -36,7 +38,8 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
 
     Raises:
         RecipeError: no such format or option.
-        OutputError: the latents can't be written so (several sizes, no flips, no kept images), or `out` holds something else.
+        OutputError: the latents can't be written so (several sizes, no flips, no kept images, for kohya keys that repeat or are too
+            long for file names), or `out` holds something else.
         DataError: class labels are needed and some samples have none.
         ShardError: a latent shard is damaged.
     """
@@ -48,6 +51,9 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
         raise OutputError(f"{Store.open(out).shown} is not a local folder; {format} reads files, write them to a local folder")
     dataset, out = LatentDataset(latents), Path(out)
     module.check(dataset, options)
+    if format == "kohya":  # the only one whose files are named after samples
+        shards = zip(dataset.shards, dataset.shard_ranges, strict=True)
+        module.check_names(out, ((dataset.keys[index], shard) for shard, rows in shards for index in rows), options["model"])
     verb, inputs = f"encode --format {format}", {"latents": dataset.digest, **options}
     Job.open(out, verb, inputs)
     with alone(out):  # two tasks may end at the same time
@@ -70,4 +76,5 @@ def _resolve(format: str, known: dict[str, Any], given: dict[str, Any]) -> dict[
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         raise RecipeError(f"{format} has no option {unknown!r}; it has {', '.join(known) or 'none'}")
-    return {**known, **given}
+    options = {**known, **given}
+    return {**options, "seed": whole_seed(options["seed"])} if "seed" in options else options

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from latentae.data.order import plain_word
+
 __all__ = ["digest", "generator", "normal", "uniform"]
 
 
-def digest(*words: object) -> int:
+def digest(*words: SupportsIndex | str) -> int:
     """64 bits that depend on all words."""
-    text = "\0".join(map(str, words)).encode("utf-8", "backslashreplace")
+    text = "\0".join(str(plain_word(word)) for word in words).encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def generator(*words: object) -> torch.Generator:
+def generator(*words: SupportsIndex | str) -> torch.Generator:
     """torch's generator on the CPU, seeded by all words."""
     return torch.Generator().manual_seed(digest(*words) >> 1)
 
 
-def uniform(*words: object) -> float:
+def uniform(*words: SupportsIndex | str) -> float:
     """A number in [0, 1)."""
     return (digest(*words) >> 11) / 2**53
 
 
-def normal(names: Sequence[object], shape: Sequence[int], *words: object) -> Tensor:
+def normal(names: Sequence[SupportsIndex | str], shape: Sequence[int], *words: SupportsIndex | str) -> Tensor:
     """Standard normal noise, fp32 [len(names), *shape]; each row depends on its own name only."""
     return torch.stack([torch.randn(*shape, generator=generator(*words, name)) for name in names])

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentae.data.order import whole_seed
+
 __all__ = ["DEPTH", "HEADS", "TOKENS", "WIDTH", "TinyTransformer", "patch_side"]
 
 WIDTH, DEPTH, HEADS, TOKENS = 160, 3, 5, 64
@@ -48,7 +50,7 @@ class TinyTransformer(nn.Module):
         self.grid = math.ceil(shape[1] / self.patch), math.ceil(shape[2] / self.patch)
         numbers = shape[0] * self.patch**2
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(whole_seed(seed))
             self.read = nn.Linear(numbers, WIDTH)
             self.time = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
             self.blocks = nn.ModuleList(_Block() for _ in range(DEPTH))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.order import derive_seed, whole_seed
 from latentae.evaluation.latents.coding import Coder, finite_mean, reconstruction_psnr
 
 __all__ = ["NOISES", "sensitivity"]
@@ -50,5 +50,5 @@ def sensitivity(
 
 
 def _noise(shape: Sequence[int], key: str, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derive_seed("sensitivity", seed, key) >> 1)  # torch takes 63 bits
+    generator = torch.Generator().manual_seed(derive_seed("sensitivity", whole_seed(seed), key) >> 1)  # torch takes 63 bits
     return torch.randn(tuple(shape), generator=generator)

@@ -60,11 +60,11 @@ class AutoencoderDC(Autoencoder):
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
         self._check_image(x)
-        moments, features = self.encoder(x, keep_features, self.gradient_checkpointing)
+        moments, features = self._run(self.encoder, x, keep_features)
         if self.config.bottleneck == "deterministic":
             moments = torch.cat([moments, torch.full_like(moments, LOGVAR)], dim=1)
         return DiagonalGaussian(moments), features
 
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
         self._check_latent(z)
-        return self.decoder(z, keep_features, self.gradient_checkpointing)
+        return self._run(self.decoder, z, keep_features)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from latentae_kernels import conv3x3, row_norm_act
 from torch import Tensor, nn
 
+from latentae.models.plain import is_plain, is_plain_conv
+
 __all__ = [
     "ACTIVATIONS",
     "Attention",
@@ -20,7 +22,9 @@ __all__ = [
     "ResidualBlock",
     "Up",
     "add",
+    "convolve",
     "grouped_mean",
+    "normalize_activate",
     "repeated",
 ]
 
@@ -81,8 +85,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
-        h = ACTIVATIONS[self.act](conv3x3(x, self.conv1.weight, self.conv1.bias))
-        return add(self.norm(conv3x3(h, self.conv2.weight)), x)
+        h = ACTIVATIONS[self.act](convolve(self.conv1, x))
+        return add(self.norm(convolve(self.conv2, h)), x, overwrite=is_plain(self.norm, RMSNorm, FrozenBatchNorm))
 
 
 class Projection(nn.Module):
@@ -119,8 +123,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
-        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-        qkv = F.linear(x.movedim(1, -1), weight).movedim(-1, 1)
+        rows, layers = x.movedim(1, -1), (self.to_q, self.to_k, self.to_v)
+        if all(is_plain(layer, nn.Linear) for layer in layers):
+            qkv = F.linear(rows, torch.cat([layer.weight for layer in layers])).movedim(-1, 1)
+        else:
+            qkv = torch.cat([layer(rows) for layer in layers], dim=-1).movedim(-1, 1)
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
         if torch.is_autocast_enabled(x.device.type):  # sums over all pixels need fp32
             with torch.autocast(x.device.type, enabled=False):
@@ -128,7 +135,7 @@ class Attention(nn.Module):
         else:
             mixed = linear_attention(scales, self.head)
         out = self.to_out(mixed.to(scales.dtype)).movedim(-1, 1)
-        return add(self.norm_out(out), x)
+        return add(self.norm_out(out), x, overwrite=is_plain(self.norm_out, RMSNorm, FrozenBatchNorm))
 
 
 def linear_attention(qkv: Tensor, head: int) -> Tensor:
@@ -159,7 +166,7 @@ class GatedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
         h, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
-        return add(self.norm(self.conv_point(h * F.silu(gate))), x)
+        return add(self.norm(self.conv_point(h * F.silu(gate))), x, overwrite=is_plain(self.norm, RMSNorm))
 
 
 class AttentionBlock(nn.Module):
@@ -195,7 +202,9 @@ class Down(nn.Module):
         """[B, C_in, H, W] -> [B, C_out, H/2, W/2]."""
         h = self.conv(x)
         h = h if self.strided else F.pixel_unshuffle(h, 2)
-        return add(h, grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels)) if self.shortcut else h
+        if not self.shortcut:
+            return h
+        return add(h, grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels), overwrite=is_plain(self.conv, nn.Conv2d))
 
 
 class Up(nn.Module):
@@ -216,7 +225,9 @@ class Up(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W]."""
         h = self.from_conv(self.conv(self.to_conv(x)))
-        return add(h, F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2)) if self.shortcut else h
+        if not self.shortcut:
+            return h
+        return add(h, F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2), overwrite=is_plain(self.conv, nn.Conv2d))
 
     def to_conv(self, x: Tensor) -> Tensor:
         """What the convolution reads."""
@@ -242,8 +253,18 @@ def repeated(x: Tensor, channels: int) -> Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1, output_size=channels)
 
 
-def add(branch: Tensor, skip: Tensor) -> Tensor:
-    """A branch, whose memory nobody else reads, onto its skip."""
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or branch.dtype != skip.dtype:
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 3x3 convolution of stride 1: fused where the layer is plain, else called."""
+    return conv3x3(x, conv.weight, conv.bias) if is_plain_conv(conv) else conv(x)
+
+
+def normalize_activate(norm: nn.Module, x: Tensor, act: str) -> Tensor:
+    """Normalization and activation, in one kernel where both are known."""
+    return norm(x, act) if is_plain(norm, RMSNorm) else ACTIVATIONS[act](norm(x))
+
+
+def add(branch: Tensor, skip: Tensor, *, overwrite: bool) -> Tensor:
+    """Add a branch to its skip; `overwrite`: it comes from a plain layer, so nobody else has its memory."""
+    if not overwrite or torch.is_grad_enabled() or torch.compiler.is_exporting() or branch.dtype != skip.dtype:
         return branch + skip
     return branch.add_(skip)  # fresh memory costs a CPU more than the addition

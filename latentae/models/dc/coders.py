@@ -7,8 +7,20 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.checkpoint import checkpoint
 
-from latentae.models.dc.blocks import AttentionBlock, Down, ResidualBlock, RMSNorm, Up, add, grouped_mean, repeated
+from latentae.models.blocks import is_frozen
+from latentae.models.dc.blocks import (
+    AttentionBlock,
+    Down,
+    ResidualBlock,
+    RMSNorm,
+    Up,
+    add,
+    grouped_mean,
+    normalize_activate,
+    repeated,
+)
 from latentae.models.dc.config import AutoencoderDCConfig, per_level
+from latentae.models.plain import is_plain
 
 __all__ = ["DCDecoder", "DCEncoder"]
 
@@ -20,15 +32,24 @@ def _block(kind: str, width: int, windows: tuple[int, ...], head: int, norm: str
 def _run(step: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """Call a layer with the least memory that its gradient needs.
 
-    What doesn't learn, and behind which nothing does, runs as in inference. With `checkpointing` the others keep their input only
+    Frozen layers with frozen input run as in inference. With `checkpointing` the others keep their input only
     (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Nothing here draws random numbers.
     """
     if not torch.is_grad_enabled():
         return step(x)
-    if not x.requires_grad and not any(p.requires_grad for p in step.parameters()):
+    if not x.requires_grad and is_frozen(step):
         with torch.no_grad():
             return step(x)
     return checkpoint(step, x, use_reentrant=False, preserve_rng_state=False) if checkpointing else step(x)  # pyright: ignore
+
+
+def _run_level(level: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
+    """Run the blocks of a level; one that is replaced or hooked is called as a single block."""
+    if not (isinstance(level, nn.Sequential) and is_plain(level, nn.Sequential)):
+        return _run(level, x, checkpointing)
+    for step in level:
+        x = _run(step, x, checkpointing)
+    return x
 
 
 class DCEncoder(nn.Module):
@@ -56,16 +77,16 @@ class DCEncoder(nn.Module):
             nn.init.zeros_(self.conv_out_logvar.bias)  # pyright: ignore[reportArgumentType]
         self.latent_channels, self.out_shortcut = z, config.encoder_out_shortcut
 
-    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, C, H, W] -> [B, z or 2z, H/f, W/f], and what the last convolution read, detached, if `keep_features`."""
+    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C, H, W] -> [B, z or 2z, H/f, W/f]; with `keep_features` also the input of the last convolution, detached."""
         h = _run(self.conv_in, x, False)
         for level in self.down_blocks:
-            for step in level:  # pyright: ignore[reportGeneralTypeIssues]
-                h = _run(step, h, checkpointing)
+            h = _run_level(level, h, checkpointing)
         mean = self.conv_out(h)
-        mean = add(mean, grouped_mean(h, self.latent_channels)) if self.out_shortcut else mean
+        if self.out_shortcut:
+            mean = add(mean, grouped_mean(h, self.latent_channels), overwrite=is_plain(self.conv_out, nn.Conv2d))
         moments = mean if self.conv_out_logvar is None else torch.cat([mean, self.conv_out_logvar(h)], dim=1)
-        return moments, h.detach() if keep_features else None
+        return (moments, h.detach()) if keep_features else moments
 
     @torch.no_grad()
     def weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:
@@ -99,22 +120,22 @@ class DCDecoder(nn.Module):
             self.conv_out = Up(width, config.in_channels, interpolate, shortcut=False)
         self.width, self.in_shortcut = widths[-1], config.decoder_in_shortcut
 
-    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, z, h, w] -> [B, C, f*h, f*w], and what the last normalization read, detached, if `keep_features`."""
+    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, z, h, w] -> [B, C, f*h, f*w]; with `keep_features` also the input of the last normalization, detached."""
         h = _run(self.conv_in, z, False)
-        h = add(h, repeated(z, self.width)) if self.in_shortcut else h
+        if self.in_shortcut:
+            h = add(h, repeated(z, self.width), overwrite=is_plain(self.conv_in, nn.Conv2d))
         for level in reversed(self.up_blocks):
-            for step in level:  # pyright: ignore[reportGeneralTypeIssues]
-                h = _run(step, h, checkpointing)
+            h = _run_level(level, h, checkpointing)
         if checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._finish, h, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
         else:
             out = self._finish(h)
-        return out, h.detach() if keep_features else None
+        return (out, h.detach()) if keep_features else out
 
     def activated(self, h: Tensor) -> Tensor:
         """What the last layer reads, of what the last normalization did."""
-        return self.norm_out(h, self.act)
+        return normalize_activate(self.norm_out, h, self.act)
 
     @torch.no_grad()
     def weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from latentae_kernels import channel_moments, group_moments
 from torch import Tensor, nn
 
 from latentae.errors import OutputError
@@ -33,8 +34,7 @@ class Moments:
 
     def add(self, x: Tensor, weight: float = 1.0) -> None:
         """Take in [1, C, h, w], each value as if it came `weight` times."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, variance = (t.cpu().double() for t in torch.batch_norm_update_stats(x, None, None, 0.0))
+        mean, variance = (t[0].cpu() for t in channel_moments(x))
         count = weight * x.shape[2] * x.shape[3]
         total, delta = self.count + count, mean - self.mean
         self.mean = self.mean + delta * (count / total)
@@ -48,17 +48,12 @@ class Moments:
 
 
 def affine(norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> Affine:
-    """Scale and shift [C] that make the GroupNorm (Wu & He 2018) of a map whose channels have these means and variances [C].
-
-    A group's variance is the mean of its channels' variances and the variance of their means.
-    """
-    means, variances = mean.double().view(norm.num_groups, -1), variance.double().view(norm.num_groups, -1)
-    centre = means.mean(1, keepdim=True)
-    total = (variances + (means - centre).square()).mean(1, keepdim=True)
+    """Scale and shift [C] that make the GroupNorm (Wu & He 2018) of a map whose channels have these means and variances [C]."""
+    centre, total = group_moments(mean.double()[None], variance.double()[None], norm.num_groups)
     weight, bias = (t.detach().double().cpu().view(norm.num_groups, -1) for t in (norm.weight, norm.bias))
-    scale = weight * torch.rsqrt(total + norm.eps)
-    shift = bias - centre * scale
     dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    scale = (weight * torch.rsqrt(total.T + norm.eps)).to(dtype)
+    shift = bias - centre.T * scale.double()  # of the rounded scale: a large mean would multiply its error
     place = {"device": norm.weight.device, "dtype": dtype}
     return scale.flatten().to(**place), shift.flatten().to(**place)
 

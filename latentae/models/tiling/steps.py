@@ -13,12 +13,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from latentae_kernels import conv3x3, upsample_conv2d
+from latentae_kernels import conv3x3
 from torch import Tensor, nn
 
+from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.blocks import Attention, Downsample, ResnetBlock, Upsample
-from latentae.models.coders import Decoder, Encoder, Level
+from latentae.models.blocks import Attention, Downsample, MidBlock, ResnetBlock, Upsample
+from latentae.models.coders import Decoder, DownLevel, Encoder, Level, UpLevel
+from latentae.models.pending import upsample_convolve
+from latentae.models.plain import is_plain_conv, is_unhooked
 
 __all__ = [
     "Affine",
@@ -28,6 +31,7 @@ __all__ = [
     "Step",
     "activate",
     "change",
+    "check_layers",
     "convolve",
     "decoder_steps",
     "encoder_steps",
@@ -65,6 +69,27 @@ class Residual:
 
 
 Step = Convolution | Residual | Attention
+_KINDS = (Encoder, Decoder, DownLevel, UpLevel, MidBlock, ResnetBlock, Attention, Downsample, Upsample, nn.GroupNorm)
+
+
+def check_layers(model: AutoencoderKL) -> None:
+    """Refuse a model with layers that tiling would pass by: steps compute normalizations and skips themselves.
+
+    Raises:
+        ModelError: a block, normalization or convolution that is replaced, or a hooked block or normalization.
+    """
+    for name, module in model.named_modules():
+        if not name or isinstance(module, nn.ModuleList | nn.Linear):
+            continue
+        reason = None
+        if isinstance(module, nn.Conv2d):  # steps call it where it is not plain
+            reason = None if module.padding_mode == "zeros" else f"pads its input by {module.padding_mode!r} values"
+        elif type(module) not in _KINDS:
+            reason = f"is a {type(module).__name__}"
+        elif not is_unhooked(module):
+            reason = "has hooks"
+        if reason is not None:
+            raise ModelError(f"tiling can't split this model: {name} {reason}; merge or remove it, or run untiled")
 
 
 def encoder_steps(model: AutoencoderKL) -> list[Step]:
@@ -191,9 +216,7 @@ def convolve(step: Convolution, x: Tensor) -> Tensor:
     """The convolution alone, of a part with zeros around it."""
     conv = step.conv
     if step.kind == "up":
-        return upsample_conv2d(x, conv.weight, conv.bias)
+        return upsample_convolve(conv, x).value()
     if step.kind == "down":
         return conv(F.pad(x, (0, 1, 0, 1)))
-    if conv.kernel_size == (1, 1):
-        return conv(x)
-    return conv3x3(x, conv.weight, conv.bias)
+    return conv3x3(x, conv.weight, conv.bias) if is_plain_conv(conv) else conv(x)

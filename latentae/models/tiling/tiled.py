@@ -18,6 +18,7 @@ from latentae.models.tiling.steps import (
     Norms,
     Step,
     change,
+    check_layers,
     decoder_steps,
     encoder_steps,
     output_channels,
@@ -51,7 +52,7 @@ class Tiled:
         scratch: folder for scratch files; exact takes the system's temporary folder if none is given, blended memory.
 
     Raises:
-        ModelError: another kind of model.
+        ModelError: another type of model, or layers that are replaced or hooked.
         RecipeError: an unknown mode, or a tile or overlap out of bounds.
     """
 
@@ -73,6 +74,7 @@ class Tiled:
             raise RecipeError(f"tile is {tile} pixels, expected a multiple of {f} and at least {4 * f} for a model of f = {f}")
         if not 0 <= overlap < 0.5:
             raise RecipeError(f"overlap is {overlap}, expected a share of the tile's side from 0 to below 0.5")
+        check_layers(model)
         self.model, self.mode, self.tile, self.overlap = model, mode, tile, overlap
         self._scratch = Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) if mode == "exact" else None
 
@@ -87,6 +89,7 @@ class Tiled:
         self.model._check_image(x)
         if self._fits(x.shape[2] * x.shape[3]):
             return self.model.encode(x)
+        check_layers(self.model)
         return DiagonalGaussian(torch.cat([self._encode(image) for image in x.split(1)]))
 
     @torch.no_grad()
@@ -100,6 +103,7 @@ class Tiled:
         self.model._check_latent(z)
         if self._fits(z.shape[2] * z.shape[3] * self.model.config.downsampling**2):
             return self.model.decode(z)
+        check_layers(self.model)
         return torch.cat([self._decode(latent) for latent in z.split(1)])
 
     def _fits(self, pixels: int) -> bool:

@@ -1,0 +1,187 @@
+"""GroupNorm on a CPU with right statistics for any mean and any number of pixels.
+
+In channels_last torch's operator adds x and x^2 pixel by pixel in fp32. Its relative error is 7e-3 where a group's mean is 300 standard
+deviations, 2e-4 for standard normal values of 1024 x 1024 pixels, and as much for 256 x 256 pixels with flat regions, where equal terms
+round alike. On few pixels around zero the operator is right and fastest. So large maps are cut into blocks that the operator normalizes
+one by one, and a result whose statistics show a large mean is computed again from values around zero. GroupNorm and its gradient don't
+change when a constant is subtracted from a group. Figures: docs/decisions/0018-cpu-group-norm.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cpu_strips import is_ordinary
+from .reference import norm_act_gradients
+
+__all__ = ["channel_moments", "group_moments", "group_norm"]
+
+_BLOCK = 1024
+"""Pixels that the operator adds up at a time."""
+_FEW = 2 * _BLOCK
+"""Pixels up to which the operator is right."""
+_FEW_IN_HALF = 2**16
+"""The same in half precision: up to here the operator errs less than the rounding of y."""
+_FAR = 2.0
+"""Ratio of mean and standard deviation above which groups are moved to zero: below it the operator's error stays under 2e-5."""
+_TINY = 1e-20
+"""eps of a block, which may be flat."""
+_SAMPLE = 17
+"""Moments are taken around the mean of one row in 17, which errs by at most sqrt(17) standard deviations."""
+_STRIP = 2**17
+"""Values of a strip that stays in the cache."""
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.group_norm`, with a relative error of at most 2e-5 in fp32 on a CPU, forward and backward.
+
+    An export shows the operator itself. A compiler, autograd's forward mode and transforms of `torch.func` can't branch on values. There
+    the mean is always subtracted first, which is right for any mean. Many pixels are then added as the compiler does it: accurately by
+    inductor, like torch's operator by the backends "eager" and "aot_eager".
+
+    Args:
+        x: [N, C, *spatial].
+        groups: number of groups; must divide C.
+        weight, bias: [C].
+        eps: added to the variance.
+    """
+    if not x.is_cpu or x.dtype == torch.float64 or x.ndim < 3 or torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return F.group_norm(x, groups, weight, bias, eps)
+    if not is_ordinary(x, weight, bias):
+        centre = x.detach().unflatten(1, (groups, -1)).mean(tuple(range(2, x.ndim + 1)))
+        return F.group_norm(x - _per_channel(centre, x), groups, weight, bias, eps)
+    if not x.numel():
+        return F.group_norm(x, groups, weight, bias, eps)
+    y, mean, rstd = _normalize(x, groups, weight, bias, eps)
+    variance = (rstd.float().pow(-2) - eps).clamp(min=0)
+    if (mean.float().square() > _FAR**2 * variance).any():
+        y = _normalize(x - _per_channel(mean, x), groups, weight, bias, eps)[0]
+    return y
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [N, C] in fp64 of the channels of `x` [N, C, H, W], right for any mean and any number of pixels."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if not x.is_cpu:
+        moments = [torch.batch_norm_update_stats(sample.to(wide), None, None, 0.0) for sample in x.split(1)]
+        mean, variance = (torch.stack(values).double() for values in zip(*moments, strict=True))
+        return mean, variance
+    height = x.shape[2]
+    centre = x[:, :, min(_SAMPLE, height) // 2 :: _SAMPLE].mean((2, 3), keepdim=True, dtype=wide)
+    total, squares = (torch.zeros(x.shape[:2], dtype=torch.float64) for _ in range(2))
+    for samples, rows in _strips(x):
+        difference = x[samples, :, rows] - centre[samples]
+        total[samples] += difference.sum((2, 3))
+        squares[samples] += difference.square_().sum((2, 3))
+    mean, square = total / x.shape[2:].numel(), squares / x.shape[2:].numel()
+    return centre.double().flatten(1) + mean, (square - mean.square()).clamp(min=0)
+
+
+def group_moments(mean: Tensor, variance: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance [N, groups] of groups of channels, from those of the channels [N, C].
+
+    A group's variance is the mean of its channels' variances and the variance of their means.
+    """
+    mean, variance = mean.unflatten(1, (groups, -1)), variance.unflatten(1, (groups, -1))
+    centre = mean.mean(2, keepdim=True)
+    return centre.squeeze(2), (variance + (mean - centre).square()).mean(2)
+
+
+def _strips(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Samples and rows of strips of `x` [N, C, H, W]: several samples, or rows of one."""
+    sample = max(x[0].numel(), 1)
+    rows = max(1, x.shape[2] * _STRIP // sample)
+    samples = max(1, _STRIP // sample)
+    for n in range(0, x.shape[0], samples):
+        for row in range(0, x.shape[2], rows):
+            yield slice(n, n + samples), slice(row, row + rows)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """[N, groups] -> [N, C, 1, ...], in the dtype of `x` and outside the graph."""
+    repeated = values.detach().to(x.dtype).repeat_interleave(x.shape[1] // values.shape[1], 1)
+    return repeated[(..., *(None,) * (x.ndim - 2))]
+
+
+def _normalize(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and 1/std [N, groups]."""
+    samples, channels, *size = x.shape
+    pixels = math.prod(size)
+    if x.ndim > 3 and x.stride(1) == 1 and pixels > (_FEW if x.dtype == torch.float32 else _FEW_IN_HALF):
+        tokens = x.float().movedim(1, -1).reshape(samples, -1, _block(pixels), channels)
+        y, mean, rstd = _Blocks.apply(tokens, weight, bias, groups, eps)
+        return y.reshape(samples, *size, channels).movedim(-1, 1).to(x.dtype), mean, rstd
+    return torch.native_group_norm(x, weight, bias, samples, channels, pixels, groups, eps)
+
+
+@functools.cache
+def _block(pixels: int) -> int:
+    """The divisor up to 2048 that is closest to 1024, as a ratio; all pixels where only tiny blocks would fit."""
+    divisors = [d for d in range(1, 2 * _BLOCK + 1) if pixels % d == 0]
+    found = min(divisors, key=lambda d: abs(math.log(d / _BLOCK)))
+    return found if found >= 16 else pixels
+
+
+class _Blocks(torch.autograd.Function):
+    """GroupNorm of [N, blocks, pixels, C] in fp32: the operator normalizes each block, and what it says of them corrects its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        samples, blocks, pixels, channels = x.shape
+        y, *found = torch.native_group_norm(_images(x), None, None, samples * blocks, channels, pixels, groups, _TINY)
+        means, stds = found[0].view(samples, blocks, groups), found[1].view(samples, blocks, groups).reciprocal()
+        mean = means.mean(1, keepdim=True)
+        rstd = ((stds.square() + (means - mean).square()).mean(1, keepdim=True) + eps).rsqrt()
+        scale, shift = (_spread(values, channels) * weight for values in (stds * rstd, (means - mean) * rstd))
+        y = y.movedim(1, -1).view(x.shape)
+        torch.addcmul(shift + bias, y, scale, out=y)
+        mean, rstd = mean.squeeze(1), rstd.squeeze(1)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.groups, ctx.eps = groups, eps
+        ctx.mark_non_differentiable(mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        samples, blocks, pixels, channels = x.shape
+        if torch.is_grad_enabled():
+            dy, x = dy.movedim(-1, 1), x.movedim(-1, 1)
+            closed_form = norm_act_gradients(dy, None, x, weight, bias, None, ctx.groups, ctx.eps, "identity")
+            dx, dweight, dbias = closed_form[:3]
+            return dx.movedim(1, -1), dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
+        dy, gamma, dx = dy.contiguous(), weight.to(x.dtype), None
+        sums = [
+            torch.ops.aten.native_group_norm_backward(
+                _images(dy[n : n + 1]), _images(x[n : n + 1]), mean[n].repeat(blocks, 1), rstd[n].repeat(blocks, 1), gamma,
+                blocks, channels, pixels, ctx.groups, [False, True, True],
+            )[1:]
+            for n in range(samples)
+        ]  # fmt: skip
+        dweight, dbias = torch.stack([s for s, _ in sums]), torch.stack([s for _, s in sums])
+        if ctx.needs_input_grad[0]:
+            # dx = (gamma dy - A - B xh) / std, with A and B the means over a group of gamma dy and gamma dy xh
+            count = blocks * pixels * channels // ctx.groups
+            a, b = ((gamma * values).unflatten(1, (ctx.groups, -1)).sum(2) / count for values in (dbias, dweight))
+            slope = -b * rstd.square()
+            shift = -a * rstd - slope * mean
+            scale, slope, shift = (_spread(values.unsqueeze(1), channels) for values in (rstd, slope, shift))
+            dx = torch.addcmul(shift, x, slope).addcmul_(dy, scale * gamma)
+        return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), None, None
+
+
+def _images(tokens: Tensor) -> Tensor:
+    """[N, blocks, pixels, C] -> [N * blocks, C, pixels, 1], channels last."""
+    return tokens.flatten(0, 1).unsqueeze(2).movedim(-1, 1)
+
+
+def _spread(values: Tensor, channels: int) -> Tensor:
+    """[N, blocks, groups] -> [N, blocks, 1, C]."""
+    return values.repeat_interleave(channels // values.shape[2], 2).unsqueeze(2)
