@@ -298,7 +298,7 @@ def test_bf16_compute_is_close_and_falls_back_to_fp32(model):
 
     def overflow(module, inputs, output):
         if torch.is_autocast_enabled("cpu"):
-            output[0][1] = torch.inf
+            output[1] = torch.inf
         return output
 
     autoencoder.encoder.register_forward_hook(overflow)

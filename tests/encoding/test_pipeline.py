@@ -25,7 +25,7 @@ from latentae.encoding.pipeline import Crew, default_workers
 from latentae.encoding.samples import geometry
 from latentae.encoding.shard import ShardSettings, encode_shard, encode_shards
 from latentae.encoding.store import Store
-from latentae.errors import ModelError, RecipeError, ShardError
+from latentae.errors import DataError, ModelError, RecipeError, ShardError
 from latentae.files import read_json, sha256
 
 OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu"}
@@ -385,6 +385,6 @@ def test_another_trainers_layout_is_written_from_latents_that_have_what_it_needs
     with pytest.raises(RecipeError, match="one size"):
         encode(model, tmp_path / "in", tmp_path / "other", format="mar", buckets="auto", **OPTIONS)
     write_tar(tmp_path / "unlabelled/a.tar", {"0.jpg": jpeg(0, 40, 40), "0.json": b'{"label": "cat"}'})
-    with pytest.raises(RecipeError, match="class label"):
+    with pytest.raises(DataError, match="has the label 'cat'"):
         encode(model, tmp_path / "unlabelled", tmp_path / "other", format="mar", **OPTIONS)
     assert not (tmp_path / "other").exists()

@@ -57,8 +57,9 @@ def test_any_shape_in_strips_of_any_size(data):
     strips = Strips(rows, samples, data.draw(st.integers(1, 9)))
     layout, silu = data.draw(st.sampled_from(FORMATS)), transformed and data.draw(st.booleans())
     x, weight, bias, *_ = tensors(batch, channels, out_channels, height, width, layout)
-    affine = tuple(torch.randn(2, batch, channels, dtype=x.dtype)) if transformed else None
-    before = x if affine is None else torch.addcmul(*(t[:, :, None, None] for t in reversed(affine)), x)
+    affine = tuple(torch.randn(3, batch, channels, dtype=x.dtype)) if transformed else None
+    mean, scale, shift = (t[:, :, None, None] for t in affine or torch.zeros(3, batch, channels))
+    before = x if affine is None else scale * (x - mean) + shift
     expected = F.conv2d(F.silu(before) if silu else before, weight, bias, padding=1)
     found = x if overwrite and transformed else torch.empty_like(expected)
     with torch.no_grad():

@@ -146,7 +146,7 @@ def test_widths_and_layers_of_a_preset_can_be_replaced_for_both_sides():
         ({"latent_channels": 5}, "which latent_channels 5 does not divide"),
         ({"encoder_qkv_multiscales": ((), (), (4,))}, "windows are odd"),
         ({"attention_head_dim": 64}, "a head needs as many"),
-        ({"groups": 4}, "groups: Extra inputs"),
+        ({"groups": 4}, "groups = 4, which AutoencoderDC does not know"),
         ({"scaling_factor": 0}, "scaling_factor"),
     ],
 )  # fmt: skip

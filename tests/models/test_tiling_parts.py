@@ -9,7 +9,6 @@ from torch import nn
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.blocks import Attention
 from latentae.models.config import preset
-from latentae.models.pending import Pending
 from latentae.models.tiling import statistics, streamed
 from latentae.models.tiling.blended import Tiles, blend, weights
 from latentae.models.tiling.maps import Moments, affine, store
@@ -104,7 +103,7 @@ def test_attention_looks_at_a_grid_where_there_are_too_many_places():
             made.write(0, x)
             return streamed.stream([attention], made, maps, 30 * 64, keys).whole(x)
 
-    whole = attention(Pending(x)).value()
+    whole = attention(x)
     for keys in (None, 216, 54):
         torch.testing.assert_close(attended(keys), whole, rtol=0, atol=1e-12)
     assert (attended(6) - whole).abs().max() > 1e-3

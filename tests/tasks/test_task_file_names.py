@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+from digit_files import pca_model, write_images
 
 from latentae.data.shrinking import encode_png
 from latentae.data.writing import write_shards
@@ -14,7 +15,7 @@ from latentae.tasks.detecting import anomaly
 
 
 @pytest.fixture
-def model(digits, pca_model, tmp_path):
+def model(digits, tmp_path):
     return pca_model(tmp_path / "model", digits[0][:200], 8)
 
 
@@ -35,8 +36,8 @@ def test_denoise_refuses_names_that_are_too_long_before_the_work(model, digits, 
         denoise(model, tmp_path / "shards", tmp_path / "out", device="cpu")
 
 
-def test_a_heat_map_of_a_long_key_has_a_shorter_name(model, digits, write_digits, tmp_path):
-    normal = write_digits(tmp_path / "normal", digits[0][:40])
+def test_a_heat_map_of_a_long_key_has_a_shorter_name(model, digits, tmp_path):
+    normal = write_images(tmp_path / "normal", digits[0][:40])
     keys = [f"{'deep/' * 60}{n}" for n in range(2)]
     write_shards(({"__key__": key, "png": encode_png(digits[0][50 + n])} for n, key in enumerate(keys)), tmp_path / "shards")
     anomaly(model, normal, tmp_path / "shards", tmp_path / "out", heat_maps=2, device="cpu")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import types
 from functools import partial
+from multiprocessing import util
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from latentae.training.rehearsal import measure_speed, rehearse
 @pytest.fixture(autouse=True)
 def _temporary(tmp_path_factory, monkeypatch):
     """A folder for temporary files; each test leaves it empty."""
+    util.get_temp_dir()  # the fork server's own, made once a process: not in the folder that is watched
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield

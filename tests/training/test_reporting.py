@@ -63,7 +63,7 @@ def test_a_full_disk_is_one_line(recipe, tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with (
         MetricsLog(tmp_path, 0, PLAIN, recipe) as log,
-        pytest.raises(OutputError, match=r"metrics\.jsonl: No space left.*the same command goes on"),
+        pytest.raises(OutputError, match=r"metrics\.jsonl: No space left.*free the space.*the same command resumes"),
     ):
         log.write(1, 8, {"loss/total": 1.0})
 

@@ -131,7 +131,7 @@ def test_training_straight_from_a_folder_of_images(small, tmp_path):
         latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
         assert (tmp_path / "run-shards" / "000000.tar").is_file()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"neither \.tar shards nor images"):
+    with pytest.raises(DataError, match=r"holds no \.tar shards; no image under .*it is empty"):
         latentae.train(small(**{"data.shards": str(tmp_path / "empty")}), tmp_path / "other")
 
 
