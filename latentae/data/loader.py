@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from latentae.data.order import EpochOrder, derive_seed, lane_share, whole_seed
 from latentae.data.selection import Selection, is_held_out
 from latentae.data.shards import RawSample, expand_shards, read_shard
 from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
-from latentae.data.workers import leave_signals_to_parent, share
+from latentae.data.workers import end_workers, leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError
 from latentae.progress import say
 
@@ -316,7 +316,7 @@ class TrainLoader:
         kept = f", {self.held_out} held out" if self.held_out else ""
         say(f"data: {self.samples} training images{kept}, {self.steps} steps an epoch; {self.tail} of its tail are left out")
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Go on from where the last iteration, or the loaded state, ended; one iteration at a time."""
         workers = min(self._plan.options.workers, len(self._lanes))
         stream = _PartStream(self._plan, self._lanes, self._epoch, self._step)
@@ -330,7 +330,7 @@ class TrainLoader:
                 self._advance()  # counted when handed over, so batches that workers made in advance are not
                 yield batch
         finally:
-            del iterator  # ends the workers
+            end_workers(iterator)
 
     def _next(self, iterator: Iterator[Batch | LatentAEError], workers: int) -> Batch:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from latentae.data.reading import READ_EXTENSIONS
 from latentae.data.shards import RawSample, expand_shards
 from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
-from latentae.data.workers import leave_signals_to_parent, share
+from latentae.data.workers import end_workers, leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError, ShardError
 from latentae.progress import say
 
@@ -145,16 +145,21 @@ class StreamLoader:
             "statistical resume is promised; `latentae index SHARDS FOLDER` and --data.index FOLDER give the exact order"
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         options = self._options
         words = (self._seed, self._rank, self._batches)  # a run that goes on draws anew
         dataset = _Stream(self._shards, self._batch_size, options, words)
         pin = options.workers > 0 and torch.cuda.is_available()
-        for batch in DataLoader(dataset, batch_size=None, num_workers=options.workers, worker_init_fn=leave_signals_to_parent):
-            if isinstance(batch, LatentAEError):
-                raise batch
-            self._batches += 1
-            yield Batch.join([batch], pin)
+        parts = DataLoader(dataset, batch_size=None, num_workers=options.workers, worker_init_fn=leave_signals_to_parent)
+        iterator = iter(parts)
+        try:
+            for batch in iterator:
+                if isinstance(batch, LatentAEError):
+                    raise batch
+                self._batches += 1
+                yield Batch.join([batch], pin)
+        finally:
+            end_workers(iterator)
 
     def state_dict(self) -> dict[str, Any]:
         """How far the stream is, as plain JSON values."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from latentae.errors import DataError
 
-__all__ = ["leave_signals_to_parent", "share"]
+__all__ = ["end_workers", "leave_signals_to_parent", "share"]
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -29,6 +31,16 @@ def _obey_next(number: int) -> None:
     signal.signal(number, lambda number, frame: os._exit(0))
 
 
+def end_workers(batches: Iterator[Any]) -> None:
+    """End the workers of a DataLoader's iterator now.
+
+    A traceback may hold the iterator, and a worker leaves the first SIGTERM to its parent: the end of the process would wait for ever.
+    """
+    shut_down = getattr(batches, "_shutdown_workers", None)  # torch has no public name for it
+    if shut_down is not None:
+        shut_down()
+
+
 def share(images: Tensor) -> Tensor:
     """In a data worker: put images where the parent reads them. Elsewhere: the images unchanged.
 
@@ -44,6 +56,6 @@ def share(images: Tensor) -> Tensor:
     except (RuntimeError, OSError) as error:
         size = images.numel() * images.element_size() / 1e6
         raise DataError(
-            f"a data worker found no room for a batch of {size:.1f} MB in shared memory ({str(error).splitlines()[0]}); give the "
+            f"a data worker found no room for a batch of {size:.2g} MB in shared memory ({str(error).splitlines()[0]}); give the "
             "container more (docker run --shm-size=8g) or set data.workers to 0"
         ) from error

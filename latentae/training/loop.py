@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -105,19 +106,19 @@ class PhaseLoop:
         """
         if self.state.images_seen == 0 and self.trainer.recipe.model.initialization == "pca":
             self.validate()  # this start is worth looking at
-        batches = iter(self.loader)
-        self._warm_up(batches)
-        self.timer.restart()
-        while not self.trainer.finished:
-            before = self.state.images_seen
-            self._step(batches)
-            now, finished = self.state.images_seen, self.trainer.finished
-            saved = finished or self.checkpoints.due(before, now)
-            if saved:
-                self._save()  # before a look at held-out images: a run that ends in there loses nothing
-            if self.validations.due(before, now) and not finished:
-                self.validate()
-            self._stop_if_asked(saved)
+        with closing(iter(self.loader)) as batches:  # an error ends the data workers too
+            self._warm_up(batches)
+            self.timer.restart()
+            while not self.trainer.finished:
+                before = self.state.images_seen
+                self._step(batches)
+                now, finished = self.state.images_seen, self.trainer.finished
+                saved = finished or self.checkpoints.due(before, now)
+                if saved:
+                    self._save()  # before a look at held-out images: a run that ends in there loses nothing
+                if self.validations.due(before, now) and not finished:
+                    self.validate()
+                self._stop_if_asked(saved)
         self.validate()
         self._stop_if_asked(saved=True)
 

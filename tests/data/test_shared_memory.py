@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -26,9 +28,10 @@ def test_no_room_for_a_batch_is_said_in_one_line(loader, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", lambda tensor: NoRoom()(tensor))  # workers are forked, so they see it
     options = DataOptions(shards=str(tmp_path / "shards"), resolution=16, workers=2, validation="none")
     with pytest.raises(
-        DataError, match=r"no room for a batch of 0\.0 MB in shared memory .*--shm-size=8g.* or set data.workers to 0"
+        DataError, match=r"no room for a batch of 0\.0\d+ MB in shared memory .*--shm-size=8g.* or set data.workers to 0"
     ):
         next(iter(loader(options, 2, seed=0)))
+    assert not multiprocessing.active_children()  # the end of the process would wait for them
 
 
 def test_without_workers_nothing_is_shared(tmp_path, monkeypatch):
