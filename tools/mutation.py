@@ -1,7 +1,7 @@
 """Mutation testing: how many small faults, planted one at a time in ten drawn modules, make the tests fail.
 
 One module is drawn from each package. Its faults are changed comparisons, operators, constants, conditions and return values and
-removed calls. A fault runs the test files that import its module, the module's own first, and stops at the first failure.
+removed calls. A fault runs the module's own test files (those that bear its name) or, if there are none, the test files that import it.
 
     python tools/mutation.py OUT.json --seed 17 --mutants 30 --jobs 2            # both commits: run it in two work trees
 """
@@ -107,14 +107,15 @@ def _plant(node: ast.AST, kind: str) -> None:
 
 
 def tests_of(root: Path, module: Path) -> list[str]:
-    """Test files that import the module, its own first; of a module that no test imports, those that import its importers."""
+    """Test files of a module: those with its name, else those that import it, else those that import its importers."""
     files = sorted((root / "tests").rglob("test_*.py"))
     found = [path for path in files if _imports(path, root, module)]
     if not found:
         sources = [path for folder in ("latentae", "kernels") for path in (root / folder).rglob("*.py")]
         importers = [path for path in sources if path != module and _imports(path, root, module)]
         found = [path for path in files if any(_imports(path, root, importer) for importer in importers)]
-    found.sort(key=lambda path: (module.stem not in path.stem, path.stat().st_size))
+    own = [path for path in found if module.stem in path.stem]
+    found = sorted(own or found, key=lambda path: path.stat().st_size)
     return [str(path.relative_to(root)) for path in found]
 
 
