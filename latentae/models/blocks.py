@@ -61,11 +61,15 @@ def is_frozen(block: nn.Module) -> bool:
 
 
 def _step_of(block: nn.Module) -> Callable[[Pending], Pending]:
-    """The block's step, or a call of a block that is replaced or hooked. An export names operators by the calls that it sees."""
-    plain = isinstance(block, Block) and type(block).forward is Block.forward and is_unhooked(block)
-    if plain and not torch.compiler.is_exporting():
+    """The block's step, or a call of a block that is replaced or hooked."""
+    if isinstance(block, Block) and type(block).forward is Block.forward and _is_quiet(block):
         return block.step
     return lambda x: Pending(block(x.value()))
+
+
+def _is_quiet(module: nn.Module) -> bool:
+    """Whether nobody hears of a call: no hook, and no export, which names operators by the calls that it sees."""
+    return is_unhooked(module) and not torch.compiler.is_exporting()
 
 
 def recomputed(step: Callable[[Pending], Pending], x: Pending) -> Pending:
@@ -162,8 +166,7 @@ class Chain(nn.Module):
 
 def run_chain(chain: nn.Module, x: Pending, checkpointing: bool) -> Pending:
     """Run a chain of blocks; one that is replaced or hooked is called as a single block."""
-    plain = isinstance(chain, Chain) and type(chain).forward is Chain.forward and is_unhooked(chain)
-    if plain and not torch.compiler.is_exporting():
+    if isinstance(chain, Chain) and type(chain).forward is Chain.forward and _is_quiet(chain):
         return chain.step(x, checkpointing)
     return run_block(chain, x, checkpointing)
 
