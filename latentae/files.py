@@ -25,6 +25,7 @@ __all__ = [
     "alone",
     "atomic_file",
     "here",
+    "json_bytes",
     "read_json",
     "sha256",
     "staged_folder",
@@ -115,17 +116,23 @@ def _as_output_error(path: Path) -> Iterator[None]:
     except LatentAEError:
         raise
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if not isinstance(error, OSError) and not number:
+        code = _errno(error)
+        if code is None and not isinstance(error, OSError):
             raise
-        reason = (error.strerror if isinstance(error, OSError) else os.strerror(int(number[1])) if number else None) or error
-        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        reason = error if code is None else os.strerror(code)
         raise OutputError(f"could not write {path}: {reason}; {write_advice(code)}") from error
+
+
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any error it is removed.
+    """Yield a temporary path in the folder of `path`; on success it becomes `path`, on any error it is removed.
 
     The file has the permissions that the umask gives to a new file there, even if its writer chose others, as safetensors does.
     """

@@ -108,7 +108,7 @@ def _jpeg(head: bytes) -> tuple[int, int]:
 
 
 class _Bytes:
-    """The bytes of a file in order: first those at hand. Beyond its end, where `take` and `skip` may go on to another file, nothing."""
+    """Reads a file in order, first from the bytes at hand; never beyond its end, where another file may begin."""
 
     def __init__(self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]) -> None:
         self._head, self._left, self._take, self._skip = head, size - len(head), take, skip

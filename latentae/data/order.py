@@ -54,7 +54,7 @@ def run_seed(seed: SupportsIndex) -> int:
 
 
 def plain_word(word: SupportsIndex | str) -> int | str:
-    """What a word of a key is hashed as: equal numbers and equal texts are the same word, whatever their types."""
+    """The plain form in which a word of a key is hashed: equal numbers and equal texts give one word, of any type."""
     return str(word) if isinstance(word, str) else whole_seed(word)
 
 

@@ -34,7 +34,7 @@ def _obey_next(number: int) -> None:
 def end_workers(batches: Iterator[Any]) -> None:
     """End the workers of a DataLoader's iterator now.
 
-    A traceback may hold the iterator, and a worker leaves the first SIGTERM to its parent: the end of the process would wait for ever.
+    Otherwise a process can hang at its end: a traceback keeps the iterator alive, and workers ignore the first SIGTERM.
     """
     shut_down = getattr(batches, "_shutdown_workers", None)  # torch has no public name for it
     if shut_down is not None:
@@ -42,9 +42,9 @@ def end_workers(batches: Iterator[Any]) -> None:
 
 
 def share(images: Tensor) -> Tensor:
-    """In a data worker: put images where the parent reads them. Elsewhere: the images unchanged.
+    """In a data worker, move images to shared memory; in any other process, return them unchanged.
 
-    torch does this too, but in a thread whose error nobody sees: the parent would wait for ever.
+    torch would do this in a thread whose errors are lost, and the parent would wait forever.
 
     Raises:
         DataError: shared memory is too small, as in containers with a small /dev/shm.

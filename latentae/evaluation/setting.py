@@ -82,7 +82,7 @@ class Setting:
         return self.source.config.in_channels
 
     def training_images(self, wanted: int) -> Iterator[Batch]:
-        """About so many images that the model was trained on."""
+        """About `wanted` images of the model's training data."""
         limit = max(self.max_pixels, self.training.max_pixels)
         return training_images(
             self.training, self.resolution, self.batch_size, wanted, self.seed, channels=self.channels, max_pixels=limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
@@ -28,12 +29,12 @@ __all__ = [
 ]
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """A block that takes and returns tensors, and in a chain of blocks hands on its last additions."""
 
+    @abstractmethod
     def step(self, x: Pending) -> Pending:
         """The block, its last additions pending."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the block's output."""
@@ -68,7 +69,7 @@ def _step_of(block: nn.Module) -> Callable[[Pending], Pending]:
 
 
 def _is_quiet(module: nn.Module) -> bool:
-    """Whether nobody hears of a call: no hook, and no export, which names operators by the calls that it sees."""
+    """Whether skipping a call goes unnoticed: no hooks, and no export, which names operators by the modules that are called."""
     return is_unhooked(module) and not torch.compiler.is_exporting()
 
 
@@ -146,12 +147,12 @@ class Upsample(Block):
         return upsample_convolve(self.conv, x.value())
 
 
-class Chain(nn.Module):
+class Chain(nn.Module, ABC):
     """Blocks one after the other; what they hand on to each other is pending."""
 
+    @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks in the order in which they run."""
-        raise NotImplementedError
 
     def step(self, x: Pending, checkpointing: bool = False) -> Pending:
         """The blocks, the last additions pending. `checkpointing` keeps the input of each block only."""

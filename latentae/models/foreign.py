@@ -111,10 +111,9 @@ def _load(folder: Path, values: dict[str, Any]) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ModelError(f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an autoencoder")
     file = folder_weights(folder)
-    words = (
-        set(file.name.split(".")[1:]) - {"safetensors", "bin", "index", "json"} if file else set()
-    )  # of "x.fp16.bin": the variant
-    options = {"variant": next(iter(words), None), "use_safetensors": None if file is None else "safetensors" in file.name}
+    words = file.name.split(".")[1:] if file else []
+    variant = next((word for word in words if word not in ("safetensors", "bin", "index", "json")), None)  # fp16 of x.fp16.bin
+    options = {"variant": variant, "use_safetensors": "safetensors" in words if file else None}
     try:
         loader: Any = kind
         module, info = loader.from_pretrained(folder, **options, torch_dtype=torch.float32, output_loading_info=True)

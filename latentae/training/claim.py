@@ -155,7 +155,7 @@ class Claim:
         if self._thread is not None:
             self._thread.join(timeout=self.beat)  # a store that does not answer holds nobody up
         for place in self._places:
-            with suppress(Exception):  # it goes stale by itself
+            with suppress(Exception):  # a claim that is not renewed expires
                 if _parse(place.read() or b"{}").get("token") == self._token:
                     place.remove()
         self._places.clear()

@@ -26,7 +26,7 @@ T = TypeVar("T")
 # How long one process may work alone (a validation, a copy of a checkpoint) while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
 
-# Seconds after which a process that finds no others says what it waits for.
+# Seconds until a process that waits for others logs it.
 PATIENCE = 5.0
 
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
@@ -86,7 +86,7 @@ def _announce_waiting(world_size: int) -> Iterator[None]:
         return
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "?")
     message = (
-        f"process {rank} of WORLD_SIZE={world_size} waits for the others at {os.environ.get('MASTER_ADDR', '?')}:{port}; if you "
+        f"process {rank} of WORLD_SIZE={world_size} waits for the other processes at {os.environ.get('MASTER_ADDR', '?')}:{port}; if you "
         "started one process only, stop it and run: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
     )
     timer = threading.Timer(PATIENCE, say, [message])

@@ -25,6 +25,20 @@ DC = {
 }
 """Values of an AutoencoderDC of f = 4 that has both kinds of blocks."""
 
+DC_TWO_LEVELS = {
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16),
+    "decoder_block_out_channels": (8, 16),
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 2),
+    "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+}
+"""The smallest AutoencoderDC with both kinds of blocks, f = 2."""
+
 
 def narrow(name: str, **overrides) -> AutoencoderKLConfig:
     """A preset with its depth and attention kept and its width scaled down to 8 channels a unit."""

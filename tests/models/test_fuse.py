@@ -7,25 +7,13 @@ import copy
 import pytest
 import torch
 from latentae_kernels import use_backend
+from small_models import DC_TWO_LEVELS
 from torch import nn
 
 import latentae
 from latentae.errors import ModelError
 
 diffusers = pytest.importorskip("diffusers")
-
-DC = {
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "encoder_block_out_channels": (8, 16),
-    "decoder_block_out_channels": (8, 16),
-    "encoder_layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 2),
-    "encoder_qkv_multiscales": ((), (5,)),
-    "decoder_qkv_multiscales": ((), (5,)),
-}
 
 
 def build(dtype=torch.float64) -> nn.Module:
@@ -42,7 +30,7 @@ def build(dtype=torch.float64) -> nn.Module:
 
 def build_dc(dtype=torch.float32, **changes) -> nn.Module:
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderDC(**{**DC, **changes}).eval()
+    vae = diffusers.AutoencoderDC(**{**DC_TWO_LEVELS, **changes}).eval()
     for name, p in vae.named_parameters():
         if "norm" in name:
             nn.init.normal_(p, 1.0 if name.endswith("weight") else 0.0, 0.3)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from latentae_kernels import use_backend
+from small_models import DC_TWO_LEVELS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -28,18 +29,6 @@ KL = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "latent_channels": 4,
-}
-DC = {
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "encoder_block_out_channels": (8, 16),
-    "decoder_block_out_channels": (8, 16),
-    "encoder_layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1),
-    "encoder_qkv_multiscales": ((), (5,)),
-    "decoder_qkv_multiscales": ((), (5,)),
 }
 FAMILIES = ("kl", "dc")
 
@@ -75,7 +64,7 @@ class Lora(nn.Module):
 def models(family: str) -> dict[str, nn.Module]:
     """diffusers' model, ours and a fused one of diffusers, with the same weights."""
     torch.manual_seed(0)
-    theirs = (diffusers.AutoencoderKL(**KL) if family == "kl" else diffusers.AutoencoderDC(**DC)).eval()
+    theirs = (diffusers.AutoencoderKL(**KL) if family == "kl" else diffusers.AutoencoderDC(**DC_TWO_LEVELS)).eval()
     for name, p in theirs.named_parameters():
         if "norm" in name:
             nn.init.normal_(p, 1.0 if name.endswith("weight") else 0.0, 0.3)

@@ -20,7 +20,7 @@ def test_left_over_variables_of_a_launcher_are_named_and_ctrl_c_ends_the_wait():
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     line = next(line for line in lines if "WORLD_SIZE" in line)
-    assert f"process 0 of WORLD_SIZE=4 waits for the others at 127.0.0.1:{port}" in line
+    assert f"process 0 of WORLD_SIZE=4 waits for the other processes at 127.0.0.1:{port}" in line
     assert "unset WORLD_SIZE RANK" in line
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == -signal.SIGINT

@@ -73,23 +73,26 @@ _KINDS = (Encoder, Decoder, DownLevel, UpLevel, MidBlock, ResnetBlock, Attention
 
 
 def check_layers(model: AutoencoderKL) -> None:
-    """Refuse a model with layers that tiling would pass by: steps compute normalizations and skips themselves.
+    """Refuse a model with layers that tiling would ignore: its steps compute normalizations and skips themselves.
 
     Raises:
         ModelError: a block, normalization or convolution that is replaced, or a hooked block or normalization.
     """
     for name, module in model.named_modules():
-        if not name or isinstance(module, nn.ModuleList | nn.Linear):
-            continue
-        reason = None
-        if isinstance(module, nn.Conv2d):  # steps call it where it is not plain
-            reason = None if module.padding_mode == "zeros" else f"pads its input by {module.padding_mode!r} values"
-        elif type(module) not in _KINDS:
-            reason = f"is a {type(module).__name__}"
-        elif not is_unhooked(module):
-            reason = "has hooks"
+        reason = _obstacle(module) if name else None
         if reason is not None:
             raise ModelError(f"tiling can't split this model: {name} {reason}; merge or remove it, or run untiled")
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why tiling would ignore a module; None for those that it calls or computes itself."""
+    if isinstance(module, nn.ModuleList | nn.Linear):
+        return None
+    if isinstance(module, nn.Conv2d):  # steps call it where it is not plain
+        return None if module.padding_mode == "zeros" else f"pads its input by {module.padding_mode!r} values"
+    if type(module) not in _KINDS:
+        return f"is a {type(module).__name__}"
+    return None if is_unhooked(module) else "has hooks"
 
 
 def encoder_steps(model: AutoencoderKL) -> list[Step]:
