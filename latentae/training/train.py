@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,9 @@ def _train(resolved: Recipe, run: Path, resume: str | Path) -> Path:
 
 
 def _claim(claim: Claim, run: Path) -> None:
-    claim.take(FolderPlace(run))
+    """Claim a run folder. One that is read-only needs no claim: a finished run says so, and any other fails at its first write."""
+    if not run.is_dir() or os.access(run, os.W_OK):
+        claim.take(FolderPlace(run))
 
 
 def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:

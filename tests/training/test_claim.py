@@ -147,7 +147,7 @@ def test_of_two_that_claim_an_address_at_once_one_gets_it(tmp_path):
     other.release()
 
 
-def test_train_refuses_a_run_that_is_being_trained(small, tmp_path):
+def test_train_refuses_a_run_that_is_being_trained(small, tmp_path, monkeypatch):
     run = tmp_path / "run"
     holder = Claim()
     holder.take(FolderPlace(run))
@@ -157,5 +157,7 @@ def test_train_refuses_a_run_that_is_being_trained(small, tmp_path):
     holder.release()
     train(small(images=8, checkpoint_every_images=8), run)
     assert not (run / CLAIM).exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a disk that is mounted read-only
+    monkeypatch.setattr(FolderPlace, "write", lambda *_: pytest.fail("a finished run was written to"))
     train(small(images=8, checkpoint_every_images=8), run)  # finished: it says so
     assert load_recipe(run / "recipe.toml").images == 8
