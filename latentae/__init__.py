@@ -23,25 +23,25 @@ _HOME = {
     "LatentDataset": "latentae.encoding.latents",
     "LinearAutoencoder": "latentae.models.linear",
     "LinearAutoencoderConfig": "latentae.models.config",
-    "anomaly": "latentae.tasks.detecting",
+    "anomaly": "latentae.tasks.anomaly",
     "compare": "latentae.evaluation.compare",
-    "config": "latentae.training.plan",
-    "decode": "latentae.encoding.preview",
-    "denoise": "latentae.tasks.denoising",
+    "config": "latentae.training.config",
+    "decode": "latentae.encoding.decode",
+    "denoise": "latentae.tasks.denoise",
     "encode": "latentae.encoding.encode",
     "evaluate": "latentae.evaluation.evaluate",
     "export": "latentae.exporting.export",
-    "features": "latentae.tasks.extracting",
+    "features": "latentae.tasks.features",
     "fuse": "latentae.models.fuse",
-    "index": "latentae.data.indexing",
+    "index": "latentae.data.index",
     "init": "latentae.training.init",
-    "interpolate": "latentae.tasks.interpolating",
-    "order": "latentae.data.listing",
+    "interpolate": "latentae.tasks.interpolate",
+    "order": "latentae.data.order",
     "pipeline": "latentae.inference.pipeline",
     "quickstart": "latentae.examples.quickstart",
     "reconstruct": "latentae.evaluation.reconstruct",
-    "sample": "latentae.tasks.sampling",
-    "shards": "latentae.data.writing",
+    "sample": "latentae.tasks.sample",
+    "shards": "latentae.data.shards",
     "stats": "latentae.encoding.stats",
     "train": "latentae.training.train",
     "verify": "latentae.encoding.verify",
@@ -50,12 +50,12 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from latentae.data.indexing import index
-    from latentae.data.listing import order
-    from latentae.data.writing import shards
+    from latentae.data.index import index
+    from latentae.data.order import order
+    from latentae.data.shards import shards
+    from latentae.encoding.decode import decode
     from latentae.encoding.encode import encode
     from latentae.encoding.latents import LatentDataset
-    from latentae.encoding.preview import decode
     from latentae.encoding.stats import stats
     from latentae.encoding.verify import verify
     from latentae.errors import LatentAEError
@@ -72,13 +72,13 @@ if TYPE_CHECKING:
     from latentae.models.fuse import fuse
     from latentae.models.linear import LinearAutoencoder
     from latentae.models.posterior import DiagonalGaussian
-    from latentae.tasks.denoising import denoise
-    from latentae.tasks.detecting import anomaly
-    from latentae.tasks.extracting import features
-    from latentae.tasks.interpolating import interpolate
-    from latentae.tasks.sampling import sample
+    from latentae.tasks.anomaly import anomaly
+    from latentae.tasks.denoise import denoise
+    from latentae.tasks.features import features
+    from latentae.tasks.interpolate import interpolate
+    from latentae.tasks.sample import sample
+    from latentae.training.config import config
     from latentae.training.init import init
-    from latentae.training.plan import config
     from latentae.training.train import train
 
 

@@ -27,7 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]},
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
 )
 
 
@@ -41,7 +44,9 @@ class RecipeCommand(TyperCommand):
         with formatter.section("Shipped recipes"):
             formatter.write_text(", ".join(shipped_recipes()))
         with formatter.section("Options of a recipe (also keys of its TOML file)"):
-            rows = [(f"--{name.replace('_', '-')}", _explain(field)) for name, field in recipe_options().items()]
+            rows = [
+                (f"--{name.replace('_', '-')}", _explain(field)) for name, field in recipe_options().items()
+            ]
             formatter.write_dl(rows)
 
 
@@ -59,7 +64,10 @@ _RECIPE: Any = {
     },
 }
 Words = Annotated[
-    list[str], typer.Argument(metavar="RECIPE [--OPTION VALUE]...", help="A shipped name or a .toml path, then options.")
+    list[str],
+    typer.Argument(
+        metavar="RECIPE [--OPTION VALUE]...", help="A shipped name or a .toml path, then options."
+    ),
 ]
 
 
@@ -77,7 +85,9 @@ def _split(words: list[str], expected: str = "RECIPE") -> tuple[list[str], dict[
                 raise RecipeError(f"option --{name} needs a value")
         overrides[name.replace("-", "_")] = value
     if len(given) != len(expected.split()):
-        raise RecipeError(f"expected {expected.replace('RECIPE', 'one RECIPE')}, got {' '.join(given) or 'none'}")
+        raise RecipeError(
+            f"expected {expected.replace('RECIPE', 'one RECIPE')}, got {' '.join(given) or 'none'}"
+        )
     return given, overrides
 
 
@@ -105,11 +115,17 @@ def shards(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     shard_size: Annotated[
-        int | None, typer.Option(help="At most so many samples in a shard; when not given, 16 to 1000, for eight shards or more.")
+        int | None,
+        typer.Option(
+            help="At most so many samples in a shard; when not given, 16 to 1000, for eight shards or more."
+        ),
     ] = None,
     max_shard_mb: Annotated[float, typer.Option(help="At most so many MB in a shard.")] = 1000.0,
     resize: Annotated[
-        int | None, typer.Option(help="Shrink to so many pixels on the short side; files are copied as they are without it.")
+        int | None,
+        typer.Option(
+            help="Shrink to so many pixels on the short side; files are copied as they are without it."
+        ),
     ] = None,
     quality: Annotated[
         int | None, typer.Option(help="Shrunk images become JPEGs of this quality, 1 to 100; PNGs without.")
@@ -117,7 +133,9 @@ def shards(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave unreadable images out and list them, rather than stop.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Images read at the same time; one for each core when not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Images read at the same time; one for each core when not given.")
+    ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Pack images into WebDataset shards; the same command goes on where it stopped."""
@@ -139,8 +157,12 @@ def shards(
 @app.command()
 def index(
     shards: Shards,
-    out: Annotated[Path | None, typer.Argument(help="Folder for the indexes; beside each shard when not given.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Shards read at the same time; one for each core when not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder for the indexes; beside each shard when not given.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Shards read at the same time; one for each core when not given.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read shards that have an index too, and compare their SHA-256.")
     ] = False,
@@ -150,7 +172,9 @@ def index(
 
     summary = latentae.index(shards, out, workers=workers, verify=verify)
     if summary.damaged:
-        raise ShardError(f"damage found: {summary}; see the lines above{f' and {out}/damaged.jsonl' if out else ''}")
+        raise ShardError(
+            f"damage found: {summary}; see the lines above{f' and {out}/damaged.jsonl' if out else ''}"
+        )
 
 
 @app.command(**_RECIPE)
@@ -158,13 +182,22 @@ def train(
     words: Words,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The run folder.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto (go on where this run stopped), never, or a run or checkpoint to go on from.")
+        str,
+        typer.Option(
+            help="auto (go on where this run stopped), never, or a run or checkpoint to go on from."
+        ),
     ] = "auto",
     init_from: Annotated[
-        str | None, typer.Option(help="Weights to begin with: a run, checkpoint, diffusers folder, safetensors or LDM file.")
+        str | None,
+        typer.Option(
+            help="Weights to begin with: a run, checkpoint, diffusers folder, safetensors or LDM file."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Take a few real steps, print speed, memory and total time, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Take a few real steps, print speed, memory and total time, and write nothing."
+        ),
     ] = False,
 ) -> None:
     """Train an autoencoder; the same command goes on where it stopped."""
@@ -180,7 +213,8 @@ def init(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE SHARDS OUT [--OPTION VALUE]...", help="A recipe, training shards (or images), a folder to make."
+            metavar="RECIPE SHARDS OUT [--OPTION VALUE]...",
+            help="A recipe, training shards (or images), a folder to make.",
         ),
     ],
 ) -> None:
@@ -195,7 +229,7 @@ def init(
 @app.command(**_RECIPE)
 def config(words: Words) -> None:
     """Print a recipe with every option resolved, as TOML, headed by what each phase amounts to."""
-    from latentae.training.plan import config as resolved
+    from latentae.training.config import config as resolved
 
     (recipe,), overrides = _split(words)
     typer.echo(resolved(recipe, **overrides), nl=False)
@@ -207,26 +241,43 @@ def evaluate(
     shards: Shards,
     compare: Annotated[
         list[Path] | None,
-        typer.Option(metavar="MODEL", help="Another model to measure on the same images; give it again for more."),
+        typer.Option(
+            metavar="MODEL", help="Another model to measure on the same images; give it again for more."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json, per_image.csv and report.html; a table without it.")
+        Path | None,
+        typer.Option(help="Folder for metrics.json, per_image.csv and report.html; a table without it."),
     ] = None,
-    resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own when not given.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; the model's own when not given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="At most so many images, spread evenly over the shards.")] = None,
-    perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "auto",
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many images, spread evenly over the shards.")
+    ] = None,
+    perceptual: Annotated[
+        str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")
+    ] = "auto",
     frechet: Annotated[
-        str, typer.Option(help="Features for the Frechet distance: auto, inception, none, or a backbone of timm.")
+        str,
+        typer.Option(help="Features for the Frechet distance: auto, inception, none, or a backbone of timm."),
     ] = "auto",
     details: Annotated[
-        bool, typer.Option(help="Look closer at a few images: disturbed latents, half precision, rate and distortion.")
+        bool,
+        typer.Option(
+            help="Look closer at a few images: disturbed latents, half precision, rate and distortion."
+        ),
     ] = True,
     diffusability: Annotated[
-        bool, typer.Option("--diffusability", help="Also interpolate latents and train tiny flows on them; takes minutes.")
+        bool,
+        typer.Option(
+            "--diffusability", help="Also interpolate latents and train tiny flows on them; takes minutes."
+        ),
     ] = False,
     pca_shards: Annotated[
-        str | None, typer.Option(help="Images to fit the PCA and DCT baselines on; the run's own when not given.")
+        str | None,
+        typer.Option(help="Images to fit the PCA and DCT baselines on; the run's own when not given."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap, of noise and of what is trained.")] = 0,
     weights: Weights = "ema",
@@ -258,7 +309,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or output folders of evaluate.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or output folders of evaluate.")
+    ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
 ) -> None:
     """Put runs side by side: what differs in their recipes, their curves, and their metrics."""
@@ -282,7 +335,9 @@ def reconstruct(
     """Show images beside their reconstructions."""
     import latentae
 
-    latentae.reconstruct(model, images, out=out, resolution=resolution, weights=weights, device=device, max_pixels=max_pixels)
+    latentae.reconstruct(
+        model, images, out=out, resolution=resolution, weights=weights, device=device, max_pixels=max_pixels
+    )
 
 
 for _verb in (encode, verify, stats, decode, features, anomaly, denoise, interpolate, sample):
@@ -297,25 +352,48 @@ def export(
         str, typer.Option(help="diffusers, ldm (one file under LDM's names), onnx, pt2 (AOTInductor) or all.")
     ] = "diffusers",
     fold_normalization: Annotated[
-        bool, typer.Option("--fold-normalization", help="Normalise latents inside the weights: scaling 1, shift 0.")
+        bool,
+        typer.Option(
+            "--fold-normalization", help="Normalise latents inside the weights: scaling 1, shift 0."
+        ),
     ] = False,
-    variant: Annotated[str | None, typer.Option(help="Also write half-precision weights: fp16 or bf16.")] = None,
-    scaling_factor: Annotated[float | None, typer.Option(help="Latent scaling; measured or the config's when not given.")] = None,
-    shift_factor: Annotated[float | None, typer.Option(help="Latent shift; measured or the config's when not given.")] = None,
-    statistics: Annotated[Path | None, typer.Option(help="Output folder of encode or evaluate, for measured factors.")] = None,
-    metrics: Annotated[Path | None, typer.Option(help="Output folder of evaluate, for the model card.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Also write half-precision weights: fp16 or bf16.")
+    ] = None,
+    scaling_factor: Annotated[
+        float | None, typer.Option(help="Latent scaling; measured or the config's when not given.")
+    ] = None,
+    shift_factor: Annotated[
+        float | None, typer.Option(help="Latent shift; measured or the config's when not given.")
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Output folder of encode or evaluate, for measured factors.")
+    ] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="Output folder of evaluate, for the model card.")
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SHARDS", help="Measure on them: quality, latents, previews, fp16 and bf16, tiling.")
+        str | None,
+        typer.Option(
+            metavar="SHARDS", help="Measure on them: quality, latents, previews, fp16 and bf16, tiling."
+        ),
     ] = None,
     images: Annotated[int, typer.Option(help="Measure on at most so many images of the data.")] = 256,
     resolution: Annotated[
         list[int] | None,
-        typer.Option(help="Image side in pixels to measure at; give it again for more. The model's own without."),
+        typer.Option(
+            help="Image side in pixels to measure at; give it again for more. The model's own without."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time when measuring.")] = 8,
-    perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "auto",
+    perceptual: Annotated[
+        str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")
+    ] = "auto",
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this repository on the Hugging Face Hub.")
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the folder to this repository on the Hugging Face Hub."
+        ),
     ] = None,
     weights: Weights = "ema",
     device: Device = "auto",
@@ -361,7 +439,9 @@ def order(
     held_out: Annotated[
         float, typer.Option(help="Fraction left out of training by key; 0.02 is what training leaves out.")
     ] = 0.0,
-    index: Annotated[str | None, typer.Option(help="Folder of the shards' indexes, if they are elsewhere.")] = None,
+    index: Annotated[
+        str | None, typer.Option(help="Folder of the shards' indexes, if they are elsewhere.")
+    ] = None,
 ) -> None:
     """List which sample is in which step of an epoch: `step<TAB>key`, one line a sample; nothing is decoded."""
     import latentae
@@ -387,7 +467,9 @@ def order(
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    typer.echo(f"epoch {epoch} has {listing.steps} steps; {listing.tail} samples of its tail are left out", err=True)
+    typer.echo(
+        f"epoch {epoch} has {listing.steps} steps; {listing.tail} samples of its tail are left out", err=True
+    )
 
 
 def _version(value: bool) -> None:
@@ -400,8 +482,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -419,7 +505,9 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # keys may have letters that an ASCII terminal or UTF-8 does not have
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # keys may have letters that an ASCII terminal or UTF-8 does not have
 
 
 def main(arguments: list[str] | None = None) -> None:

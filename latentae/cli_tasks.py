@@ -13,17 +13,24 @@ from latentae.data.headers import MAX_PIXELS
 __all__ = ["anomaly", "denoise", "features", "interpolate", "sample"]
 
 Inputs = Annotated[
-    list[str], typer.Argument(metavar="INPUTS...", help="Folder of images, image files, or shards (folder, file or pattern).")
+    list[str],
+    typer.Argument(
+        metavar="INPUTS...", help="Folder of images, image files, or shards (folder, file or pattern)."
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Output folder.")]
 Picture = Annotated[Path, typer.Option("--out", help="The PNG to write.")]
 Resolution = Annotated[
-    int | None, typer.Option(help="Side of the centre square of each image; each image's own shape when not given.")
+    int | None,
+    typer.Option(help="Side of the centre square of each image; each image's own shape when not given."),
 ]
 Square = Annotated[int | None, typer.Option(help="Side of the pictures; the model's own when not given.")]
 BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
 LabelSource = Annotated[
-    str, typer.Option(help="auto (.cls beside the image), folder (the first of its key), none, or a CSV file with key,label.")
+    str,
+    typer.Option(
+        help="auto (.cls beside the image), folder (the first of its key), none, or a CSV file with key,label."
+    ),
 ]
 
 
@@ -31,7 +38,9 @@ def features(
     model: Model,
     inputs: Inputs,
     out: Out = Path("features"),
-    pool: Annotated[str, typer.Option(help="mean, moments (mean and deviation over places) or spatial.")] = "mean",
+    pool: Annotated[
+        str, typer.Option(help="mean, moments (mean and deviation over places) or spatial.")
+    ] = "mean",
     format: Annotated[str, typer.Option(help="safetensors or npz.")] = "safetensors",
     labels: LabelSource = "auto",
     resolution: Resolution = None,
@@ -60,15 +69,26 @@ def features(
 
 def anomaly(
     model: Model,
-    normal: Annotated[str, typer.Argument(metavar="NORMAL", help="Normal images not trained on: a folder, a file or shards.")],
+    normal: Annotated[
+        str,
+        typer.Argument(metavar="NORMAL", help="Normal images not trained on: a folder, a file or shards."),
+    ],
     inputs: Inputs,
     out: Out = Path("anomaly"),
-    quantile: Annotated[float, typer.Option(help="Share of normal images that the threshold lets pass, or more.")] = 0.95,
-    score: Annotated[str, typer.Option(help="What decides: error, peak, latent, perceptual or combined.")] = "error",
-    perceptual: Annotated[str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")] = "none",
+    quantile: Annotated[
+        float, typer.Option(help="Share of normal images that the threshold lets pass, or more.")
+    ] = 0.95,
+    score: Annotated[
+        str, typer.Option(help="What decides: error, peak, latent, perceptual or combined.")
+    ] = "error",
+    perceptual: Annotated[
+        str, typer.Option(help="auto, vgg, alex, squeeze, efficientnet-lite0 or none.")
+    ] = "none",
     labels: LabelSource = "auto",
     heat_maps: Annotated[int, typer.Option(help="Pictures of the highest-scoring images, at most.")] = 32,
-    seed: Annotated[int, typer.Option(help="Which half of the normal images the threshold is taken from.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Which half of the normal images the threshold is taken from.")
+    ] = 0,
     resolution: Resolution = None,
     batch_size: BatchSize = 16,
     weights: Weights = "ema",
@@ -102,7 +122,10 @@ def denoise(
     inputs: Inputs,
     out: Out = Path("denoised"),
     noise: Annotated[
-        float, typer.Option(help="Add Gaussian noise of this standard deviation (scale of [-1, 1]) and measure the gain.")
+        float,
+        typer.Option(
+            help="Add Gaussian noise of this standard deviation (scale of [-1, 1]) and measure the gain."
+        ),
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of that noise.")] = 0,
     resolution: Resolution = None,
@@ -144,7 +167,16 @@ def interpolate(
     import latentae
 
     latentae.interpolate(
-        model, a, b, out, steps=steps, mode=mode, resolution=resolution, weights=weights, device=device, max_pixels=max_pixels
+        model,
+        a,
+        b,
+        out,
+        steps=steps,
+        mode=mode,
+        resolution=resolution,
+        weights=weights,
+        device=device,
+        max_pixels=max_pixels,
     )
 
 
@@ -155,7 +187,9 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the latents.")] = 0,
     latents: Annotated[
         str | None,
-        typer.Option(help="Output folder of encode, or images: draw from a Gaussian fitted to them instead of the prior."),
+        typer.Option(
+            help="Output folder of encode, or images: draw from a Gaussian fitted to them instead of the prior."
+        ),
     ] = None,
     resolution: Square = None,
     batch_size: BatchSize = 16,

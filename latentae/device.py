@@ -27,5 +27,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     except RuntimeError as error:
         raise RecipeError(f"unknown device {name!r}; give auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; give auto or cpu")
+        raise RecipeError(
+            f"device {name} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; give auto or cpu"
+        )
     return device

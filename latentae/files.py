@@ -50,7 +50,11 @@ def _fsync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        opened = path.is_dir() and error.errno in (errno.EACCES, errno.EPERM, errno.EISDIR)  # it may be written but not listed
+        opened = path.is_dir() and error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EISDIR,
+        )  # it may be written but not listed
         if error.errno not in _CAN_NOT_FLUSH and not opened:
             raise
 
@@ -92,7 +96,9 @@ def abandoned(path: Path) -> bool:
     except OSError:
         return False
     owner, _, number = path.name.removesuffix(INCOMPLETE).rpartition(".")
-    return idle > STALE_SECONDS or (owner.endswith(f".{here()}") and number.isdecimal() and not alive(int(number)))
+    return idle > STALE_SECONDS or (
+        owner.endswith(f".{here()}") and number.isdecimal() and not alive(int(number))
+    )
 
 
 def alive(process: int) -> bool:
@@ -210,7 +216,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """The content of a JSON file. What is not UTF-8 in names of files is escaped, and read back unchanged."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def read_json(path: str | Path) -> Any:

@@ -56,7 +56,9 @@ class Job(_Ends):
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: str | Path, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
+    def open(
+        cls, folder: str | Path, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> Job:
         """Claim `folder` for a job. `inputs` (plain JSON values) are what makes two jobs the same; `notes` are kept beside them.
 
         Raises:
@@ -140,7 +142,14 @@ class RemoteJob(_Ends):
 
 def _compose(job: Job | RemoteJob, rest: Mapping[str, Any]) -> dict[str, Any]:
     notes = {"notes": job.notes} if job.notes else {}
-    return {"format_version": FORMAT_VERSION, "latentae": __version__, "verb": job.verb, "inputs": job.inputs, **notes, **rest}
+    return {
+        "format_version": FORMAT_VERSION,
+        "latentae": __version__,
+        "verb": job.verb,
+        "inputs": job.inputs,
+        **notes,
+        **rest,
+    }
 
 
 def _notes(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +167,9 @@ def _parse(data: bytes, path: str) -> dict[str, Any]:
     except ValueError as error:
         raise _unreadable(path, error) from error
     if not isinstance(record, dict) or record.get("format_version", 0) > FORMAT_VERSION:
-        raise OutputError(f"{path} is of a newer or unknown format; this version reads up to {FORMAT_VERSION}, upgrade latentae")
+        raise OutputError(
+            f"{path} is of a newer or unknown format; this version reads up to {FORMAT_VERSION}, upgrade latentae"
+        )
     return record
 
 
@@ -171,7 +182,9 @@ def _refuse_foreign(entries: Sequence[str], folder: str, verb: str) -> None:
 
 def _state(record: Mapping[str, Any], folder: str, verb: str, inputs: Mapping[str, Any]) -> State:
     if record.get("verb") != verb:
-        raise OutputError(f"{folder} was made by latentae {record.get('verb')}, not by {verb}; choose another folder")
+        raise OutputError(
+            f"{folder} was made by latentae {record.get('verb')}, not by {verb}; choose another folder"
+        )
     difference = first_difference(record.get("inputs", {}), inputs)
     if difference:
         raise OutputError(
@@ -184,7 +197,9 @@ def first_difference(there: Any, here: Any, name: str = "") -> str | None:
     """The first key at which two JSON values differ, as `key is A there and B here`; None when equal."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in [*there, *(k for k in here if k not in there)]:
-            difference = first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else str(key))
+            difference = first_difference(
+                there.get(key), here.get(key), f"{name}.{key}" if name else str(key)
+            )
             if difference:
                 return difference
         return None
@@ -198,7 +213,9 @@ def task_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
         first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
         step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
-        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environment["SLURM_ARRAY_TASK_COUNT"])
+        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(
+            environment["SLURM_ARRAY_TASK_COUNT"]
+        )
     return 0, 1
 
 
@@ -206,7 +223,9 @@ def resolve_task(task_id: int | None, num_tasks: int | None) -> tuple[int, int]:
     """(task_id, num_tasks) as given, else as a launcher set them; RecipeError where they make no sense."""
     if (task_id is None) != (num_tasks is None):
         raise RecipeError(f"task id is {task_id} and num tasks is {num_tasks}; give both or neither")
-    task, tasks = task_from_environment(os.environ) if task_id is None or num_tasks is None else (task_id, num_tasks)
+    task, tasks = (
+        task_from_environment(os.environ) if task_id is None or num_tasks is None else (task_id, num_tasks)
+    )
     if not 0 <= task < tasks:
         raise RecipeError(f"task id is {task} of {tasks} tasks, expected 0 to {tasks - 1}")
     return task, tasks

@@ -41,7 +41,13 @@ class Progress:
     """
 
     def __init__(
-        self, description: str, total: int | None, unit: str = "img", initial: int = 0, every: float = 20.0, quiet: bool = False
+        self,
+        description: str,
+        total: int | None,
+        unit: str = "img",
+        initial: int = 0,
+        every: float = 20.0,
+        quiet: bool = False,
     ) -> None:
         self.description, self.total, self.unit, self.initial, self.every, self.quiet = (
             description,
@@ -72,12 +78,16 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task(self.description, total=self.total, completed=self.initial, speed="", note="")
+            self._task = self._bar.add_task(
+                self.description, total=self.total, completed=self.initial, speed="", note=""
+            )
             self._bar.start()
             _active = self
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         global _active
         if self._bar is not None:
             self._bar.stop()
@@ -97,7 +107,9 @@ class Progress:
         if note is not None:
             self._note = note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, speed=f"{self.speed:.3g} {self.unit}/s", note=self._note)
+            self._bar.update(
+                self._task, completed=self.done, speed=f"{self.speed:.3g} {self.unit}/s", note=self._note
+            )
         elif not self.quiet and time.monotonic() - self._last_line >= self.every:
             self._line()
 

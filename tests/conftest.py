@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-if not torch.cuda.is_available():  # without a GPU the kernels run in Triton's interpreter, which is chosen when they are defined
+if (
+    not torch.cuda.is_available()
+):  # without a GPU the kernels run in Triton's interpreter, which is chosen when they are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -24,3 +26,24 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smooth_images():
+    import builders
+
+    return builders.smooth_images
+
+
+@pytest.fixture(scope="session")
+def write_images():
+    import builders
+
+    return builders.write_images
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    import builders
+
+    return builders.tiny_model

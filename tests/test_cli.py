@@ -61,7 +61,10 @@ def test_options_come_before_or_after_with_dash_or_underscore_or_equals(capsys):
 
 
 def test_negative_values_are_values(capsys):
-    assert "initial_logvar = -6.0" in call("config", "tiny-cpu", "--model.initial-logvar", "-6", capsys=capsys)[1]
+    assert (
+        "initial_logvar = -6.0"
+        in call("config", "tiny-cpu", "--model.initial-logvar", "-6", capsys=capsys)[1]
+    )
 
 
 def test_version_and_bare_call(capsys):
@@ -118,12 +121,32 @@ def test_the_line_works_from_a_folder_of_images(tmp_path, monkeypatch, capsys):
     for index in range(4):
         Image.effect_noise((48, 40), 60).convert("RGB").save(f"photo {index}.png")
     Path("photo 0.txt").write_text("a caption")
-    done = subprocess.run([sys.executable, "-m", "latentae", "shards", ".", "shards"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "latentae", "shards", ".", "shards"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
-    model = ["--model.block_out_channels", "[8,8,8]", "--model.norm-num-groups", "4", "--loss.perceptual.net", "none"]
-    train = ["train", "tiny-cpu", *model, "--data.shards", "shards", "--data.resolution=32", "--images", "4", "--output", "run"]
+    model = [
+        "--model.block_out_channels",
+        "[8,8,8]",
+        "--model.norm-num-groups",
+        "4",
+        "--loss.perceptual.net",
+        "none",
+    ]
+    train = [
+        "train",
+        "tiny-cpu",
+        *model,
+        "--data.shards",
+        "shards",
+        "--data.resolution=32",
+        "--images",
+        "4",
+        "--output",
+        "run",
+    ]
     for words in (
         [*train, "--batch_size", "2"],
         ["evaluate", "run", "shards", "--out", "evaluation", "--perceptual", "none", "--no-details"],
@@ -135,5 +158,11 @@ def test_the_line_works_from_a_folder_of_images(tmp_path, monkeypatch, capsys):
         code, _, err = call(*words, capsys=capsys)
         assert code == 0, f"{words}: {err}"
     assert "is finished" in err
-    for made in ("shards/000000.tar", "evaluation/report.html", "latents/statistics.json", "export/config.json", "grid.png"):
+    for made in (
+        "shards/000000.tar",
+        "evaluation/report.html",
+        "latents/statistics.json",
+        "export/config.json",
+        "grid.png",
+    ):
         assert Path(made).is_file(), made

@@ -58,7 +58,9 @@ def test_every_file_of_the_verbs_has_the_modes_of_the_umask(tmp_path):
             pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
         model, shards = tmp_path / "model", tmp_path / "shards"
-        AutoencoderKL(preset("tiny-f8", block_out_channels=(8, 8, 8, 8), sample_size=32)).save_pretrained(model)
+        AutoencoderKL(preset("tiny-f8", block_out_channels=(8, 8, 8, 8), sample_size=32)).save_pretrained(
+            model
+        )
         latentae.shards(tmp_path / "photos", shards)
         for name, options in {"plain": {}, "packed": {"packed": True}, "kohya": {"format": "kohya"}}.items():
             latentae.encode(model, shards, tmp_path / name, device="cpu", batch_size=2, **options)

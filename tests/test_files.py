@@ -30,7 +30,10 @@ def test_a_failed_write_keeps_the_old_file_and_is_one_clear_line(tmp_path):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OutputError, match=r"could not write .*file\.json: No space left on device"), atomic_file(target):
+    with (
+        pytest.raises(OutputError, match=r"could not write .*file\.json: No space left on device"),
+        atomic_file(target),
+    ):
         full(target)
     assert read_json(target) == {"a": 1}
 
@@ -78,4 +81,6 @@ def test_what_a_living_process_writes_is_not_abandoned(tmp_path):
     subprocess.run([sys.executable, "-c", ends, str(tmp_path / "other.tar")])
     (leftover,) = tmp_path.glob("*.incomplete")
     assert abandoned(leftover)
-    assert not abandoned(leftover.rename(tmp_path / ".other.tar.elsewhere.1.incomplete")), "nobody here can know"
+    assert not abandoned(leftover.rename(tmp_path / ".other.tar.elsewhere.1.incomplete")), (
+        "nobody here can know"
+    )

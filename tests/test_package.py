@@ -33,7 +33,9 @@ VERBS = [
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_every_public_name_exists_and_is_documented():
@@ -47,7 +49,7 @@ def test_every_public_name_exists_and_is_documented():
 
 def test_nothing_needs_diffusers_and_no_module_hides_a_public_name():
     code = "import sys, latentae, latentae.cli, latentae.training.train, latentae.evaluation.evaluate, latentae.encoding.encode\n"
-    code += "import latentae.exporting.export, latentae.data.writing\n"
+    code += "import latentae.exporting.export, latentae.data.shards\n"
     code += "assert 'diffusers' not in sys.modules\n"
     code += "import latentae.examples.quickstart\n"
     code += f"print(all(callable(getattr(latentae, verb)) for verb in {VERBS!r}))"
@@ -62,7 +64,9 @@ def test_every_verb_is_a_function_with_the_options_of_the_command(verb):
     assert taken <= set(function), taken - set(function)
     for name, parameter in command.items():
         if name in function and parameter.default is not inspect.Parameter.empty:
-            assert parameter.default == function[name].default or str(parameter.default) == str(function[name].default), name
+            assert parameter.default == function[name].default or str(parameter.default) == str(
+                function[name].default
+            ), name
 
 
 def test_one_version_everywhere():
@@ -72,9 +76,7 @@ def test_one_version_everywhere():
 
 
 def test_importing_latentae_loads_nothing_heavy():
-    code = (
-        "import sys, latentae; print([m for m in ('torch', 'numpy', 'triton', 'accelerate', 'webdataset') if m in sys.modules])"
-    )
+    code = "import sys, latentae; print([m for m in ('torch', 'numpy', 'triton', 'accelerate', 'webdataset') if m in sys.modules])"
     assert run(code) == "[]"
 
 
@@ -105,6 +107,9 @@ for words in [], *([verb] for verb in {VERBS!r}):
 
 def test_the_import_direction_holds():
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout

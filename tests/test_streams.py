@@ -63,7 +63,9 @@ def test_features_of_names_that_are_not_utf8(format, shards, model, tmp_path):
         with np.load(out / "features-00000.npz") as arrays:
             assert arrays["keys"].tolist() == KEYS
     labels = tmp_path / "labels.csv"
-    labels.write_text("key,label\n" + "".join(f"{escaped(key)},{number}\n" for number, key in enumerate(KEYS)))
+    labels.write_text(
+        "key,label\n" + "".join(f"{escaped(key)},{number}\n" for number, key in enumerate(KEYS))
+    )
     latentae.features(model, shards, tmp_path / "labelled", labels=labels, device="cpu")
     with (tmp_path / "labelled/index.csv").open(encoding="utf-8", newline="") as file:
         assert [row["label"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
@@ -73,7 +75,10 @@ def test_features_of_names_that_are_not_utf8(format, shards, model, tmp_path):
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_denoise_names_that_are_not_utf8(noise, shards, model, tmp_path):
     latentae.denoise(model, shards, tmp_path / "out", noise=noise, device="cpu")
-    found = {os.fsencode(path.relative_to(tmp_path / "out/images")) for path in (tmp_path / "out/images").rglob("*.png")}
+    found = {
+        os.fsencode(path.relative_to(tmp_path / "out/images"))
+        for path in (tmp_path / "out/images").rglob("*.png")
+    }
     assert found == {name + b".png" for name in NAMES}
     if noise:
         text = (tmp_path / "out/psnr.csv").read_text(encoding="utf-8")
@@ -85,7 +90,9 @@ def test_a_bad_sample_whose_name_is_not_utf8_is_recorded(shards, tmp_path):
     from latentae.models.autoencoder import AutoencoderKL
     from latentae.models.config import preset
 
-    AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 8), sample_size=16)).save_pretrained(tmp_path / "model")
+    AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 8), sample_size=16)).save_pretrained(
+        tmp_path / "model"
+    )
     bad = tmp_path / "bad"
     bad.mkdir()
     with tarfile.open(bad / "a.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
@@ -100,7 +107,9 @@ def test_a_bad_sample_whose_name_is_not_utf8_is_recorded(shards, tmp_path):
     latentae.encode(tmp_path / "model", bad, tmp_path / "out", device="cpu", batch_size=2, max_bad_share=0.9)
     sidecar = json.loads((tmp_path / "out/a.tar.done.json").read_text(encoding="utf-8"))
     assert KEYS[0] in json.dumps(sidecar, ensure_ascii=False)
-    again = latentae.encode(tmp_path / "model", bad, tmp_path / "out", device="cpu", batch_size=2, max_bad_share=0.9)
+    again = latentae.encode(
+        tmp_path / "model", bad, tmp_path / "out", device="cpu", batch_size=2, max_bad_share=0.9
+    )
     assert again["finished"]
 
 
@@ -123,7 +132,11 @@ def test_functions_work_without_standard_error(monkeypatch, capsys):
 def run(command: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
     line = f'"{sys.executable}" -m latentae {command} {shell}'
     return subprocess.run(
-        ["/bin/sh", "-c", line], capture_output=True, env={**os.environ, **environment}, timeout=120, check=False
+        ["/bin/sh", "-c", line],
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
     )
 
 

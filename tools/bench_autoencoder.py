@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import ROOT, about, cpu_seconds, default_device, folder_name, peak_bytes, version, write_json
+from benchmarking import (
+    ROOT,
+    about,
+    cpu_seconds,
+    default_device,
+    folder_name,
+    peak_bytes,
+    version,
+    write_json,
+)
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as DiffusersAutoencoderKL
 from diffusers.utils import logging
 from torch import Tensor
@@ -33,7 +42,11 @@ from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import preset
 
 Call = Callable[[], Tensor]
-WORST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative to diffusers in fp64, 2-norm
+WORST_ERROR = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}  # relative to diffusers in fp64, 2-norm
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,9 @@ class Setting:
         return {"encode": images.to(self.device, self.dtype), "decode": latents.to(self.device, self.dtype)}
 
 
-def build(name: str, setting: Setting, dtype: torch.dtype | None = None) -> dict[str, Callable[[Tensor], Tensor]]:
+def build(
+    name: str, setting: Setting, dtype: torch.dtype | None = None
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """Encode (to the posterior's mean) and decode of one variant; the same seed gives all of them the same weights."""
     config = preset(setting.preset)
     torch.manual_seed(0)
@@ -90,7 +105,9 @@ def measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
     exact = build("diffusers", setting, torch.float64)
     rows = []
     for step, x in setting.inputs().items():
-        calls: dict[str, Call] = {name: lambda model=model, x=x, step=step: model[step](x) for name, model in models.items()}
+        calls: dict[str, Call] = {
+            name: lambda model=model, x=x, step=step: model[step](x) for name, model in models.items()
+        }
         row = {"step": step, "preset": setting.preset, "size": setting.size, "batch": setting.batch}
         row["dtype"] = str(setting.dtype).removeprefix("torch.")
         row |= compare(calls, exact[step](x.double()).cpu(), WORST_ERROR[setting.dtype])
@@ -100,7 +117,9 @@ def measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
         else:
             row["peak_bytes"] = {name: peak_bytes(call) for name, call in calls.items()}
             row["seconds"] = event_seconds(calls, repeats)
-        row["ratio"] = {name: value / row["seconds"]["ours"] for name, value in row["seconds"].items() if name != "ours"}
+        row["ratio"] = {
+            name: value / row["seconds"]["ours"] for name, value in row["seconds"].items() if name != "ours"
+        }
         print(_line(row), flush=True)
         rows.append(row)
     return rows
@@ -113,7 +132,9 @@ def compare(calls: Mapping[str, Call], exact: Tensor, worst: float) -> dict[str,
     error = {name: float(norm(output - exact) / norm(exact)) for name, output in outputs.items()}
     for name, value in error.items():
         if not value <= worst:
-            raise SystemExit(f"{name}: relative error {value:.1e}, expected at most {worst:.0e}; nothing was timed")
+            raise SystemExit(
+                f"{name}: relative error {value:.1e}, expected at most {worst:.0e}; nothing was timed"
+            )
     largest = float((outputs["ours"] - outputs["diffusers"]).abs().max())
     return {"error": error, "largest_difference": largest, "largest_output": float(exact.abs().max())}
 
@@ -163,20 +184,30 @@ def _status(field: str) -> int:
 def _line(row: Mapping[str, Any]) -> str:
     times = "  ".join(f"{name} {value:.4f} s" for name, value in row["seconds"].items())
     ratios = "  ".join(f"{value:.2f} x {name}" for name, value in row["ratio"].items())
-    memory = "  ".join(f"{name} {value / 2**20:.0f}" for name, value in row["peak_bytes"].items() if value is not None)
+    memory = "  ".join(
+        f"{name} {value / 2**20:.0f}" for name, value in row["peak_bytes"].items() if value is not None
+    )
     errors = "  ".join(f"{name} {value:.1e}" for name, value in row["error"].items())
     what = f"{row['step']} {row['preset']} {row['batch']}x{row['size']} {row['dtype']}"
     return f"{what}: {times} | ours is {ratios} | peak MiB: {memory} | error: {errors}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="kl-f8", help="the model's shape")
-    parser.add_argument("--size", type=int, nargs="+", help="sides of the images (default: 256; on a GPU also 512 and 1024)")
+    parser.add_argument(
+        "--size", type=int, nargs="+", help="sides of the images (default: 256; on a GPU also 512 and 1024)"
+    )
     parser.add_argument("--batch", type=int, default=1, help="images in a batch")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, bfloat16 on a GPU"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each variant")
-    parser.add_argument("--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/autoencoder.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/autoencoder.json"
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     device = default_device()

@@ -40,11 +40,11 @@ from torch import Tensor
 
 from latentae.data import pixels
 from latentae.data.decode import decode_image
-from latentae.data.index import load_index
+from latentae.data.epoch_order import derive_seed
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
-from latentae.data.order import derive_seed
 from latentae.data.photos import HELD_OUT, TRAINING, photo_file
+from latentae.data.shard_index import load_index
 from latentae.data.transforms import random_crop_flip
 from latentae.errors import MissingDependencyError
 
@@ -148,7 +148,12 @@ def plain_batches(job: Job) -> Iterator[tuple[list[str], Tensor]]:
 
     urls = list(job.shards)[job.rank :: job.world_size]
     data = wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=None, empty_check=False)
-    data = data.shuffle(SHUFFLE).decode("pilrgb").map(transformed).batched(job.batch, collation_fn=joined, partial=False)
+    data = (
+        data.shuffle(SHUFFLE)
+        .decode("pilrgb")
+        .map(transformed)
+        .batched(job.batch, collation_fn=joined, partial=False)
+    )
     if not job.workers:
         yield from data
         return
@@ -229,7 +234,9 @@ def run(job: Job, warm_up: Job) -> dict[str, Any]:
     try:
         return ours.recv()
     except EOFError:
-        sys.exit(f"the process of {job.loader}, rank {job.rank} of {job.world_size}, died; its error is above")
+        sys.exit(
+            f"the process of {job.loader}, rank {job.rank} of {job.world_size}, died; its error is above"
+        )
     finally:
         process.join()
 
@@ -237,7 +244,9 @@ def run(job: Job, warm_up: Job) -> dict[str, Any]:
 # ---- measures
 
 
-def cpu_milliseconds(calls: Mapping[str, Callable[[], object]], images: int, repeats: int) -> dict[str, float]:
+def cpu_milliseconds(
+    calls: Mapping[str, Callable[[], object]], images: int, repeats: int
+) -> dict[str, float]:
     """Median CPU time an image of each call, the calls taking turns: the clock would count what else the machine does."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -266,7 +275,9 @@ def stages(jpegs: list[bytes], loaders: list[str], repeats: int) -> list[dict[st
         "header": lambda: [Image.open(io.BytesIO(data)) for data in jpegs],
         "decode": lambda: [Image.open(io.BytesIO(data)).convert("RGB") for data in jpegs],
         "crop and resize": lambda: [pil_crop(image, seed) for seed, image in enumerate(opened)],
-        "both": lambda: [pil_crop(Image.open(io.BytesIO(data)).convert("RGB"), seed) for seed, data in enumerate(jpegs)],
+        "both": lambda: [
+            pil_crop(Image.open(io.BytesIO(data)).convert("RGB"), seed) for seed, data in enumerate(jpegs)
+        ],
     }
     ours: dict[str, Callable[[], object]] = {
         "decode": lambda: [decode_image(data, "image") for data in jpegs],
@@ -276,14 +287,21 @@ def stages(jpegs: list[bytes], loaders: list[str], repeats: int) -> list[dict[st
     rows = []
     for stage, plain_call in plain.items():
         calls = {BASELINE: plain_call}
-        calls |= {loader: with_decoder(loader, ours[stage]) for loader in loaders if loader != BASELINE and stage in ours}
+        calls |= {
+            loader: with_decoder(loader, ours[stage])
+            for loader in loaders
+            if loader != BASELINE and stage in ours
+        }
         rows.append({"measure": "stage", "stage": stage} | cpu_milliseconds(calls, len(jpegs), repeats))
     pixels.simplejpeg = fast
     apart = [
         (pil_crop(image, seed).permute(2, 0, 1).int() - our_crop(tensor, seed).int()).abs()
         for seed, (image, tensor) in enumerate(zip(opened, decoded, strict=True))
     ]
-    largest, mean = max(int(one.max()) for one in apart), statistics.mean(float(one.float().mean()) for one in apart)
+    largest, mean = (
+        max(int(one.max()) for one in apart),
+        statistics.mean(float(one.float().mean()) for one in apart),
+    )
     return [*rows, {"measure": "levels apart from PIL", "largest": largest, "mean": mean}]
 
 
@@ -299,11 +317,21 @@ def throughput(job: Job, loaders: list[str], warm_up: Job, repeats: int) -> list
             runs.append(run(replace(job, loader=loader), replace(warm_up, loader=loader)))
     rows = []
     for loader, runs in results.items():
-        row: dict[str, Any] = {"measure": "loader", "loader": loader, "workers": job.workers, "images": len(runs[0]["keys"])}
+        row: dict[str, Any] = {
+            "measure": "loader",
+            "loader": loader,
+            "workers": job.workers,
+            "images": len(runs[0]["keys"]),
+        }
         row["images_per_second"] = statistics.median(len(one["keys"]) / one["seconds"] for one in runs)
         if not job.workers:
-            row["images_per_cpu_second"] = statistics.median(len(one["keys"]) / one["cpu_seconds"] for one in runs)
-            row |= {name: int(statistics.median(one[name] for one in runs)) for name in ("quarter_bytes", "peak_bytes")}
+            row["images_per_cpu_second"] = statistics.median(
+                len(one["keys"]) / one["cpu_seconds"] for one in runs
+            )
+            row |= {
+                name: int(statistics.median(one[name] for one in runs))
+                for name in ("quarter_bytes", "peak_bytes")
+            }
         rows.append(row)
     speed = "images_per_second" if job.workers else "images_per_cpu_second"
     for row in rows[1:]:
@@ -311,11 +339,15 @@ def throughput(job: Job, loaders: list[str], warm_up: Job, repeats: int) -> list
     return rows
 
 
-def amplification(job: Job, worlds: list[int], loaders: list[str], warm_up: Job, sizes: dict[str, int]) -> list[dict[str, Any]]:
+def amplification(
+    job: Job, worlds: list[int], loaders: list[str], warm_up: Job, sizes: dict[str, int]
+) -> list[dict[str, Any]]:
     rows = []
     for loader in loaders:
         for world_size in worlds:
-            ranks = [replace(job, loader=loader, rank=rank, world_size=world_size) for rank in range(world_size)]
+            ranks = [
+                replace(job, loader=loader, rank=rank, world_size=world_size) for rank in range(world_size)
+            ]
             results = [run(rank, replace(warm_up, loader=loader)) for rank in ranks]
             used = sum(sizes[key] for result in results for key in result["keys"])
             read = sum(result["read_bytes"] for result in results)
@@ -342,7 +374,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load_index(data)  # written beside the shards, once for all runs
     job, warm_up = Job(BASELINE, data, options.batch, 0), Job(BASELINE, warm, options.batch, 0)
     loaders = [BASELINE, OURS_PILLOW, *([OURS] if pixels.simplejpeg else [])]
-    rows = stages([jpeg(photos, number) for number in range(min(options.images, 60))], loaders, options.repeats)
+    rows = stages(
+        [jpeg(photos, number) for number in range(min(options.images, 60))], loaders, options.repeats
+    )
     if not options.stages_only:
         for workers in sorted({0, options.workers}):
             rows += throughput(replace(job, workers=workers), loaders, warm_up, options.repeats)
@@ -367,7 +401,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         if list(row) != heads:
             heads = list(row)
             lines += ["", "  ".join(heads)]
-        lines.append("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        lines.append(
+            "  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+        )
     return "\n".join(lines)
 
 
@@ -384,7 +420,9 @@ def main() -> None:
     options = parser.parse_args()
     options.worlds = [int(world) for world in options.worlds.split(",") if world]
     if not Path("/proc/self/io").exists():
-        sys.exit("bench_data.py counts bytes and memory in /proc, which this system does not have; run it on Linux")
+        sys.exit(
+            "bench_data.py counts bytes and memory in /proc, which this system does not have; run it on Linux"
+        )
     device = torch.device("cpu")
     out = options.out or ROOT / "benchmarks" / folder_name(device) / "data.json"
     head = about(device)

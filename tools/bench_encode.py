@@ -44,8 +44,8 @@ from torchvision.transforms import v2
 
 from latentae import encode
 from latentae.data.decode import decode_sample
-from latentae.data.index import load_index
-from latentae.data.shards import read_shard
+from latentae.data.shard_files import read_shard
+from latentae.data.shard_index import load_index
 from latentae.data.transforms import resize_and_center_crop
 from latentae.encoding.encode import conclude, prepare
 from latentae.encoding.encoders import ModelEncoder
@@ -115,7 +115,12 @@ def plain_loop(setting: Setting, out: Path) -> None:
     model: Any = DiffusersAutoencoderKL.from_pretrained(setting.model)
     model = model.to(setting.device, dtype).eval()
     images = TarImages(setting.shards, setting.resolution)
-    loader = DataLoader(images, batch_size=setting.batch, num_workers=setting.workers, pin_memory=setting.device.type == "cuda")
+    loader = DataLoader(
+        images,
+        batch_size=setting.batch,
+        num_workers=setting.workers,
+        pin_memory=setting.device.type == "cuda",
+    )
     found: dict[str, dict[str, Tensor]] = {}
     for shards, keys, batch in loader:
         moments = model.encode(batch.to(setting.device, dtype, non_blocking=True)).latent_dist.parameters
@@ -136,7 +141,9 @@ def decoded(setting: Setting) -> list[Tensor]:
         for shard in setting.shards
         for raw in read_shard(shard)
     ]
-    return [torch.stack(squares[first : first + setting.batch]) for first in range(0, len(squares), setting.batch)]
+    return [
+        torch.stack(squares[first : first + setting.batch]) for first in range(0, len(squares), setting.batch)
+    ]
 
 
 def in_memory(setting: Setting, batches: list[Tensor]) -> dict[str, Call]:
@@ -156,8 +163,13 @@ def in_memory(setting: Setting, batches: list[Tensor]) -> dict[str, Call]:
     apart = (torch.cat([mean, logvar], 1) - diffusers(batches[0])).abs().max().item()
     largest = mean.abs().max().item()
     if not apart <= (1e-3 if dtype == torch.float32 else 0.1) * max(1.0, largest):
-        raise SystemExit(f"the two models differ by {apart:.1e} where latents reach {largest:.1e}; nothing was timed")
-    return {OURS: lambda: [encoder(batch) for batch in batches], BASELINE: lambda: [diffusers(batch) for batch in batches]}
+        raise SystemExit(
+            f"the two models differ by {apart:.1e} where latents reach {largest:.1e}; nothing was timed"
+        )
+    return {
+        OURS: lambda: [encoder(batch) for batch in batches],
+        BASELINE: lambda: [diffusers(batch) for batch in batches],
+    }
 
 
 def seconds_in_turn(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
@@ -188,8 +200,12 @@ def stages(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
     raws = [raw for shard in setting.shards for raw in read_shard(shard)]
     config = AutoencoderKL.from_pretrained(setting.model).config
     side = setting.resolution // config.downsampling
-    noise = np.random.default_rng(0).standard_normal((2, setting.batch, config.latent_channels, side, side), dtype=np.float32)
-    mean, logvar = torch.from_numpy(noise)  # distinct values, so that nothing writes them faster than real ones
+    noise = np.random.default_rng(0).standard_normal(
+        (2, setting.batch, config.latent_channels, side, side), dtype=np.float32
+    )
+    mean, logvar = torch.from_numpy(
+        noise
+    )  # distinct values, so that nothing writes them faster than real ones
     outs = iter(range(repeats))
 
     def without_encoding() -> None:
@@ -211,7 +227,10 @@ def stages(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
         for raw in raws:
             resize_and_center_crop(decode_sample(raw).image, setting.resolution)
 
-    times = {name: cpu_seconds_of(call, repeats) for name, call in (("load", load), ("read", read), ("decode", decode))}
+    times = {
+        name: cpu_seconds_of(call, repeats)
+        for name, call in (("load", load), ("read", read), ("decode", decode))
+    }
     rest = cpu_seconds_of(without_encoding, repeats) - times["read"] - times["decode"]
     return {**times, "write": max(0.0, rest)}
 
@@ -246,7 +265,13 @@ def measure(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
     for name, values in times.items():
         what, variant = name.split(", ")
         middle = statistics.median(values)
-        row = {"measure": what, "variant": variant, "seconds": middle, "fastest": min(values), "slowest": max(values)}
+        row = {
+            "measure": what,
+            "variant": variant,
+            "seconds": middle,
+            "fastest": min(values),
+            "slowest": max(values),
+        }
         rows.append({**row, "images_per_second": setting.images / middle})
     cpu = stages(setting, folder, repeats)
     rows += [{"measure": "stage", "stage": stage, "cpu_seconds": value} for stage, value in cpu.items()]
@@ -275,7 +300,9 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
     sizes = write_tars(folder / "shards", photos, options.images, options.shard_size)
     shards = sorted(map(str, (folder / "shards").glob("*.tar")))
     load_index(shards)  # written beside the shards, once for all runs
-    setting = Setting(folder / "model", shards, options.images, options.batch, options.resolution, options.workers, device)
+    setting = Setting(
+        folder / "model", shards, options.images, options.batch, options.resolution, options.workers, device
+    )
     return {
         "preset": options.preset,
         "images": f"{options.images} from {source}, {SHORT} x {LONG[0]} to {SHORT} x {LONG[-1]}, JPEG quality {QUALITY}",
@@ -291,15 +318,21 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="kl-f8", help="the model's shape")
     parser.add_argument("--images", type=int, default=32, help="samples in all shards")
     parser.add_argument("--shard-size", type=int, default=16, help="samples of a shard")
     parser.add_argument("--batch", type=int, default=4, help="images encoded at once, by both")
     parser.add_argument("--resolution", type=int, default=256, help="side in pixels of the encoded square")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes of the plain loop's DataLoader")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="worker processes of the plain loop's DataLoader"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
-    parser.add_argument("--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/encode.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/encode.json"
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     device = default_device()
@@ -312,7 +345,9 @@ def main() -> None:
     write_json(out, report)
     for row in report["rows"]:
         print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    print(f"whole / in memory {report['over_memory']:.3f}, without loading {report['over_memory_loaded']:.3f}")
+    print(
+        f"whole / in memory {report['over_memory']:.3f}, without loading {report['over_memory_loaded']:.3f}"
+    )
     print(f"{report['times_the_baseline']:.2f} times the plain loop; wrote {out}")
 
 

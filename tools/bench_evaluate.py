@@ -30,14 +30,14 @@ from bench_data import QUALITY, sources, write_tars
 from benchmarking import ROOT, about, default_device, folder_name, write_json
 from torch import Tensor
 
-from latentae.data.shards import expand_shards, read_shard
+from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import LatentAEError
-from latentae.evaluation.latents.report import LatentReport
 from latentae.evaluation.measure import MODEL, Instruments, Loaded, load_images, measure
-from latentae.evaluation.metrics import psnr, ssim
 from latentae.evaluation.setting import prepare
 from latentae.evaluation.work import PartsFolder
+from latentae.measures.latents.report import LatentReport
+from latentae.measures.metrics import psnr, ssim
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import preset
 
@@ -72,7 +72,9 @@ def calls(instruments: Instruments, images: list[Loaded], batch: int) -> dict[st
     with torch.inference_mode():
         posteriors = [instruments.model.encode(to_float(part)) for part in parts]
         made = [to_uint8(instruments.model.decode(posterior.mode())) for posterior in posteriors]
-        budgets = [int(size) for size in measure(instruments, images, batch).scores["latent_8bit"].values["bytes"]]
+        budgets = [
+            int(size) for size in measure(instruments, images, batch).scores["latent_8bit"].values["bytes"]
+        ]
 
     def model() -> None:
         for part in parts:
@@ -82,14 +84,18 @@ def calls(instruments: Instruments, images: list[Loaded], batch: int) -> dict[st
         return lambda: [function(x, y) for x, y in zip(made, parts, strict=True)]
 
     def method(apply: Callable[[Tensor, list[int]], object]) -> Call:
-        return lambda: [apply(part, budgets[row * batch : (row + 1) * batch]) for row, part in enumerate(parts)]
+        return lambda: [
+            apply(part, budgets[row * batch : (row + 1) * batch]) for row, part in enumerate(parts)
+        ]
 
     report = LatentReport()
     found: dict[str, Call] = {
         "model": model,
         "whole": lambda: measure(instruments, images, batch),
         "PSNR and SSIM": each(lambda x, y: (psnr(x, y), ssim(x, y))),
-        "sums over latents": lambda: [report.add(p, to_float(x)) for p, x in zip(posteriors, parts, strict=True)],
+        "sums over latents": lambda: [
+            report.add(p, to_float(x)) for p, x in zip(posteriors, parts, strict=True)
+        ],
         **{other.name: method(other) for other in instruments.methods},
     }
     if instruments.distance.module is not None:
@@ -164,19 +170,28 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
         small = argparse.Namespace(**{**vars(options), "resolution": 64})
         raws = (raw for path in expand_shards(str(folder / "shards")) for raw in read_shard(path))
         few = list(load_images(enumerate(raws), 64, 3))
-        report |= {"stream": options.stream, "grown_mib": growth(instruments_of(small, tiny, device), few, options.stream, tiny)}
+        report |= {
+            "stream": options.stream,
+            "grown_mib": growth(instruments_of(small, tiny, device), few, options.stream, tiny),
+        }
     return report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="kl-f8", help="the model's shape")
     parser.add_argument("--images", type=int, default=16, help="samples")
     parser.add_argument("--batch", type=int, default=4, help="images at once")
     parser.add_argument("--resolution", type=int, default=256, help="side in pixels")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
-    parser.add_argument("--stream", type=int, default=2000, help="images that memory is watched over; 0 leaves it out")
-    parser.add_argument("--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/evaluate.json")
+    parser.add_argument(
+        "--stream", type=int, default=2000, help="images that memory is watched over; 0 leaves it out"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/evaluate.json"
+    )
     options = parser.parse_args()
     device = default_device()
     out = options.out or ROOT / "benchmarks" / folder_name(device) / "evaluate.json"

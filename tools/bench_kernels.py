@@ -50,14 +50,21 @@ class Rates:
 
 
 ASSUMED = Rates(0.9 * 3.35e12, 0.7 * 989e12)
-ASSUMPTION = "an H100 SXM at 90 % of 3.35 TB/s and 70 % of 989 TFLOP/s (dense bf16): published peaks, not measurements"
-WORST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, against plain torch in fp32: wrong results are not timed
+ASSUMPTION = (
+    "an H100 SXM at 90 % of 3.35 TB/s and 70 % of 989 TFLOP/s (dense bf16): published peaks, not measurements"
+)
+WORST_ERROR = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 2e-2,
+}  # relative, against plain torch in fp32: wrong results are not timed
 
 
 class Trial:
     """One variant of a case, on inputs of its own."""
 
-    def __init__(self, case: Case, inputs: Sequence[Tensor], function: Callable[..., Any], channels_last: bool) -> None:
+    def __init__(
+        self, case: Case, inputs: Sequence[Tensor], function: Callable[..., Any], channels_last: bool
+    ) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.case, self.function = case, function
         self.inputs = [t.clone(memory_format=layout) if t.ndim == 4 else t.clone() for t in inputs]
@@ -88,7 +95,9 @@ class Trial:
 
 def _gradient(output: Tensor) -> Tensor:
     """The same numbers for every variant, in the memory order of its output."""
-    values = torch.randn(output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device)
+    values = torch.randn(
+        output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device
+    )
     return torch.empty_like(output).copy_(values)
 
 
@@ -105,15 +114,21 @@ def check(case: Case, inputs: Sequence[Tensor]) -> float:
     got = Trial(case, inputs, case.ours, True).whole()
     expected = Trial(case, [t.float() for t in inputs], case.plain, True).whole()
     pairs = zip(got, expected, strict=True)
-    error = max(float(torch.linalg.vector_norm(g.float() - e) / torch.linalg.vector_norm(e)) for g, e in pairs)
+    error = max(
+        float(torch.linalg.vector_norm(g.float() - e) / torch.linalg.vector_norm(e)) for g, e in pairs
+    )
     worst = WORST_ERROR[inputs[0].dtype]
     if not error <= worst:
-        raise SystemExit(f"{case.name}: relative error {error:.1e}, expected at most {worst:.0e}; nothing was timed")
+        raise SystemExit(
+            f"{case.name}: relative error {error:.1e}, expected at most {worst:.0e}; nothing was timed"
+        )
     return error
 
 
 def measure_cpu(case: Case, inputs: Sequence[Tensor], repeats: int) -> dict[str, Any]:
-    calls = {name: Trial(case, inputs, *column).timed() for name, column in variants(case, compiled=False).items()}
+    calls = {
+        name: Trial(case, inputs, *column).timed() for name, column in variants(case, compiled=False).items()
+    }
     return {"seconds": cpu_seconds(calls, repeats)}
 
 
@@ -127,10 +142,15 @@ def measure_cuda(case: Case, inputs: Sequence[Tensor], repeats: int, rates: Rate
     sets = sets_beyond_cache(trials["ours"].nbytes, inputs[0].device)
     columns = {name: (trial.function, name != "eager NCHW") for name, trial in trials.items()}
     del trials
-    calls = {name: [Trial(case, inputs, *column).timed() for _ in range(sets)] for name, column in columns.items()}
+    calls = {
+        name: [Trial(case, inputs, *column).timed() for _ in range(sets)] for name, column in columns.items()
+    }
     seconds = cuda_seconds(calls, repeats)
     bandwidth = case.elements * case.bytes.two_pass / seconds["ours"]
-    shares = {"of_copy": bandwidth / rates.bytes_per_second, "of_floor": floor_seconds(case, rates) / seconds["ours"]}
+    shares = {
+        "of_copy": bandwidth / rates.bytes_per_second,
+        "of_floor": floor_seconds(case, rates) / seconds["ours"],
+    }
     return {"seconds": seconds, "peak_memory": peaks, "ours": {"tb_per_s": 1e-12 * bandwidth, **shares}}
 
 
@@ -142,8 +162,15 @@ def floor_seconds(case: Case, rates: Rates, passes: str = "one_pass") -> float:
 
 def describe(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """The part of a row that is known before anything runs."""
-    nbytes = {name: None if value is None else case.elements * value for name, value in asdict(case.bytes).items()}
-    row = {"op": case.op, "mode": case.mode, "shape": list(case.shape), "dtype": str(dtype).removeprefix("torch.")}
+    nbytes = {
+        name: None if value is None else case.elements * value for name, value in asdict(case.bytes).items()
+    }
+    row = {
+        "op": case.op,
+        "mode": case.mode,
+        "shape": list(case.shape),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     return row | ({"bytes": nbytes, "flops": case.elements * case.flops} if dtype == torch.bfloat16 else {})
 
 
@@ -159,10 +186,25 @@ def predict(chosen: Sequence[Case], out: Path | None) -> None:
     rows = []
     for case in chosen:
         predicted = {passes: floor_seconds(case, ASSUMED, passes) for passes in ("two_pass", "one_pass")}
-        used = {name: registers[name] for kernel in case.kernels(case) for name in _nearest(registers, case, kernel)}
-        rows.append(describe(case, torch.bfloat16) | {"predicted_seconds": predicted, "registers": used, "measured": None})
-        print(f"{case.name:56s} two passes {1e6 * predicted['two_pass']:7.1f} us, one {1e6 * predicted['one_pass']:7.1f} us")
-    header = {"format": FORMAT, "device": None, "assumption": ASSUMPTION, "rates": asdict(ASSUMED), "triton": version("triton")}
+        used = {
+            name: registers[name]
+            for kernel in case.kernels(case)
+            for name in _nearest(registers, case, kernel)
+        }
+        rows.append(
+            describe(case, torch.bfloat16)
+            | {"predicted_seconds": predicted, "registers": used, "measured": None}
+        )
+        print(
+            f"{case.name:56s} two passes {1e6 * predicted['two_pass']:7.1f} us, one {1e6 * predicted['one_pass']:7.1f} us"
+        )
+    header = {
+        "format": FORMAT,
+        "device": None,
+        "assumption": ASSUMPTION,
+        "rates": asdict(ASSUMED),
+        "triton": version("triton"),
+    }
     if out:
         write_json(out, header | {"architecture": "sm_90", "rows": rows})
         print(f"wrote {out}")
@@ -171,7 +213,9 @@ def predict(chosen: Sequence[Case], out: Path | None) -> None:
 def _nearest(names: Iterable[str], case: Case, kernel: str) -> list[str]:
     """The compiled plan of a kernel whose channel count is nearest to the case's."""
     pattern = re.compile(re.escape(f"{kernel} nhwc bf16") + r" C=(\d+)\b")
-    found = {name: abs(log2(int(match[1]) / case.shape[1])) for name in names if (match := pattern.match(name))}
+    found = {
+        name: abs(log2(int(match[1]) / case.shape[1])) for name in names if (match := pattern.match(name))
+    }
     return [min(found, key=lambda name: found[name])] if found else []
 
 
@@ -183,7 +227,10 @@ def measure(chosen: Sequence[Case], device: torch.device, repeats: int, out: Pat
     rates = ASSUMED
     if cuda:
         rates = Rates(copy_bandwidth(device), matmul_rate(device))
-        header["copy_tb_per_s"], header["matmul_tflop_per_s"] = 1e-12 * rates.bytes_per_second, 1e-12 * rates.flops_per_second
+        header["copy_tb_per_s"], header["matmul_tflop_per_s"] = (
+            1e-12 * rates.bytes_per_second,
+            1e-12 * rates.flops_per_second,
+        )
         print(f"copy {header['copy_tb_per_s']:.2f} TB/s, matmul {header['matmul_tflop_per_s']:.0f} TFLOP/s")
     rows = []
     for case in chosen:
@@ -203,22 +250,37 @@ def measure(chosen: Sequence[Case], device: torch.device, repeats: int, out: Pat
 def _line(case: Case, row: dict[str, Any]) -> str:
     times = "  ".join(f"{name} {1e3 * value:.3f}" for name, value in row["seconds"].items())
     ours = row.get("ours")
-    end = f"  {ours['tb_per_s']:.2f} TB/s, {ours['of_copy']:.0%} of a copy, {ours['of_floor']:.0%} of the floor" if ours else ""
+    end = (
+        f"  {ours['tb_per_s']:.2f} TB/s, {ours['of_copy']:.0%} of a copy, {ours['of_floor']:.0%} of the floor"
+        if ours
+        else ""
+    )
     return f"{case.name:56s} ms: {times}{end}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--predict", action="store_true", help="no measurement: bytes, floors and registers")
     parser.add_argument(
-        "--filter", default="", metavar="TEXT", help="only cases with this text in their name; prints, writes nothing"
+        "--filter",
+        default="",
+        metavar="TEXT",
+        help="only cases with this text in their name; prints, writes nothing",
     )
     parser.add_argument("--repeats", type=int, default=30, help="timed runs of each variant")
     parser.add_argument("--batch", type=int, help="images in a batch (default: 8, and 1 on a CPU)")
     parser.add_argument(
-        "--shrink", type=int, default=1, metavar="N", help="divide heights and widths by N: to try this program out"
+        "--shrink",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide heights and widths by N: to try this program out",
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/kernels.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/kernels.json"
+    )
     options = parser.parse_args()
     device = default_device()
     batch = options.batch or (1 if device.type == "cpu" and not options.predict else None)
@@ -236,7 +298,9 @@ def main() -> None:
         measure(chosen, device, options.repeats, out)
     else:
         functorch_config.donated_buffer = False  # a backward pass is replayed, so its graph is retained
-        with torch.cuda.stream(torch.cuda.Stream()):  # captures see one stream only; everything happens on this one
+        with torch.cuda.stream(
+            torch.cuda.Stream()
+        ):  # captures see one stream only; everything happens on this one
             measure(chosen, device, options.repeats, out)
 
 

@@ -64,7 +64,9 @@ def read(file: Path, side: int, f: int) -> Tensor:
     image = decode_image(file.read_bytes(), file.name).float() / 127.5 - 1
     sides = [min(length, side) // f * f for length in image.shape[1:]]
     top, left = ((length - kept) // 2 for length, kept in zip(image.shape[1:], sides, strict=True))
-    return image[None, :, top : top + sides[0], left : left + sides[1]].contiguous(memory_format=torch.channels_last)
+    return image[None, :, top : top + sides[0], left : left + sides[1]].contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def rows(name: str, model: AutoencoderKL, file: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -78,16 +80,27 @@ def rows(name: str, model: AutoencoderKL, file: Path, options: argparse.Namespac
     z = latent.float()
     found = []
     for step, given, whole in (("encode", x, latent), ("decode", z, precise.decode(z.double()))):
-        calls: list[tuple[str, float, Any]] = [("untiled", 0.0, ours(model, step)), ("diffusers", THEIR_OVERLAP, theirs[step])]
+        calls: list[tuple[str, float, Any]] = [
+            ("untiled", 0.0, ours(model, step)),
+            ("diffusers", THEIR_OVERLAP, theirs[step]),
+        ]
         calls += [("blended", overlap, ours(tiled, step)) for overlap, tiled in blended.items()]
         calls.append(("exact", 0.0, ours(exact, step)))
         for method, overlap, call in calls:
             start = time.process_time()
             out = call(given)
             seconds = time.process_time() - start
-            row: dict[str, Any] = {"model": Path(name).name, "photo": file.name, "height": x.shape[2], "width": x.shape[3]}
+            row: dict[str, Any] = {
+                "model": Path(name).name,
+                "photo": file.name,
+                "height": x.shape[2],
+                "width": x.shape[3],
+            }
             row |= {"step": step, "method": method, "tile": tile, "overlap": overlap}
-            row |= {"computed": round(computed(model, method, overlap, x, tile), 3), "cpu_seconds": round(seconds, 2)}
+            row |= {
+                "computed": round(computed(model, method, overlap, x, tile), 3),
+                "cpu_seconds": round(seconds, 2),
+            }
             row |= compare(out, whole, borders(method, overlap, tile, f, x, step), step)
             print(line(row), flush=True)
             found.append(row)
@@ -142,7 +155,9 @@ def seam(difference: Tensor, rows: list[int], columns: list[int]) -> tuple[float
     return (at.mean().item() if len(at) else 0.0), elsewhere.mean().item()
 
 
-def borders(method: str, overlap: float, tile: int, f: int, x: Tensor, step: str) -> tuple[list[int], list[int]]:
+def borders(
+    method: str, overlap: float, tile: int, f: int, x: Tensor, step: str
+) -> tuple[list[int], list[int]]:
     """Rows and columns, in pixels of the output, at which a tile begins or ends; the others are judged at diffusers' places."""
     scale = f if step == "encode" else 1
     found = []
@@ -152,7 +167,11 @@ def borders(method: str, overlap: float, tile: int, f: int, x: Tensor, step: str
             places = {place for start in starts for place in (start, start + side)}
         else:
             stride = int(tile * (1 - THEIR_OVERLAP))
-            places = {place for start in range(0, length, stride) for place in (start, start + int(tile * THEIR_OVERLAP))}
+            places = {
+                place
+                for start in range(0, length, stride)
+                for place in (start, start + int(tile * THEIR_OVERLAP))
+            }
         found.append(sorted(place // scale for place in places if 0 < place < length))
     return found[0], found[1]
 
@@ -164,7 +183,9 @@ def computed(model: AutoencoderKL, method: str, overlap: float, x: Tensor, tile:
         return 1.0
     if method == "diffusers":
         stride = int(tile * (1 - THEIR_OVERLAP))
-        down, across = (sum(min(tile, length - start) for start in range(0, length, stride)) for length in (height, width))
+        down, across = (
+            sum(min(tile, length - start) for start in range(0, length, stride)) for length in (height, width)
+        )
         return down * across / (height * width)
     unit = round(change(split_encoder(encoder_steps(model))[0]))
     tiles = Tiles(tile, int(tile * overlap) // unit * unit, unit)
@@ -189,7 +210,12 @@ def measure_memory(name: str, step: str, options: argparse.Namespace) -> dict[st
     if done.returncode:
         raise SystemExit(f"bench_tiling: {done.stderr.strip()}")
     peak, size = (int(value) for value in done.stdout.split())
-    row: dict[str, Any] = {"model": Path(name).name, "step": step, "side": options.memory, "tile": options.tile}
+    row: dict[str, Any] = {
+        "model": Path(name).name,
+        "step": step,
+        "side": options.memory,
+        "tile": options.tile,
+    }
     row |= {"overlap": options.overlap[0], "peak_resident_bytes": peak, "of_these_before_the_call": size}
     row |= {"seconds": round(time.perf_counter() - start)}
     print(f"{step} {options.memory}^2 {name}: peak {peak / 2**30:.2f} GiB, {row['seconds']} s", flush=True)
@@ -208,14 +234,18 @@ def run_here(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="+", help="a run, an exported folder or a preset")
     parser.add_argument("--images", type=Path, nargs="+", help="photos (default: four of scikit-image's)")
     parser.add_argument("--side", type=int, default=1024, help="longest side that is kept")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile")
     parser.add_argument("--overlap", type=float, nargs="+", default=[0.125, 0.25], help="of blended tiles")
     parser.add_argument("--memory", type=int, help="measure an image of this side instead")
-    parser.add_argument("--step", choices=["encode", "decode"], nargs="+", default=["decode"], help="with --memory")
+    parser.add_argument(
+        "--step", choices=["encode", "decode"], nargs="+", default=["decode"], help="with --memory"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file to write instead of the one in benchmarks/DEVICE")
     options = parser.parse_args()
@@ -225,7 +255,9 @@ def main() -> None:
             if options.here:
                 return run_here(options)
             if options.memory:
-                found = [measure_memory(name, step, options) for name in options.model for step in options.step]
+                found = [
+                    measure_memory(name, step, options) for name in options.model for step in options.step
+                ]
             else:
                 found = []
                 for name in options.model:

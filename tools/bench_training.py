@@ -21,7 +21,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmarking import ROOT, about, cpu_seconds, default_device, folder_name, peak_bytes, version, write_json
+from benchmarking import (
+    ROOT,
+    about,
+    cpu_seconds,
+    default_device,
+    folder_name,
+    peak_bytes,
+    version,
+    write_json,
+)
 from latentae_kernels import use_backend
 from torch import Tensor, nn
 
@@ -52,7 +61,9 @@ class DiffusersAutoencoder(nn.Module):
         if compiled:
             self.parts = [torch.compile(part) for part in self.parts]
 
-    def forward(self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True, **unused: Any) -> AutoencoderOutput:
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True, **unused: Any
+    ) -> AutoencoderOutput:
         """As `AutoencoderKL.forward`, without what needs its insides (adaptive weights, an alignment)."""
         encode, decode = self.parts
         posterior = DiagonalGaussian(encode(x))
@@ -138,21 +149,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     gpu = torch.cuda.is_available()
-    parser.add_argument("--recipe", default="kl-f8" if gpu else "tiny-cpu", help="shipped recipe or TOML file")
+    parser.add_argument(
+        "--recipe", default="kl-f8" if gpu else "tiny-cpu", help="shipped recipe or TOML file"
+    )
     parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--resolution", type=int, default=256 if gpu else 64, help="pixels a side")
     parser.add_argument("--repeats", type=int, default=20 if gpu else 7, help="timed steps of each variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="what to time")
-    parser.add_argument("--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/training.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/training.json"
+    )
     options = parser.parse_args()
     result = measure(options)
     baseline = next((row["seconds"] for row in result["rows"] if row["variant"] == BASELINE), None)
     for row in result["rows"]:
         memory = f"{row['peak_bytes'] / 2**30:8.2f} GiB" if row["peak_bytes"] else ""
         ratio = f"{baseline / row['seconds']:6.2f}x" if baseline else ""
-        print(f"{row['variant']:28s} {1e3 * row['seconds']:9.1f} ms {row['images_per_second']:8.2f} img/s {ratio} {memory}")
+        print(
+            f"{row['variant']:28s} {1e3 * row['seconds']:9.1f} ms {row['images_per_second']:8.2f} img/s {ratio} {memory}"
+        )
     out = options.out or ROOT / "benchmarks" / folder_name(default_device()) / "training.json"
     write_json(out, result)
     print(f"wrote {out}")

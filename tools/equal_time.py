@@ -28,10 +28,10 @@ import torch
 from benchmarking import ROOT, about, cpu_seconds, folder_name, version, write_json
 
 from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
+from latentae.data.shards import shards as write_shards
 from latentae.data.transforms import to_float, to_uint8
-from latentae.data.writing import shards as write_shards
-from latentae.evaluation.metrics import psnr, ssim
 from latentae.losses.objective import Objective
+from latentae.measures.metrics import psnr, ssim
 from latentae.models import architectures
 from latentae.training.launch import build_accelerator
 from latentae.training.optim import learning_rate_scale
@@ -54,14 +54,22 @@ class PlainLoop:
         values = recipe.autoencoder_config().diffusers_dict()
         self.vae: Any = diffusers.AutoencoderKL(**{k: v for k, v in values.items() if not k.startswith("_")})  # pyright: ignore
         o = recipe.optimizer
-        self.recipe, self.seen, self.objective = recipe, 0, Objective(recipe.loss, recipe.autoencoder_config().latent_channels)
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+        self.recipe, self.seen, self.objective = (
+            recipe,
+            0,
+            Objective(recipe.loss, recipe.autoencoder_config().latent_channels),
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.vae.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
+        )
 
     def __call__(self, batch: torch.Tensor) -> None:
         """uint8 images [B, 3, H, W]: one optimizer step."""
         recipe, images = self.recipe, to_float(batch)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.optimizer.lr * learning_rate_scale(recipe.optimizer, self.seen, recipe.images)
+            group["lr"] = recipe.optimizer.lr * learning_rate_scale(
+                recipe.optimizer, self.seen, recipe.images
+            )
         posterior = self.vae.encode(images).latent_dist
         reconstruction = self.vae.decode(posterior.sample()).sample
         loss = self.objective.image_terms(reconstruction, images).total
@@ -105,7 +113,13 @@ def prepare_photos(home: Path) -> None:
 
 def recipe_on(home: Path, name: str, **overrides: Any) -> Recipe:
     return load_recipe(
-        name, {"data.shards": str(home / "training"), "data.validation": str(home / "held-out"), "precision": "fp32", **overrides}
+        name,
+        {
+            "data.shards": str(home / "training"),
+            "data.validation": str(home / "held-out"),
+            "precision": "fp32",
+            **overrides,
+        },
     )
 
 
@@ -134,7 +148,11 @@ def run_arm(options: argparse.Namespace) -> None:
     before, start, cpu = _reset_peak(), time.perf_counter(), time.process_time()
     for _ in range(math.ceil(recipe.images / recipe.batch_size)):
         loop(next(batches).images)
-    figures = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "peak_mb": _peak_mb() - before}
+    figures = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_mb": _peak_mb() - before,
+    }
     print(json.dumps(figures | quality(recipe, loop.weights())))
 
 
@@ -154,16 +172,29 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
     batches = iter(build_loader(recipe, build_accelerator("fp32")))
     batch = next(batches).images
     loops = {arm: build(arm, recipe) for arm in ARMS}
-    seconds = cpu_seconds({arm: (lambda loop=loop: loop(batch)) for arm, loop in loops.items()}, options.repeats, warmup=5)
+    seconds = cpu_seconds(
+        {arm: (lambda loop=loop: loop(batch)) for arm, loop in loops.items()}, options.repeats, warmup=5
+    )
     images = {arm: round(60 * options.minutes / s) * recipe.batch_size for arm, s in seconds.items()}
     print({arm: f"{recipe.batch_size / s:.1f} img/s" for arm, s in seconds.items()}, flush=True)
     rows = []
     for index, seed in enumerate(options.seeds):
         for arm in ARMS if index % 2 == 0 else ARMS[::-1]:
-            command = [sys.executable, __file__, "--arm", arm, "--seeds", str(seed), "--images", str(images[arm])]
+            command = [
+                sys.executable,
+                __file__,
+                "--arm",
+                arm,
+                "--seeds",
+                str(seed),
+                "--images",
+                str(images[arm]),
+            ]
             command += ["--home", str(home), "--recipe", options.recipe]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append({"arm": arm, "seed": seed, "images": images[arm], **json.loads(done.stdout.splitlines()[-1])})
+            rows.append(
+                {"arm": arm, "seed": seed, "images": images[arm], **json.loads(done.stdout.splitlines()[-1])}
+            )
             print(rows[-1], flush=True)
     return {
         **about(torch.device("cpu")),
@@ -184,13 +215,25 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="tiny-cpu", help="shipped recipe or TOML file, with the efficientnet-lite0 distance")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe",
+        default="tiny-cpu",
+        help="shipped recipe or TOML file, with the efficientnet-lite0 distance",
+    )
     parser.add_argument("--minutes", type=float, default=3.0, help="minutes of training that each run gets")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each"
+    )
     parser.add_argument("--repeats", type=int, default=60, help="timed steps of each arm before the runs")
-    parser.add_argument("--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/equal_time.json")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # one run, in the process started for it
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/equal_time.json"
+    )
+    parser.add_argument(
+        "--arm", choices=ARMS, help=argparse.SUPPRESS
+    )  # one run, in the process started for it
     parser.add_argument("--images", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -15,7 +15,9 @@ __all__ = ["channel_kl", "error", "hide", "jacobian", "movement", "nearest", "sa
 
 
 @torch.no_grad()
-def error(model: Autoencoder, given: Tensor, wanted: Tensor | None = None, where: Tensor | None = None) -> float:
+def error(
+    model: Autoencoder, given: Tensor, wanted: Tensor | None = None, where: Tensor | None = None
+) -> float:
     """Mean squared error of what the model makes of `given`, against `wanted` (the same images) where `where` is True (everywhere)."""
     squared = (model.decode(model.encode(given).mean) - (given if wanted is None else wanted)).square()
     return (squared if where is None else squared[where.expand_as(squared)]).mean().item()
@@ -26,7 +28,11 @@ def hide(images: Tensor, patch: int, share: float, generator: torch.Generator) -
     count, _, height, width = images.shape
     numbers = torch.rand(count, height // patch * (width // patch), generator=generator)
     hidden = numbers.argsort(dim=1).argsort(dim=1) < round(share * numbers.shape[1])
-    mask = hidden.view(count, 1, height // patch, width // patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    mask = (
+        hidden.view(count, 1, height // patch, width // patch)
+        .repeat_interleave(patch, 2)
+        .repeat_interleave(patch, 3)
+    )
     return images.masked_fill(mask, 0.0), mask
 
 
@@ -66,7 +72,9 @@ def movement(model: Autoencoder, images: Tensor, noise: Tensor) -> float:
 def channel_kl(model: Autoencoder, images: Tensor) -> Tensor:
     """Mean KL of each latent channel in nats, [z]."""
     posterior = model.encode(images)
-    return 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(2, 3)).mean(dim=0)
+    return 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).sum(
+        dim=(2, 3)
+    ).mean(dim=0)
 
 
 @torch.no_grad()
@@ -77,4 +85,7 @@ def sampled(model: Autoencoder, noise: Tensor) -> Tensor:
 
 def nearest(images: Tensor, others: Tensor) -> float:
     """Mean over `images` of the mean squared difference to the nearest of `others`."""
-    return (torch.cdist(images.flatten(1), others.flatten(1)).min(dim=1).values.square().mean() / images[0].numel()).item()
+    return (
+        torch.cdist(images.flatten(1), others.flatten(1)).min(dim=1).values.square().mean()
+        / images[0].numel()
+    ).item()

@@ -23,7 +23,6 @@ from torch import Tensor
 from latentae.data.builtin import digits
 from latentae.data.photos import HELD_OUT, photo_tiles
 from latentae.data.transforms import to_float, to_uint8
-from latentae.evaluation.images import image_grid, write_png
 from latentae.losses.equivariance import Transform, downscale
 from latentae.losses.spectrum import spectrum_matching
 from latentae.models.base import Autoencoder
@@ -31,6 +30,7 @@ from latentae.models.corruptions import keep_channels
 from latentae.models.linear import LinearAutoencoder
 from latentae.models.pca import fit_pca, principal_angles
 from latentae.models.pretrained import load_model
+from latentae.pages.images import image_grid, write_png
 from latentae.training.train import train
 
 COLUMNS = 10
@@ -50,7 +50,11 @@ class Family:
         name = name or recipe
         if name in self.made:
             return self.made[name]
-        values: dict[str, Any] = {"log.tensorboard": False, "log.summary": False, "log.validation_every_images": 10**9}
+        values: dict[str, Any] = {
+            "log.tensorboard": False,
+            "log.summary": False,
+            "log.validation_every_images": 10**9,
+        }
         if recipe.endswith("-tiny"):
             values |= {"data.validation": "none", "checkpoint_every_images": 10**9}
         images = self.photo_images if recipe.endswith("-tiny") else self.digit_images
@@ -63,7 +67,9 @@ class Family:
 
     def plain(self, latent_channels: int) -> Autoencoder:
         """A plain autoencoder of digits."""
-        return self.model("undercomplete-digits", f"plain-{latent_channels}", **{"model.latent_channels": latent_channels})
+        return self.model(
+            "undercomplete-digits", f"plain-{latent_channels}", **{"model.latent_channels": latent_channels}
+        )
 
     def plain_photos(self) -> Autoencoder:
         """A plain autoencoder of photos."""
@@ -129,9 +135,17 @@ def variational(family: Family) -> Result:
 
 
 def beta(family: Family) -> Result:
-    x, model, plain = to_float(digits("held-out")[0]), family.model("beta-vae-digits"), family.model("vae-digits")
+    x, model, plain = (
+        to_float(digits("held-out")[0]),
+        family.model("beta-vae-digits"),
+        family.model("vae-digits"),
+    )
     numbers = {
-        name: {"error": error(m, x), "kl_nats": k.sum().item(), "channels_above_a_tenth_of_a_nat": int((k > 0.1).sum())}
+        name: {
+            "error": error(m, x),
+            "kl_nats": k.sum().item(),
+            "channels_above_a_tenth_of_a_nat": int((k > 0.1).sum()),
+        }
         for name, m, k in (("vae", plain, channel_kl(plain, x)), ("beta-vae", model, channel_kl(model, x)))
     }
     strongest = channel_kl(model, x).argsort(descending=True)[:3]
@@ -167,7 +181,11 @@ def sparse(family: Family) -> Result:
     x, model, plain = to_float(digits("held-out")[0]), family.model("sparse-digits"), family.plain(64)
     wanted, kept = 0.1, 6
     numbers = {
-        name: {"error": error(m, x), "units_for_an_error_of_0.1": units_needed(m, x, wanted), "units": m.config.latent_channels}
+        name: {
+            "error": error(m, x),
+            "units_for_an_error_of_0.1": units_needed(m, x, wanted),
+            "units": m.config.latent_channels,
+        }
         for name, m in (("plain", plain), ("sparse", model))
     }
     return numbers, rows(x, *(strongest(m, x, kept) for m in (plain, model)))
@@ -188,7 +206,12 @@ def contractive(family: Family) -> Result:
     for name, m in (("plain", plain), ("contractive", model)):
         energy, relative = jacobian(m, x[:128])
         moved = movement(m, x, small)
-        numbers[name] = {"error": error(m, x), "jacobian": energy, "jacobian_over_variance": relative, "movement": moved}
+        numbers[name] = {
+            "error": error(m, x),
+            "jacobian": energy,
+            "jacobian_over_variance": relative,
+            "movement": moved,
+        }
     return numbers, rows(x + small, rebuilt(plain, x + small), rebuilt(model, x + small))
 
 
@@ -196,7 +219,10 @@ def binary(family: Family) -> Result:
     images = digits("held-out", binary=True)[0]
     x, model = to_float(images), family.model("binary-digits")
     shown = rebuilt(model, x)
-    numbers = {"pixels_wrong": ((shown > 0) != (x > 0)).float().mean().item(), "kl_nats": channel_kl(model, x).sum().item()}
+    numbers = {
+        "pixels_wrong": ((shown > 0) != (x > 0)).float().mean().item(),
+        "kl_nats": channel_kl(model, x).sum().item(),
+    }
     return numbers, rows(x, shown, prior(model, COLUMNS))
 
 
@@ -219,11 +245,16 @@ def through(model: Autoencoder, images: Tensor, change: Callable[[Tensor], Tenso
         return model.decode(change(model.encode(images).mean))
 
 
-def compared(name: str, model: Autoencoder, plain: Autoencoder, change: Any, target: Any = lambda x: x) -> Result:
+def compared(
+    name: str, model: Autoencoder, plain: Autoencoder, change: Any, target: Any = lambda x: x
+) -> Result:
     """PSNR as it is and after a change of the latent, for both models, and a picture: wanted, plain, this."""
     x, crops = photos(64), photos(32)[:: max(1, len(photos(32)) // PHOTO_COLUMNS)]
     numbers = {
-        key: {"psnr": psnr(through(m, x), x), "psnr_of_the_changed_latent": psnr(through(m, x, change), target(x))}
+        key: {
+            "psnr": psnr(through(m, x), x),
+            "psnr_of_the_changed_latent": psnr(through(m, x, change), target(x)),
+        }
         for key, m in (("plain", plain), (name, model))
     }
     pictures = [target(crops), through(plain, crops, change), through(model, crops, change)]
@@ -232,11 +263,19 @@ def compared(name: str, model: Autoencoder, plain: Autoencoder, change: Any, tar
 
 def eq_vae(family: Family) -> Result:
     move = Transform(0.5, 1)
-    return compared("eq-vae", family.model("eq-vae-tiny"), family.plain_photos(), move.latent, lambda x: move.image(x, 4))
+    return compared(
+        "eq-vae", family.model("eq-vae-tiny"), family.plain_photos(), move.latent, lambda x: move.image(x, 4)
+    )
 
 
 def scale(family: Family) -> Result:
-    return compared("se", family.model("se-tiny"), family.plain_photos(), lambda z: downscale(z, 2), lambda x: downscale(x, 2, 4))
+    return compared(
+        "se",
+        family.model("se-tiny"),
+        family.plain_photos(),
+        lambda z: downscale(z, 2),
+        lambda x: downscale(x, 2, 4),
+    )
 
 
 def shaken(z: Tensor) -> Tensor:
@@ -253,7 +292,9 @@ def detok(family: Family) -> Result:
 
 
 def nested(family: Family) -> Result:
-    return compared("nested", family.model("nested-tiny"), family.plain_photos(), lambda z: keep_channels(z, 4))
+    return compared(
+        "nested", family.model("nested-tiny"), family.plain_photos(), lambda z: keep_channels(z, 4)
+    )
 
 
 def spectrum(family: Family) -> Result:
@@ -262,7 +303,10 @@ def spectrum(family: Family) -> Result:
         with torch.no_grad():
             z = model.encode(x).mean
             unit = (z - z.mean(dim=(0, 2, 3), keepdim=True)) / z.std(dim=(0, 2, 3), keepdim=True)
-            numbers[name] = {"psnr": psnr(through(model, x), x), "spectral_divergence": spectrum_matching(unit, x).mean().item()}
+            numbers[name] = {
+                "psnr": psnr(through(model, x), x),
+                "spectral_divergence": spectrum_matching(unit, x).mean().item(),
+            }
             code = model.encode(photos(32)[::8]).mean[:, :3]
             code = code / (2 * code.std(dim=(0, 2, 3), keepdim=True))
             pictures.append(F.interpolate(code, scale_factor=4, mode="nearest"))
@@ -302,14 +346,27 @@ def enlarged(image: Tensor, times: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants only")
-    parser.add_argument("--digit-images", type=int, help="images that the recipes of digits see; their own number when not given")
-    parser.add_argument("--photo-images", type=int, help="the same for the recipes of photos")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "cpu-2-cores" / "family.json", help="file of the numbers"
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants only"
+    )
+    parser.add_argument(
+        "--digit-images",
+        type=int,
+        help="images that the recipes of digits see; their own number when not given",
+    )
+    parser.add_argument("--photo-images", type=int, help="the same for the recipes of photos")
+    parser.add_argument(
+        "--pictures", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "cpu-2-cores" / "family.json",
+        help="file of the numbers",
     )
     arguments = parser.parse_args()
     family, found = Family(arguments.runs, arguments.digit_images, arguments.photo_images), {}

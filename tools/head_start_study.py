@@ -32,8 +32,8 @@ from equal_time import prepare_photos
 from latentae.data.transforms import to_float, to_uint8
 from latentae.evaluation.diffusability.flow import fit_flow
 from latentae.evaluation.diffusability.latents import Latents, Whitening
-from latentae.evaluation.metrics import psnr
 from latentae.losses.objective import Objective
+from latentae.measures.metrics import psnr
 from latentae.models import architectures
 from latentae.training.head_start import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
@@ -49,7 +49,12 @@ ADAMW = {
 }  # orthogonalizing wide matrices takes most of a step on one core
 SHAPES: dict[int, dict[str, Any]] = {
     8: {},
-    16: {"model.preset": "dc-f16", "model.block_out_channels": [24, 48, 96, 192, 192], "model.layers_per_block": 1, **ADAMW},
+    16: {
+        "model.preset": "dc-f16",
+        "model.block_out_channels": [24, 48, 96, 192, 192],
+        "model.layers_per_block": 1,
+        **ADAMW,
+    },
     32: {
         "model.preset": "dc-f32-z32",
         "model.block_out_channels": [24, 48, 96, 192, 192, 192],
@@ -83,7 +88,12 @@ FLOW_STEPS, FLOW_BATCH = 400, 16
 
 
 def recipe_of(home: Path, factor: int, arm: str, seed: int) -> Recipe:
-    values = {"data.shards": str(home / "training"), "data.validation": str(home / "held-out"), "data.workers": 0, "seed": seed}
+    values = {
+        "data.shards": str(home / "training"),
+        "data.validation": str(home / "held-out"),
+        "data.workers": 0,
+        "seed": seed,
+    }
     values |= {"precision": "fp32", "images": 10**9, "optimizer.schedule": "constant"}
     return load_recipe("dc-tiny", {**values, **SHAPES[factor], **ARMS[arm]})
 
@@ -93,7 +103,9 @@ class Judge:
 
     def __init__(self, recipe: Recipe) -> None:
         self.batches = held_out_batches(recipe.data.model_copy(update={"resolution": 128}), 8, 1000)
-        self.distance = Objective(load_recipe("dc-tiny").loss, recipe.autoencoder_config().latent_channels).perceptual
+        self.distance = Objective(
+            load_recipe("dc-tiny").loss, recipe.autoencoder_config().latent_channels
+        ).perceptual
 
     @torch.inference_mode()
     def __call__(self, reconstruct: Any) -> dict[str, float]:
@@ -101,7 +113,10 @@ class Judge:
         pairs = [(batch.images, reconstruct(batch.images)) for batch in self.batches]
         assert self.distance is not None
         distances = [self.distance(to_float(a), to_float(b)) for a, b in pairs]
-        return {"psnr": torch.cat([psnr(a, b) for a, b in pairs]).mean().item(), "perceptual": torch.cat(distances).mean().item()}
+        return {
+            "psnr": torch.cat([psnr(a, b) for a, b in pairs]).mean().item(),
+            "perceptual": torch.cat(distances).mean().item(),
+        }
 
 
 def averaged(trainer: Trainer) -> Any:
@@ -136,7 +151,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures = judge(_reconstruct(averaged(trainer)))
             curve.append({"minutes": spent / 60, "images": trainer.state.images_seen, **figures})
     model = averaged(trainer)
-    row = {"factor": factor, "arm": arm, "seed": options.seeds[0], "start_seconds": head_start_seconds, "curve": curve}
+    row = {
+        "factor": factor,
+        "arm": arm,
+        "seed": options.seeds[0],
+        "start_seconds": head_start_seconds,
+        "curve": curve,
+    }
     row["pca_likeness"], row["flow_loss"] = latent_figures(recipe, model, judge)
     return row
 
@@ -156,11 +177,14 @@ def latent_figures(recipe: Recipe, model: Any, judge: Judge) -> tuple[float, flo
     likeness = (1 - left.square().sum(0) / y.square().sum(0)).mean().item()
     training = build_loader(recipe, build_accelerator("fp32"))
     crops = [
-        model.encode(to_float(batch.images)).mode() for _, batch in zip(range(512 // recipe.batch_size), training, strict=False)
+        model.encode(to_float(batch.images)).mode()
+        for _, batch in zip(range(512 // recipe.batch_size), training, strict=False)
     ]
     flat = torch.cat(crops)
     means = tuple(flat)
-    fitted = Latents(tuple(map(str, range(len(means)))), means, tuple(map(torch.zeros_like, means)), None, len(means))
+    fitted = Latents(
+        tuple(map(str, range(len(means)))), means, tuple(map(torch.zeros_like, means)), None, len(means)
+    )
     whitening = Whitening(flat.mean((0, 2, 3))[:, None, None], flat.std((0, 2, 3))[:, None, None])
     return likeness, fit_flow(fitted, whitening, steps=FLOW_STEPS, batch=FLOW_BATCH, seed=0).loss
 
@@ -181,21 +205,30 @@ def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     there = {(row["factor"], row["arm"], row["seed"]) for row in rows}
     jobs = [
-        (f, arm, seed) for arm in options.arms for f in options.factors for seed in options.seeds if f == 8 or arm in MAIN[:2]
+        (f, arm, seed)
+        for arm in options.arms
+        for f in options.factors
+        for seed in options.seeds
+        if f == 8 or arm in MAIN[:2]
     ]
 
     def one(job: tuple[int, str, int]) -> dict[str, Any]:
         factor, arm, seed = job
         command = [sys.executable, __file__, "--one", "--home", str(home), "--minutes", str(options.minutes)]
         command += ["--factors", str(factor), "--arms", arm, "--seeds", str(seed)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(2) as pool:
         for done in as_completed([pool.submit(one, job) for job in jobs if job not in there]):
             row = done.result()
             rows.append(row)
-            print(f"f{row['factor']} {row['arm']}, {row['seed']}: {row['curve'][0]} -> {row['curve'][-1]}", flush=True)
+            print(
+                f"f{row['factor']} {row['arm']}, {row['seed']}: {row['curve'][0]} -> {row['curve'][-1]}",
+                flush=True,
+            )
             figures = {"minutes": options.minutes, "pca": pca, "medians": medians(rows), "rows": rows}
             write_json(out, {**about(torch.device("cpu")), **figures})
 
@@ -203,7 +236,10 @@ def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of the seeds of each arm: at the start, at the end, and the lowest PSNR on the way."""
     arms = sorted({(row["factor"], row["arm"]) for row in rows})
-    return {f"f{f}, {arm}": _medians([row for row in rows if (row["factor"], row["arm"]) == (f, arm)]) for f, arm in arms}
+    return {
+        f"f{f}, {arm}": _medians([row for row in rows if (row["factor"], row["arm"]) == (f, arm)])
+        for f, arm in arms
+    }
 
 
 def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -218,7 +254,10 @@ def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
         }
         for row in rows
     ]
-    return {"seeds": len(rows), **{name: statistics.median(each[name] for each in figures) for name in figures[0]}}
+    return {
+        "seeds": len(rows),
+        **{name: statistics.median(each[name] for each in figures) for name in figures[0]},
+    }
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
@@ -230,14 +269,24 @@ def plot(result: dict[str, Any], out: Path) -> None:
 
     factors = sorted({row["factor"] for row in result["rows"]})
     colours = dict(zip(MAIN, ("tab:blue", "tab:orange", "tab:gray"), strict=True))
-    figure, axes = plt.subplots(2, len(factors), figsize=(4 * len(factors), 6), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(factors), figsize=(4 * len(factors), 6), sharex=True, squeeze=False, layout="constrained"
+    )
     for column, factor in enumerate(factors):
         for row, key in enumerate(("psnr", "perceptual")):
             axis = axes[row][column]
-            axis.axhline(result["pca"][f"f{factor}"][key], color="black", linewidth=0.8, linestyle="--", label="PCA itself")
+            axis.axhline(
+                result["pca"][f"f{factor}"][key],
+                color="black",
+                linewidth=0.8,
+                linestyle="--",
+                label="PCA itself",
+            )
             for one in (r for r in result["rows"] if r["factor"] == factor and r["arm"] in MAIN):
                 xs, ys = zip(*((p["minutes"], p[key]) for p in one["curve"]), strict=True)
-                label = f"start: {one['arm']}" if one["seed"] == min(r["seed"] for r in result["rows"]) else None
+                label = (
+                    f"start: {one['arm']}" if one["seed"] == min(r["seed"] for r in result["rows"]) else None
+                )
                 axis.plot(xs, ys, color=colours[one["arm"]], linewidth=1.2, label=label)
         axes[0][column].set_title(f"f{factor} z{16 if factor == 8 else 32}")
         axes[1][column].set_xlabel("CPU minutes of one core")
@@ -248,14 +297,26 @@ def plot(result: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=1.0, help="CPU minutes of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each")
-    parser.add_argument("--factors", type=int, nargs="+", default=[8, 16, 32], choices=SHAPES, help="downsampling factors")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="starts; all but the first two at f8 only")
-    parser.add_argument("--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/head_start.json")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each"
+    )
+    parser.add_argument(
+        "--factors", type=int, nargs="+", default=[8, 16, 32], choices=SHAPES, help="downsampling factors"
+    )
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=ARMS, help="starts; all but the first two at f8 only"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/head_start.json"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure from --out and stop")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # one run, in the process started for it
+    parser.add_argument(
+        "--one", action="store_true", help=argparse.SUPPRESS
+    )  # one run, in the process started for it
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -29,7 +29,13 @@ F8: list[Shape] = [(8, 128, 256, 256), (8, 256, 128, 128), (8, 512, 64, 64), (8,
 # levels of a deep-compression autoencoder (DC-AE), which normalizes over the channels of each pixel
 DEEP: list[Shape] = [(8, 256, 128, 128), (8, 512, 64, 64), (8, 512, 32, 32), (8, 1024, 16, 16)]
 # VGG16's five feature maps
-VGG: list[Shape] = [(8, 64, 256, 256), (8, 128, 128, 128), (8, 256, 64, 64), (8, 512, 32, 32), (8, 512, 16, 16)]
+VGG: list[Shape] = [
+    (8, 64, 256, 256),
+    (8, 128, 128, 128),
+    (8, 256, 64, 64),
+    (8, 512, 32, 32),
+    (8, 512, 16, 16),
+]
 # inputs of the f8 decoder's three upsamplings
 UP: list[Shape] = [(8, 512, 32, 32), (8, 512, 64, 64), (8, 256, 128, 128)]
 
@@ -84,7 +90,9 @@ def _vectors(count: int, channels: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(count, channels).unbind(0))
 
 
-def _pair(op: str, mode: str, shape: Shape, forward: Bytes, backward: Bytes, flops: int = 0, **common: Any) -> list[Case]:
+def _pair(
+    op: str, mode: str, shape: Shape, forward: Bytes, backward: Bytes, flops: int = 0, **common: Any
+) -> list[Case]:
     """A case for the forward pass and one for the backward pass, which takes twice the arithmetic."""
     label = f", {mode}" if mode else ""
     return [
@@ -104,9 +112,15 @@ def _norm_act() -> list[Case]:
     found = []
     for shape in F8:
         for mode, forward, backward, count, act in modes:
-            if act == "identity" and shape[3] > 32:  # only the attention of the lowest level goes without an activation
+            if (
+                act == "identity" and shape[3] > 32
+            ):  # only the attention of the lowest level goes without an activation
                 continue
-            functions = {"inputs": _norm_act_inputs(count), "plain": _group_norm(act), "ours": _fused_group_norm(act)}
+            functions = {
+                "inputs": _norm_act_inputs(count),
+                "plain": _group_norm(act),
+                "ours": _fused_group_norm(act),
+            }
             common = {"differentiable": tuple(range(count)), "kernels": _norm_act_kernels, **functions}
             found += _pair("norm_act", mode, shape, forward, backward, **common)
     return found
@@ -133,7 +147,13 @@ def _norm_act_inputs(count: int) -> Callable[[Shape], tuple[Tensor, ...]]:
 
 
 def _group_norm(act: str) -> Callable[..., Any]:
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor | None = None, residual: Tensor | None = None) -> Any:
+    def plain(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pre_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Any:
         if pre_bias is not None:
             x = x + pre_bias.view(1, -1, 1, 1)
         if residual is not None:
@@ -146,8 +166,16 @@ def _group_norm(act: str) -> Callable[..., Any]:
 
 
 def _fused_group_norm(act: Any) -> Callable[..., Any]:
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor | None = None, residual: Tensor | None = None) -> Any:
-        return latentae_kernels.norm_act(x, weight, bias, GROUPS, act=act, pre_bias=pre_bias, residual=residual)
+    def ours(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pre_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Any:
+        return latentae_kernels.norm_act(
+            x, weight, bias, GROUPS, act=act, pre_bias=pre_bias, residual=residual
+        )
 
     return ours
 
@@ -163,12 +191,20 @@ def _norm_act_conv2d() -> list[Case]:
     def ours(x: Tensor, weight: Tensor, bias: Tensor, conv_weight: Tensor) -> Tensor:
         return latentae_kernels.norm_act_conv2d(x, weight, bias, GROUPS, conv_weight, padding=1)
 
-    def kernels(case: Case) -> tuple[str, ...]:  # and cuDNN's; the backward pass computes the activation again
+    def kernels(
+        case: Case,
+    ) -> tuple[str, ...]:  # and cuDNN's; the backward pass computes the activation again
         return _norm_act_kernels(case) + (("norm_act/apply",) if case.backward else ())
 
     # norm_act's bytes, and 4 for the convolution's input and output; backwards its 8 for two passes, and 4 to compute y again
     forward, backward = Bytes(14, 10, 8), Bytes(24, 22, 18)
-    common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0, 1, 2, 3), "kernels": kernels}
+    common = {
+        "plain": plain,
+        "inputs": inputs,
+        "ours": ours,
+        "differentiable": (0, 1, 2, 3),
+        "kernels": kernels,
+    }
     found = []
     for shape in F8[:3]:
         found += _pair("norm_act_conv2d", "", shape, forward, backward, flops=18 * shape[1], **common)
@@ -187,7 +223,11 @@ def _row_norm_act() -> list[Case]:
 
     common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0, 1, 2)}
     common["kernels"] = lambda case: (f"row_norm_act/{'backward' if case.backward else 'forward'}",)
-    return [case for shape in DEEP for case in _pair("row_norm_act", "", shape, Bytes(None, 4, 4), Bytes(None, 6, 6), **common)]
+    return [
+        case
+        for shape in DEEP
+        for case in _pair("row_norm_act", "", shape, Bytes(None, 4, 4), Bytes(None, 6, 6), **common)
+    ]
 
 
 def _lpips_head() -> list[Case]:
@@ -206,7 +246,11 @@ def _lpips_head() -> list[Case]:
     # in training only the reconstruction's features, the first, have a gradient
     common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0,)}
     common["kernels"] = lambda case: (f"lpips_head/{'backward da' if case.backward else 'forward'}",)
-    return [case for shape in VGG for case in _pair("lpips_head", "", shape, Bytes(None, 4, 4), Bytes(None, 6, 6), **common)]
+    return [
+        case
+        for shape in VGG
+        for case in _pair("lpips_head", "", shape, Bytes(None, 4, 4), Bytes(None, 6, 6), **common)
+    ]
 
 
 def _upsample() -> list[Case]:
@@ -227,5 +271,13 @@ def _upsample() -> list[Case]:
     found = []
     for shape in UP:
         # 16 products and sums for each pair of channels and input pixel; x and four outputs, then dy twice, x and dx
-        found += _pair("upsample_conv2d", "", shape, Bytes(None, 10, 10), Bytes(None, 20, 20), flops=32 * shape[1], **common)
+        found += _pair(
+            "upsample_conv2d",
+            "",
+            shape,
+            Bytes(None, 10, 10),
+            Bytes(None, 20, 20),
+            flops=32 * shape[1],
+            **common,
+        )
     return found

@@ -36,7 +36,10 @@ def read(folder: Path) -> list[Report]:
         if report.get("format") == FORMAT:
             found.append(report)
         else:
-            print(f"kernel_tables: {file} has another format; run tools/bench_kernels.py again. Left out", file=sys.stderr)
+            print(
+                f"kernel_tables: {file} has another format; run tools/bench_kernels.py again. Left out",
+                file=sys.stderr,
+            )
     return found
 
 
@@ -53,14 +56,19 @@ def _block(marker: str, reports: list[Report]) -> str:
     if marker == "status":
         return _status(gpus, [report for report in reports if not report["device"]])
     op = marker.removeprefix("table ")
-    tables = [_gpu_table(report, op) for report in gpus] or [_predicted_table(r, op) for r in reports if not r["device"]]
+    tables = [_gpu_table(report, op) for report in gpus] or [
+        _predicted_table(r, op) for r in reports if not r["device"]
+    ]
     return "\n\n".join(table for table in tables + [_cpu_table(report, op) for report in cpus] if table)
 
 
 def _status(gpus: list[Report], predicted: list[Report]) -> str:
     if not gpus:
         return "\n".join(
-            [NOT_MEASURED, *(f"Assumed: {report['assumption']}. Triton {report['triton']}." for report in predicted)]
+            [
+                NOT_MEASURED,
+                *(f"Assumed: {report['assumption']}. Triton {report['triton']}." for report in predicted),
+            ]
         )
     return "\n".join(
         f"Measured on {r['device']}: driver {r['driver']}, torch {r['torch']}, Triton {r['triton']}, commit {r['commit']}; a copy "
@@ -78,7 +86,16 @@ def _first_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _predicted_table(report: Report, op: str) -> str:
-    head = ["pass", "shape", "MB, two passes", "MB, one", "µs, two passes", "µs, one", "registers", "measured µs"]
+    head = [
+        "pass",
+        "shape",
+        "MB, two passes",
+        "MB, one",
+        "µs, two passes",
+        "µs, one",
+        "registers",
+        "measured µs",
+    ]
     lines = []
     for row in _rows(report, op):
         sizes = [f"{1e-6 * row['bytes'][passes]:.1f}" for passes in ("two_pass", "one_pass")]
@@ -118,8 +135,12 @@ def _cpu_table(report: Report, op: str) -> str:
     for row in rows:
         times = row["seconds"]
         ratio = times["ours"] / min(value for name, value in times.items() if name != "ours")
-        lines.append([*_first_cells(row), *(f"{1e3 * times[column]:.2f}" for column in columns), f"{ratio:.2f}"])
-    caption = f"{report['device']}, fp32, native operators; read the ratios, the seconds are a shared machine's"
+        lines.append(
+            [*_first_cells(row), *(f"{1e3 * times[column]:.2f}" for column in columns), f"{ratio:.2f}"]
+        )
+    caption = (
+        f"{report['device']}, fp32, native operators; read the ratios, the seconds are a shared machine's"
+    )
     return _markdown(["pass", "shape", *(f"{c}, ms" for c in columns), "ours / best eager"], lines, caption)
 
 
@@ -132,17 +153,28 @@ def _markdown(head: list[str], lines: list[list[str]], caption: str) -> str:
 
 def main() -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README and JSON differ")
-    parser.add_argument("--readme", type=Path, default=ROOT / "kernels" / "README.md", help="file with the markers")
-    parser.add_argument("--benchmarks", type=Path, default=ROOT / "benchmarks", help="folder of DEVICE/kernels.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if README and JSON differ"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "kernels" / "README.md", help="file with the markers"
+    )
+    parser.add_argument(
+        "--benchmarks", type=Path, default=ROOT / "benchmarks", help="folder of DEVICE/kernels.json"
+    )
     options = parser.parse_args()
     before = options.readme.read_text()
     after = render(before, read(options.benchmarks))
     if before == after:
         return 0
     if options.check:
-        print(f"{options.readme} is not what {options.benchmarks} says; run: python tools/kernel_tables.py", file=sys.stderr)
+        print(
+            f"{options.readme} is not what {options.benchmarks} says; run: python tools/kernel_tables.py",
+            file=sys.stderr,
+        )
         return 1
     options.readme.write_text(after)
     print(f"wrote {options.readme}")

@@ -26,8 +26,26 @@ from functools import partial
 from pathlib import Path
 from queue import Queue
 
-PACKAGES = ("data", "encoding", "evaluation", "exporting", "inference", "losses", "models", "tasks", "training", "kernels")
-COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+PACKAGES = (
+    "data",
+    "encoding",
+    "evaluation",
+    "exporting",
+    "inference",
+    "losses",
+    "models",
+    "tasks",
+    "training",
+    "kernels",
+)
+COMPARISONS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
 COMPARISONS |= {ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
 OPERATORS = {
     ast.Add: ast.Sub,
@@ -50,7 +68,11 @@ def faults(source: str) -> list[tuple[int, str]]:
     """Every fault of a module: the number of the syntax tree's node that it changes, and how."""
     nodes = list(ast.walk(ast.parse(source)))
     skipped = {id(child) for node in nodes for hint in _hints(node) for child in ast.walk(hint)}
-    return [(number, kind) for number, node in enumerate(nodes) if id(node) not in skipped and (kind := _kind(node))]
+    return [
+        (number, kind)
+        for number, node in enumerate(nodes)
+        if id(node) not in skipped and (kind := _kind(node))
+    ]
 
 
 def planted(source: str, number: int, kind: str) -> tuple[str, str]:
@@ -69,7 +91,9 @@ def _hints(node: ast.AST) -> Iterator[ast.AST]:
             yield hint
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         yield node
-    if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "__all__" for name in node.targets):
+    if isinstance(node, ast.Assign) and any(
+        isinstance(name, ast.Name) and name.id == "__all__" for name in node.targets
+    ):
         yield node
 
 
@@ -120,10 +144,14 @@ def tests_of(root: Path, module: Path) -> list[str]:
 
 
 def _imports(path: Path, root: Path, module: Path) -> bool:
-    package, _, stem = ".".join(module.relative_to(root).with_suffix("").parts).removeprefix("kernels.").rpartition(".")
+    package, _, stem = (
+        ".".join(module.relative_to(root).with_suffix("").parts).removeprefix("kernels.").rpartition(".")
+    )
     source = path.read_text()
     public = rf"{re.escape(package)}\.{stem}\b|from {re.escape(package)} import [^\n]*\b{stem}\b"
-    relative = rf"from \.{stem} import|from \. import [^\n]*\b{stem}\b" if path.parent == module.parent else r"(?!)"
+    relative = (
+        rf"from \.{stem} import|from \. import [^\n]*\b{stem}\b" if path.parent == module.parent else r"(?!)"
+    )
     return bool(re.search(f"{public}|{relative}", source))
 
 
@@ -161,7 +189,11 @@ class Worker:
             "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hyp"),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def run(self, tests: list[str], limit_s: float) -> tuple[str, float]:
@@ -181,18 +213,24 @@ class Worker:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--mutants", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--drawn-from", type=Path, help="work tree whose modules are drawn and mutated (default: this one)")
+    parser.add_argument(
+        "--drawn-from", type=Path, help="work tree whose modules are drawn and mutated (default: this one)"
+    )
     options = parser.parse_args()
     root = Path(__file__).resolve().parents[1]
     origin = (options.drawn_from or root).resolve()
     draw = random.Random(options.seed)
     drawn = [draw.choice(modules(origin, package)) for package in PACKAGES]
-    print(f"seed {options.seed} draws: {', '.join(str(path.relative_to(origin)) for path in drawn)}", flush=True)
+    print(
+        f"seed {options.seed} draws: {', '.join(str(path.relative_to(origin)) for path in drawn)}", flush=True
+    )
     free: Queue[Worker] = Queue()
     rows = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
@@ -225,9 +263,24 @@ def main() -> None:
             limit_s = 3 * took + 20
             run = partial(measure, path, tests, limit_s=limit_s)
             found = list(pool.map(run, [faulty for _, faulty in sample]))
-            survivors = [label for (label, _), (end, _) in zip(sample, found, strict=True) if end == "survived"]
-            rows.append({"module": module, "tests": tests, "sound": sound, "mutants": len(sample), "survivors": survivors})
-            print(f"  {len(sample) - len(survivors)} of {len(sample)} killed", *survivors, sep="\n    ", flush=True)
+            survivors = [
+                label for (label, _), (end, _) in zip(sample, found, strict=True) if end == "survived"
+            ]
+            rows.append(
+                {
+                    "module": module,
+                    "tests": tests,
+                    "sound": sound,
+                    "mutants": len(sample),
+                    "survivors": survivors,
+                }
+            )
+            print(
+                f"  {len(sample) - len(survivors)} of {len(sample)} killed",
+                *survivors,
+                sep="\n    ",
+                flush=True,
+            )
             options.out.write_text(json.dumps({"seed": options.seed, "modules": rows}, indent=1))
         while not free.empty():
             free.get().process.terminate()

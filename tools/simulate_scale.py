@@ -92,8 +92,14 @@ class Case:
 
     def planning_seconds(self, starting_together: int) -> float:
         """One look through the store while others look too: bound by latency, or by what the store can answer."""
-        alone = LISTINGS * math.ceil(self.shards / PAGE) + self.start_requests * self.shards / self.parallel_requests
-        return max(alone * self.latency_seconds, starting_together * self.planning_requests / self.store_requests_per_second)
+        alone = (
+            LISTINGS * math.ceil(self.shards / PAGE)
+            + self.start_requests * self.shards / self.parallel_requests
+        )
+        return max(
+            alone * self.latency_seconds,
+            starting_together * self.planning_requests / self.store_requests_per_second,
+        )
 
     def closing(self, done: int) -> tuple[float, float]:
         """Requests of a look at the output when `done` shards are, and the least seconds they take: the sidecars once all are."""
@@ -133,7 +139,9 @@ class Worker:
     """One machine: its speed, and its luck."""
 
     def __init__(self, number: int, case: Case) -> None:
-        self.random = random.Random(f"{case.seed}/{number}")  # its own, so that one worker more changes no other
+        self.random = random.Random(
+            f"{case.seed}/{number}"
+        )  # its own, so that one worker more changes no other
         self.image_seconds = case.image_seconds * math.exp(case.speed_sigma * self.random.gauss(0, 1))
         self.shard_sigma = case.shard_sigma
         self.rate = 1 / (3600 * case.preempt_hours) if case.preempt_hours else 0.0
@@ -174,7 +182,9 @@ def simulate(case: Case) -> Account:
     _refuse_hopeless(case, workers)
     queue, account = Queue(case), Account()
     start = driver = _first_start(case, account)
-    events = [(start, number) for number in range(case.workers)]  # a worker is free; below zero: shard ~number is nobody's again
+    events = [
+        (start, number) for number in range(case.workers)
+    ]  # a worker is free; below zero: shard ~number is nobody's again
     waiting: list[tuple[float, int]] = []  # workers with nothing to take, and since when
     over = 0.0  # when the last of the shards begun so far is done
     answered = 0.0  # when the store has answered those who read the sidecars so far
@@ -313,12 +323,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     single = [field for field in fields(Case) if field.name not in ("policy", "workers", "shard_size")]
     for field in single:
         kind = type(field.default)
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=f"default {field.default}"
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            help=f"default {field.default}",
         )
     parser.add_argument("--workers", default="1,4,16,64,256,1024,4096", help="worker counts, with commas")
     parser.add_argument("--shard-sizes", default="1000,10000", help="images of a shard, with commas")
@@ -335,9 +350,15 @@ def main() -> None:
                     raise SystemExit(f"simulate_scale: {error}") from None
     print(table(rows))
     if options["out"]:
-        assumed = {name: value for name, value in asdict(base).items() if name not in ("policy", "workers", "shard_size")}
+        assumed = {
+            name: value
+            for name, value in asdict(base).items()
+            if name not in ("policy", "workers", "shard_size")
+        }
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        text = f'{{\n "measured": null,\n "assumptions": {json.dumps(assumed)},\n "rows": [\n{lines}\n ]\n}}\n'
+        text = (
+            f'{{\n "measured": null,\n "assumptions": {json.dumps(assumed)},\n "rows": [\n{lines}\n ]\n}}\n'
+        )
         options["out"].parent.mkdir(parents=True, exist_ok=True)
         options["out"].write_text(text)
         print(f"wrote {options['out']}")

@@ -29,7 +29,17 @@ from typing import Any
 
 from .dispatch import interpreted
 
-__all__ = ["ARCHITECTURES", "AotError", "Outcome", "Plan", "Resources", "compile_all", "compile_plan", "faults", "kernel_modules"]
+__all__ = [
+    "ARCHITECTURES",
+    "AotError",
+    "Outcome",
+    "Plan",
+    "Resources",
+    "compile_all",
+    "compile_plan",
+    "faults",
+    "kernel_modules",
+]
 
 ARCHITECTURES = (80, 90, 100)  # A100; H100 and H200; B200
 
@@ -143,7 +153,9 @@ def _check(plan: Plan) -> None:
             f"{plan.name}: constants must hold a value for each constexpr argument and no other; differs in {sorted(wrong)}"
         )
     if wrong := set(plan.aligned) - (names - constexprs):
-        raise AotError(f"{plan.name}: aligned names {sorted(wrong)}, which are no run-time arguments of the kernel")
+        raise AotError(
+            f"{plan.name}: aligned names {sorted(wrong)}, which are no run-time arguments of the kernel"
+        )
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -165,9 +177,13 @@ def _read(usage: str, sass: str, ptx: str, dynamic_shared: int) -> Resources:
     found = _USAGE.search(usage)
     opcodes = _OPCODE.findall(sass)
     if found is None or not opcodes:
-        raise AotError(f"cuobjdump's output was not understood: {usage.strip()[:200]!r}, {len(opcodes)} instructions")
+        raise AotError(
+            f"cuobjdump's output was not understood: {usage.strip()[:200]!r}, {len(opcodes)} instructions"
+        )
     registers, stack, static_shared, local = map(int, found.groups())
-    wide = [op for op in opcodes if op.startswith(("LDG.", "LDGSTS.")) and {"128", "256"} & set(op.split("."))]
+    wide = [
+        op for op in opcodes if op.startswith(("LDG.", "LDGSTS.")) and {"128", "256"} & set(op.split("."))
+    ]
     return Resources(
         registers=registers,
         shared=static_shared + dynamic_shared,
@@ -186,7 +202,9 @@ def faults(plan: Plan, resources: Resources) -> list[str]:
     if resources.shared > plan.shared:
         found.append(f"{resources.shared} bytes of shared memory, the plan allows {plan.shared}")
     if resources.spills or resources.local:
-        found.append(f"{resources.spills} local-memory instructions (LDL, STL) on {resources.local} bytes, no plan allows any")
+        found.append(
+            f"{resources.spills} local-memory instructions (LDL, STL) on {resources.local} bytes, no plan allows any"
+        )
     if resources.f64:
         found.append("fp64 instructions in the PTX, no plan allows any")
     if plan.wide_loads and not resources.wide_loads:
@@ -200,11 +218,15 @@ def kernel_modules() -> list[str]:
     """The modules of this package that hold kernels: every `*_kernels`."""
     package = importlib.import_module(__package__ or "latentae_kernels")
     return sorted(
-        f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__) if info.name.endswith("_kernels")
+        f"{package.__name__}.{info.name}"
+        for info in pkgutil.iter_modules(package.__path__)
+        if info.name.endswith("_kernels")
     )
 
 
-def compile_all(modules: Sequence[str] = (), arches: Sequence[int] = ARCHITECTURES, filter: str = "") -> list[Outcome]:
+def compile_all(
+    modules: Sequence[str] = (), arches: Sequence[int] = ARCHITECTURES, filter: str = ""
+) -> list[Outcome]:
     """Compile every plan of `modules` (those of this package by default) for each architecture, on all cores.
 
     Args:
@@ -226,7 +248,9 @@ def compile_all(modules: Sequence[str] = (), arches: Sequence[int] = ARCHITECTUR
     if not tasks:
         raise AotError(f"no kernel plan has {filter!r} in its name")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and the compiler's state
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would share torch's threads and the compiler's state
     with ProcessPoolExecutor(min(cores, len(tasks)), mp_context=context) as pool:
         return list(pool.map(_outcome, tasks, chunksize=max(1, len(tasks) // (4 * cores))))
 
@@ -238,7 +262,9 @@ def _plans(module: str) -> list[Plan]:
     except ImportError as error:
         raise AotError(f"{module} can't be imported: {error}") from error
     if not hasattr(found, "plans"):
-        raise AotError(f"{module} has no plans(): end it with a function that lists the launches of its kernels")
+        raise AotError(
+            f"{module} has no plans(): end it with a function that lists the launches of its kernels"
+        )
     return found.plans()
 
 
@@ -256,13 +282,17 @@ def _outcome(task: tuple[str, int, int, bool]) -> Outcome:
         try:
             _compile(ones(plan), arch)
         except Exception as error:
-            found.append(f"does not compile where its ints are 1, which Triton makes constants: {_brief(error)}")
+            found.append(
+                f"does not compile where its ints are 1, which Triton makes constants: {_brief(error)}"
+            )
     return Outcome(plan.name, arch, resources, tuple(found))
 
 
 def _brief(error: BaseException) -> str:
     """What went wrong and at which line: Triton's messages begin with the whole source of the kernel."""
-    while (cause := error.__cause__) is not None and type(cause) is type(error):  # from the kernel to the function it calls
+    while (cause := error.__cause__) is not None and type(cause) is type(
+        error
+    ):  # from the kernel to the function it calls
         error = cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return f"{type(error).__name__}: {' | '.join(lines[-2:])[-400:]}"
@@ -270,20 +300,36 @@ def _brief(error: BaseException) -> str:
 
 def _table(outcomes: Sequence[Outcome]) -> str:
     wide = max(len(outcome.name) for outcome in outcomes)
-    lines = [f"{'kernel':{wide}s}  {'arch':6s} {'registers':>9s} {'shared':>7s} {'16-byte loads':>13s}  verdict"]
+    lines = [
+        f"{'kernel':{wide}s}  {'arch':6s} {'registers':>9s} {'shared':>7s} {'16-byte loads':>13s}  verdict"
+    ]
     for outcome in outcomes:
         use = outcome.resources
-        cells = f"{use.registers:9d} {use.shared:7d} {use.wide_loads:13d}" if use else f"{'-':>9s} {'-':>7s} {'-':>13s}"
-        lines.append(f"{outcome.name:{wide}s}  sm_{outcome.arch:<3d} {cells}  {'FAULT' if outcome.faults else 'ok'}")
+        cells = (
+            f"{use.registers:9d} {use.shared:7d} {use.wide_loads:13d}"
+            if use
+            else f"{'-':>9s} {'-':>7s} {'-':>13s}"
+        )
+        lines.append(
+            f"{outcome.name:{wide}s}  sm_{outcome.arch:<3d} {cells}  {'FAULT' if outcome.faults else 'ok'}"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
     """The command; returns its exit status: 0, 1 for a broken gate, 2 if nothing could be compiled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="modules with plans() (default: all of latentae_kernels)")
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities: 80 90 100")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only kernels with this text in their name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "modules", nargs="*", metavar="MODULE", help="modules with plans() (default: all of latentae_kernels)"
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities: 80 90 100"
+    )
+    parser.add_argument(
+        "--filter", default="", metavar="TEXT", help="only kernels with this text in their name"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     try:

@@ -11,7 +11,9 @@ __all__ = ["check_channel_vector", "check_choice", "check_floating", "check_like
 def check_floating(op: str, name: str, x: Tensor) -> None:
     """`x` must be a floating-point tensor [N, C, ...]."""
     if not x.is_floating_point():
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}, expected a floating-point dtype; convert it first")
+        raise ValueError(
+            f"{op}: {name} has dtype {x.dtype}, expected a floating-point dtype; convert it first"
+        )
     if x.ndim < 2:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected [N, C, ...]")
 
@@ -19,7 +21,9 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` must be one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{op}: unknown {name} {value!r}; use {' or '.join(repr(choice) for choice in choices)}")
+        raise ValueError(
+            f"{op}: unknown {name} {value!r}; use {' or '.join(repr(choice) for choice in choices)}"
+        )
 
 
 def check_channel_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
@@ -27,7 +31,9 @@ def check_channel_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -
     if vector is None:
         return
     if vector.ndim != 1 or vector.shape[0] != x.shape[1]:
-        raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}, expected ({x.shape[1]},), one value a channel of x")
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(vector.shape)}, expected ({x.shape[1]},), one value a channel of x"
+        )
     if vector.device != x.device:
         raise ValueError(f"{op}: {name} is on {vector.device} and x on {x.device}; move one of them")
     half = x.dtype in (torch.float16, torch.bfloat16)

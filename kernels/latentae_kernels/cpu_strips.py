@@ -77,6 +77,10 @@ def check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -
     if x.ndim != 4:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [N, C, H, W]")
     if weight.ndim != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected [C_out, {x.shape[1]}, 3, 3] for this x")
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, expected [C_out, {x.shape[1]}, 3, 3] for this x"
+        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one value an output channel")
+        raise ValueError(
+            f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one value an output channel"
+        )

@@ -58,7 +58,9 @@ def resolve_backend(op: str, backend: Backend, x: Tensor) -> Literal["triton", "
     if obstacle is None and (named == "triton" or x.is_cuda):
         return "triton"
     if named == "triton":
-        raise BackendError(f"{op}: backend='triton' can't run here: {obstacle}; use backend='auto' or 'torch'")
+        raise BackendError(
+            f"{op}: backend='triton' can't run here: {obstacle}; use backend='auto' or 'torch'"
+        )
     return "torch"
 
 
@@ -84,12 +86,18 @@ def _find_obstacle(kind: str, index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if kind == "cpu":
-        return None if interpreted() else "x is on the CPU, where kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return (
+            None
+            if interpreted()
+            else "x is on the CPU, where kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+        )
     if kind != "cuda" or torch.version.hip is not None:
         return f"x is on {'an AMD GPU' if torch.version.hip else kind!r}, the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(index)
     if capability < _OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+        )
     return None
 
 

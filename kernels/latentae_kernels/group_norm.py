@@ -52,7 +52,13 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
         weight, bias: [C].
         eps: added to the variance.
     """
-    if not x.is_cpu or x.dtype == torch.float64 or x.ndim < 3 or torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if (
+        not x.is_cpu
+        or x.dtype == torch.float64
+        or x.ndim < 3
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+    ):  # pyright: ignore[reportPrivateImportUsage]
         return F.group_norm(x, groups, weight, bias, eps)
     if not is_ordinary(x, weight, bias):
         centre = x.detach().unflatten(1, (groups, -1)).mean(tuple(range(2, x.ndim + 1)))
@@ -110,7 +116,9 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return repeated[(..., *(None,) * (x.ndim - 2))]
 
 
-def _normalize(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _normalize(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and 1/std [N, groups]."""
     samples, channels, *size = x.shape
     pixels = math.prod(size)
@@ -133,10 +141,17 @@ class _Blocks(torch.autograd.Function):
     """GroupNorm of [N, blocks, pixels, C] in fp32: the operator normalizes each block, and what it says of them corrects its result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         samples, blocks, pixels, channels = x.shape
-        y, *found = torch.native_group_norm(_images(x), None, None, samples * blocks, channels, pixels, groups, _TINY)
-        means, stds = found[0].view(samples, blocks, groups), found[1].view(samples, blocks, groups).reciprocal()
+        y, *found = torch.native_group_norm(
+            _images(x), None, None, samples * blocks, channels, pixels, groups, _TINY
+        )
+        means, stds = (
+            found[0].view(samples, blocks, groups),
+            found[1].view(samples, blocks, groups).reciprocal(),
+        )
         mean = means.mean(1, keepdim=True)
         rstd = ((stds.square() + (means - mean).square()).mean(1, keepdim=True) + eps).rsqrt()
         scale, shift = (_spread(values, channels) * weight for values in (stds * rstd, (means - mean) * rstd))
@@ -169,7 +184,9 @@ class _Blocks(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # dx = (gamma dy - A - B xh) / std, with A and B the means over a group of gamma dy and gamma dy xh
             count = blocks * pixels * channels // ctx.groups
-            a, b = ((gamma * values).unflatten(1, (ctx.groups, -1)).sum(2) / count for values in (dbias, dweight))
+            a, b = (
+                (gamma * values).unflatten(1, (ctx.groups, -1)).sum(2) / count for values in (dbias, dweight)
+            )
             slope = -b * rstd.square()
             shift = -a * rstd - slope * mean
             scale, slope, shift = (_spread(values.unsqueeze(1), channels) for values in (rstd, slope, shift))

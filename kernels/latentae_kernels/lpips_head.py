@@ -48,7 +48,9 @@ def lpips_head(
             a = dense(a)
             return lpips_head_forward(a, like(b, a), weight, eps)
         if backend == "triton":
-            raise BackendError(f"lpips_head: backend='triton' can't run here: {obstacle}; use backend='auto' or 'torch'")
+            raise BackendError(
+                f"lpips_head: backend='triton' can't run here: {obstacle}; use backend='auto' or 'torch'"
+            )
     return _native(a, b, weight, eps)
 
 
@@ -56,19 +58,27 @@ def _check(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> None:
     op = "lpips_head"
     check_floating(op, "a", a)
     if a.ndim != 4 or 0 in a.shape[1:]:
-        raise ValueError(f"{op}: a has shape {tuple(a.shape)}, expected [N, C, H, W] with at least one channel and one pixel")
+        raise ValueError(
+            f"{op}: a has shape {tuple(a.shape)}, expected [N, C, H, W] with at least one channel and one pixel"
+        )
     half = a.dtype in (torch.float16, torch.bfloat16)
     dtypes = {"b": (a.dtype,), "weight": (a.dtype, torch.float32) if half else (a.dtype,)}
     for name, tensor, shape in (("b", b, a.shape), ("weight", weight, a.shape[1:2])):
         if tensor.shape != shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} beside a {tuple(a.shape)}")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} beside a {tuple(a.shape)}"
+            )
         if tensor.device != a.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} and a on {a.device}; move one of them")
         if tensor.dtype not in dtypes[name]:
             expected = " or ".join(map(str, dtypes[name]))
-            raise ValueError(f"{op}: {name} has dtype {tensor.dtype} beside a in {a.dtype}; expected {expected}")
+            raise ValueError(
+                f"{op}: {name} has dtype {tensor.dtype} beside a in {a.dtype}; expected {expected}"
+            )
     if not eps > 0:
-        raise ValueError(f"{op}: eps is {eps}, expected a number above zero: norms of zero have no gradient without it")
+        raise ValueError(
+            f"{op}: eps is {eps}, expected a number above zero: norms of zero have no gradient without it"
+        )
 
 
 def _obstacle(a: Tensor, weight: Tensor) -> str | None:

@@ -72,7 +72,9 @@ def _arguments(a: Tensor, eps: float) -> tuple[int, dict[str, Any]]:
     """Tiles a sample, and the arguments that both kernels share."""
     samples, channels, height, width = a.shape
     channels_last, pixels = is_channels_last(a), height * width
-    config = choose_rows(samples, channels, pixels, a.element_size(), channels_last, processors(a.device), ELEMENTS)
+    config = choose_rows(
+        samples, channels, pixels, a.element_size(), channels_last, processors(a.device), ELEMENTS
+    )
     sizes = {"HW": pixels, "C": channels, "NHWC": channels_last}
     return -(-pixels // config.rows), {**sizes, "EPS": eps, "ACC": accumulator(a), **config.arguments()}
 
@@ -104,7 +106,9 @@ def launch_backward(
         tiles, arguments = _arguments(a, eps)
         arguments |= {"DA": needs_a, "DB": needs_b}
         with on_device(a):
-            lpips_head_backward[(a.shape[0] * tiles,)](gradient.contiguous(), a, b, weight, da, db, **arguments)
+            lpips_head_backward[(a.shape[0] * tiles,)](
+                gradient.contiguous(), a, b, weight, da, db, **arguments
+            )
     return da, db
 
 
@@ -129,6 +133,13 @@ def plans() -> list[Plan]:
             ):
                 signature = pointers | {"HW": "i32"} | dict.fromkeys({**constants, **flags}, "constexpr")
                 found.append(
-                    Plan(f"lpips_head/{name} {order}", kernel, signature, constants | flags, (*pointers, "HW"), config.num_warps)
+                    Plan(
+                        f"lpips_head/{name} {order}",
+                        kernel,
+                        signature,
+                        constants | flags,
+                        (*pointers, "HW"),
+                        config.num_warps,
+                    )
                 )
     return found

@@ -89,7 +89,13 @@ def norm_act(
 
 
 def check_norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, act: str, pre_bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    act: str,
+    pre_bias: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
     """Raise a ValueError that names the argument `norm_act` can't take."""
     op = "norm_act"
@@ -98,12 +104,16 @@ def check_norm_act(
     for name, vector in (("weight", weight), ("bias", bias), ("pre_bias", pre_bias)):
         check_channel_vector(op, name, vector, x)
     if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"{op}: groups is {groups}, which does not divide the {x.shape[1]} channels of x; give a divisor")
+        raise ValueError(
+            f"{op}: groups is {groups}, which does not divide the {x.shape[1]} channels of x; give a divisor"
+        )
     check_like(op, "residual", residual, x)
 
 
 def _native(total: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, act: Act) -> Tensor:
-    if weight.dtype != total.dtype and not total.is_cpu:  # only the CPU operator takes fp32 parameters beside half x
+    if (
+        weight.dtype != total.dtype and not total.is_cpu
+    ):  # only the CPU operator takes fp32 parameters beside half x
         z = F.group_norm(total.float(), groups, weight, bias, eps)
         return (F.silu(z) if act == "silu" else z).to(total.dtype)
     z = group_norm(total, groups, weight, bias, eps)

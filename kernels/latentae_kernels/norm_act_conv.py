@@ -76,7 +76,18 @@ def norm_act_conv2d(
     if fused and torch.is_grad_enabled():
         check_norm_act(x, weight, bias, groups, act, pre_bias, residual)
         out, total = _NormActConv.apply(
-            x, residual, weight, bias, pre_bias, conv_weight, conv_bias, groups, eps, act, padding, _convolution_dtype(x)
+            x,
+            residual,
+            weight,
+            bias,
+            pre_bias,
+            conv_weight,
+            conv_bias,
+            groups,
+            eps,
+            act,
+            padding,
+            _convolution_dtype(x),
         )[:2]
         return out if residual is None else (out, total)
     if residual is None:
@@ -114,7 +125,20 @@ class _NormActConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, residual, weight, bias, pre_bias, conv_weight, conv_bias, ctx.groups, ctx.eps, ctx.act, ctx.padding, ctx.dtype = inputs
+        (
+            x,
+            residual,
+            weight,
+            bias,
+            pre_bias,
+            conv_weight,
+            conv_bias,
+            ctx.groups,
+            ctx.eps,
+            ctx.act,
+            ctx.padding,
+            ctx.dtype,
+        ) = inputs
         _, total, mean, rstd = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, rstd)
@@ -122,11 +146,15 @@ class _NormActConv(torch.autograd.Function):
         ctx.conv_bias = conv_bias
         ctx.pre_bias_dtype = None if pre_bias is None else pre_bias.dtype
         saved = total if ctx.residual else x  # the sum already holds pre_bias
-        ctx.save_for_backward(saved, weight, bias, None if ctx.residual else pre_bias, conv_weight, conv_bias, mean, rstd)
+        ctx.save_for_backward(
+            saved, weight, bias, None if ctx.residual else pre_bias, conv_weight, conv_bias, mean, rstd
+        )
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple:
-        dtotal = dtotal if ctx.residual else None  # a compiler hands an empty gradient to the sum that is not there
+        dtotal = (
+            dtotal if ctx.residual else None
+        )  # a compiler hands an empty gradient to the sum that is not there
         if dout is None:
             return _sum_gradient(ctx, dtotal)
         if torch.is_grad_enabled():
@@ -140,7 +168,18 @@ class _NormActConv(torch.autograd.Function):
         )  # fmt: skip
         del y
         dx, dweight, dbias, dpre_bias = norm_act_backward(
-            dy.to(x.dtype), dtotal, x, weight, bias, pre_bias, mean, rstd, ctx.groups, ctx.eps, ctx.act, needed[4]
+            dy.to(x.dtype),
+            dtotal,
+            x,
+            weight,
+            bias,
+            pre_bias,
+            mean,
+            rstd,
+            ctx.groups,
+            ctx.eps,
+            ctx.act,
+            needed[4],
         )
         return (
             dx,
@@ -157,14 +196,18 @@ class _NormActConv(torch.autograd.Function):
 def _sum_gradient(ctx: Any, dtotal: Tensor | None) -> tuple:
     """Where only the sum was used, its gradient is that of everything added to it."""
     needs_pre_bias = dtotal is not None and ctx.needs_input_grad[4]
-    dpre_bias = dtotal.sum((0, 2, 3)).to(ctx.pre_bias_dtype) if dtotal is not None and needs_pre_bias else None
+    dpre_bias = (
+        dtotal.sum((0, 2, 3)).to(ctx.pre_bias_dtype) if dtotal is not None and needs_pre_bias else None
+    )
     return dtotal, dtotal, None, None, dpre_bias, *(None,) * 7
 
 
 def _differentiable_backward(ctx: Any, dout: Tensor, dtotal: Tensor | None) -> tuple:
     """The same gradient as a graph: the two steps are run again as operators that can be differentiated once more."""
     saved = ctx.saved_tensors[:6]
-    inputs: list[Any] = [t.view_as(t) if t is not None and t.requires_grad else t for t in saved]  # stops at each input
+    inputs: list[Any] = [
+        t.view_as(t) if t is not None and t.requires_grad else t for t in saved
+    ]  # stops at each input
     x, weight, bias, pre_bias, conv_weight, conv_bias = inputs
     y = norm_act(x, weight, bias, ctx.groups, ctx.eps, ctx.act, pre_bias, backend="triton").to(ctx.dtype)
     shift = None if conv_bias is None else conv_bias.to(ctx.dtype)
@@ -176,5 +219,7 @@ def _differentiable_backward(ctx: Any, dout: Tensor, dtotal: Tensor | None) -> t
     )
     if ctx.residual:
         dx = dtotal if dx is None else dx if dtotal is None else dx + dtotal
-        dpre_bias = None if dx is None or not ctx.needs_input_grad[4] else dx.sum((0, 2, 3)).to(ctx.pre_bias_dtype)
+        dpre_bias = (
+            None if dx is None or not ctx.needs_input_grad[4] else dx.sum((0, 2, 3)).to(ctx.pre_bias_dtype)
+        )
     return dx, dx if ctx.residual else None, dweight, dbias, dpre_bias, dconv, dconv_bias, *(None,) * 5

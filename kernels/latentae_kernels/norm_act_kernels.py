@@ -44,7 +44,9 @@ def _channel(pointer, cols, inside, ACC: tl.constexpr):
 
 
 @triton.jit
-def _total(x_ptr, residual_ptr, total_ptr, pre_bias, base, offs, mask, RESIDUAL: tl.constexpr, ACC: tl.constexpr):
+def _total(
+    x_ptr, residual_ptr, total_ptr, pre_bias, base, offs, mask, RESIDUAL: tl.constexpr, ACC: tl.constexpr
+):
     """The tile that is normalized. With a residual it is the rounded, stored sum, so that the backward pass sees the same numbers."""
     value = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(ACC)
     if RESIDUAL:
@@ -200,7 +202,9 @@ def chunk_gradients(
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         xh = (x - centre[None, :]) * rstd[None, :]
-        dz = _activation_gradient(dy, xh * gamma[None, :] + beta[None, :], SILU)  # zero where masked, since dy is
+        dz = _activation_gradient(
+            dy, xh * gamma[None, :] + beta[None, :], SILU
+        )  # zero where masked, since dy is
         s1 += dz
         s2 += dz * xh
     slot = (n * chunks + chunk) * C + cols
@@ -306,7 +310,9 @@ def resident_forward(
     count = (tl.zeros([], ACC) + HW) * width
     mean = _over_group(tl.sum(value, 0), local, width) / count
     deviation = tl.where(mask, value - mean[None, :], 0.0)
-    slip = _over_group(tl.sum(deviation, 0), local, width) / count  # the sum's rounding, visible where mean >> std
+    slip = (
+        _over_group(tl.sum(deviation, 0), local, width) / count
+    )  # the sum's rounding, visible where mean >> std
     mean += slip
     deviation = tl.where(mask, deviation - slip[None, :], 0.0)
     rstd = 1.0 / tl.sqrt(_over_group(tl.sum(deviation * deviation, 0), local, width) / count + EPS)
@@ -362,16 +368,39 @@ def plans() -> list:
     from .aot import Plan
     from .norm_act_launch import Problem, choose_config
 
-    def plan(kernel, label: str, problem: Problem, backward: bool, dtype: str, ints: tuple[str, ...], gates: dict, **constants):
+    def plan(
+        kernel,
+        label: str,
+        problem: Problem,
+        backward: bool,
+        dtype: str,
+        ints: tuple[str, ...],
+        gates: dict,
+        **constants,
+    ):
         config = choose_config(problem, 132, backward)
         constants |= {"C": problem.c, "ACC": tl.float32}
         if kernel in (merge_statistics, merge_gradients):
             constants |= {"BLOCK_K": 64, "BLOCK_C": triton.next_power_of_2(problem.c // problem.groups)}
         else:
-            constants |= {"BLOCK_HW": config.block_hw, "BLOCK_C": config.block_c, "NHWC": problem.channels_last}
+            constants |= {
+                "BLOCK_HW": config.block_hw,
+                "BLOCK_C": config.block_c,
+                "NHWC": problem.channels_last,
+            }
         if config.resident_groups:
             constants["GROUPS"] = config.resident_groups
-        single = ("weight_ptr", "bias_ptr", "pre_bias_ptr", "mean_ptr", "rstd_ptr", "a_ptr", "b_ptr", "sums_ptr", "m2_ptr")
+        single = (
+            "weight_ptr",
+            "bias_ptr",
+            "pre_bias_ptr",
+            "mean_ptr",
+            "rstd_ptr",
+            "a_ptr",
+            "b_ptr",
+            "sums_ptr",
+            "m2_ptr",
+        )
         signature = {}
         for name in kernel.arg_names:
             if name in constants:
@@ -381,7 +410,9 @@ def plans() -> list:
             else:
                 signature[name] = "*fp32" if name in single or name.startswith("chunk_") else f"*{dtype}"
         order = "nhwc" if problem.channels_last else "nchw"
-        aligned = tuple(n for n in signature if n.endswith("_ptr")) + (() if problem.hw % 16 else ("HW", "CHUNK"))
+        aligned = tuple(n for n in signature if n.endswith("_ptr")) + (
+            () if problem.hw % 16 else ("HW", "CHUNK")
+        )
         warps = 4 if "BLOCK_K" in constants else config.num_warps
         return Plan(
             f"norm_act/{label} {order} {dtype} C={problem.c} HW={problem.hw}", kernel, signature, constants,
@@ -402,22 +433,58 @@ def plans() -> list:
             common = {"G": 32, "PRE_BIAS": True, "SILU": True}
             found += [
                 plan(
-                    chunk_statistics, "chunk_statistics", p, False, dtype, size, {"registers": 128}, PRE_BIAS=True, RESIDUAL=True
+                    chunk_statistics,
+                    "chunk_statistics",
+                    p,
+                    False,
+                    dtype,
+                    size,
+                    {"registers": 128},
+                    PRE_BIAS=True,
+                    RESIDUAL=True,
                 ),
                 plan(apply, "apply", p, False, dtype, size, {"registers": 96}, **common),
                 plan(chunk_gradients, "chunk_gradients", p, True, dtype, size, {"registers": 128}, **common),
-                plan(input_gradient, "input_gradient", p, True, dtype, size, {"registers": 128}, DTOTAL=True, SUM=True, **common),
+                plan(
+                    input_gradient,
+                    "input_gradient",
+                    p,
+                    True,
+                    dtype,
+                    size,
+                    {"registers": 128},
+                    DTOTAL=True,
+                    SUM=True,
+                    **common,
+                ),
             ]
         p = Problem(8, 512, 4096, 32, itemsize, True)
         narrow = {"wide_loads": False}
-        found.append(plan(merge_statistics, "merge_statistics", p, False, dtype, size, narrow, G=32, EPS=1e-6))
+        found.append(
+            plan(merge_statistics, "merge_statistics", p, False, dtype, size, narrow, G=32, EPS=1e-6)
+        )
         found.append(plan(merge_gradients, "merge_gradients", p, True, dtype, size[:2], narrow, G=32))
         gates = {"registers": 128}
         common = {"G": 32, "PRE_BIAS": True, "SILU": True}
         p = Problem(8, 512, 1024, 32, itemsize, True)
         found.append(
-            plan(resident_forward, "resident_forward", p, False, dtype, ("HW",), gates, RESIDUAL=True, EPS=1e-6, **common)
+            plan(
+                resident_forward,
+                "resident_forward",
+                p,
+                False,
+                dtype,
+                ("HW",),
+                gates,
+                RESIDUAL=True,
+                EPS=1e-6,
+                **common,
+            )
         )
         p = Problem(8, 512, 256, 32, itemsize, True)
-        found.append(plan(resident_backward, "resident_backward", p, True, dtype, ("HW",), gates, DTOTAL=True, **common))
+        found.append(
+            plan(
+                resident_backward, "resident_backward", p, True, dtype, ("HW",), gates, DTOTAL=True, **common
+            )
+        )
     return found

@@ -24,7 +24,9 @@ TILE = {
 }  # elements of each tensor that a two-pass program of 4 warps holds at a time, forward and backward
 WAVES = 16  # programs per multiprocessor that the two-pass kernels aim for
 RESIDENT = {False: 16384, True: 8192}  # elements that one program can keep in registers, forward and backward
-OPTIONS = {"enable_fp_fusion": True}  # multiply-add in one rounding; Triton 3.9 warns where a launch leaves it open
+OPTIONS = {
+    "enable_fp_fusion": True
+}  # multiply-add in one rounding; Triton 3.9 warns where a launch leaves it open
 SECTOR = 32  # bytes a memory transaction moves; narrower rows of channels waste bandwidth
 
 
@@ -88,7 +90,9 @@ def _two_pass(p: Problem, processors: int, backward: bool) -> Config:
 class _Launch:
     """One call: the tensor that decides sizes and order, the configuration, and the arguments that the kernels share."""
 
-    def __init__(self, x: Tensor, groups: int, act: str, pre_bias: Tensor | None, backward: bool, config: Config | None) -> None:
+    def __init__(
+        self, x: Tensor, groups: int, act: str, pre_bias: Tensor | None, backward: bool, config: Config | None
+    ) -> None:
         n, c, *spatial = x.shape
         self.n, self.c, self.hw, self.groups = n, c, torch.Size(spatial).numel(), groups
         self.x = x
@@ -124,12 +128,23 @@ class _Launch:
     def merge_block(self) -> dict[str, Any]:
         block_c = triton.next_power_of_2(self.c // self.groups)
         block_k = max(1, min(2048 // block_c, triton.next_power_of_2(max(self.chunks, 1))))
-        return {"BLOCK_K": block_k, "BLOCK_C": block_c, "num_warps": min(max(block_k * block_c // 512, 1), 4), **OPTIONS}
+        return {
+            "BLOCK_K": block_k,
+            "BLOCK_C": block_c,
+            "num_warps": min(max(block_k * block_c // 512, 1), 4),
+            **OPTIONS,
+        }
 
     def resident(self) -> tuple[tuple[int], dict[str, Any]]:
         """Grid and arguments of the kernels that keep groups in registers."""
         groups = self.config.resident_groups
-        return (self.n * self.groups // groups,), {"HW": self.hw, **self.kind, **self.mode, "GROUPS": groups, **self.block}
+        return (self.n * self.groups // groups,), {
+            "HW": self.hw,
+            **self.kind,
+            **self.mode,
+            "GROUPS": groups,
+            **self.block,
+        }
 
 
 def _processors(device: torch.device) -> int:
@@ -171,7 +186,15 @@ def launch_forward(
             PRE_BIAS=pre_bias is not None, RESIDUAL=residual is not None, **call.block,
         )  # fmt: skip
         kernels.merge_statistics[(call.n * groups,)](
-            chunk_mean, chunk_m2, mean, rstd, **call.size, **call.kind, G=groups, EPS=eps, **call.merge_block()
+            chunk_mean,
+            chunk_m2,
+            mean,
+            rstd,
+            **call.size,
+            **call.kind,
+            G=groups,
+            EPS=eps,
+            **call.merge_block(),
         )
     if residual is None:
         launch_apply(x, weight, bias, pre_bias, mean, rstd, groups, act, call.config, y)
@@ -253,7 +276,17 @@ def launch_backward(
             **call.block,
         )
         kernels.merge_gradients[(call.n * groups,)](
-            chunk_s1, chunk_s2, weight, sums, a, b, HW=call.hw, chunks=call.chunks, **call.kind, G=groups, **call.merge_block()
+            chunk_s1,
+            chunk_s2,
+            weight,
+            sums,
+            a,
+            b,
+            HW=call.hw,
+            chunks=call.chunks,
+            **call.kind,
+            G=groups,
+            **call.merge_block(),
         )
         kernels.input_gradient[call.tiles](
             dy, extra, x, call.pre_bias, weight, bias, mean, rstd, a, b, dx, chunk_dx, **call.size, **call.kind, **call.mode,

@@ -51,7 +51,14 @@ def _(x, residual, weight, bias, pre_bias, groups, eps, act):
 
 @torch.library.custom_op("latentae_kernels::norm_act_apply", mutates_args=())
 def norm_act_apply(
-    x: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, act: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    act: str,
 ) -> Tensor:
     """y from x and the statistics of an earlier pass; it has no gradient."""
     from .norm_act_launch import launch_apply
@@ -101,7 +108,9 @@ def _remember_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.residual = residual is not None
     ctx.pre_bias_dtype = None if pre_bias is None else pre_bias.dtype
     # the sum already holds pre_bias
-    ctx.save_for_backward(total if ctx.residual else x, weight, bias, None if ctx.residual else pre_bias, mean, rstd)
+    ctx.save_for_backward(
+        total if ctx.residual else x, weight, bias, None if ctx.residual else pre_bias, mean, rstd
+    )
 
 
 def _forward_gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple:
@@ -110,10 +119,30 @@ def _forward_gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: An
         dy = torch.zeros_like(x)
     needs_pre_bias = ctx.needs_input_grad[4]
     dx, dweight, dbias, dpre_bias = norm_act_backward(
-        dy, dtotal if ctx.residual else None, x, weight, bias, pre_bias, mean, rstd, ctx.groups, ctx.eps, ctx.act, needs_pre_bias
+        dy,
+        dtotal if ctx.residual else None,
+        x,
+        weight,
+        bias,
+        pre_bias,
+        mean,
+        rstd,
+        ctx.groups,
+        ctx.eps,
+        ctx.act,
+        needs_pre_bias,
     )
     dpre_bias = dpre_bias.to(ctx.pre_bias_dtype) if needs_pre_bias else None
-    return dx, dx if ctx.residual else None, dweight.to(weight.dtype), dbias.to(bias.dtype), dpre_bias, None, None, None
+    return (
+        dx,
+        dx if ctx.residual else None,
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype),
+        dpre_bias,
+        None,
+        None,
+        None,
+    )
 
 
 def _remember_backward(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -70,7 +70,10 @@ def row_norm_act(
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str, act: str) -> Tensor:
-    rows, width = x.movedim(1, -1).to(weight.dtype), (x.shape[1],)  # fp32 parameters: maths in fp32, as under autocast
+    rows, width = (
+        x.movedim(1, -1).to(weight.dtype),
+        (x.shape[1],),
+    )  # fp32 parameters: maths in fp32, as under autocast
     if norm == "layer":
         z = F.layer_norm(rows, width, weight, bias, eps)
     else:

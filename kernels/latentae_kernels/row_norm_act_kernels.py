@@ -23,7 +23,16 @@ from .layout import is_channels_last
 if TYPE_CHECKING:
     from .aot import Plan
 
-__all__ = ["RowConfig", "accumulator", "choose_rows", "launch_backward", "launch_forward", "on_device", "plans", "row_tile"]
+__all__ = [
+    "RowConfig",
+    "accumulator",
+    "choose_rows",
+    "launch_backward",
+    "launch_forward",
+    "on_device",
+    "plans",
+    "row_tile",
+]
 
 SECTOR = 32  # bytes a memory transaction moves: an NCHW tile takes at least so much of each channel
 # elements in a tile of four warps: 32 a thread forward; 8 backward, which holds two tiles of x and dy and two of parameter gradients
@@ -61,7 +70,9 @@ def _normalize(x, mask, C: tl.constexpr, EPS: tl.constexpr, LAYER: tl.constexpr)
 
 
 @triton.jit
-def _affine(weight_ptr, bias_ptr, C: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
+def _affine(
+    weight_ptr, bias_ptr, C: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr
+):
     cols = tl.arange(0, BLOCK_C)
     gamma = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(ACC)
     beta = tl.zeros([BLOCK_C], ACC)
@@ -95,7 +106,9 @@ def _fetch(
     _, base, offsets, mask = row_tile(index, HW, C, NHWC, ROWS, BLOCK_C)
     # as a block, because Triton's interpreter can't broadcast a scalar truth value
     mask = mask & (index + tl.zeros([1, 1], tl.int32) < tiles)
-    return tl.load(x_ptr + base + offsets, mask=mask, other=0.0), tl.load(dy_ptr + base + offsets, mask=mask, other=0.0)
+    return tl.load(x_ptr + base + offsets, mask=mask, other=0.0), tl.load(
+        dy_ptr + base + offsets, mask=mask, other=0.0
+    )
 
 
 @triton.jit
@@ -147,11 +160,22 @@ class RowConfig:
 
     def arguments(self) -> dict[str, int]:
         """As a launch takes them. Fusion of multiply and add is said out loud: Triton's default is going to change."""
-        return {"ROWS": self.rows, "BLOCK_C": self.block_c, "num_warps": self.num_warps, "enable_fp_fusion": True}
+        return {
+            "ROWS": self.rows,
+            "BLOCK_C": self.block_c,
+            "num_warps": self.num_warps,
+            "enable_fp_fusion": True,
+        }
 
 
 def choose_rows(
-    samples: int, channels: int, pixels: int, itemsize: int, channels_last: bool, processors: int, elements: int
+    samples: int,
+    channels: int,
+    pixels: int,
+    itemsize: int,
+    channels_last: bool,
+    processors: int,
+    elements: int,
 ) -> RowConfig:
     """The tile for [samples, channels, pixels]; nothing is tried out at run time.
 
@@ -185,14 +209,24 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-def _arguments(x: Tensor, bias: Tensor | None, eps: float, norm: str, act: str, elements: int) -> tuple[int, dict[str, Any]]:
+def _arguments(
+    x: Tensor, bias: Tensor | None, eps: float, norm: str, act: str, elements: int
+) -> tuple[int, dict[str, Any]]:
     """Number of tiles and the arguments that both kernels share. With channels last a batch is one long image."""
     samples, channels, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
     channels_last = is_channels_last(x)
     if channels_last:
         samples, pixels = 1, samples * pixels
-    config = choose_rows(samples, channels, pixels, x.element_size(), channels_last, processors(x.device), elements)
-    kind = {"LAYER": norm == "layer", "SILU": act == "silu", "BIAS": bias is not None, "EPS": eps, "ACC": accumulator(x)}
+    config = choose_rows(
+        samples, channels, pixels, x.element_size(), channels_last, processors(x.device), elements
+    )
+    kind = {
+        "LAYER": norm == "layer",
+        "SILU": act == "silu",
+        "BIAS": bias is not None,
+        "EPS": eps,
+        "ACC": accumulator(x),
+    }
     sizes = {"HW": pixels, "C": channels, "NHWC": channels_last}
     return samples * -(-pixels // config.rows), {**sizes, **kind, **config.arguments()}
 
@@ -236,7 +270,9 @@ def launch_backward(
     dweight = x.new_empty((programs, width), dtype=acc)
     dbias = x.new_empty((programs, width if bias is not None else 0), dtype=acc)
     with on_device(x):
-        row_norm_act_backward[(programs,)](dy, x, weight, x if bias is None else bias, dx, dweight, dbias, **arguments)
+        row_norm_act_backward[(programs,)](
+            dy, x, weight, x if bias is None else bias, dx, dweight, dbias, **arguments
+        )
     return dx, dweight.sum(0), dbias.sum(0)
 
 
@@ -253,7 +289,14 @@ def plans() -> list[Plan]:
                 (row_norm_act_backward, BACKWARD, {"dy_ptr": f"*{dtype}", "dx_ptr": f"*{dtype}"}),
             ):
                 config = choose_rows(1, channels, pixels, itemsize, channels_last, 132, elements)
-                constants = {"C": channels, "NHWC": channels_last, "EPS": 1e-6, "LAYER": True, "SILU": True, "BIAS": True}
+                constants = {
+                    "C": channels,
+                    "NHWC": channels_last,
+                    "EPS": 1e-6,
+                    "LAYER": True,
+                    "SILU": True,
+                    "BIAS": True,
+                }
                 constants |= {"ACC": tl.float32, "ROWS": config.rows, "BLOCK_C": config.block_c}
                 pointers = {"x_ptr": f"*{dtype}", "weight_ptr": "*fp32", "bias_ptr": "*fp32", **only}
                 numbers = {"HW": "i32"}
@@ -265,5 +308,7 @@ def plans() -> list[Plan]:
                 name = f"row_norm_act/{direction} {'nhwc' if channels_last else 'nchw'} {dtype} C={channels}"
                 signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
                 registers = 128 if channels <= 512 else 160
-                found.append(Plan(name, kernel, signature, constants, (*pointers, "HW"), config.num_warps, registers))
+                found.append(
+                    Plan(name, kernel, signature, constants, (*pointers, "HW"), config.num_warps, registers)
+                )
     return found

@@ -19,7 +19,9 @@ __all__ = ["row_norm_act_backward", "row_norm_act_forward"]
 
 
 @torch.library.custom_op("latentae_kernels::row_norm_act_forward", mutates_args=())
-def row_norm_act_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str, act: str) -> Tensor:
+def row_norm_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str, act: str
+) -> Tensor:
     """y like x."""
     from .row_norm_act_kernels import launch_forward
 
@@ -33,7 +35,14 @@ def _(x, weight, bias, eps, norm, act):
 
 @torch.library.custom_op("latentae_kernels::row_norm_act_backward", mutates_args=())
 def row_norm_act_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str, act: str, parameters: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+    act: str,
+    parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx like x; dweight and dbias [C] in the precision of the maths, empty unless `parameters` (and there is a bias)."""
     from .row_norm_act_kernels import launch_backward
@@ -47,7 +56,11 @@ def _(dy, x, weight, bias, eps, norm, act, parameters):
     x = dense(x)
     width = x.shape[1] if parameters else 0
     acc = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), x.new_empty(width, dtype=acc), x.new_empty(width if bias is not None else 0, dtype=acc)
+    return (
+        torch.empty_like(x),
+        x.new_empty(width, dtype=acc),
+        x.new_empty(width if bias is not None else 0, dtype=acc),
+    )
 
 
 def _remember_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:

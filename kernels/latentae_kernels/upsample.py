@@ -73,7 +73,9 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Method:
     if x.device.type != "cpu" or not precise or torch.compiler.is_exporting():
         return "plain"
     pixels, pairs = x.shape[2] * x.shape[3], weight.shape[:2].numel()
-    wide = min(weight.shape[:2]) >= _FEWEST_CHANNELS and pixels * pairs >= 4 * _FEWEST_PRODUCTS  # of each sample
+    wide = (
+        min(weight.shape[:2]) >= _FEWEST_CHANNELS and pixels * pairs >= 4 * _FEWEST_PRODUCTS
+    )  # of each sample
     if wide and _can_difference(x, weight, bias) and x.is_contiguous(memory_format=torch.channels_last):
         return "differences"
     pixels *= x.shape[0]  # folding the weights costs as much as convolving a few hundred pixels
@@ -149,19 +151,30 @@ def _difference_strip(
     if bias is not None:
         base += bias
     long = rows * (width + 1)
-    sides = torch.mm(across.view(long, -1), parts[3], out=scratch("sides", 2 * long * out_channels, dtype).view(long, -1))
+    sides = torch.mm(
+        across.view(long, -1), parts[3], out=scratch("sides", 2 * long * out_channels, dtype).view(long, -1)
+    )
     for phase in (0, 1):  # even lines of the output, then odd ones
         even = down[phase : phase + rows].view(size, channels)
-        column = torch.addmm(base, even, parts[1 + phase], out=scratch("column", size * out_channels, dtype).view(size, -1))
+        column = torch.addmm(
+            base, even, parts[1 + phase], out=scratch("column", size * out_channels, dtype).view(size, -1)
+        )
         shifted = diagonal[phase : phase + rows].view(long, channels)
-        rest = torch.addmm(sides, shifted, parts[4 + phase], out=scratch("rest", 2 * long * out_channels, dtype).view(long, -1))
+        rest = torch.addmm(
+            sides,
+            shifted,
+            parts[4 + phase],
+            out=scratch("rest", 2 * long * out_channels, dtype).view(long, -1),
+        )
         # the even column q of the output reads the first half of `rest` at q, the odd one the second half at q + 1
         pairs = rest.as_strided(
             (rows, width, 2, out_channels),
             ((width + 1) * 2 * out_channels, 2 * out_channels, 3 * out_channels, 1),
             rest.storage_offset(),
         )
-        torch.add(column.view(rows, width, 1, out_channels), pairs, out=target[phase::2].unflatten(1, (width, 2)))
+        torch.add(
+            column.view(rows, width, 1, out_channels), pairs, out=target[phase::2].unflatten(1, (width, 2))
+        )
 
 
 def _between_columns(lines: Tensor, name: str) -> Tensor:

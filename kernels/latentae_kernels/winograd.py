@@ -122,7 +122,9 @@ def _strips(shape: torch.Size, out_channels: int) -> Strips:
 def _affine(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, scale and shift [N, C] that make (x - mean) * scale + shift the GroupNorm of `x` (Wu & He 2018)."""
     mean, variance = group_moments(*channel_moments(x), norm.groups)
-    mean, rstd = (t.repeat_interleave(x.shape[1] // norm.groups, 1) for t in (mean, (variance + norm.eps).rsqrt()))
+    mean, rstd = (
+        t.repeat_interleave(x.shape[1] // norm.groups, 1) for t in (mean, (variance + norm.eps).rsqrt())
+    )
     centre, scale = mean.to(x.dtype), rstd * norm.weight
     return centre, scale.to(x.dtype), (norm.bias + (centre - mean) * scale).to(x.dtype)
 

@@ -93,9 +93,13 @@ def convolve_strips(
         part = slice(n, min(n + strips.samples, samples))
         for row in range(0, -(-height // TILE), strips.rows):
             rows = min(strips.rows, -(-height // TILE) - row)
-            gathered = first[: 36 * (part.stop - n) * rows * across * channels].view(6, 6, part.stop - n, rows, across, channels)
+            gathered = first[: 36 * (part.stop - n) * rows * across * channels].view(
+                6, 6, part.stop - n, rows, across, channels
+            )
             for k in range(n, part.stop):
-                lines = _lines(source[k], row, rows, band, None if affine is None else tuple(t[k] for t in affine), silu)
+                lines = _lines(
+                    source[k], row, rows, band, None if affine is None else tuple(t[k] for t in affine), silu
+                )
                 _transform_rows(lines, gathered[:, :, k - n], second)
             _clear_outside(gathered, width)
             data = second[: gathered.numel()].view(6, -1)
@@ -103,13 +107,17 @@ def convolve_strips(
             here = target[part, TILE * row : TILE * (row + rows)]
             for index, transformed in enumerate(blocks):
                 block = slice(index * strips.block, index * strips.block + transformed.shape[2])
-                result = _multiply(data.view(36, -1, channels), transformed, first, len(blocks) == 1 and second)
+                result = _multiply(
+                    data.view(36, -1, channels), transformed, first, len(blocks) == 1 and second
+                )
                 _store(result, here[..., block], None if bias is None else bias[block], rows)
 
 
 def _transform_weight(weight: Tensor, block: int) -> list[Tensor]:
     """[o, c, 3, 3] -> for each block of output channels [36, c, o]."""
-    taps = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], 9, -1)  # a view where the weight is channels last
+    taps = (
+        weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], 9, -1)
+    )  # a view where the weight is channels last
     memory = scratch("weight", 4 * taps.numel(), weight.dtype).view(weight.shape[0], 36, -1)
     matrix = _GG.to(weight.dtype).expand(weight.shape[0], 36, 9)
     return [u.permute(1, 2, 0) for u in torch.bmm(matrix, taps, out=memory).split(block)]
@@ -131,7 +139,9 @@ def _lines(
     lines = band[: stop - start]
     inside = min(stop, height) - start
     if affine is not None and row:
-        lines[:2].copy_(band[-2:])  # the strip before has left them: not activated twice, and safe if `out` is x
+        lines[:2].copy_(
+            band[-2:]
+        )  # the strip before has left them: not activated twice, and safe if `out` is x
         ready = 2
     else:
         ready = max(-start, 0)
@@ -176,7 +186,9 @@ def _multiply(data: Tensor, weight: Tensor, first: Tensor, second: Tensor | bool
     products = torch.bmm(data, weight, out=first[: 36 * size].view(36, -1, weight.shape[2]))
     columns = torch.mm(back, products.view(6, -1), out=middle.view(TILE, -1))
     out = first[: 16 * size].view(TILE, TILE, -1)
-    return torch.bmm(back.expand(TILE, TILE, 6), columns.view(TILE, 6, -1), out=out).view(TILE, TILE, -1, weight.shape[2])
+    return torch.bmm(back.expand(TILE, TILE, 6), columns.view(TILE, 6, -1), out=out).view(
+        TILE, TILE, -1, weight.shape[2]
+    )
 
 
 def _store(result: Tensor, target: Tensor, bias: Tensor | None, rows: int) -> None:

@@ -66,7 +66,9 @@ def assign_buckets(height: ArrayLike, width: ArrayLike, buckets: Sequence[Bucket
     # Each bucket's bounds are the geometric means with its neighbours' ratios: one sorted search, however many images there are.
     ratios = np.array([wide / high for high, wide in buckets])
     order = np.argsort(ratios, kind="stable")
-    first = order[np.concatenate([[True], np.diff(ratios[order]) > 0])]  # of buckets with one ratio, the earliest
+    first = order[
+        np.concatenate([[True], np.diff(ratios[order]) > 0])
+    ]  # of buckets with one ratio, the earliest
     bounds = np.sqrt(ratios[first][1:] * ratios[first][:-1])
     shape = np.divide(widths, heights, out=np.ones_like(heights), where=known)
     low, high = np.searchsorted(bounds, shape, "left"), np.searchsorted(bounds, shape, "right")

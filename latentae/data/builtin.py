@@ -46,7 +46,11 @@ class BuiltinImages:
                 f"{spec} is no built-in set of images; there are {', '.join(BUILTIN)}, each with :held-out for its other split"
             )
         self.place = f"{name}:{split}"
-        rows = _photos(split) if name == "skimage:photos" else _digits(split, binary=name == "sklearn:binary-digits")
+        rows = (
+            _photos(split)
+            if name == "skimage:photos"
+            else _digits(split, binary=name == "sklearn:binary-digits")
+        )
         self._rows = [(f"{split}/{key}", members) for key, members in rows]
         self.sizes = [len(members["png"]) for _, members in self._rows]
         digest = hashlib.blake2b(digest_size=16)

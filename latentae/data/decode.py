@@ -17,7 +17,7 @@ from latentae.data.pixels import fit, read_pixels, stored_kind, upright
 from latentae.errors import DataError, ImageError
 
 if TYPE_CHECKING:
-    from latentae.data.shards import RawSample
+    from latentae.data.shard_files import RawSample
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -72,7 +72,12 @@ def image_extension(raw: Mapping[str, Any]) -> str | None:
 
 
 def decode_sample(
-    raw: RawSample, *, channels: int = 3, bits: int = 8, max_pixels: int | None = MAX_PIXELS, short: int | None = None
+    raw: RawSample,
+    *,
+    channels: int = 3,
+    bits: int = 8,
+    max_pixels: int | None = MAX_PIXELS,
+    short: int | None = None,
 ) -> Sample:
     """Decode the image of a raw sample as `decode_image` does; ImageError names its key and shard."""
     key, shard = raw["__key__"], raw.get("__url__")
@@ -80,13 +85,20 @@ def decode_sample(
     extension = image_extension(raw)
     if extension is None:
         there = ", ".join(sorted(member for member in raw if not member.startswith("__"))) or "nothing"
-        raise ImageError(f"sample {name} has no image: found {there}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
+        raise ImageError(
+            f"sample {name} has no image: found {there}, expected one of {', '.join(IMAGE_EXTENSIONS)}"
+        )
     image, size = _decode(raw[extension], f"{name} ({extension})", channels, bits, max_pixels, short=short)
     return Sample(key, image, size)
 
 
 def read_image(
-    path: str | Path, *, channels: int = 3, bits: int | None = 8, max_pixels: int | None = MAX_PIXELS, short: int | None = None
+    path: str | Path,
+    *,
+    channels: int = 3,
+    bits: int | None = 8,
+    max_pixels: int | None = MAX_PIXELS,
+    short: int | None = None,
 ) -> Tensor:
     """Decode the image file at `path` as `decode_image` does; a file that can't be read is an ImageError, too."""
     try:
@@ -154,7 +166,9 @@ def _decode(
 ) -> tuple[Tensor, tuple[int, int]]:
     """The pixels, and height and width of the file's image, upright."""
     if channels not in (1, 3, 4) or bits not in (8, 16, None):
-        raise DataError(f"can't decode to {channels} channels of {bits} bits; expected 1, 3 or 4 channels of 8 or 16 bits")
+        raise DataError(
+            f"can't decode to {channels} channels of {bits} bits; expected 1, 3 or 4 channels of 8 or 16 bits"
+        )
     image = _open(data, name, max_pixels)
     width, height = image.size
     if short is not None and width * height > LARGE:
@@ -170,8 +184,12 @@ def _decode(
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise ImageError(f"image {name} is damaged or cut short ({_reason(error)}); replace or remove it") from error
-    full = ((width, height) if turn >= 5 else (height, width)) if reduced else (pixels.shape[0], pixels.shape[1])
+        raise ImageError(
+            f"image {name} is damaged or cut short ({_reason(error)}); replace or remove it"
+        ) from error
+    full = (
+        ((width, height) if turn >= 5 else (height, width)) if reduced else (pixels.shape[0], pixels.shape[1])
+    )
     return torch.from_numpy(pixels).permute(2, 0, 1), full
 
 
@@ -185,7 +203,9 @@ def _reduce(image: Image.Image, short: int) -> None:
 
 def _open(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     """Read the header only, and refuse what must not be decoded."""
-    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # its readers of TIFF and WebP heed it too
+    if (
+        max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None
+    ):  # its readers of TIFF and WebP heed it too
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         image = open_image(data)

@@ -35,7 +35,9 @@ def check_file_names(folder: str | Path, names: Iterable[tuple[str, str]]) -> No
                 f"{sample} needs a file name of {length} bytes, {folder} takes {longest}; shorten its name: {part!r}"
             )
         if (length := len(os.fsencode(folder / name))) > longest_path:
-            raise OutputError(f"{sample} needs a path of {length} bytes, {folder} takes {longest_path}; choose a shorter folder")
+            raise OutputError(
+                f"{sample} needs a path of {length} bytes, {folder} takes {longest_path}; choose a shorter folder"
+            )
         if name in seen:
             raise OutputError(
                 f"{seen[name]} and {sample} would both be written to {name!r}; give them different keys, or write each of the two "

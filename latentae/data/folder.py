@@ -15,7 +15,15 @@ from latentae.data.decode import IMAGE_EXTENSIONS
 from latentae.errors import DataError, ImageError
 from latentae.progress import say
 
-__all__ = ["ImageFolder", "SourceImage", "by_stem", "escape_key", "find_images", "find_sidecars", "unescape_key"]
+__all__ = [
+    "ImageFolder",
+    "SourceImage",
+    "by_stem",
+    "escape_key",
+    "find_images",
+    "find_sidecars",
+    "unescape_key",
+]
 
 SIDECARS = (".txt", ".json", ".cls", ".caption")  # captions, notes and labels that travel with their image
 _UNREAD = re.compile(
@@ -54,7 +62,10 @@ class ImageFolder:
         self.files, self.left_out = _find(folder, leave_out)
         self.place = str(folder.resolve())
         self.sizes = [file.bytes for file in self.files]
-        rows = [[file.key, file.path.suffix, file.bytes, [side.suffix for side in file.sidecars]] for file in self.files]
+        rows = [
+            [file.key, file.path.suffix, file.bytes, [side.suffix for side in file.sidecars]]
+            for file in self.files
+        ]
         self.listing = hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
         if self.left_out:
             say(f"{folder}: {len(self.files)} images; left out: {_told(self.left_out)}")
@@ -76,9 +87,14 @@ class ImageFolder:
         file = self.files[number]
         try:
             data = file.path.read_bytes()
-            return {file.path.suffix[1:].lower(): data, **{side.suffix[1:].lower(): side.read_bytes() for side in file.sidecars}}
+            return {
+                file.path.suffix[1:].lower(): data,
+                **{side.suffix[1:].lower(): side.read_bytes() for side in file.sidecars},
+            }
         except OSError as error:
-            raise ImageError(f"image {file.path} can't be read ({error.strerror or error}); check the file") from error
+            raise ImageError(
+                f"image {file.path} can't be read ({error.strerror or error}); check the file"
+            ) from error
 
 
 def escape_key(relative: str) -> str:
@@ -88,9 +104,12 @@ def escape_key(relative: str) -> str:
     UTF-8 bytes; no two paths share a key.
     """
     key = "".join(
-        _escape(character) if character in ". %\\" or not character.isprintable() else character for character in relative
+        _escape(character) if character in ". %\\" or not character.isprintable() else character
+        for character in relative
     )
-    return _escape(key[0]) + key[1:] if key.startswith("__") else key  # webdataset leaves out members such as __name__/...
+    return (
+        _escape(key[0]) + key[1:] if key.startswith("__") else key
+    )  # webdataset leaves out members such as __name__/...
 
 
 def _escape(character: str) -> str:
@@ -100,7 +119,9 @@ def _escape(character: str) -> str:
 def unescape_key(key: str) -> str:
     """The relative path, without extension, of a key that `escape_key` made; any other key is returned unchanged."""
     data = key.encode("utf-8", "surrogateescape")
-    path = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes([int(match[1], 16)]), data).decode("utf-8", "surrogateescape")
+    path = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes([int(match[1], 16)]), data).decode(
+        "utf-8", "surrogateescape"
+    )
     return path if escape_key(path) == key else key
 
 
@@ -129,7 +150,9 @@ def find_sidecars(image: Path, names: Mapping[tuple[str, str], list[str]]) -> tu
     found = [names.get((image.stem, suffix), []) for suffix in SIDECARS]
     twice = next((same for same in found if len(same) > 1), None)
     if twice:
-        raise DataError(f"{' and '.join(twice)} in {image.parent} would both belong to {image.name}; remove one of them")
+        raise DataError(
+            f"{' and '.join(twice)} in {image.parent} would both belong to {image.name}; remove one of them"
+        )
     return tuple(path for same in found for name in same if (path := image.with_name(name)).is_file())
 
 
@@ -146,7 +169,9 @@ def _find(folder: Path, leave_out: Path | None) -> tuple[list[SourceImage], Coun
     """The images, and how many files of each kind are none."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"image folder {folder} {found}; name a folder that holds {', '.join(IMAGE_EXTENSIONS)} files")
+        raise DataError(
+            f"image folder {folder} {found}; name a folder that holds {', '.join(IMAGE_EXTENSIONS)} files"
+        )
     images: dict[str, SourceImage] = {}
     left_out: Counter[str] = Counter()
     paths: list[tuple[Path, Mapping[tuple[str, str], list[str]]]] = []
@@ -192,7 +217,9 @@ def _walk(root: Path, skip: Path | None) -> Iterator[tuple[Path, int, list[str]]
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(f"folder {error.filename} can't be read ({error.strerror}); change its permissions or move it away")
+    raise DataError(
+        f"folder {error.filename} can't be read ({error.strerror}); change its permissions or move it away"
+    )
 
 
 def _kind(path: Path) -> str:

@@ -38,7 +38,11 @@ _PREFERRED = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "avif")
 IMAGE_EXTENSIONS = (*_PREFERRED, *(e for group in EXTENSIONS.values() for e in group if e not in _PREFERRED))
 """Lower case, without a dot. Decoding takes the first of these that a sample has."""
 
-_STEPS = (1 << 12, 1 << 16, 1 << 26)  # bytes of a file to try with; headers beyond 64 MiB are taken as unknown
+_STEPS = (
+    1 << 12,
+    1 << 16,
+    1 << 26,
+)  # bytes of a file to try with; headers beyond 64 MiB are taken as unknown
 _METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that may say that it is turned
 _ORIENTATION = 0x0112
 _SIDE = 1 << 31  # sides are stored in 32 bits with a sign
@@ -50,7 +54,9 @@ class _MoreNeeded(Exception):
     """The header goes on after the bytes at hand, or is of a kind that PIL reads."""
 
 
-def image_size(take: Callable[[int], bytes], size: int, skip: Callable[[int], object] | None = None) -> tuple[int, int] | None:
+def image_size(
+    take: Callable[[int], bytes], size: int, skip: Callable[[int], object] | None = None
+) -> tuple[int, int] | None:
     """Height and width of an image, upright by its EXIF orientation; None where its header can't be read.
 
     A decompression bomb is measured like any other image: nothing is decoded.
@@ -110,7 +116,9 @@ def _jpeg(head: bytes) -> tuple[int, int]:
 class _Bytes:
     """Reads a file in order, first from the bytes at hand; never beyond its end, where another file may begin."""
 
-    def __init__(self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]) -> None:
+    def __init__(
+        self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]
+    ) -> None:
         self._head, self._left, self._take, self._skip = head, size - len(head), take, skip
 
     def read(self, count: int) -> bytes:
@@ -170,7 +178,9 @@ def _webp(head: bytes) -> tuple[int, int]:
 def _with_pil(head: bytes, *, whole: bool) -> tuple[int, int] | None:
     try:
         with _filters, warnings.catch_warnings():
-            warnings.simplefilter("ignore" if whole else "error")  # Pillow only warns of a TIFF's tag that lies beyond the head
+            warnings.simplefilter(
+                "ignore" if whole else "error"
+            )  # Pillow only warns of a TIFF's tag that lies beyond the head
             image = _open(head)
             if image is None:
                 return None
@@ -191,7 +201,9 @@ def _readers(head: bytes) -> Iterator[str]:
         if name not in Image.OPEN:
             Image.init()
         accept = Image.OPEN[name][1] if name in Image.OPEN else None
-        if accept and (accepted := accept(head[:16])) and not isinstance(accepted, str):  # a text says why not
+        if (
+            accept and (accepted := accept(head[:16])) and not isinstance(accepted, str)
+        ):  # a text says why not
             yield name
 
 
@@ -217,7 +229,12 @@ def _open(data: bytes) -> Any:
         factory: Any = JpegImageFile if name == "JPEG" else Image.OPEN[name][0]
         try:
             return factory(io.BytesIO(data), "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # it is of another kind, as Image.open has it
+        except (
+            SyntaxError,
+            IndexError,
+            TypeError,
+            struct.error,
+        ):  # it is of another kind, as Image.open has it
             continue
     return None
 
@@ -230,7 +247,9 @@ def orientation(image: Any) -> int:
     from PIL import Image
 
     try:
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PngImageFile's own method would decode the image
+        value = Image.Image.getexif(image).get(
+            _ORIENTATION, 1
+        )  # PngImageFile's own method would decode the image
     except Exception:  # parsers of metadata raise nearly anything on damaged bytes
         return 1
     return value if value in range(1, 9) else 1

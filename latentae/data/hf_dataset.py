@@ -82,10 +82,14 @@ class ImageDataset:
             if data is None and stored.get("path"):
                 data = Path(stored["path"]).read_bytes()
         except (OSError, ValueError) as error:
-            raise ImageError(f"image {self.name(number)} can't be read ({error}); check the dataset") from error
+            raise ImageError(
+                f"image {self.name(number)} can't be read ({error}); check the dataset"
+            ) from error
         if not data:
             raise ImageError(f"{self.name(number)} has no image; leave such rows out")
-        members: dict[str, bytes] = {image_extension_of(data) or "png": data}  # decoding says what is no image at all
+        members: dict[str, bytes] = {
+            image_extension_of(data) or "png": data
+        }  # decoding says what is no image at all
         label = row.pop(self._label) if self._label else None
         if isinstance(label, int) and label >= 0:  # -1 is a hidden label
             members["cls"] = str(label).encode()
@@ -93,7 +97,9 @@ class ImageDataset:
             if names and label < len(names):
                 row[self._label] = names[label]
         if row:
-            members["json"] = json.dumps({name: _plain(value) for name, value in row.items()}, ensure_ascii=False).encode()
+            members["json"] = json.dumps(
+                {name: _plain(value) for name, value in row.items()}, ensure_ascii=False
+            ).encode()
         return members
 
 
@@ -101,8 +107,12 @@ def _library() -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise MissingDependencyError("reading a Hugging Face dataset needs the package datasets; pip install datasets") from error
-    if int(datasets.__version__.partition(".")[0]) < 4:  # older ones may run a script that comes with the data
+        raise MissingDependencyError(
+            "reading a Hugging Face dataset needs the package datasets; pip install datasets"
+        ) from error
+    if (
+        int(datasets.__version__.partition(".")[0]) < 4
+    ):  # older ones may run a script that comes with the data
         raise MissingDependencyError(
             f"datasets {datasets.__version__} is too old, 4 or newer is needed; pip install --upgrade datasets"
         )
@@ -127,7 +137,9 @@ def _open(datasets: Any, spec: str) -> tuple[str, Any]:
     if not split:
         splits = _try(lambda: datasets.get_dataset_split_names(name), spec)
         if len(splits) != 1:
-            raise DataError(f"{spec} has the splits {', '.join(splits)}; name one, such as hf://{name}:{splits[0]}")
+            raise DataError(
+                f"{spec} has the splits {', '.join(splits)}; name one, such as hf://{name}:{splits[0]}"
+            )
         split = splits[0]
     return f"{SCHEME}{name}:{split}", _try(lambda: datasets.load_dataset(name, split=split), spec)
 
@@ -137,7 +149,9 @@ def _try(load: Any, spec: str) -> Any:
         return load()
     except Exception as error:  # the library raises nearly anything: no network, no such name, a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"dataset {spec} can't be loaded ({reason}); check its name and split, and the network") from error
+        raise DataError(
+            f"dataset {spec} can't be loaded ({reason}); check its name and split, and the network"
+        ) from error
 
 
 def _image_column(datasets: Any, features: Any, place: str) -> str:
@@ -154,14 +168,20 @@ def _image_column(datasets: Any, features: Any, place: str) -> str:
 
 def _label_column(datasets: Any, features: Any) -> str | None:
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    numbers = [name for name in _LABEL_COLUMNS if str(getattr(features.get(name), "dtype", "")).startswith(("int", "uint"))]
+    numbers = [
+        name
+        for name in _LABEL_COLUMNS
+        if str(getattr(features.get(name), "dtype", "")).startswith(("int", "uint"))
+    ]
     known = [name for name in _LABEL_COLUMNS if name in classes]
     return next(iter([*known, *classes, *numbers]), None)
 
 
 def _is_plain(datasets: Any, feature: Any) -> bool:
     """Numbers, texts, dates and classes."""
-    return isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "binary" not in feature.dtype)
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and "binary" not in feature.dtype
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -17,17 +17,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import MAX_PIXELS, Sample, decode_sample
-from latentae.data.index import ShardIndex, load_index, read_samples
+from latentae.data.epoch_order import EpochOrder, derive_seed, lane_share, whole_seed
 from latentae.data.options import DataOptions
-from latentae.data.order import EpochOrder, derive_seed, lane_share, whole_seed
 from latentae.data.selection import Selection, is_held_out
-from latentae.data.shards import RawSample, expand_shards, read_shard
+from latentae.data.shard_files import RawSample, expand_shards, read_shard
+from latentae.data.shard_index import ShardIndex, load_index, read_samples
 from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
 from latentae.data.workers import end_workers, leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError
 from latentae.progress import say
 
-__all__ = ["STATE_VERSION", "BadSample", "Batch", "TrainLoader", "decode_for_training", "image_batches", "is_held_out"]
+__all__ = [
+    "STATE_VERSION",
+    "BadSample",
+    "Batch",
+    "TrainLoader",
+    "decode_for_training",
+    "image_batches",
+    "is_held_out",
+]
 
 STATE_VERSION = 2
 _SPARES = 16  # samples tried in place of one that can't be read
@@ -58,7 +66,9 @@ class Batch:
     def of(cls, samples: Sequence[Sample], bad: Sequence[BadSample] = ()) -> Batch:
         """Join samples of one size."""
         first = samples[0].image
-        images = torch.empty((len(samples), *first.shape), dtype=first.dtype, memory_format=torch.channels_last)
+        images = torch.empty(
+            (len(samples), *first.shape), dtype=first.dtype, memory_format=torch.channels_last
+        )
         for row, sample in zip(images, samples, strict=True):
             row.copy_(sample.image)
         return cls(tuple(sample.key for sample in samples), images, tuple(bad))
@@ -69,9 +79,15 @@ class Batch:
         if len(parts) == 1 and not pin:
             return parts[0]
         shape = (sum(len(part.images) for part in parts), *parts[0].images.shape[1:])
-        images = torch.empty(shape, dtype=parts[0].images.dtype, memory_format=torch.channels_last, pin_memory=pin)
+        images = torch.empty(
+            shape, dtype=parts[0].images.dtype, memory_format=torch.channels_last, pin_memory=pin
+        )
         torch.cat([part.images for part in parts], out=images)
-        return cls(tuple(itertools.chain(*(p.keys for p in parts))), images, tuple(itertools.chain(*(p.bad for p in parts))))
+        return cls(
+            tuple(itertools.chain(*(p.keys for p in parts))),
+            images,
+            tuple(itertools.chain(*(p.bad for p in parts))),
+        )
 
 
 def image_batches(
@@ -120,10 +136,14 @@ def _held_out_samples(index: ShardIndex, fraction: float) -> Iterator[RawSample]
         yield from read_samples(index, shard, [row for row in range(entry.samples) if row not in trained])
 
 
-def decode_for_training(raw: RawSample, options: DataOptions, bucket: tuple[int, int] | None = None) -> Tensor:
+def decode_for_training(
+    raw: RawSample, options: DataOptions, bucket: tuple[int, int] | None = None
+) -> Tensor:
     """The image that `augment` crops, by the `[data]` table; ImageError where it can't be read."""
     short = kept_short_side(options, bucket)
-    return decode_sample(raw, channels=options.channels, bits=options.bits, max_pixels=options.max_pixels, short=short).image
+    return decode_sample(
+        raw, channels=options.channels, bits=options.bits, max_pixels=options.max_pixels, short=short
+    ).image
 
 
 def _check_apart(validation: str, training: ShardIndex) -> None:
@@ -239,13 +259,17 @@ class _EpochReader:
     def _spare(self, key: str, pool: int) -> Sample:
         selection = self.plan.selection
         for attempt in range(_SPARES):
-            shard, row = self.order.spare(pool, derive_seed("spare", self.plan.seed, self.epoch, key, attempt))
+            shard, row = self.order.spare(
+                pool, derive_seed("spare", self.plan.seed, self.epoch, key, attempt)
+            )
             (raw,) = read_samples(selection.index, shard, [int(selection.rows(shard)[pool][row])])
             try:
                 return self._crop(raw, pool)
             except ImageError:
                 continue
-        raise DataError(f"sample {key} can't be read, nor can {_SPARES} others drawn in its place; check the data set")
+        raise DataError(
+            f"sample {key} can't be read, nor can {_SPARES} others drawn in its place; check the data set"
+        )
 
     def _crop(self, raw: RawSample, pool: int) -> Sample:
         seed = derive_seed("augment", self.plan.seed, self.epoch, raw["__key__"])
@@ -295,7 +319,9 @@ class TrainLoader:
         held_out = options.validation_fraction if options.validation == "auto" else None
         selection = Selection(index, held_out, options.bucket_sizes())
         counts = tuple(tuple(pool) for pool in selection.counts())
-        self._plan = _Plan(selection, counts, whole_seed(seed), index.digest, batch_size * world_size, options)
+        self._plan = _Plan(
+            selection, counts, whole_seed(seed), index.digest, batch_size * world_size, options
+        )
         self._lanes = range(rank * batch_size, (rank + 1) * batch_size)
         self._epoch, self._step = 0, 0
         self._seen, self._bad, self._bad_in_a_row, self._bad_log = 0, 0, 0, bad_log
@@ -314,13 +340,17 @@ class TrainLoader:
     def announce(self) -> None:
         """Say how much data there is and what an epoch leaves out."""
         kept = f", {self.held_out} held out" if self.held_out else ""
-        say(f"data: {self.samples} training images{kept}, {self.steps} steps an epoch; {self.tail} of its tail are left out")
+        say(
+            f"data: {self.samples} training images{kept}, {self.steps} steps an epoch; {self.tail} of its tail are left out"
+        )
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Go on from where the last iteration, or the loaded state, ended; one iteration at a time."""
         workers = min(self._plan.options.workers, len(self._lanes))
         stream = _PartStream(self._plan, self._lanes, self._epoch, self._step)
-        parts = DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+        parts = DataLoader(
+            stream, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent
+        )
         iterator = iter(parts)
         pin = torch.cuda.is_available()
         try:
@@ -338,7 +368,9 @@ class TrainLoader:
         except RuntimeError as error:
             if not workers:
                 raise
-            raise DataError(f"a data worker died ({str(error).splitlines()[0]}); lower data.workers or data.cache_mb") from error
+            raise DataError(
+                f"a data worker died ({str(error).splitlines()[0]}); lower data.workers or data.cache_mb"
+            ) from error
         if isinstance(part, LatentAEError):
             raise part
         return part
@@ -361,7 +393,9 @@ class TrainLoader:
         if not names:
             self._bad_in_a_row = 0
         share = self._bad / self._seen
-        if self._bad_in_a_row >= limits.max_bad_in_a_row or (self._bad > _FORGIVEN and share > limits.max_bad_share):
+        if self._bad_in_a_row >= limits.max_bad_in_a_row or (
+            self._bad > _FORGIVEN and share > limits.max_bad_share
+        ):
             last = batch.bad[-1]
             where = f"; all are listed in {self._bad_log}" if self._bad_log else ""
             raise DataError(
@@ -388,7 +422,9 @@ class TrainLoader:
         for name, value in here.items():
             if state.get(name) != value:
                 found = f"{name} was {state.get(name)!r} and is now {value!r}"
-                raise DataError(f"can't resume the data order: {found}; use the settings of the saved run, or start a new one")
+                raise DataError(
+                    f"can't resume the data order: {found}; use the settings of the saved run, or start a new one"
+                )
         epoch, step = state.get("epoch"), state.get("step")
         if (
             not isinstance(epoch, int)
@@ -396,7 +432,9 @@ class TrainLoader:
             or epoch < 0
             or not 0 <= step < max(self._plan.order(epoch).steps, 1)
         ):
-            raise DataError(f"can't resume the data order at epoch {epoch!r}, step {step!r}; the state is damaged")
+            raise DataError(
+                f"can't resume the data order at epoch {epoch!r}, step {step!r}; the state is damaged"
+            )
         self._epoch, self._step = epoch, step
 
     def _identity(self) -> dict[str, Any]:

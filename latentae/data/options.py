@@ -27,7 +27,10 @@ class DataOptions(BaseModel):
         description="Held-out images: 'auto' (a slice by sample key, left out of training), 'none', or shards of their own.",
     )
     validation_fraction: float = Field(
-        default=0.02, gt=0, lt=1, description="Share of the samples that validation 'auto' holds out, from 0 to 1."
+        default=0.02,
+        gt=0,
+        lt=1,
+        description="Share of the samples that validation 'auto' holds out, from 0 to 1.",
     )
     resolution: int = Field(default=256, ge=8, description="Side of the square crops in pixels.")
     crop: Literal["random", "center", "random-resized"] = Field(
@@ -48,19 +51,27 @@ class DataOptions(BaseModel):
     )
     flip: bool = Field(default=True, description="Mirror every other crop left to right.")
     index: str | None = Field(
-        default=None, description="Folder of the shards' indexes, where they are not beside the shards (see `latentae index`)."
+        default=None,
+        description="Folder of the shards' indexes, where they are not beside the shards (see `latentae index`).",
     )
     pad: bool = Field(
-        default=False, description="Fill an epoch's last global batch from the next epoch, rather than leave its samples out."
+        default=False,
+        description="Fill an epoch's last global batch from the next epoch, rather than leave its samples out.",
     )
-    channels: Literal[1, 3, 4] = Field(default=3, description="Channels of the images: 1 (gray), 3 (RGB) or 4 (RGB and alpha).")
+    channels: Literal[1, 3, 4] = Field(
+        default=3, description="Channels of the images: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."
+    )
     bits: Literal[8, 16] = Field(default=8, description="Bits of a channel that are kept in decoding.")
     buckets: Literal["none", "auto"] = Field(
         default="none",
         description="'auto' makes batches of one aspect ratio each, with about resolution^2 pixels; 'none' crops squares.",
     )
-    bucket_step: int = Field(default=64, ge=8, description="Sides of aspect-ratio buckets are multiples of so many pixels.")
-    bucket_max_ratio: float = Field(default=2.0, ge=1, description="Largest ratio of a bucket's long side to its short side.")
+    bucket_step: int = Field(
+        default=64, ge=8, description="Sides of aspect-ratio buckets are multiples of so many pixels."
+    )
+    bucket_max_ratio: float = Field(
+        default=2.0, ge=1, description="Largest ratio of a bucket's long side to its short side."
+    )
     max_pixels: int = Field(
         default=MAX_PIXELS,
         ge=1,
@@ -68,11 +79,18 @@ class DataOptions(BaseModel):
         "1/2, 1/4 or 1/8 where the crop is a quarter of that or smaller.",
     )
     max_bad_share: float = Field(
-        default=0.01, ge=0, le=1, description="Stop when more than this share of the images can't be read; a few are replaced."
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Stop when more than this share of the images can't be read; a few are replaced.",
     )
-    max_bad_in_a_row: int = Field(default=32, ge=1, description="Stop when so many images in a row can't be read.")
+    max_bad_in_a_row: int = Field(
+        default=32, ge=1, description="Stop when so many images in a row can't be read."
+    )
     workers: int = Field(
-        default=0, ge=0, description="Processes that decode images, for each rank; 0 decodes in the training process."
+        default=0,
+        ge=0,
+        description="Processes that decode images, for each rank; 0 decodes in the training process.",
     )
     cache_mb: int = Field(
         default=512,
@@ -83,7 +101,9 @@ class DataOptions(BaseModel):
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> Self:
         if self.scale_min > self.scale_max:
-            raise ValueError(f"scale_min {self.scale_min} is above scale_max {self.scale_max}; give a range from small to large")
+            raise ValueError(
+                f"scale_min {self.scale_min} is above scale_max {self.scale_max}; give a range from small to large"
+            )
         return self
 
     def bucket_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from latentae.data.decode import MAX_PIXELS, decode_image, image_extension
-from latentae.data.index import IndexFiles, ShardEntry, entry_of, scan_shard
+from latentae.data.shard_index import IndexFiles, ShardEntry, entry_of, scan_shard
 from latentae.data.shrinking import shrink
 from latentae.errors import ImageError, Interrupted
 from latentae.files import atomic_file, write_text
@@ -65,7 +65,9 @@ def fill_tar(path: Path, samples: Iterable[Members]) -> None:
         for sample in samples:
             for extension, data in sample.items():
                 if extension != "__key__" and isinstance(data, bytes):
-                    info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # mtime, uid and gid 0, mode 0o644, no names
+                    info = tarfile.TarInfo(
+                        f"{sample['__key__']}.{extension}"
+                    )  # mtime, uid and gid 0, mode 0o644, no names
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
 
@@ -112,7 +114,9 @@ class Packer:
             ThreadPoolExecutor(writers) as pool,
         ):
             ahead = max(2, 2 * self.workers // writers)
-            futures = [pool.submit(self._shard, path, numbers, readers, ahead, progress) for path, numbers in plan]
+            futures = [
+                pool.submit(self._shard, path, numbers, readers, ahead, progress) for path, numbers in plan
+            ]
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -122,14 +126,22 @@ class Packer:
                 raise
         return [future.result() for future in futures]
 
-    def _shard(self, path: Path, numbers: range, readers: ThreadPoolExecutor, ahead: int, progress: Progress) -> ShardEntry:
+    def _shard(
+        self, path: Path, numbers: range, readers: ThreadPoolExecutor, ahead: int, progress: Progress
+    ) -> ShardEntry:
         if path.exists():
             table = IndexFiles((str(path),), None).find(str(path))
-            return entry_of(str(path), table) if table is not None and table.record["sha256"] else scan_shard(path)
+            return (
+                entry_of(str(path), table)
+                if table is not None and table.record["sha256"]
+                else scan_shard(path)
+            )
         bad: list[dict[str, str]] = []
         with atomic_file(path) as temporary:
             fill_tar(temporary, self._good(path, numbers, readers, ahead, progress, bad))
-            self._record_bad(path, bad)  # before the shard takes its name: a shard that is there has its record
+            self._record_bad(
+                path, bad
+            )  # before the shard takes its name: a shard that is there has its record
         return scan_shard(path)
 
     def _good(
@@ -160,7 +172,10 @@ class Packer:
         todo = iter(numbers)
         try:
             while True:
-                running.extend(readers.submit(self._load, number) for number in itertools.islice(todo, depth - len(running)))
+                running.extend(
+                    readers.submit(self._load, number)
+                    for number in itertools.islice(todo, depth - len(running))
+                )
                 if not running:
                     return
                 yield running.popleft()
@@ -177,7 +192,9 @@ class Packer:
         sample: dict[str, str | bytes] = {"__key__": self.source.key(number)}
         if self.resize is None:
             decode_image(members[extension], name, max_pixels=self.max_pixels, short=1)
-        elif smaller := shrink(members[extension], name, self.resize, self.quality, max_pixels=self.max_pixels):
+        elif smaller := shrink(
+            members[extension], name, self.resize, self.quality, max_pixels=self.max_pixels
+        ):
             del members[extension]
             sample[smaller[0]] = smaller[1]
         return {**sample, **members}
@@ -195,4 +212,6 @@ class Packer:
             if lines:
                 self._bad[path.name] = lines
             if lines != before:
-                write_text(record, "".join(f"{line}\n" for shard in sorted(self._bad) for line in self._bad[shard]))
+                write_text(
+                    record, "".join(f"{line}\n" for shard in sorted(self._bad) for line in self._bad[shard])
+                )

@@ -28,13 +28,19 @@ __all__ = ["fit", "read_pixels", "stored_kind", "upright"]
 Pixels = NDArray[np.uint8 | np.uint16]
 
 _DEEP_COLOUR = re.compile(r"(RGBA?|RGBX);16[BLN]")  # raw modes of which Pillow keeps the high byte
-_LOW_BYTE = {"B": "L", "L": "B", "N": "B"}  # where the other byte lies; N is little-endian on every machine that we know
+_LOW_BYTE = {
+    "B": "L",
+    "L": "B",
+    "N": "B",
+}  # where the other byte lies; N is little-endian on every machine that we know
 _HIGH_BITDEPTH = 0x40  # in the third byte of an av1C box, AV1-ISOBMFF section 2.3.3
 _ROWS = 32
 _UNRULY = {"F": "floating-point pixels of unknown range"}
 
 
-def read_pixels(image: Image.Image, reopen: Callable[[], Image.Image], data: bytes, name: str, bits: int) -> Pixels:
+def read_pixels(
+    image: Image.Image, reopen: Callable[[], Image.Image], data: bytes, name: str, bits: int
+) -> Pixels:
     """The pixels of an image's first frame, in sRGB and as they are stored, not yet turned upright.
 
     Args:
@@ -50,7 +56,10 @@ def read_pixels(image: Image.Image, reopen: Callable[[], Image.Image], data: byt
     raw_mode = _raw_mode(image)
     profile = image.info.get("icc_profile")
     tags = getattr(image, "tag_v2", {})
-    if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and max(tags.get(ExifTags.Base.BitsPerSample, (8,))) > 8:
+    if (
+        tags.get(ExifTags.Base.PlanarConfiguration) == 2
+        and max(tags.get(ExifTags.Base.BitsPerSample, (8,))) > 8
+    ):
         raise ImageError(
             f"image {name} is a 16-bit TIFF with its channels one after the other; save it with interleaved channels"
         )
@@ -65,7 +74,9 @@ def read_pixels(image: Image.Image, reopen: Callable[[], Image.Image], data: byt
         pixels = _key_out(pixels, image.info.get("transparency"))
     else:
         if bits == 16 and (kind := _hidden_depth(image, raw_mode, data)):
-            raise ImageError(f"image {name} is {kind}, which is read with 8 bits only; save it as a 16-bit RGB PNG or TIFF")
+            raise ImageError(
+                f"image {name} is {kind}, which is read with 8 bits only; save it as a 16-bit RGB PNG or TIFF"
+            )
         if image.mode == "CMYK":
             return _from_cmyk(image, profile)
         pixels = _jpeg(image, data)
@@ -123,7 +134,9 @@ def _deep_gray(image: Image.Image, name: str) -> NDArray[np.uint16]:
     tags = getattr(image, "tag_v2", {})
     if tags.get(ExifTags.Base.BitsPerSample) == (12,):
         values = (values * 65535 + 2047) // 4095
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero, which Pillow heeds with 8 bits only
+    if (
+        tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    ):  # white is zero, which Pillow heeds with 8 bits only
         values = 65535 - values
     return _key_out(values.astype(np.uint16)[..., None], image.info.get("transparency"))
 
@@ -134,14 +147,23 @@ def _hidden_depth(image: Image.Image, raw_mode: str, data: bytes) -> str | None:
         return f"a 16-bit {image.format} of kind {raw_mode.split(';')[0]}"
     if image.format == "PPM":
         arguments = image.tile[0][3]  # pyright: ignore[reportAttributeAccessIssue]
-        return "a colour PPM of more than 8 bits" if isinstance(arguments, tuple) and arguments[-1] > 255 else None
+        return (
+            "a colour PPM of more than 8 bits"
+            if isinstance(arguments, tuple) and arguments[-1] > 255
+            else None
+        )
     box = data.find(b"av1C") + 6 if image.format == "AVIF" else len(data)
     return "a 10- or 12-bit AVIF" if box < len(data) and data[box] & _HIGH_BITDEPTH else None
 
 
 def _jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     """By simplejpeg, at the size that the opened image has; None where it is not installed, no JPEG, or anything but sound."""
-    if simplejpeg is None or not data or image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+    if (
+        simplejpeg is None
+        or not data
+        or image.format not in ("JPEG", "MPO")
+        or image.mode not in ("L", "RGB")
+    ):
         return None
     try:
         colour = "GRAY" if image.mode == "L" else "RGB"
@@ -156,14 +178,20 @@ def _shallow(image: Image.Image, name: str) -> NDArray[np.uint8]:
     image.load()  # a transparent colour may come after the pixels
     if mode in ("LA", "La"):
         image = image.convert("LA")
-    elif mode in ("RGBA", "RGBa", "PA") or "transparency" in image.info or getattr(image.palette, "mode", "") == "RGBA":
+    elif (
+        mode in ("RGBA", "RGBa", "PA")
+        or "transparency" in image.info
+        or getattr(image.palette, "mode", "") == "RGBA"
+    ):
         image = image.convert("RGBA")
     elif mode == "1":
         image = image.convert("L")
     elif mode in ("P", "RGBX", "YCbCr"):
         image = image.convert("RGB")
     elif mode not in ("L", "RGB"):
-        raise ImageError(f"image {name} has {_UNRULY.get(mode, f'the colour mode {mode}')}; save it as RGB with 8 or 16 bits")
+        raise ImageError(
+            f"image {name} has {_UNRULY.get(mode, f'the colour mode {mode}')}; save it as RGB with 8 or 16 bits"
+        )
     pixels = np.array(image)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
@@ -198,7 +226,11 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     colour of a coarse grid by more than one level.
     """
     levels = np.arange(0, 256, 17, dtype=np.uint8)
-    grid = levels[:, None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(256, 16, 3)
+    grid = (
+        levels[:, None]
+        if mode == "L"
+        else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(256, 16, 3)
+    )
     try:
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(profile)),
@@ -254,7 +286,9 @@ def _over_white(pixels: Pixels) -> Pixels:
 
     def mix(rows: Pixels) -> NDArray[np.uint32]:
         alpha = rows[..., -1:].astype(np.uint32)
-        return (rows[..., :-1] * alpha + top * (top - alpha) + top // 2) // top  # with 16 bits below 2**32 by 98303
+        return (
+            rows[..., :-1] * alpha + top * (top - alpha) + top // 2
+        ) // top  # with 16 bits below 2**32 by 98303
 
     return _by_rows(mix, pixels, pixels.shape[2] - 1, pixels.dtype)
 
@@ -271,10 +305,14 @@ def _luma(pixels: Pixels) -> Pixels:
 
 
 def _to_8_bits(pixels: Pixels) -> NDArray[np.uint8]:
-    return _by_rows(lambda rows: (rows.astype(np.uint32) * 255 + 32767) // 65535, pixels, pixels.shape[2], np.uint8)
+    return _by_rows(
+        lambda rows: (rows.astype(np.uint32) * 255 + 32767) // 65535, pixels, pixels.shape[2], np.uint8
+    )
 
 
-def _by_rows(convert: Callable[[Pixels], NDArray[np.uint32]], pixels: Pixels, channels: int, dtype: Any) -> NDArray[Any]:
+def _by_rows(
+    convert: Callable[[Pixels], NDArray[np.uint32]], pixels: Pixels, channels: int, dtype: Any
+) -> NDArray[Any]:
     """Convert a few rows at a time: 32-bit copies of a large image would take gigabytes, and stay in no cache."""
     converted = np.empty((*pixels.shape[:2], channels), dtype)
     for top in range(0, len(pixels), _ROWS):

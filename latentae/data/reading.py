@@ -12,15 +12,19 @@ from latentae.data.tars import Member, Reader, group, walk
 from latentae.errors import ShardError
 
 if TYPE_CHECKING:
-    from latentae.data.index import ShardIndex
+    from latentae.data.shard_index import ShardIndex
 
 __all__ = ["READ_EXTENSIONS", "RawSample", "read_checked", "read_samples"]
 
-RawSample = dict[str, Any]  # member extension (lower case, no dot) -> bytes; "__key__" and "__url__" (the shard) -> str
+RawSample = dict[
+    str, Any
+]  # member extension (lower case, no dot) -> bytes; "__key__" and "__url__" (the shard) -> str
 
 Members = Sequence[tuple[str, int, int]]
 
-READ_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "txt", "json", "cls", "caption"})  # what training reads of a sample
+READ_EXTENSIONS = frozenset(
+    {*IMAGE_EXTENSIONS, "txt", "json", "cls", "caption"}
+)  # what training reads of a sample
 
 _GAP = 1 << 20  # bytes between two samples that are fetched along rather than asked for apart, remote
 _WASTE = 1 << 20  # bytes of unread members that are read along with a sample, local
@@ -46,7 +50,9 @@ def read_samples(index: ShardIndex, shard: int, rows: Sequence[int]) -> Iterator
     if is_remote(path):
         parts = _fetch(path, [span for _, _, span in plan])
         for key, members, (start, stop) in plan:
-            base, data = next((base, data) for base, data in parts if base <= start and stop <= base + len(data))
+            base, data = next(
+                (base, data) for base, data in parts if base <= start and stop <= base + len(data)
+            )
             part = data[start - base : stop - base]
             reader = Reader(lambda a, b, p=part, s=start: bytes(p[a - s : b - s]), stop, start=start)
             yield read_checked(path, key, members, reader, READ_EXTENSIONS)
@@ -61,7 +67,9 @@ def read_samples(index: ShardIndex, shard: int, rows: Sequence[int]) -> Iterator
         yield read_checked(path, key, members, reader, READ_EXTENSIONS)
 
 
-def _plan(path: str, table: SampleTable, rows: list[int], size: int) -> Sequence[tuple[str, Members, tuple[int, int]]]:
+def _plan(
+    path: str, table: SampleTable, rows: list[int], size: int
+) -> Sequence[tuple[str, Members, tuple[int, int]]]:
     """Key, members and place of these samples."""
     if rows and not 0 <= min(rows) <= max(rows) < table.samples:
         raise IndexError(f"rows {min(rows)} to {max(rows)} of a shard of {table.samples} samples")
@@ -70,7 +78,9 @@ def _plan(path: str, table: SampleTable, rows: list[int], size: int) -> Sequence
     except (IndexError, ValueError):
         plan = None
     if plan is None or any(not start < stop <= size for _, _, (start, stop) in plan):
-        raise ShardError(f"the index of shard {shown(path)} is damaged; remove it and run `latentae index` again")
+        raise ShardError(
+            f"the index of shard {shown(path)} is damaged; remove it and run `latentae index` again"
+        )
     return plan
 
 
@@ -85,7 +95,9 @@ def _fetch(path: str, spans: list[tuple[int, int]]) -> list[tuple[int, memoryvie
     return [(start, memoryview(read_range(path, start, stop))) for start, stop in parts]
 
 
-def read_checked(path: str, key: str, expected: Members, reader: Reader, extensions: Collection[str] | None) -> RawSample:
+def read_checked(
+    path: str, key: str, expected: Members, reader: Reader, extensions: Collection[str] | None
+) -> RawSample:
     """Read one sample with the same walk that found it; it must come out the same.
 
     Args:
@@ -99,7 +111,11 @@ def read_checked(path: str, key: str, expected: Members, reader: Reader, extensi
         ShardError: other members stand there.
     """
     raw: RawSample = {"__key__": key, "__url__": path}
-    wanted = {offset: extension for extension, offset, _ in expected if extensions is None or extension in extensions}
+    wanted = {
+        offset: extension
+        for extension, offset, _ in expected
+        if extensions is None or extension in extensions
+    }
 
     def members() -> Iterator[Member]:
         for member in walk(reader, shown(path), whole=False):

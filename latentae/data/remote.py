@@ -71,7 +71,9 @@ def size_of(path: str) -> int:
         return _try(path, "the size", 0, lambda seconds: _sync(fs, _http_size, fs, key, seconds))
     size = _try(path, "the size", 0, lambda seconds: fs.info(key).get("size"))
     if not isinstance(size, int):
-        raise ShardError(f"the server does not say how long {shown(path)} is; copy the shard to a local folder")
+        raise ShardError(
+            f"the server does not say how long {shown(path)} is; copy the shard to a local folder"
+        )
     return size
 
 
@@ -100,7 +102,11 @@ def _listed(folder: str) -> dict[str, int]:
         return fs.ls(key, detail=True)
 
     rows = _try(folder, "the list of files", 0, once)
-    return {f"{folder}/{row['name'].rpartition('/')[2]}": row["size"] for row in rows if isinstance(row.get("size"), int)}
+    return {
+        f"{folder}/{row['name'].rpartition('/')[2]}": row["size"]
+        for row in rows
+        if isinstance(row.get("size"), int)
+    }
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
@@ -172,14 +178,18 @@ def _open_fs(path: str) -> tuple[Any, str]:
 
         chosen = conf.get(scheme, {}).get("client_kwargs", {})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.silence, sock_read=patience.silence)
-        return fsspec.filesystem(scheme, client_kwargs={"timeout": timeout, "trust_env": True, **chosen}), path
+        return fsspec.filesystem(
+            scheme, client_kwargs={"timeout": timeout, "trust_env": True, **chosen}
+        ), path
     except ImportError as error:
         package = _PACKAGES.get(scheme, "the package that fsspec asks for")
         raise MissingDependencyError(
             f"{scheme}:// needs {package} ({_reason(error, path)}); install it with pip and try again"
         ) from error
     except ValueError as error:
-        raise ShardError(f"{shown(path)} can't be opened ({_reason(error, path)}); use a scheme that fsspec knows") from error
+        raise ShardError(
+            f"{shown(path)} can't be opened ({_reason(error, path)}); use a scheme that fsspec knows"
+        ) from error
 
 
 def _add(out: bytearray, data: bytes, most: int) -> None:
@@ -204,7 +214,9 @@ def _try(path: str, what: str, count: int, once: Callable[[float], _T]) -> _T:
             reason = _reason(error, path)
             if not _may_pass(error):
                 found = "there is no such file" if isinstance(error, FileNotFoundError) else reason
-                raise ShardError(f"shard {shown(path)} can't be read ({found}); check the address and your access") from error
+                raise ShardError(
+                    f"shard {shown(path)} can't be read ({found}); check the address and your access"
+                ) from error
             wait = min(patience.first * 2 ** (tries - 1), patience.longest) * (0.5 + random.random())
             if time.monotonic() - began + wait >= limit:
                 raise ShardError(
@@ -223,7 +235,9 @@ def _may_pass(error: Exception) -> bool:
         return status >= 500 or status in _PASSING
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
-    return not isinstance(error, ImportError | ValueError | TypeError | KeyError | NotImplementedError | AttributeError)
+    return not isinstance(
+        error, ImportError | ValueError | TypeError | KeyError | NotImplementedError | AttributeError
+    )
 
 
 def _reason(error: BaseException, path: str) -> str:
@@ -231,7 +245,9 @@ def _reason(error: BaseException, path: str) -> str:
     if isinstance(status, int):
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
     lines = str(error).replace(path, shown(path)).splitlines()
-    return lines[0] if lines else "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
+    return (
+        lines[0] if lines else "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
+    )
 
 
 def _sync(fs: Any, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -262,7 +278,9 @@ async def _http_get(fs: Any, url: str, start: int, stop: int | None) -> tuple[An
         if response.status != 206:
             return response, start
         if not re.match(rf"bytes {start}-\d+/", response.headers.get("Content-Range", "")):
-            raise ValueError(f"the server sent {response.headers.get('Content-Range')!r}, expected bytes from {start}")
+            raise ValueError(
+                f"the server sent {response.headers.get('Content-Range')!r}, expected bytes from {start}"
+            )
         return response, 0
     except BaseException:
         response.close()
@@ -312,7 +330,9 @@ def _warn_of_ranges(url: str) -> None:
     host = shown(url).partition("://")[2].partition("/")[0]
     if host not in _warned:
         _warned.add(host)
-        say(f"{host} does not serve ranges of files, so every read begins at the start of its shard; copy the shards here")
+        say(
+            f"{host} does not serve ranges of files, so every read begins at the start of its shard; copy the shards here"
+        )
 
 
 class _HttpStream:
@@ -332,7 +352,9 @@ class _HttpStream:
             try:
                 _sync(self._fs, self._more, count, out, seconds)
                 if len(out) < count:
-                    raise ConnectionError(f"the stream ended at byte {self._position + len(out)} of {self._size}")
+                    raise ConnectionError(
+                        f"the stream ended at byte {self._position + len(out)} of {self._size}"
+                    )
             except BaseException:
                 self.close()
                 raise

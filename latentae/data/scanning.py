@@ -66,7 +66,9 @@ def scan(
     if size_of(path) != size:
         raise ShardError(f"shard {shown(path)} changed while it was read; index it again when it is whole")
     sha256 = digest.hexdigest() if digest else ""
-    data = builder.to_bytes(bytes=size, sha256=sha256, marks=_marks(path, [*builder.ends(), end]), place=place)
+    data = builder.to_bytes(
+        bytes=size, sha256=sha256, marks=_marks(path, [*builder.ends(), end]), place=place
+    )
     return Scan(data, builder.samples, size, sha256, builder.headers(), tuple(builder.problems))
 
 
@@ -105,7 +107,9 @@ def _collect(reader: Reader, path: str, builder: TableBuilder, pace: _Pace) -> i
             pace()
             end = member.end
             if member.kind == "file" and member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                sizes[member.offset] = image_size(reader.take, member.size, lambda count: reader.skip_to(reader.position + count))
+                sizes[member.offset] = image_size(
+                    reader.take, member.size, lambda count: reader.skip_to(reader.position + count)
+                )
             yield member
 
     for sample in group(members(), builder.report):
@@ -120,7 +124,9 @@ def _collect(reader: Reader, path: str, builder: TableBuilder, pace: _Pace) -> i
             bare = None
             size = sizes.get(image)
             if size is None:
-                builder.report(Problem("image", sample.start, sample.key, "the header of its image can't be read"))
+                builder.report(
+                    Problem("image", sample.start, sample.key, "the header of its image can't be read")
+                )
             builder.add(sample, size)
         for offset in [offset for offset in sizes if offset < sample.end]:
             del sizes[offset]

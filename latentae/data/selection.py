@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentae.data.index import ShardIndex
+from latentae.data.shard_index import ShardIndex
 
 __all__ = ["Selection", "is_held_out"]
 
@@ -17,7 +17,9 @@ _KEPT = 64  # shards whose row numbers stay in memory
 
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether a sample belongs to the held-out slice: decided by its key alone, so the same in every run and data set."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8, key=b"latentae held out").digest()
+    digest = hashlib.blake2b(
+        key.encode("utf-8", "surrogateescape"), digest_size=8, key=b"latentae held out"
+    ).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 

@@ -1,178 +1,244 @@
-"""Shards by name: which files or URLs a specification names, and the samples inside one, in order.
+"""Make shards: from a folder of images, a Hugging Face dataset or built-in images (the verb `shards`), or from samples in memory.
 
-A shard must be whole or an error, never half: its headers are walked to the end before the first sample gets out. Nothing is
-decoded here, so nothing is unpickled, and no URL runs a program.
+A shard appears under its name only when it is whole, and the manifest `index.json` only when every shard is there. The same input
+gives the same bytes: sorted order, fixed tar metadata, original image bytes.
 """
 
 from __future__ import annotations
 
-import glob
+import os
 import re
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from latentae.data.reading import RawSample, read_checked
-from latentae.data.sources import is_remote, read_range, shown, size_of, stream
-from latentae.data.tars import Problem, Reader, Sample, group, walk
-from latentae.errors import ShardError
+from latentae.data.builtin import BuiltinImages, is_builtin
+from latentae.data.folder import ImageFolder, escape_key
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.hf_dataset import ImageDataset, is_dataset
+from latentae.data.packing import BAD_SAMPLES, ImageSource, Members, Packer, fill_tar
+from latentae.data.shard_index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan_shard, write_index
+from latentae.data.shrinking import encode_png
+from latentae.errors import DataError, ImageError, OutputError
+from latentae.files import abandoned, atomic_file, read_json
+from latentae.jobs import RECORD, Job
+from latentae.progress import say
 
-__all__ = ["RawSample", "expand_shards", "read_shard", "shard_keys"]
+__all__ = ["BAD_SAMPLES", "default_shard_size", "encode_png", "shards", "write_shards"]
 
-_HINT = "pass a folder of .tar files, a file, a glob or a brace pattern such as {000..099}.tar"
+_T = TypeVar("_T")
+_OURS = re.compile(
+    r"\.(?:\d{6,}\.tar|\d{6,}\.tar\.index|index\.json|bad_samples\.jsonl|latentae\.json)\..*\.incomplete"
+)
 
 
-def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
-    """The shards that a specification names, in order.
+def default_shard_size(count: int) -> int:
+    """Samples in a shard: `count` images give eight shards or more, of 16 to 1000 images each.
+
+    Shards are the unit that training shuffles and shares out, so a small data set needs several too.
+    """
+    return min(max(-(-count // 8), 16), 1000)
+
+
+def shards(
+    images: str | Path,
+    out: str | Path,
+    *,
+    shard_size: int | None = None,
+    max_shard_mb: float = 1000.0,
+    resize: int | None = None,
+    quality: int | None = None,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> ShardIndex:
+    """Pack images into WebDataset shards `OUT/000000.tar ...`, each with its index, and a manifest `index.json`.
+
+    From a folder, the files are copied as they are, with a `.txt`, `.json`, `.cls` or `.caption` of the same name if there is one. A
+    sample's key is its path under the folder without extension, dots and spaces escaped. From a Hugging Face dataset, the files
+    are those of its image column, a class label becomes `.cls`, other numbers and texts `.json`; the key is the row's number.
+
+    Every image is decoded once to be sure that it can be. A run that was stopped, in whatever way, goes on with the shards that
+    are missing, and ends with the same bytes. Other files in `out` are left alone.
 
     Args:
-        spec: a folder (its `*.tar`, sorted), a file, a glob, a brace pattern, several joined by `::`, or a sequence. URLs of any
-            scheme that fsspec knows work the same way, where the server can list its files; those that a brace pattern names are
-            taken as they are, without asking the server.
+        images: folder of images, searched with its subfolders (hidden files and `out` are passed over); a folder that
+            `save_to_disk` of the package datasets made; `hf://NAME` or `hf://NAME:SPLIT`, which that package loads; or built-in
+            images: `sklearn:digits`, `sklearn:binary-digits` or `skimage:photos`, each with `:held-out` for its other split.
+        out: folder for the shards.
+        shard_size: at most so many samples in a shard; None is what `default_shard_size` says.
+        max_shard_mb: and at most so many MB of image files (before resizing), unless one image alone is larger.
+        resize: shrink images whose short side is longer than so many pixels, by antialiased bicubic; others stay as they are.
+        quality: of the JPEGs that shrunk images become, 1 to 100; None makes PNGs.
+        skip_bad: leave unreadable images out and list them in `bad_samples.jsonl`, rather than stop at the first.
+        workers: threads that read and check images; None is one for each core, up to 16.
+        max_pixels: refuse images of more pixels by their header; docs/images.md has the memory that large ones take.
 
     Raises:
-        ShardError: nothing matches, a named file is missing or named twice, or the path is a `pipe:`.
+        DataError: no such images, none at all, or two files with the same key.
+        ImageError: an image can't be read (without `skip_bad`), or none can.
+        MissingDependencyError: a dataset without the package datasets, or built-in images without the package that holds them.
+        OutputError: the output can't be written, or holds shards of something else.
     """
-    if isinstance(spec, str):
-        parts: list[str] = [part for part in spec.split("::") if part]
-    else:
-        parts = [str(spec)] if isinstance(spec, Path) else [path for part in spec for path in expand_shards(part)]
-    paths = [path for part in parts for path in _expand_one(part)]
-    if not paths:
-        raise ShardError(f"no shards in {spec!r}; {_HINT}")
-    if len(set(paths)) < len(paths):
-        seen: set[str] = set()
-        twice = next(path for path in paths if path in seen or seen.add(path))
-        raise ShardError(f"shard {shown(twice)} is named twice; name each shard once")
-    return paths
+    out = Path(out)
+    _check(shard_size, max_shard_mb, resize, quality, workers)
+    source = _source(images, out)
+    count = len(source.sizes)
+    shard_size = shard_size or default_shard_size(count)
+    groups = _split(
+        ((number, size) for number, size in enumerate(source.sizes)), shard_size, max_shard_mb * 1e6
+    )
+    plan = [(out / f"{number:06}.tar", range(group[0], group[-1] + 1)) for number, group in enumerate(groups)]
+    inputs = {
+        "images": source.place,
+        "files": count,
+        "listing": source.listing,
+        "shard_size": shard_size,
+        "max_shard_mb": float(max_shard_mb),
+        "resize": resize,
+        "quality": quality,
+    }  # without `skip_bad` and `max_pixels`, so that a run that stopped at a bad or large image can resume
+    job = _ShardsJob.claim(out, inputs)
+    if job.state == "finished":
+        index = load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
+        say(f"{out} is finished: these images are already in shards{_bad(count - index.samples, out)}")
+        return index
+    _remove_leftovers(out)
+    threads = workers or min(os.cpu_count() or 1, 16)
+    entries = Packer(source, out, resize, quality, skip_bad, threads, max_pixels).run(plan)
+    if not any(entry.samples for entry in entries):
+        raise ImageError(f"none of the {count} images of {images} can be read; see {out / BAD_SAMPLES}")
+    for entry in entries:
+        if not entry.samples:  # every image of this shard was bad
+            Path(entry.path).unlink()
+    index = write_index(out, [entry for entry in entries if entry.samples])
+    bad, left_out = count - index.samples, source.left_out if isinstance(source, ImageFolder) else {}
+    job.finish(
+        samples=index.samples,
+        bad_samples=bad,
+        left_out=dict(sorted(left_out.items())),
+        shards=len(index.shards),
+    )
+    say(f"shards: {index.samples} images in {len(index.shards)} shards in {out}{_bad(bad, out)}")
+    return index
 
 
-def _expand_one(spec: str) -> list[str]:
-    spec = spec.removeprefix("file://")
-    if is_remote(spec):
-        return [path for candidate in _braces(spec) for path in _match_remote(candidate)]
-    if Path(spec).is_dir():
-        paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
-        if not paths:
-            raise ShardError(f"folder {spec} holds no .tar shard; make shards from images with `latentae shards IMAGES OUT`")
-        return paths
-    if Path(spec).is_file():
-        return [spec]
-    return [path for candidate in _braces(spec) for path in _match(candidate, spec)]
+def _bad(count: int, out: Path) -> str:
+    return f"; left out {count} that can't be read, see {out / BAD_SAMPLES}" if count else ""
 
 
-def _braces(spec: str) -> list[str]:
-    import braceexpand
-
-    try:
-        return list(braceexpand.braceexpand(spec, escape=False))
-    except ValueError:
-        raise ShardError(f"unbalanced braces in {shown(spec)!r}; {_HINT}") from None
-
-
-def _match(candidate: str, spec: str) -> list[str]:
-    if Path(candidate).is_file():
-        return [candidate]
-    if Path(candidate).is_dir() and candidate != spec:
-        return _expand_one(candidate)
-    if glob.has_magic(candidate):
-        paths = sorted(path for path in glob.glob(candidate) if Path(path).is_file())  # noqa: PTH207 (absolute patterns too)
-        if not paths:
-            raise ShardError(f"no shard matched {candidate!r}; {_HINT}")
-        return paths
-    source = f" (from {spec!r})" if candidate != spec else ""
-    raise ShardError(f"no shard {candidate}{source}; {_HINT}")
+def _source(images: str | Path, out: Path) -> ImageSource:
+    if is_builtin(str(images)) and not Path(images).is_dir():
+        return BuiltinImages(str(images))
+    if not str(images).startswith("hf://") and Path(images).resolve() == out.resolve():
+        raise OutputError(f"{out} is the image folder itself; choose another folder for the shards")
+    return ImageDataset(str(images)) if is_dataset(images) else ImageFolder(Path(images), leave_out=out)
 
 
-def _match_remote(candidate: str) -> list[str]:
-    from latentae.data import remote
-
-    address = re.split(r"[?#]", candidate, maxsplit=1)[0] if candidate.startswith("http") else candidate
-    if re.search(r"[*\[]", address):
-        paths = remote.find(candidate)
-    elif address.endswith(".tar"):  # whether it is there shows when its size is asked for
-        return [candidate]
-    else:
-        paths = remote.find(candidate.rstrip("/") + "/*.tar")
-    if not paths:
-        raise ShardError(f"no shard matched {shown(candidate)}; {_HINT}, and make sure that the server lists its files")
-    return paths
-
-
-def shard_keys(path: str | Path) -> list[str]:
-    """The keys of a shard's samples in tar order, from its headers; checks that the tar is whole.
-
-    Raises:
-        ShardError: missing, not a plain tar, cut short, damaged, or with a key that occurs twice.
-    """
-    with _local(str(path)) as file:
-        return [sample.key for sample in _samples(str(path), file)]
-
-
-@contextmanager
-def _local(path: str) -> Iterator[str]:
-    """A local file with the bytes of a shard: itself, or a temporary copy of a remote one."""
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="latentae-") as folder:
-        copy = Path(folder) / "shard.tar"
-        with stream(path) as source, copy.open("wb") as target:
-            while data := source.read(1 << 22):
-                target.write(data)
-        yield str(copy)
-
-
-def _samples(path: str, file: str) -> list[Sample]:
-    """Walk the headers of a whole tar at `file`, called `path` in messages."""
-    reader = Reader(lambda start, stop: read_range(file, start, stop), size_of(file), chunk=1 << 13)
-    return list(group(walk(reader, shown(path)), lambda problem: _refuse(path, problem)))
-
-
-def _refuse(path: str, problem: Problem) -> None:
-    if problem.code == "twice":
-        raise ShardError(f"shard {shown(path)} holds {problem.name!r} twice ({problem.reason}); write it again with unique keys")
-    if problem.code == "outside":
-        raise ShardError(f"shard {shown(path)} has a member {problem.name!r} that points outside; write it again with plain keys")
-
-
-def read_shard(path: str | Path, keys: Collection[str] | None = None) -> Iterator[RawSample]:
-    """Yield the samples of a shard in tar order: `{"__key__": str, "__url__": shard, extension: bytes, ...}`.
+def write_shards(
+    samples: Iterable[Members], out: str | Path, *, shard_size: int = 1000, max_shard_mb: float = 1000.0
+) -> ShardIndex:
+    """Write samples from memory to `OUT/000000.tar ...`, each with its index, and a manifest `index.json`, in the order given.
 
     Args:
-        path: an uncompressed tar in the WebDataset convention (members of one sample side by side), local, or remote and then
-            copied to a temporary file first.
-        keys: yield only these, each of which must be there; None is all.
+        samples: `{"__key__": "folder/name", "png": bytes, ...}`; keys as `escape_key` makes them, each once.
+        out: folder that holds no shards yet.
+        shard_size: at most so many samples in a shard.
+        max_shard_mb: and at most so many MB, unless one sample alone is larger.
 
     Raises:
-        ShardError: as `shard_keys`; for a local shard raised before the first sample, so that no half sample gets out.
+        DataError: no samples, or a key that readers would misread or that occurs twice.
+        OutputError: the output can't be written or already holds shards.
     """
-    path = str(path)
-    if is_remote(path):
-        return _read_remote(path, keys)
-    return _read_samples(path, path, _wanted(path, path, keys))
+    out = Path(out)
+    _check(shard_size, max_shard_mb)
+    if any(out.glob("*.tar")):
+        raise OutputError(f"{out} already holds shards; choose another output or remove them")
+    written: list[Path] = []
+    sized = ((sample, sum(len(value) for value in sample.values())) for sample in _checked(samples))
+    for group in _split(sized, shard_size, max_shard_mb * 1e6):
+        path = out / f"{len(written):06}.tar"
+        with atomic_file(path) as temporary:
+            fill_tar(temporary, group)
+        written.append(path)
+    if not written:
+        raise DataError(f"no samples to write to {out}; give at least one")
+    return write_index(out, [scan_shard(path) for path in written])
 
 
-def _read_remote(path: str, keys: Collection[str] | None) -> Iterator[RawSample]:
-    with _local(path) as file:
-        yield from _read_samples(path, file, _wanted(path, file, keys))
-
-
-def _wanted(path: str, file: str, keys: Collection[str] | None) -> list[Sample]:
-    samples = _samples(path, file)
-    if keys is None:
-        return samples
-    wanted = set(keys)
-    gone = wanted.difference(sample.key for sample in samples)
-    if gone:
-        raise ShardError(
-            f"shard {shown(path)} has changed: sample {min(gone)!r} is gone; start again with the shards as they are"
+def _check(
+    shard_size: int | None,
+    max_shard_mb: float,
+    resize: int | None = None,
+    quality: int | None = None,
+    workers: int | None = None,
+) -> None:
+    values = {"shard_size": shard_size, "max_shard_mb": max_shard_mb, "resize": resize, "workers": workers}
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise DataError(f"{name} is {value}; it must be above zero")
+    if quality is not None and not 1 <= quality <= 100:
+        raise DataError(f"quality is {quality}; a JPEG's is from 1 to 100")
+    if quality is not None and resize is None:
+        raise DataError(
+            "quality is of images that are resized; give resize too, or leave it out to copy files as they are"
         )
-    return [sample for sample in samples if sample.key in wanted]
 
 
-def _read_samples(path: str, file: str, samples: list[Sample]) -> Iterator[RawSample]:
+class _ShardsJob(Job):
+    """A job in a folder that may hold other files, as long as none is a shard."""
+
+    @classmethod
+    def claim(cls, folder: Path, inputs: Mapping[str, Any]) -> Job:
+        if (folder / RECORD).exists() or not folder.is_dir():
+            return cls.open(folder, "shards", inputs)
+        taken = next((p.name for p in sorted(folder.iterdir()) if _is_shards(p.name)), None)
+        if taken:
+            raise OutputError(
+                f"{folder} already holds {taken}, which would mix with the shards; choose another folder"
+            )
+        job = cls(folder, "shards", dict(inputs), "new")
+        job._write(finished=False)
+        return job
+
+
+def _is_shards(name: str) -> bool:
+    return name.endswith((".tar", ".tar" + SUFFIX)) or name in (INDEX_NAME, BAD_SAMPLES)
+
+
+def _checked(samples: Iterable[Members]) -> Iterator[Members]:
+    seen: set[str] = set()
     for sample in samples:
-        reader = Reader(lambda start, stop: read_range(file, start, stop), sample.end, start=sample.start)
-        yield read_checked(path, sample.key, sample.members, reader, None)
+        key = sample.get("__key__")
+        if not isinstance(key, str) or not key:
+            raise DataError(f"a sample has the key {key!r}; expected a text such as 'folder/name'")
+        plain = key.replace("%", "")
+        if escape_key(plain) != plain or key.startswith("/"):
+            raise DataError(
+                f"sample key {key!r} has characters that readers of shards would misread; pass it through escape_key"
+            )
+        if key in seen:
+            raise DataError(f"two samples have the key {key!r}; keys must be unique")
+        seen.add(key)
+        yield sample
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a killed run was writing."""
+    for leftover in out.glob(".*.incomplete"):
+        if _OURS.fullmatch(leftover.name) and abandoned(leftover):
+            leftover.unlink(missing_ok=True)
+
+
+def _split(sized: Iterable[tuple[_T, int]], count: int, size: float) -> Iterator[list[_T]]:
+    """Cut a stream into groups of at most `count` items and `size` bytes."""
+    group: list[_T] = []
+    total = 0
+    for item, weight in sized:
+        if group and (len(group) == count or total + weight > size):
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += weight
+    if group:
+        yield group

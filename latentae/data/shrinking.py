@@ -20,12 +20,18 @@ from latentae.errors import DataError, ImageError
 
 __all__ = ["encode_jpeg", "encode_png", "shrink"]
 
-_PNG_COLOUR = {1: 0, 3: 2, 4: 6}  # colour type of an IHDR chunk for each number of channels; PNG specification, section 11.2.1
+_PNG_COLOUR = {
+    1: 0,
+    3: 2,
+    4: 6,
+}  # colour type of an IHDR chunk for each number of channels; PNG specification, section 11.2.1
 _JPEG = b"\xff\xd8"  # has no transparency
 _CAN_BE_DEEP = (b"\x89PNG", b"II", b"MM", b"P")  # PNG, TIFF, PPM
 
 
-def shrink(data: bytes, name: str, short: int, quality: int | None, *, max_pixels: int = MAX_PIXELS) -> tuple[str, bytes] | None:
+def shrink(
+    data: bytes, name: str, short: int, quality: int | None, *, max_pixels: int = MAX_PIXELS
+) -> tuple[str, bytes] | None:
     """Resize an image file so that its short side is `short`, by antialiased bicubic, and encode it again.
 
     The result is upright and in sRGB, by the rules of docs/images.md. PNG keeps gray, transparency and 16 bits; JPEG lays
@@ -49,7 +55,9 @@ def shrink(data: bytes, name: str, short: int, quality: int | None, *, max_pixel
     side = min(height, width)
     if side <= short:
         return None
-    resized = crop_to_bucket(image, (height * short // side, width * short // side))  # of the same shape, so nothing is cut off
+    resized = crop_to_bucket(
+        image, (height * short // side, width * short // side)
+    )  # of the same shape, so nothing is cut off
     return ("png", encode_png(resized)) if quality is None else ("jpg", encode_jpeg(resized, quality))
 
 
@@ -57,7 +65,9 @@ def encode_png(image: Tensor) -> bytes:
     """uint8 or uint16 [1, 3 or 4, H, W] -> the bytes of a PNG file, lossless."""
     channels, height, width = image.shape
     if channels not in _PNG_COLOUR or image.dtype not in (torch.uint8, torch.uint16):
-        raise DataError(f"can't write {image.dtype} {list(image.shape)} as PNG; expected uint8 or uint16 [1, 3 or 4, H, W]")
+        raise DataError(
+            f"can't write {image.dtype} {list(image.shape)} as PNG; expected uint8 or uint16 [1, 3 or 4, H, W]"
+        )
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     if image.dtype == torch.uint8:
         file = io.BytesIO()
@@ -80,7 +90,9 @@ def encode_jpeg(image: Tensor, quality: int) -> bytes:
     """uint8 [1 or 3, H, W] -> the bytes of a JPEG file with as many samples of colour as of light."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels).save(file, "JPEG", quality=quality, subsampling=0)
+    Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels).save(
+        file, "JPEG", quality=quality, subsampling=0
+    )
     return file.getvalue()
 
 
@@ -110,7 +122,9 @@ def _deep(data: bytes, name: str, max_pixels: int) -> Tensor | None:
         return None
     try:
         image = decode_image(data, name, channels=4, bits=16, max_pixels=max_pixels)
-    except ImageError:  # deep, but can be had with 8 bits only, which is how training would read it; or no image at all
+    except (
+        ImageError
+    ):  # deep, but can be had with 8 bits only, which is how training would read it; or no image at all
         return None
     widened = bool((image.numpy() % 257 == 0).all())
     return None if widened else image

@@ -13,7 +13,17 @@ from typing import Any, Protocol
 
 from latentae.errors import ShardError
 
-__all__ = ["ByteStream", "is_remote", "name_of", "read_range", "shown", "size_of", "sizes_of", "stream", "will_read"]
+__all__ = [
+    "ByteStream",
+    "is_remote",
+    "name_of",
+    "read_range",
+    "shown",
+    "size_of",
+    "sizes_of",
+    "stream",
+    "will_read",
+]
 
 MAX_OPEN = 64  # local files kept open in each process
 
@@ -96,7 +106,9 @@ def read_range(path: str, start: int, stop: int) -> bytes:
     with _errors(path):
         found = _files().read(path, start, stop)
     if len(found) != stop - start:
-        raise ShardError(f"shard {path} ends at byte {start + len(found)}, expected {stop} or more; it changed or was cut short")
+        raise ShardError(
+            f"shard {path} ends at byte {start + len(found)}, expected {stop} or more; it changed or was cut short"
+        )
     return found
 
 
@@ -143,9 +155,13 @@ def _errors(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ShardError(f"no shard {path}; pass a folder of .tar files, a file, a glob, a brace pattern or a URL") from None
+        raise ShardError(
+            f"no shard {path}; pass a folder of .tar files, a file, a glob, a brace pattern or a URL"
+        ) from None
     except OSError as error:
-        raise ShardError(f"shard {path} can't be read ({error.strerror or error}); check the file and the disk") from error
+        raise ShardError(
+            f"shard {path} can't be read ({error.strerror or error}); check the file and the disk"
+        ) from error
 
 
 class _OpenFiles:
@@ -154,7 +170,9 @@ class _OpenFiles:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, tuple[int, int, int]] = OrderedDict()  # path -> descriptor, device, inode
+        self._files: OrderedDict[str, tuple[int, int, int]] = (
+            OrderedDict()
+        )  # path -> descriptor, device, inode
 
     def read(self, path: str, start: int, stop: int) -> bytes:
         if not hasattr(os, "pread"):  # Windows

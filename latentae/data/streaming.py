@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import Sample
-from latentae.data.index import IndexFiles
+from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.loader import BadSample, Batch, decode_for_training
 from latentae.data.options import DataOptions
-from latentae.data.order import derive_seed, whole_seed
 from latentae.data.reading import READ_EXTENSIONS
-from latentae.data.shards import RawSample, expand_shards
+from latentae.data.shard_files import RawSample, expand_shards
+from latentae.data.shard_index import IndexFiles
 from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
 from latentae.data.workers import end_workers, leave_signals_to_parent, share
@@ -42,7 +42,9 @@ def streams(shards: Sequence[str], index: str | None) -> bool:
 
 
 class _Stream(IterableDataset):
-    def __init__(self, shards: Sequence[str], batch_size: int, options: DataOptions, words: tuple[int, ...]) -> None:
+    def __init__(
+        self, shards: Sequence[str], batch_size: int, options: DataOptions, words: tuple[int, ...]
+    ) -> None:
         self.shards, self.batch_size, self.options, self.words = list(shards), batch_size, options, words
 
     def __iter__(self) -> Iterator[Batch | LatentAEError]:
@@ -65,7 +67,9 @@ class _Stream(IterableDataset):
                 bad.append(BadSample(raw["__key__"], raw["__url__"], str(error), "the next one", -1, -1))
                 failures += 1
                 if failures >= self.options.max_bad_in_a_row:
-                    raise DataError(f"{failures} samples in a row can't be read, the last: {error}; check the shards") from error
+                    raise DataError(
+                        f"{failures} samples in a row can't be read, the last: {error}; check the shards"
+                    ) from error
             if len(samples) == self.batch_size:
                 batch = Batch.of(samples, bad)
                 share(batch.images)
@@ -78,7 +82,10 @@ class _Stream(IterableDataset):
         from webdataset.filters import shuffle
         from webdataset.shardlists import ResampledShards
 
-        urls = (entry["url"] for entry in ResampledShards(self.shards, seed=seed, worker_seed=lambda: 0, deterministic=True))
+        urls = (
+            entry["url"]
+            for entry in ResampledShards(self.shards, seed=seed, worker_seed=lambda: 0, deterministic=True)
+        )
         every = itertools.chain.from_iterable(map(_read_stream, urls))
         return iter(shuffle(SHUFFLE, initial=min(SHUFFLE, 100), rng=random.Random(seed))(every))
 
@@ -108,7 +115,9 @@ def _read_stream(url: str) -> Iterator[RawSample]:
 
     with stream(url) as file:
         try:
-            yield from group_by_keys(tar_file_expander([{"url": url, "stream": _File(file)}], select_files=wanted))
+            yield from group_by_keys(
+                tar_file_expander([{"url": url, "stream": _File(file)}], select_files=wanted)
+            )
         except (tarfile.TarError, ValueError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ShardError(
@@ -150,7 +159,9 @@ class StreamLoader:
         words = (self._seed, self._rank, self._batches)  # a run that goes on draws anew
         dataset = _Stream(self._shards, self._batch_size, options, words)
         pin = options.workers > 0 and torch.cuda.is_available()
-        parts = DataLoader(dataset, batch_size=None, num_workers=options.workers, worker_init_fn=leave_signals_to_parent)
+        parts = DataLoader(
+            dataset, batch_size=None, num_workers=options.workers, worker_init_fn=leave_signals_to_parent
+        )
         iterator = iter(parts)
         try:
             for batch in iterator:

@@ -22,7 +22,15 @@ import numpy as np
 from latentae.data.tars import BLOCK, Problem, Sample
 from latentae.errors import ShardError
 
-__all__ = ["FORMAT_VERSION", "MAX_PROBLEMS", "SampleTable", "TableBuilder", "hash_key", "open_table", "read_record"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_PROBLEMS",
+    "SampleTable",
+    "TableBuilder",
+    "hash_key",
+    "open_table",
+    "read_record",
+]
 
 FORMAT_VERSION = 1
 MAX_PROBLEMS = 1000  # listed one by one for each shard; the others are counted
@@ -32,14 +40,19 @@ MAX_HEADER = 1 << 24  # bytes of JSON before the arrays
 _TYPES = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "U64": np.dtype("<u8")}
 _ROWS = ("start", "blocks", "height", "width", "key_hash", "key_end", "last")  # one number for each sample
 _MEMBERS = ("extension", "skip", "bytes")  # one for each member; those of a sample end at its "last"
-_TEXT = ("keys", "problems")  # bytes; the problems are JSON, apart from the record for they may be long and are seldom read
+_TEXT = (
+    "keys",
+    "problems",
+)  # bytes; the problems are JSON, apart from the record for they may be long and are seldom read
 _NAMES = (*_ROWS, *_MEMBERS, *_TEXT)
 _FACTS = {"samples", "bytes", "sha256", "headers", "marks", "place", "extensions", "problem_counts", "crc32"}
 
 
 def hash_key(key: str) -> int:
     """The 64 bits of a key that decide whether it is held out."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8, key=b"latentae held out").digest()
+    digest = hashlib.blake2b(
+        key.encode("utf-8", "surrogateescape"), digest_size=8, key=b"latentae held out"
+    ).digest()
     return int.from_bytes(digest, "big")
 
 
@@ -75,7 +88,9 @@ class SampleTable:
         if name not in self._checked:
             if zlib.crc32(values.data) != self.record["crc32"][name]:
                 place = self._source if isinstance(self._source, str) else "in memory"
-                raise ShardError(f"the index {place} is damaged ({name}); remove it and run `latentae index` again")
+                raise ShardError(
+                    f"the index {place} is damaged ({name}); remove it and run `latentae index` again"
+                )
             self._checked.add(name)
         return values
 
@@ -134,7 +149,9 @@ class SampleTable:
         found, start = [], int(self._arrays["start"][row]) * BLOCK
         for i in range(int(ends[row - 1]) if row else 0, int(ends[row])):
             extension = self._extensions[int(self._arrays["extension"][i])]
-            found.append((extension, start + int(self._arrays["skip"][i]) * BLOCK, int(self._arrays["bytes"][i])))
+            found.append(
+                (extension, start + int(self._arrays["skip"][i]) * BLOCK, int(self._arrays["bytes"][i]))
+            )
         return tuple(found)
 
 
@@ -193,7 +210,9 @@ class TableBuilder:
         """The index file; `facts` (plain JSON values) join its record."""
         from safetensors.numpy import save
 
-        self._columns["problems"] = array("B", json.dumps([list(problem) for problem in self.problems]).encode())
+        self._columns["problems"] = array(
+            "B", json.dumps([list(problem) for problem in self.problems]).encode()
+        )
         arrays = {name: _smallest(name, column) for name, column in self._columns.items()}
         record = {
             "format_version": FORMAT_VERSION,
@@ -228,7 +247,9 @@ class _Header:
         self.record = json.loads(text[8:])
         if self.record["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format is {self.record['format_version']}, expected {FORMAT_VERSION}")
-        self.arrays: dict[str, tuple[np.dtype, int, int]] = {}  # type, count, first byte, as np.frombuffer takes them
+        self.arrays: dict[
+            str, tuple[np.dtype, int, int]
+        ] = {}  # type, count, first byte, as np.frombuffer takes them
         for name in _NAMES:
             kind, (begin, end) = _TYPES[entries[name]["dtype"]], entries[name]["data_offsets"]
             if not 0 <= begin <= end <= total - base or (end - begin) % kind.itemsize:

@@ -15,7 +15,9 @@ from latentae.errors import ShardError
 __all__ = ["BLOCK", "DamagedTar", "Member", "Problem", "Reader", "Sample", "group", "walk"]
 
 BLOCK = 512
-MAX_EXTENDED = 1 << 20  # bytes of a long name or PAX header; names end far below, and a damaged size must not fill the memory
+MAX_EXTENDED = (
+    1 << 20
+)  # bytes of a long name or PAX header; names end far below, and a damaged size must not fill the memory
 
 _ZEROS = bytes(BLOCK)
 _KINDS = {
@@ -40,7 +42,9 @@ _COMPRESSED = {
     b"PK\x03\x04": "zip",
 }
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
-_SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's base_plus_ext, for names of one line
+_SPLIT = re.compile(
+    r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL
+)  # webdataset's base_plus_ext, for names of one line
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
@@ -204,7 +208,9 @@ def walk(reader: Reader, shard: str, *, whole: bool = True) -> Iterator[Member]:
             what = "sparse file"
         elif kind == b"\0" and full.endswith(b"/") and not length:  # the V7 way to say folder
             what = "folder"
-        yield Member(full.decode("utf-8", "surrogateescape"), what, first, data, 0 if kind in _NO_DATA else length, end)
+        yield Member(
+            full.decode("utf-8", "surrogateescape"), what, first, data, 0 if kind in _NO_DATA else length, end
+        )
         reader.skip_to(end)
         position, first, name, size, sparse = end, -1, None, None, False
 
@@ -214,7 +220,9 @@ def _padded(size: int) -> int:
 
 
 def _damaged(shard: str, position: int, reason: str) -> DamagedTar:
-    return DamagedTar(f"shard {shard} is cut short or damaged at byte {position} ({reason}); fetch or write it again")
+    return DamagedTar(
+        f"shard {shard} is cut short or damaged at byte {position} ({reason}); fetch or write it again"
+    )
 
 
 def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]:
@@ -223,7 +231,9 @@ def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]
     total = sum(header) - sum(stored) + 8 * 32  # the checksum counts its own field as spaces
     expected = _octal(stored)
     # Some old writers summed signed bytes.
-    if expected != total and expected != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
+    if expected != total and expected != total - 256 * sum(
+        byte > 127 for byte in header[:148] + header[156:]
+    ):
         if position == 0:
             raise _no_tar(header, shard)
         raise _damaged(shard, position, "the checksum of a header is wrong")
@@ -253,7 +263,9 @@ def _size(field: bytes) -> int | None:
 def _no_tar(header: bytes, shard: str) -> DamagedTar:
     kind = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
     if kind:
-        return DamagedTar(f"shard {shard} is compressed with {kind}; unpack it to a plain tar, in which samples can be found")
+        return DamagedTar(
+            f"shard {shard} is compressed with {kind}; unpack it to a plain tar, in which samples can be found"
+        )
     return DamagedTar(
         f"shard {shard} is not a whole, uncompressed tar (it begins with {header[:12]!r}...); fetch or write it again"
     )
@@ -261,7 +273,9 @@ def _no_tar(header: bytes, shard: str) -> DamagedTar:
 
 def _extended(reader: Reader, shard: str, position: int, size: int) -> bytes:
     if size > MAX_EXTENDED:
-        raise _damaged(shard, position, f"a name or PAX header of {size} bytes, expected at most {MAX_EXTENDED}")
+        raise _damaged(
+            shard, position, f"a name or PAX header of {size} bytes, expected at most {MAX_EXTENDED}"
+        )
     data = reader.take(_padded(size))
     if len(data) < _padded(size):
         raise _damaged(shard, position, "it ends inside a long name")
@@ -309,7 +323,11 @@ def _check_tail(reader: Reader, shard: str) -> None:
         position = reader.position
         tail = reader.take(min(1 << 16, reader.stop - position))
         if tail.count(0) != len(tail):
-            raise _damaged(shard, position - BLOCK, "a zero block is followed by more data: a damaged header, or two tars joined")
+            raise _damaged(
+                shard,
+                position - BLOCK,
+                "a zero block is followed by more data: a damaged header, or two tars joined",
+            )
 
 
 def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Iterator[Sample]:
@@ -331,7 +349,11 @@ def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Ite
                 yield from _finished(current, seen, report)
             current, extensions = Sample(key, member.start, member.end, []), set()
         if extension in extensions:
-            report(Problem("twice", member.start, member.name, "a member of this name came before in the same sample"))
+            report(
+                Problem(
+                    "twice", member.start, member.name, "a member of this name came before in the same sample"
+                )
+            )
             continue
         extensions.add(extension)
         current.members.append((extension, member.offset, member.size))
@@ -342,7 +364,11 @@ def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Ite
 
 def _finished(sample: Sample, seen: set[str], report: Callable[[Problem], object]) -> Iterator[Sample]:
     if sample.key in seen:
-        report(Problem("twice", sample.start, sample.key, "a sample of this key came before, and not side by side"))
+        report(
+            Problem(
+                "twice", sample.start, sample.key, "a sample of this key came before, and not side by side"
+            )
+        )
         return
     seen.add(sample.key)
     yield sample

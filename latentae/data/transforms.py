@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentae.data.epoch_order import whole_seed
 from latentae.data.options import DataOptions
-from latentae.data.order import whole_seed
 from latentae.errors import ImageError
 
 __all__ = [
@@ -64,7 +64,9 @@ def crop_to_bucket(image: Tensor, bucket: tuple[int, int], *, seed: int | None =
     # A thin strip enlarged to the bucket could fill the memory, and little of it is wanted.
     most_high, most_wide = max(4 * width * high // wide, 1), max(4 * height * wide // high, 1)
     if height > most_high or width > most_wide:
-        return crop_to_bucket(_cut(image, min(height, most_high), min(width, most_wide), seed), bucket, seed=seed)
+        return crop_to_bucket(
+            _cut(image, min(height, most_high), min(width, most_wide), seed), bucket, seed=seed
+        )
     # Cropping before resizing would change the filter at the cut; the long side is rounded down as torchvision's Resize does.
     if width * high >= wide * height:
         resized = _resize(image, high, max(int(high * width / height), wide))
@@ -157,7 +159,9 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
     """
     size = options.resolution
     if bucket is None and options.crop == "random":
-        return random_crop_flip(image, size, scale=(options.scale_min, options.scale_max), seed=seed, flip=options.flip)
+        return random_crop_flip(
+            image, size, scale=(options.scale_min, options.scale_max), seed=seed, flip=options.flip
+        )
     if bucket is None and options.crop == "random-resized":
         return random_resized_crop_flip(image, size, seed=seed, flip=options.flip)
     cut = crop_to_bucket(image, bucket or (size, size), seed=None if options.crop == "center" else seed)
@@ -167,7 +171,9 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
 def kept_short_side(options: DataOptions, bucket: tuple[int, int] | None = None) -> int | None:
     """Pixels of an image's short side that `augment` keeps at least, over all seeds; None where it crops at native scale."""
     if bucket is None and options.crop == "random-resized":
-        return math.ceil(options.resolution / math.sqrt(AREA[0] * RATIO[0]))  # the shortest side of the smallest rectangle
+        return math.ceil(
+            options.resolution / math.sqrt(AREA[0] * RATIO[0])
+        )  # the shortest side of the smallest rectangle
     if bucket is None and options.crop == "random":
         return math.ceil(options.resolution / options.scale_min) if options.scale_min else None
     return max(bucket or (options.resolution,))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from latentae.data.order import derive_seed
+from latentae.data.epoch_order import derive_seed
 from latentae.encoding.latents import LatentDataset
 
 __all__ = ["SizeBatches"]
@@ -24,11 +24,20 @@ class SizeBatches(Sampler[list[int]]):
         drop_last: leave out the latents of each size that fill no batch.
     """
 
-    def __init__(self, dataset: LatentDataset, batch_size: int, *, shuffle: bool = True, drop_last: bool = True) -> None:
-        self._dataset, self._batch_size, self._shuffle, self._drop_last = dataset, batch_size, shuffle, drop_last
+    def __init__(
+        self, dataset: LatentDataset, batch_size: int, *, shuffle: bool = True, drop_last: bool = True
+    ) -> None:
+        self._dataset, self._batch_size, self._shuffle, self._drop_last = (
+            dataset,
+            batch_size,
+            shuffle,
+            drop_last,
+        )
         _, group = np.unique(dataset.sizes, axis=0, return_inverse=True)
         order = np.argsort(group.reshape(-1), kind="stable")
-        self._groups = [torch.from_numpy(part) for part in np.split(order, np.cumsum(np.bincount(group.reshape(-1)))[:-1])]
+        self._groups = [
+            torch.from_numpy(part) for part in np.split(order, np.cumsum(np.bincount(group.reshape(-1)))[:-1])
+        ]
 
     def __len__(self) -> int:
         extra = 0 if self._drop_last else self._batch_size - 1
@@ -40,6 +49,14 @@ class SizeBatches(Sampler[list[int]]):
         batches = []
         for group in self._groups:
             mixed = group[torch.randperm(len(group), generator=generator)] if self._shuffle else group
-            batches += [batch for batch in mixed.split(self._batch_size) if len(batch) == self._batch_size or not self._drop_last]
-        order = torch.randperm(len(batches), generator=generator).tolist() if self._shuffle else range(len(batches))
+            batches += [
+                batch
+                for batch in mixed.split(self._batch_size)
+                if len(batch) == self._batch_size or not self._drop_last
+            ]
+        order = (
+            torch.randperm(len(batches), generator=generator).tolist()
+            if self._shuffle
+            else range(len(batches))
+        )
         return (batches[number].tolist() for number in order if len(batches[number]))

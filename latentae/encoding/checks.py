@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.shards import shard_keys
+from latentae.data.shard_files import shard_keys
 from latentae.data.sources import shown, size_of, stream
 from latentae.data.tars import Sample
 from latentae.encoding.contents import ShardContents, local_files
@@ -39,7 +39,11 @@ def why_not_done(store: Store, shard: str, sizes: Mapping[str, int]) -> str:
     name = next((name for name in wanted if sizes.get(name) != wanted[name]), shard)
     if name not in sizes:
         return f"{name} is not there"
-    return f"{name} has {sizes[name]} bytes, expected {wanted[name]}" if not fits(sidecar, sizes) else "it changed meanwhile"
+    return (
+        f"{name} has {sizes[name]} bytes, expected {wanted[name]}"
+        if not fits(sidecar, sizes)
+        else "it changed meanwhile"
+    )
 
 
 def sidecar_problems(sidecar: Sidecar) -> Iterator[str]:
@@ -73,7 +77,9 @@ def input_problems(sidecar: Sidecar, source: str, deep: bool) -> Iterator[str]:
             yield f"its input {shown(source)} holds other bytes by now"
 
 
-def deep_problems(store: Store, sidecar: Sidecar, inputs: Mapping[str, Any], source: str | None) -> Iterator[str]:
+def deep_problems(
+    store: Store, sidecar: Sidecar, inputs: Mapping[str, Any], source: str | None
+) -> Iterator[str]:
     """What is wrong in the files of a shard, read to the last byte.
 
     Args:
@@ -91,8 +97,17 @@ def deep_problems(store: Store, sidecar: Sidecar, inputs: Mapping[str, Any], sou
             other = [name for name, path in files.items() if sha256(path) != wanted[name]]
             yield from (f"{name} holds other bytes than were written (SHA-256)" for name in other)
             with ShardContents(store.show(sidecar.shard), sidecar, files) as contents:
-                yield from _Contents(contents, inputs).problems(None if source is None else shard_keys(source))
-        except (DataError, OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # any bytes may stand there
+                yield from _Contents(contents, inputs).problems(
+                    None if source is None else shard_keys(source)
+                )
+        except (
+            DataError,
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # any bytes may stand there
             yield str(error)
 
 
@@ -179,8 +194,14 @@ class _Contents:
 
     def _statistics(self) -> Iterator[str]:
         expected = self.expected
-        spread = np.sqrt(expected.m2 / max(expected.count, 1))  # a mean near zero is small beside the values it is of
-        sizes = {"mean": np.abs(expected.mean) + spread, "m2": expected.m2, "variance_sum": expected.variance_sum}
+        spread = np.sqrt(
+            expected.m2 / max(expected.count, 1)
+        )  # a mean near zero is small beside the values it is of
+        sizes = {
+            "mean": np.abs(expected.mean) + spread,
+            "m2": expected.m2,
+            "variance_sum": expected.variance_sum,
+        }
         for name, size in sizes.items():
             with np.errstate(all="ignore"):
                 close = np.abs(getattr(self.found, name) - getattr(expected, name)) <= _CLOSE * size

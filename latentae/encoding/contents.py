@@ -46,7 +46,10 @@ def shard_contents(store: Store, sidecar: Sidecar) -> Iterator[ShardContents]:
         ShardError: here or while reading, where the shard is damaged.
     """
     names = [sidecar.shard, *(file.name for file in sidecar.packed)]
-    with local_files(store, names) as files, ShardContents(store.show(sidecar.shard), sidecar, files) as contents:
+    with (
+        local_files(store, names) as files,
+        ShardContents(store.show(sidecar.shard), sidecar, files) as contents,
+    ):
         yield contents
 
 
@@ -77,14 +80,18 @@ class ShardContents:
             return read_range(str(path), start, stop)
 
         problems: list[Problem] = []
-        for sample in group(walk(Reader(fetch, path.stat().st_size, chunk=1 << 13), self.shown), problems.append):
+        for sample in group(
+            walk(Reader(fetch, path.stat().st_size, chunk=1 << 13), self.shown), problems.append
+        ):
             self._refuse(problems)
             yield sample
         self._refuse(problems)
 
     def _refuse(self, problems: list[Problem]) -> None:
         if problems:
-            raise ShardError(f"{self.shown} holds {problems[0].name!r}, which has no place there ({problems[0].reason})")
+            raise ShardError(
+                f"{self.shown} holds {problems[0].name!r}, which has no place there ({problems[0].reason})"
+            )
 
     def read(self, sample: Sample, extension: str) -> bytes:
         """The bytes of a member; ShardError if the sample has none of this name."""
@@ -99,7 +106,9 @@ class ShardContents:
             info = json.loads(self.read(sample, JSON_MEMBER))
             return dict(info)
         except (ValueError, TypeError) as error:
-            raise ShardError(f"the {JSON_MEMBER} of sample {sample.key!r} in {self.shown} can't be read ({error})") from error
+            raise ShardError(
+                f"the {JSON_MEMBER} of sample {sample.key!r} in {self.shown} can't be read ({error})"
+            ) from error
 
     def tensors(self, sample: Sample, info: Mapping[str, Any]) -> dict[str, Tensor]:
         """`mean`, `logvar` and, where mirrored images were encoded too, `mean_flip`, `logvar_flip`: [z, h, w] as stored."""
@@ -110,7 +119,9 @@ class ShardContents:
             file = self.packed(packed_name(self.sidecar.shard, height, width))
             return {name: file.get_slice(name)[int(info["row"])] for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
-            raise ShardError(f"the latent of sample {sample.key!r} in {self.shown} can't be read ({error!r})") from error
+            raise ShardError(
+                f"the latent of sample {sample.key!r} in {self.shown} can't be read ({error!r})"
+            ) from error
 
     def packed(self, name: str) -> Any:
         """A packed file, open; KeyError if the sidecar lists none of this name."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.index import ShardEntry, ShardIndex, load_index
 from latentae.data.options import DataOptions
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import ShardEntry, ShardIndex, load_index
 from latentae.data.sources import is_remote, name_of, sizes_of
 from latentae.device import choose_device
 from latentae.encoding.encoders import Encoder, ModelEncoder, build_encoder
@@ -166,7 +166,12 @@ def encode(
 
 
 def _check_format(
-    format: str, out: str | Path, buckets: str, model: str | Path, weights: str, shards: str | Path | Sequence[str | Path]
+    format: str,
+    out: str | Path,
+    buckets: str,
+    model: str | Path,
+    weights: str,
+    shards: str | Path | Sequence[str | Path],
 ) -> None:
     """Refuse before the work what the writer of a layout would refuse after it."""
     if format == "latentae":
@@ -176,9 +181,13 @@ def _check_format(
     if format not in FORMATS:
         raise RecipeError(f"format is {format!r}, expected one of latentae, {', '.join(FORMATS)}")
     if is_remote(str(out)):
-        raise RecipeError(f"format {format} is written to a local folder, not to a URL; copy it there afterwards")
+        raise RecipeError(
+            f"format {format} is written to a local folder, not to a URL; copy it there afterwards"
+        )
     if buckets != "none" and format not in TAKE_BUCKETS:
-        raise RecipeError(f"format {format} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}")
+        raise RecipeError(
+            f"format {format} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}"
+        )
     if format in NEED_LABELS and not has_label(expand_shards(shards)):
         raise RecipeError(
             f"format {format} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
@@ -187,7 +196,9 @@ def _check_format(
     if format != "kohya":
         return
     if (factor := resolve_model(model, weights).config.downsampling) != 8:
-        raise RecipeError(f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format")
+        raise RecipeError(
+            f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format"
+        )
     index = _index(expand_shards(shards))
     if index.sources:  # of remote shards without an index, keys are known once they have been read
         from latentae.encoding.formats import kohya
@@ -266,7 +277,10 @@ def prepare(
         pin=where.type == "cuda",
         max_pixels=max_pixels,
     )
-    inputs = {**identity, "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}}
+    inputs = {
+        **identity,
+        "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)},
+    }
     job = store.claim("encode", inputs, {"model_path": str(Path(model).absolute())})
     mine = plan[task::tasks]
     return Work(
@@ -274,7 +288,11 @@ def prepare(
         store,
         plan,
         mine,
-        [shard for shard, sidecar in find_finished(store, mine, fingerprint, store.sizes()) if sidecar is None],
+        [
+            shard
+            for shard, sidecar in find_finished(store, mine, fingerprint, store.sizes())
+            if sidecar is None
+        ],
         settings,
         source,
         partial(build_encoder, source.weights_file, device, identity["compute"]),
@@ -395,9 +413,13 @@ def conclude(work: Work) -> dict[str, Any]:
     if work.pending or work.job.state != "finished" or work.store.read(STATISTICS) != text:
         work.store.write_bytes(STATISTICS, text)
         work.job.finish(samples=total.samples, skipped=total.skipped)
-        say(f"encode: {total.samples} latents in {total.shards} shards, {total.skipped} skipped, in {work.store.shown}")
+        say(
+            f"encode: {total.samples} latents in {total.shards} shards, {total.skipped} skipped, in {work.store.shown}"
+        )
     else:
-        say(f"encode: {work.store.shown} is already finished, {total.samples} latents in {total.shards} shards; nothing to do")
+        say(
+            f"encode: {work.store.shown} is already finished, {total.samples} latents in {total.shards} shards; nothing to do"
+        )
     return {**summary, **total.statistics.summary()}
 
 
@@ -419,5 +441,7 @@ def _resolution(source: ModelSource, resolution: int | None) -> int:
             f"{source.path} takes {source.config.in_channels}-channel images; encode reads images of 1, 3 or 4 channels"
         )
     if side < factor or side % factor:
-        raise ImageError(f"resolution is {side}, expected a multiple of the model's downsampling factor {factor}")
+        raise ImageError(
+            f"resolution is {side}, expected a multiple of the model's downsampling factor {factor}"
+        )
     return side

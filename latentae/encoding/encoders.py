@@ -87,7 +87,9 @@ class PatientEncoder:
         """
         while (found := self._try(images)) is None:
             self.size //= 2
-            say(f"encode: out of memory; going on with batches of {self.size} images of {images.shape[2]}x{images.shape[3]}")
+            say(
+                f"encode: out of memory; going on with batches of {self.size} images of {images.shape[2]}x{images.shape[3]}"
+            )
         if self.size < self.batch_size and self.size not in self.smaller:
             self.smaller.append(self.size)
         return found
@@ -97,7 +99,9 @@ class PatientEncoder:
         try:
             if self.size >= len(images):
                 return self.encoder(images)
-            parts = [self._part(images[start : start + self.size]) for start in range(0, len(images), self.size)]
+            parts = [
+                self._part(images[start : start + self.size]) for start in range(0, len(images), self.size)
+            ]
             return torch.cat([mean for mean, _ in parts]), torch.cat([logvar for _, logvar in parts])
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
@@ -122,4 +126,6 @@ class PatientEncoder:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     """CUDA has an error class for it, the CPU's allocator a sentence."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(
+        error
+    )

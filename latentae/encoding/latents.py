@@ -24,7 +24,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentae.data.order import derive_seed, whole_seed
+from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.sources import read_range
 from latentae.data.tars import Reader, group, walk
 from latentae.encoding.places import (
@@ -106,7 +106,13 @@ class LatentDataset(Dataset[Any]):
         labels: bool = True,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.path, self.scaled, self.sampled, self.flip, self.transform = path, scaled, sample, flip, transform
+        self.path, self.scaled, self.sampled, self.flip, self.transform = (
+            path,
+            scaled,
+            sample,
+            flip,
+            transform,
+        )
         self.seed = whole_seed(seed)
         store = Store.open(path)
         record = store.record()
@@ -119,11 +125,15 @@ class LatentDataset(Dataset[Any]):
         self.record: dict[str, Any] = record
         self.statistics = _read_statistics(store)
         if scaled and self.statistics["scaling_factor"] is None:
-            raise OutputError(f"the latents in {store.shown} do not vary, so they have no scaling factor; use scaled=False")
+            raise OutputError(
+                f"the latents in {store.shown} do not vary, so they have no scaling factor; use scaled=False"
+            )
         sidecars = _sidecars(store)
         self.flips: bool = all(sidecar.flip for sidecar in sidecars if sidecar.output.samples)
         if flip and not self.flips:
-            raise OutputError(f"{store.shown} holds no latents of mirrored images; encode again with --flip, or use flip=False")
+            raise OutputError(
+                f"{store.shown} holds no latents of mirrored images; encode again with --flip, or use flip=False"
+            )
         self.shards: list[str] = [sidecar.shard for sidecar in sidecars]
         self.digest = _digest(sidecars)
         path_of = _addresses(store, path)
@@ -135,7 +145,9 @@ class LatentDataset(Dataset[Any]):
         if not labels:
             self._places = replace(self._places, label=np.full_like(self._places.label, -1))
         self._first = np.cumsum([0, *(len(places) for places, _ in found)])
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see a new epoch
+        self._epoch = torch.zeros(
+            1, dtype=torch.int64
+        ).share_memory_()  # workers that live on see a new epoch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -240,7 +252,12 @@ class LatentDataset(Dataset[Any]):
             return Latent(key, mean, logvar)
         begin = int(places.start[index]) + int(places.where[index])
         shard = self._shard(index)
-        return _unpack(key, read_range(self._paths[shard], begin, begin + int(places.size[index])), self.shards[shard], flip)
+        return _unpack(
+            key,
+            read_range(self._paths[shard], begin, begin + int(places.size[index])),
+            self.shards[shard],
+            flip,
+        )
 
     def _row(self, layout: PackedLayout, name: str, row: int) -> Tensor:
         dtype = _DTYPES[layout.dtype]
@@ -266,7 +283,9 @@ class LatentDataset(Dataset[Any]):
         samples = list(group(walk(reader, self.shards[shard], whole=False), lambda problem: None))
         if len(samples) != 1 or samples[0].key != self._places.key(index):
             raise _changed(self.shards[shard], self._places.key(index))
-        return {name: data[offset - start : offset - start + size] for name, offset, size in samples[0].members}
+        return {
+            name: data[offset - start : offset - start + size] for name, offset, size in samples[0].members
+        }
 
     def meta(self, index: int) -> dict[str, Any]:
         """What is known of a sample besides its latent, by extension.
@@ -326,7 +345,11 @@ class _Keys(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         wanted = range(len(self))[index]
-        return self._places.key(wanted) if isinstance(wanted, int) else [self._places.key(number) for number in wanted]
+        return (
+            self._places.key(wanted)
+            if isinstance(wanted, int)
+            else [self._places.key(number) for number in wanted]
+        )
 
 
 class _ItemOf:
@@ -347,7 +370,11 @@ class _ItemOf:
         index = self._indices[raw["__key__"]]
         data = raw.pop(LATENT_MEMBER, None)
         mirrored = dataset.flip and dataset._seed("flip", index) % 2 == 1
-        latent = dataset.posterior(index, flip=mirrored) if data is None else _unpack(raw["__key__"], data, url, mirrored)
+        latent = (
+            dataset.posterior(index, flip=mirrored)
+            if data is None
+            else _unpack(raw["__key__"], data, url, mirrored)
+        )
         return {**raw, "item": dataset._finish(index, latent)}
 
 
@@ -368,13 +395,17 @@ _READERS: dict[str, Callable[[bytes], Any]] = {
 def _unpack(key: str, data: bytes, shard: str, flip: bool) -> Latent:
     try:
         tensors = load_safetensors(data)
-        return Latent(key, *(tensors[name + ("_flip" if flip else "")].float() for name in ("mean", "logvar")))
+        return Latent(
+            key, *(tensors[name + ("_flip" if flip else "")].float() for name in ("mean", "logvar"))
+        )
     except (SafetensorError, KeyError) as error:
         raise _changed(shard, key) from error
 
 
 def _changed(shard: str, key: str) -> ShardError:
-    return ShardError(f"shard {shard} has changed: the latent of {key!r} is not where it was; open the data set again")
+    return ShardError(
+        f"shard {shard} has changed: the latent of {key!r} is not where it was; open the data set again"
+    )
 
 
 def _addresses(store: Store, path: str | Path) -> Callable[[str], str]:

@@ -26,7 +26,15 @@ from torch import Tensor
 from latentae.data.sources import shown, size_of
 from latentae.encoding.places import JSON_MEMBER, LATENT_MEMBER
 from latentae.encoding.samples import Begin, End, Skipped, Source
-from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, finished_sidecar, packed_name, sidecar_name, write_sidecar
+from latentae.encoding.sidecar import (
+    PackedFile,
+    ShardFile,
+    Sidecar,
+    finished_sidecar,
+    packed_name,
+    sidecar_name,
+    write_sidecar,
+)
 from latentae.encoding.store import Store
 from latentae.errors import OutputError, ShardError
 from latentae.models.latent_statistics import LatentStatistics
@@ -59,7 +67,14 @@ Event = Begin | Skipped | Encoded | Finished
 
 
 def write_shards(
-    events: Iterator[Event], store: Store, *, channels: int, fingerprint: str, packed: bool, flip: bool, batch_size: int
+    events: Iterator[Event],
+    store: Store,
+    *,
+    channels: int,
+    fingerprint: str,
+    packed: bool,
+    flip: bool,
+    batch_size: int,
 ) -> Iterator[Sidecar]:
     """Write each shard and then its sidecar; one that fails leaves nothing under its name.
 
@@ -154,14 +169,21 @@ class _Output:
                     raise ShardError(
                         f"{shown(self.begin.source)} changed while it was encoded; run the same command again once it is complete"
                     )
-                self.files.append(ShardFile(samples=self.statistics.samples, bytes=hashed.tell(), sha256=hashed.sha256))
+                self.files.append(
+                    ShardFile(samples=self.statistics.samples, bytes=hashed.tell(), sha256=hashed.sha256)
+                )
             for (height, width), pack in packs.items():
                 name = packed_name(self.begin.name, height, width)
                 self.packed_files.append(pack.write(name, stack.enter_context(self.store.write(name))))
         return end
 
     def _write_samples(
-        self, events: Iterator[Event], tar: tarfile.TarFile, packs: dict[tuple[int, int], _Pack], stack: ExitStack, folder: Path
+        self,
+        events: Iterator[Event],
+        tar: tarfile.TarFile,
+        packs: dict[tuple[int, int], _Pack],
+        stack: ExitStack,
+        folder: Path,
     ) -> Finished:
         ready: dict[int, Skipped | tuple[Source, dict[str, Tensor]]] = {}
         messages: list[str] = []
@@ -178,7 +200,9 @@ class _Output:
                     messages += [item.message] if len(messages) < _SHOWN else []
                     continue
                 sample, latents = item
-                self.statistics = self.statistics.merge(LatentStatistics.of(latents["mean"], latents["logvar"]))
+                self.statistics = self.statistics.merge(
+                    LatentStatistics.of(latents["mean"], latents["logvar"])
+                )
                 info = sample.info
                 if self.packed:
                     size = (info["bucket"][0], info["bucket"][1])
@@ -206,10 +230,17 @@ def _by_position(event: Any) -> Iterator[tuple[int, Skipped | tuple[Source, dict
         yield event.position, event
         return
     assert isinstance(event, Encoded)
-    finite = torch.stack([latent.isfinite().flatten(1).all(1) for latent in event.latents.values()]).all(0).tolist()
+    finite = (
+        torch.stack([latent.isfinite().flatten(1).all(1) for latent in event.latents.values()])
+        .all(0)
+        .tolist()
+    )
     for row, sample in enumerate(event.samples):
         if finite[row]:
-            yield sample.position, (sample, {name: latent[row].contiguous() for name, latent in event.latents.items()})
+            yield (
+                sample.position,
+                (sample, {name: latent[row].contiguous() for name, latent in event.latents.items()}),
+            )
         else:
             yield sample.position, Skipped(sample.position, sample.key, NON_FINITE, sample.key)
 

@@ -62,7 +62,9 @@ class Crew:
             self._one_core_each(self._pool)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -80,7 +82,9 @@ class Crew:
 
         for future in [pool.submit(begin) for _ in range(self.workers)]:
             future.result()
-        torch.set_num_threads(threads)  # the workers' calls set what later threads of this process would begin with
+        torch.set_num_threads(
+            threads
+        )  # the workers' calls set what later threads of this process would begin with
 
     def map(self, function: Callable[[_A], _B], items: Iterator[_A], window: int) -> Iterator[_B]:
         """`function` of each item in order, computed by the workers for up to `window` items ahead."""
@@ -120,7 +124,9 @@ class Crew:
         if item.error is not None:
             raise item.error
 
-    def behind(self, consume: Callable[[Iterator[_A]], Iterator[_B]], items: Iterator[_A], depth: int) -> Iterator[_B]:
+    def behind(
+        self, consume: Callable[[Iterator[_A]], Iterator[_B]], items: Iterator[_A], depth: int
+    ) -> Iterator[_B]:
         """What `consume(items)` gives, where items are made here and `consume` runs in a thread, up to `depth` of them behind.
 
         When making an item fails, `consume` gets all before it and then the error, which is raised here once it has ended.

@@ -108,7 +108,9 @@ def join(parts: Sequence[Places], files: Sequence[int]) -> Places:
         own = arrays["file"][number]
         arrays["file"][number] = np.where(own < 0, own, own + before_file[number]).astype(np.int32)
     empty = {**_TYPES, "keys": np.uint8}
-    return Places(**{name: np.concatenate([np.zeros(0, empty[name]), *values]) for name, values in arrays.items()})
+    return Places(
+        **{name: np.concatenate([np.zeros(0, empty[name]), *values]) for name, values in arrays.items()}
+    )
 
 
 def scan_places(path_of: Callable[[str], str], sidecar: Sidecar) -> tuple[Places, list[PackedLayout]]:
@@ -123,7 +125,11 @@ def scan_places(path_of: Callable[[str], str], sidecar: Sidecar) -> tuple[Places
     """
     path = path_of(sidecar.shard)
     layouts = [_layout(path_of(file.name), file.rows) for file in sidecar.packed]
-    reader = Reader(lambda start, stop: read_range(path, start, stop), size_of(path), chunk=_FAR if is_remote(path) else _NEAR)
+    reader = Reader(
+        lambda start, stop: read_range(path, start, stop),
+        size_of(path),
+        chunk=_FAR if is_remote(path) else _NEAR,
+    )
     small: dict[int, bytes] = {}
 
     def members() -> Iterator[Member]:
@@ -140,22 +146,32 @@ def scan_places(path_of: Callable[[str], str], sidecar: Sidecar) -> tuple[Places
         for offset in [offset for offset in small if offset < sample.end]:
             del small[offset]
     if len(rows) != sidecar.output.samples:
-        raise ShardError(f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode again")
+        raise ShardError(
+            f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode again"
+        )
     columns = list(zip(*rows, strict=True)) or [()] * len(_TYPES)
-    arrays = {name: np.array(column, kind) for (name, kind), column in zip(_TYPES.items(), columns, strict=True)}
+    arrays = {
+        name: np.array(column, kind) for (name, kind), column in zip(_TYPES.items(), columns, strict=True)
+    }
     for number, layout in enumerate(layouts):
         if not np.array_equal(np.sort(arrays["where"][arrays["file"] == number]), np.arange(layout.rows)):
-            raise ShardError(f"{shown(path)} and {shown(layout.path)} hold different samples; delete both and encode again")
+            raise ShardError(
+                f"{shown(path)} and {shown(layout.path)} hold different samples; delete both and encode again"
+            )
     return Places(**arrays, keys=np.frombuffer(bytes(text), np.uint8)), layouts
 
 
-def _place(path: str, sample: Sample, small: dict[int, bytes], layouts: Sequence[PackedLayout]) -> tuple[int, ...]:
+def _place(
+    path: str, sample: Sample, small: dict[int, bytes], layouts: Sequence[PackedLayout]
+) -> tuple[int, ...]:
     """The numbers of one sample, in the order of _TYPES, but for the last."""
     there = {extension: (offset, size) for extension, offset, size in sample.members}
     texts = {extension: small.get(offset, b"") for extension, (offset, _) in there.items()}
     try:
         info = json.loads(texts[JSON_MEMBER])
-        height, width = info["bucket"] if "bucket" in info else info["crop"][2:]  # the first format had squares only
+        height, width = (
+            info["bucket"] if "bucket" in info else info["crop"][2:]
+        )  # the first format had squares only
         if LATENT_MEMBER in there:
             offset, size = there[LATENT_MEMBER]
             where, file = offset - sample.start, -1
@@ -164,7 +180,9 @@ def _place(path: str, sample: Sample, small: dict[int, bytes], layouts: Sequence
             end = f".latents-{height}x{width}.safetensors"
             file = next(number for number, layout in enumerate(layouts) if layout.path.endswith(end))
     except (KeyError, ValueError, TypeError, StopIteration) as error:
-        raise ShardError(f"sample {sample.key!r} of {shown(path)} holds no latent; delete the shard and encode again") from error
+        raise ShardError(
+            f"sample {sample.key!r} of {shown(path)} holds no latent; delete the shard and encode again"
+        ) from error
     try:
         label = label_of(texts.get("cls"), texts.get("json"))
     except ValueError:
@@ -187,7 +205,11 @@ def label_of(cls: bytes | None, text: bytes | None) -> int | None:
     except (ValueError, RecursionError):
         raise ValueError("a json that can't be read") from None
     value = (
-        cls.decode("utf-8", "replace").strip() if cls is not None else record.get("label") if isinstance(record, dict) else None
+        cls.decode("utf-8", "replace").strip()
+        if cls is not None
+        else record.get("label")
+        if isinstance(record, dict)
+        else None
     )
     if value in (None, ""):
         return None
@@ -221,7 +243,9 @@ def _layout(path: str, rows: int) -> PackedLayout:
         begins = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
         return PackedLayout(path, (shape[1], shape[2], shape[3]), header["mean"]["dtype"], begins, rows)
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{shown(path)} is damaged ({error}); delete it and run the same encode command again") from error
+        raise ShardError(
+            f"{shown(path)} is damaged ({error}); delete it and run the same encode command again"
+        ) from error
 
 
 def _refuse(path: str, problem: Problem) -> None:
@@ -239,12 +263,22 @@ def has_label(shards: Iterable[str]) -> bool:
         DataError: the label is no class number.
     """
     for path in shards:
-        reader = Reader(lambda start, stop, path=path: read_range(path, start, stop), size_of(path), chunk=_NEAR)
+        reader = Reader(
+            lambda start, stop, path=path: read_range(path, start, stop), size_of(path), chunk=_NEAR
+        )
         for sample in group(walk(reader, shown(path)), lambda problem: None):
-            there = {extension: (offset, size) for extension, offset, size in sample.members if size <= _LARGEST}
-            texts = {kind: read_range(path, there[kind][0], sum(there[kind])) for kind in ("cls", "json") if kind in there}
+            there = {
+                extension: (offset, size) for extension, offset, size in sample.members if size <= _LARGEST
+            }
+            texts = {
+                kind: read_range(path, there[kind][0], sum(there[kind]))
+                for kind in ("cls", "json")
+                if kind in there
+            }
             try:
                 return label_of(texts.get("cls"), texts.get("json")) is not None
             except ValueError as error:
-                raise DataError(f"sample {sample.key!r} of {shown(path)} has {error}, {CLASS_NUMBERS}") from None
+                raise DataError(
+                    f"sample {sample.key!r} of {shown(path)} has {error}, {CLASS_NUMBERS}"
+                ) from None
     return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
-from latentae.data.index import ShardIndex
+from latentae.data.shard_index import ShardIndex
 from latentae.data.sources import is_remote, shown
 from latentae.encoding.sidecar import Sidecar, finished_sidecar, fits, is_of, parse_sidecar, sidecar_name
 from latentae.encoding.store import Store
@@ -101,14 +101,18 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
             "the shards lie on different drives or file systems and share no folder; encode each into its own output"
         )
     folders = [parts[:-1] for parts in places.values()]
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))  # sorted: all are between
+    shared = takewhile(
+        lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False)
+    )  # sorted: all are between
     depth = sum(1 for _ in shared)
     names = {shard: "/".join(parts[depth:]) for shard, parts in places.items()}
     seen: set[str] = set()
     for shard in shards:
         base = names[shard].removesuffix(".tar")  # packed files are named by it
         if base in seen:
-            raise ShardError(f"shard {shown(shard)} is given twice, or once with and once without .tar; name each shard once")
+            raise ShardError(
+                f"shard {shown(shard)} is given twice, or once with and once without .tar; name each shard once"
+            )
         seen.add(base)
     return names
 

@@ -55,7 +55,9 @@ def _import_ray() -> Any:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise MissingDependencyError(f"engine ray needs Ray Data ({error}); run: pip install 'latentae[ray]'") from error
+        raise MissingDependencyError(
+            f"engine ray needs Ray Data ({error}); run: pip install 'latentae[ray]'"
+        ) from error
     return ray
 
 
@@ -69,9 +71,12 @@ def _run(ray: Any, work: Work) -> None:
     say(f"encode: {workers} Ray workers, {len(work.pending)} shards")
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [
-        {"source": shard.source, "name": shard.name, "samples": shard.samples, "bytes": shard.bytes} for shard in work.pending
+        {"source": shard.source, "name": shard.name, "samples": shard.samples, "bytes": shard.bytes}
+        for shard in work.pending
     ]
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(  # a block is what a worker takes, and repeats
+    results = ray.data.from_items(
+        rows, override_num_blocks=len(rows)
+    ).map(  # a block is what a worker takes, and repeats
         _Worker,
         fn_constructor_args=(work.store, work.settings, work.make_encoder, torch.get_num_threads()),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
@@ -123,7 +128,9 @@ def _subclasses(cls: type[LatentAEError]) -> list[type[LatentAEError]]:
 class _Worker:
     """Lives in a process of Ray: the model, and one shard after another."""
 
-    def __init__(self, store: Store, settings: ShardSettings, make_encoder: Callable[[], Encoder], threads: int) -> None:
+    def __init__(
+        self, store: Store, settings: ShardSettings, make_encoder: Callable[[], Encoder], threads: int
+    ) -> None:
         torch.set_num_threads(threads)
         self.store, self.settings, self.make_encoder = store, settings, make_encoder
         self.encoder: Encoder | None = None

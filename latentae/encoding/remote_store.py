@@ -59,7 +59,9 @@ class RemoteStore(Store):
         except ImportError as error:
             raise MissingDependencyError(f"{self.shown}: {error}; install it and try again") from error
         except ValueError as error:
-            raise OutputError(f"{self.shown} can't be opened ({error}); use a scheme that fsspec knows") from error
+            raise OutputError(
+                f"{self.shown} can't be opened ({error}); use a scheme that fsspec knows"
+            ) from error
         return fs, root.rstrip("/")
 
     def _at(self, name: str) -> tuple[Any, str]:
@@ -73,7 +75,9 @@ class RemoteStore(Store):
             fs, root = self._fs
             fs.invalidate_cache()
             found = fs.find(root, detail=True)
-            inside = {path.removeprefix(root).lstrip("/"): int(info["size"] or 0) for path, info in found.items()}
+            inside = {
+                path.removeprefix(root).lstrip("/"): int(info["size"] or 0) for path, info in found.items()
+            }
             return {name: size for name, size in inside.items() if name and not name.endswith(INCOMPLETE)}
 
         return self._try("list the files", once) or {}
@@ -117,7 +121,9 @@ class RemoteStore(Store):
             except OSError as error:
                 reason = error.strerror or error
                 advice = write_advice(error.errno)
-                raise OutputError(f"could not write {name} to a temporary folder: {reason}; {advice} (TMPDIR)") from error
+                raise OutputError(
+                    f"could not write {name} to a temporary folder: {reason}; {advice} (TMPDIR)"
+                ) from error
             self._upload(path, name, digest, size)
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -129,11 +135,15 @@ class RemoteStore(Store):
         fs, path = self._at(name)
         self._try(f"remove {name}", lambda: fs.rm_file(path))
 
-    def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> RemoteJob:
+    def claim(
+        self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> RemoteJob:
         """See `Job.open`."""
         there = self.read(RECORD)
         others = [] if there is not None else [name for name in self.names() if name != RECORD]
-        return RemoteJob.open(self.shown, there, others, verb, inputs, partial(self.write_bytes, RECORD), notes)
+        return RemoteJob.open(
+            self.shown, there, others, verb, inputs, partial(self.write_bytes, RECORD), notes
+        )
 
     def record(self) -> dict[str, Any]:
         """See `Job.read`."""
@@ -163,7 +173,9 @@ class RemoteStore(Store):
         except _Damaged as error:
             with suppress(OutputError):
                 self.remove(name)
-            raise OutputError(f"{self.show(name)}: {error}; check the storage and run the same command again") from error
+            raise OutputError(
+                f"{self.show(name)}: {error}; check the storage and run the same command again"
+            ) from error
 
     def _compare(self, name: str, digest: str, size: int) -> None:
         fs, path = self._at(name)
@@ -191,7 +203,9 @@ class RemoteStore(Store):
                 if missing and isinstance(error, FileNotFoundError):
                     return None
                 tries += 1
-                passing = not isinstance(error, PermissionError | NotImplementedError | IsADirectoryError | NotADirectoryError)
+                passing = not isinstance(
+                    error, PermissionError | NotImplementedError | IsADirectoryError | NotADirectoryError
+                )
                 if tries <= len(WAITS) and passing:
                     time.sleep(WAITS[tries - 1] * (0.5 + random.random()))
                     continue
@@ -217,7 +231,9 @@ class _Ranges(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._position = max(0, {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset)
+        self._position = max(
+            0, {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
+        )
         return self._position
 
     def tell(self) -> int:

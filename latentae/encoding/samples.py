@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentae.data.buckets import Bucket, assign_buckets
 from latentae.data.decode import MAX_PIXELS, decode_sample, image_extension
-from latentae.data.shards import RawSample
+from latentae.data.shard_files import RawSample
 from latentae.data.sources import ByteStream, shown, size_of, stream
 from latentae.data.tars import Member, Problem, Reader, group, walk
 from latentae.data.transforms import crop_to_bucket
@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 UNREADABLE = "unreadable image"
-SPAN = 8  # batches: a sample waits no longer for others of its bucket, so that little is held back at any time
+SPAN = (
+    8  # batches: a sample waits no longer for others of its bucket, so that little is held back at any time
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def _read(source: str, name: str) -> Iterator[Begin | Undecoded | End]:
 def _exactly(file: ByteStream, count: int, source: str) -> bytes:
     data = file.read(count)
     if len(data) < count:
-        raise ShardError(f"shard {shown(source)} changed while it was read; run the same command again once it is complete")
+        raise ShardError(
+            f"shard {shown(source)} changed while it was read; run the same command again once it is complete"
+        )
     return data
 
 
@@ -161,14 +165,20 @@ def _refuse(source: str, problem: Problem) -> None:
         )
 
 
-def decode(item: Any, buckets: tuple[Bucket, ...], channels: int, keep_images: bool, max_pixels: int = MAX_PIXELS) -> Any:
+def decode(
+    item: Any, buckets: tuple[Bucket, ...], channels: int, keep_images: bool, max_pixels: int = MAX_PIXELS
+) -> Any:
     """An Undecoded becomes Decoded, Skipped, or a Failure where it already holds a latent; anything else stays."""
     if not isinstance(item, Undecoded):
         return item
     key = str(item.raw["__key__"])
     members = {name: value for name, value in item.raw.items() if not name.startswith("__")}
     if LATENT_MEMBER in members or JSON_MEMBER in members:
-        return Failure(ShardError(f"{item.raw['__url__']}: sample {key} already holds a latent; give the shards of images"))
+        return Failure(
+            ShardError(
+                f"{item.raw['__url__']}: sample {key} already holds a latent; give the shards of images"
+            )
+        )
     try:
         short = max(side for bucket in buckets for side in bucket)
         decoded = decode_sample(item.raw, channels=channels, max_pixels=max_pixels, short=short)

@@ -157,7 +157,10 @@ def encode_shards(
 
 
 def _encode(
-    items: Iterator[Begin | Batch | Skipped | End], encoder: Encoder, settings: ShardSettings, advance: Callable[[int], Any]
+    items: Iterator[Begin | Batch | Skipped | End],
+    encoder: Encoder,
+    settings: ShardSettings,
+    advance: Callable[[int], Any],
 ) -> Iterator[Event]:
     patient = PatientEncoder(encoder, settings.batch_size)
     for item in items:

@@ -108,7 +108,9 @@ def packed_name(shard: str, height: int, width: int) -> str:
 
 def write_sidecar(store: Store, sidecar: Sidecar) -> None:
     """Vouch for a shard, which must have its final name and content."""
-    store.write_bytes(sidecar_name(sidecar.shard), json_bytes({**sidecar.model_dump(), DIGEST: _digest(sidecar)}))
+    store.write_bytes(
+        sidecar_name(sidecar.shard), json_bytes({**sidecar.model_dump(), DIGEST: _digest(sidecar)})
+    )
 
 
 def parse_sidecar(data: bytes | None, shard: str) -> Sidecar | None:
@@ -130,7 +132,9 @@ def _digest(sidecar: Sidecar) -> str:
 
 def fits(sidecar: Sidecar, sizes: Mapping[str, int | None]) -> bool:
     """Whether the shard and its packed files have the sizes that the sidecar says."""
-    return sizes.get(sidecar.shard) == sidecar.output.bytes and all(sizes.get(f.name) == f.bytes for f in sidecar.packed)
+    return sizes.get(sidecar.shard) == sidecar.output.bytes and all(
+        sizes.get(f.name) == f.bytes for f in sidecar.packed
+    )
 
 
 def read_sidecar(store: Store, shard: str) -> Sidecar | None:
@@ -138,7 +142,11 @@ def read_sidecar(store: Store, shard: str) -> Sidecar | None:
     sidecar = parse_sidecar(store.read(sidecar_name(shard)), shard)
     if sidecar is None:
         return None
-    return sidecar if fits(sidecar, {name: store.size(name) for name in (shard, *(f.name for f in sidecar.packed))}) else None
+    return (
+        sidecar
+        if fits(sidecar, {name: store.size(name) for name in (shard, *(f.name for f in sidecar.packed))})
+        else None
+    )
 
 
 def finished_sidecar(store: Store, shard: str, fingerprint: str, input_bytes: int) -> Sidecar | None:

@@ -38,7 +38,9 @@ def stats(out: str | Path) -> dict[str, Any]:
         if sidecar is None:
             continue
         if fingerprint and sidecar.fingerprint != fingerprint:
-            raise OutputError(f"{store.shown} holds shards of different jobs; find them with `latentae verify`")
+            raise OutputError(
+                f"{store.shown} holds shards of different jobs; find them with `latentae verify`"
+            )
         fingerprint, shards = sidecar.fingerprint, shards + 1
         part = LatentStatistics.from_json(sidecar.statistics)
         total = part if total is None else total.merge(part)
@@ -64,12 +66,16 @@ def stats_table(summary: dict[str, Any]) -> str:
     if not summary["samples"]:
         return "\n".join(lines)
     lines.append(f"{'channel':>7}  {'mean':>12}  {'std':>12}  {'std of means':>12}  {'mean sigma':>12}")
-    columns = (summary[name] for name in ("latents_mean", "latents_std", "posterior_mean_std", "posterior_std"))
+    columns = (
+        summary[name] for name in ("latents_mean", "latents_std", "posterior_mean_std", "posterior_std")
+    )
     for channel, values in enumerate(zip(*columns, strict=True)):
         lines.append(f"{channel:>7}  " + "  ".join(f"{value:>12.6f}" for value in values))
     scaling = summary["scaling_factor"]
     lines.append(
-        f"suggested scaling_factor {scaling:.6g}" if scaling is not None else "the latents do not vary: no scaling_factor"
+        f"suggested scaling_factor {scaling:.6g}"
+        if scaling is not None
+        else "the latents do not vary: no scaling_factor"
     )
     lines.append(f"suggested shift_factor   {summary['shift_factor']:.6g}")
     return "\n".join(lines)

@@ -58,7 +58,9 @@ class Store(ABC):
 
     def local(self, name: str | None = None) -> Path:
         """The path of a file on this machine, or of the folder; OutputError for a remote store."""
-        raise OutputError(f"{self.show(name) if name else self.shown} is not on this machine; choose a local folder")
+        raise OutputError(
+            f"{self.show(name) if name else self.shown} is not on this machine; choose a local folder"
+        )
 
     def names(self) -> list[str]:
         """All files, sorted; those on their way to another name left out. One listing."""
@@ -96,7 +98,9 @@ class Store(ABC):
         """Remove a file if it is there."""
 
     @abstractmethod
-    def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job | RemoteJob:
+    def claim(
+        self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> Job | RemoteJob:
         """Make this folder a job's, or find that it is; see `Job.open`, whose errors it raises."""
 
     @abstractmethod
@@ -192,7 +196,9 @@ class LocalStore(Store):
         except NotADirectoryError:
             return
         except OSError as error:
-            raise OutputError(f"could not remove {self.show(name)}: {error.strerror}; check its permissions") from error
+            raise OutputError(
+                f"could not remove {self.show(name)}: {error.strerror}; check its permissions"
+            ) from error
 
     def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
         """See `Job.open`."""
@@ -203,4 +209,6 @@ class LocalStore(Store):
         return Job.read(self.folder)
 
     def _unreadable(self, what: str, error: OSError) -> OutputError:
-        return OutputError(f"could not read {what}: {error.strerror or error}; check the disk and its permissions")
+        return OutputError(
+            f"could not read {what}: {error.strerror or error}; check the disk and its permissions"
+        )

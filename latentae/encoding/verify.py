@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
 from latentae.encoding.checks import deep_problems, input_problems, sidecar_problems, why_not_done
 from latentae.encoding.plan import output_names, read_sidecars
 from latentae.encoding.sidecar import STATISTICS, SUFFIX, Sidecar, sidecar_name
@@ -64,7 +64,9 @@ def open_output(out: str | Path) -> tuple[Store, dict[str, Any]]:
     store = Store.open(out)
     record = store.record()
     if record.get("verb") != "encode" or not isinstance(record.get("inputs"), Mapping):
-        raise OutputError(f"{store.shown} was made by latentae {record.get('verb')}; give an output folder of latentae encode")
+        raise OutputError(
+            f"{store.shown} was made by latentae {record.get('verb')}; give an output folder of latentae encode"
+        )
     return store, record
 
 
@@ -95,9 +97,13 @@ def verify(
     store, record = open_output(out)
     sizes = store.sizes()
     sources = _sources(shards)
-    names = sorted({name.removesuffix(SUFFIX) for name in sizes if name.endswith((SUFFIX, ".tar"))} | set(sources))
+    names = sorted(
+        {name.removesuffix(SUFFIX) for name in sizes if name.endswith((SUFFIX, ".tar"))} | set(sources)
+    )
     report = VerifyReport(store.shown, deep, shards=len(names))
-    good: Counter[str] = Counter()  # samples and bytes are counted by job until it is known which one most shards are of
+    good: Counter[str] = (
+        Counter()
+    )  # samples and bytes are counted by job until it is known which one most shards are of
     held: Counter[str] = Counter()
     jobs: dict[str, list[str]] = {}
     parts: list[LatentStatistics] = []
@@ -114,7 +120,9 @@ def verify(
                 skipped += sum(len(keys) for keys in sidecar.skipped.values())
                 if not problems:
                     good[sidecar.fingerprint] += sidecar.output.samples
-                    held[sidecar.fingerprint] += sidecar.output.bytes + sum(file.bytes for file in sidecar.packed)
+                    held[sidecar.fingerprint] += sidecar.output.bytes + sum(
+                        file.bytes for file in sidecar.packed
+                    )
             if problems:
                 damaged.append(name)
             report.faults += [Fault(name, problem) for problem in problems]
@@ -126,7 +134,10 @@ def verify(
         report.faults += [Fault(name, problem) for name in jobs[fingerprint]]
     report.samples, report.bytes = good[usual], held[usual]
     report.faults.sort(key=lambda fault: fault.shard)
-    report.faults += [Fault("", problem) for problem in _whole_problems(store, record, names, sources, parts, skipped, usual)]
+    report.faults += [
+        Fault("", problem)
+        for problem in _whole_problems(store, record, names, sources, parts, skipped, usual)
+    ]
     if forget and damaged:
         _forget(store, record, [name for name in sorted(set(damaged)) if sidecar_name(name) in sizes], report)
     return report
@@ -134,10 +145,16 @@ def verify(
 
 def _sources(shards: str | Path | Sequence[str | Path] | None) -> dict[str, str]:
     """Name in the output -> input shard."""
-    return {} if shards is None else {name: source for source, name in output_names(expand_shards(shards)).items()}
+    return (
+        {}
+        if shards is None
+        else {name: source for source, name in output_names(expand_shards(shards)).items()}
+    )
 
 
-def _problems(store: Store, record: Mapping[str, Any], sidecar: Sidecar, source: str | None, deep: bool) -> Iterator[str]:
+def _problems(
+    store: Store, record: Mapping[str, Any], sidecar: Sidecar, source: str | None, deep: bool
+) -> Iterator[str]:
     yield from sidecar_problems(sidecar)
     changed = list(input_problems(sidecar, source, deep)) if source is not None else []
     yield from changed
@@ -173,12 +190,21 @@ def _whole_problems(
 
 
 def _holds(
-    data: bytes | None, inputs: Mapping[str, Any], parts: Sequence[LatentStatistics], skipped: int, fingerprint: str
+    data: bytes | None,
+    inputs: Mapping[str, Any],
+    parts: Sequence[LatentStatistics],
+    skipped: int,
+    fingerprint: str,
 ) -> bool:
     try:
         found = json.loads(data or b"")
         total = merge(parts, len(found["merged"]["mean"]))
-        expected = {**total.summary(), "merged": total.to_json(), "skipped": skipped, "fingerprint": fingerprint}
+        expected = {
+            **total.summary(),
+            "merged": total.to_json(),
+            "skipped": skipped,
+            "fingerprint": fingerprint,
+        }
         expected |= {name: inputs[name] for name in ("model", "resolution", "dtype") if name in inputs}
         return all(name in found and found[name] == value for name, value in expected.items())
     except (ValueError, KeyError, TypeError):

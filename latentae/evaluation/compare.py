@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import OutputError, RecipeError
-from latentae.evaluation.ranking import SAME
 from latentae.evaluation.subjects import Subject, read_subjects
-from latentae.evaluation.summary import HIGHER_IS_BETTER, Scores, interval_text, metric_label, paired
 from latentae.files import write_text
+from latentae.measures.ranking import SAME
+from latentae.measures.scores import HIGHER_IS_BETTER, Scores, interval_text, metric_label, paired
 from latentae.progress import say
 from latentae.version import __version__
 
 __all__ = ["compare"]
 
 VALIDATION = "validation/"
-DATA_OF_VALIDATION = ("data.validation", "data.resolution")  # keys of a recipe that decide what a run validates on
+DATA_OF_VALIDATION = (
+    "data.validation",
+    "data.resolution",
+)  # keys of a recipe that decide what a run validates on
 SEED = 0  # of the bootstrap
 
 
@@ -42,14 +45,16 @@ def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> dic
         DataError: a folder is neither a run nor an evaluation, or can't be read.
         OutputError: the page can't be written.
     """
-    from latentae.evaluation.page.compare_page import write_compare_page
+    from latentae.evaluation.compare_page import write_compare_page
 
     page = Path(out) / "compare.html" if Path(out).is_dir() else Path(out)
     if page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"the page is written as HTML, got {out}; give a name that ends in .html")
     paths = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     if len(paths) < 2:
-        raise RecipeError(f"compare takes two or more folders of runs or evaluations, got {len(paths)}; name another one")
+        raise RecipeError(
+            f"compare takes two or more folders of runs or evaluations, got {len(paths)}; name another one"
+        )
     twice = next((a for a, b in itertools.combinations(paths, 2) if a.resolve() == b.resolve()), None)
     if twice is not None:
         raise RecipeError(f"{twice} is given twice; a folder is compared with others")
@@ -92,9 +97,14 @@ def _recipes(subjects: Sequence[Subject]) -> dict[str, Any]:
     if len(known) < 2:
         return {"missing": "it takes the recipes (recipe.toml) of two runs", "differing": [], "same": 0}
     keys = dict.fromkeys(itertools.chain.from_iterable(known.values()))
-    rows = [{"key": key, "values": {name: recipe[key] for name, recipe in known.items() if key in recipe}} for key in keys]
+    rows = [
+        {"key": key, "values": {name: recipe[key] for name, recipe in known.items() if key in recipe}}
+        for key in keys
+    ]
     differing = [
-        row for row in rows if len(row["values"]) < len(known) or len({repr(value) for value in row["values"].values()}) > 1
+        row
+        for row in rows
+        if len(row["values"]) < len(known) or len({repr(value) for value in row["values"].values()}) > 1
     ]
     return {"differing": differing, "same": len(rows) - len(differing)}
 
@@ -102,7 +112,9 @@ def _recipes(subjects: Sequence[Subject]) -> dict[str, Any]:
 def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """Last and best value of every quantity measured on held-out images, by subject, and whose is best."""
     found = []
-    names = dict.fromkeys(name for subject in subjects for name in subject.series if name.startswith(VALIDATION))
+    names = dict.fromkeys(
+        name for subject in subjects for name in subject.series if name.startswith(VALIDATION)
+    )
     for name in names:
         metric = name.removeprefix(VALIDATION)
         higher, values = HIGHER_IS_BETTER.get(metric), {}
@@ -111,12 +123,19 @@ def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
             if series:
                 images, last = series[-1]
                 best_images, best = series[-1] if higher is None else _best_point(series, higher)
-                values[subject.name] = {"last": last, "images": images, "best": best, "best_images": best_images}
+                values[subject.name] = {
+                    "last": last,
+                    "images": images,
+                    "best": best,
+                    "best_images": best_images,
+                }
         reason = _not_comparable([subject for subject in subjects if subject.name in values], metric)
         winner = None
         if higher is not None and reason is None:
             winner = _winner({name: value["best"] for name, value in values.items()}, higher)
-        found.append({"metric": metric, "higher_is_better": higher, "values": values, "best": winner, "reason": reason})
+        found.append(
+            {"metric": metric, "higher_is_better": higher, "values": values, "best": winner, "reason": reason}
+        )
     return found
 
 
@@ -152,7 +171,9 @@ def _speed(subject: Subject) -> dict[str, float | None]:
     memory = [value for _, value in subject.series.get("memory_gb", ())]
     return {
         "images_per_second": values[len(values) // 2],
-        "seconds": sum((images - seen) / value for seen, (images, value) in zip(before, speeds, strict=False)),
+        "seconds": sum(
+            (images - seen) / value for seen, (images, value) in zip(before, speeds, strict=False)
+        ),
         "wall_seconds": max(times) - min(times) if times else None,
         "memory_gb": max(memory) if memory else None,
     }
@@ -162,14 +183,22 @@ def _evaluations(evaluated: Sequence[Subject]) -> dict[str, Any]:
     """Metrics by subject, and whose is best where all are of the same images."""
     results = {subject.name: subject.evaluation for subject in evaluated if subject.evaluation is not None}
     names = dict.fromkeys(metric for result in results.values() for metric in result["metrics"])
-    reason = next((why for a, b in itertools.combinations(results.values(), 2) if (why := _other_images(a, b))), None)
+    reason = next(
+        (why for a, b in itertools.combinations(results.values(), 2) if (why := _other_images(a, b))), None
+    )
     metrics = {}
     for metric in names:
-        values = {name: result["metrics"][metric] for name, result in results.items() if metric in result["metrics"]}
+        values = {
+            name: result["metrics"][metric] for name, result in results.items() if metric in result["metrics"]
+        }
         labels = {metric_label(metric, results[name]) for name in values}
         means = {name: interval["mean"] for name, interval in values.items() if interval["mean"] is not None}
         best = _winner(means, HIGHER_IS_BETTER[metric]) if reason is None and len(labels) == 1 else None
-        label = labels.pop() if len(labels) == 1 else f"perceptual distance {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
+        label = (
+            labels.pop()
+            if len(labels) == 1
+            else f"perceptual distance {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
+        )
         metrics[metric] = {"label": label, "values": values, "best": best}
     return {"metrics": metrics, "reason": reason, "frechet": _frechet(results, reason)}
 
@@ -250,15 +279,25 @@ def _print(result: Mapping[str, Any]) -> None:
 
 def _table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], str | None]]:
     """Title, text by subject, and whose is best."""
-    yield "images seen", {item["name"]: f"{item['images']:,}" for item in result["subjects"] if item["images"] is not None}, None
+    yield (
+        "images seen",
+        {item["name"]: f"{item['images']:,}" for item in result["subjects"] if item["images"] is not None},
+        None,
+    )
     for item in result["validation"]:
-        texts = {name: f"{value['best']:.4g} at {value['best_images']:,.0f}" for name, value in item["values"].items()}
+        texts = {
+            name: f"{value['best']:.4g} at {value['best_images']:,.0f}"
+            for name, value in item["values"].items()
+        }
         yield f"held-out {item['metric']}, best", texts, item["best"]
     speeds = {name: f"{speed['images_per_second']:.3g}" for name, speed in result["training"].items()}
     if speeds:
         yield "images a second", speeds, None
     for metric, item in result["evaluation"]["metrics"].items():
-        texts = {name: "{} ({})".format(*interval_text(metric, interval)) for name, interval in item["values"].items()}
+        texts = {
+            name: "{} ({})".format(*interval_text(metric, interval))
+            for name, interval in item["values"].items()
+        }
         yield item["label"], texts, item["best"]
     for extractor, item in result["evaluation"]["frechet"].items():
         yield f"{extractor} ↓", {name: f"{value:.4g}" for name, value in item["values"].items()}, item["best"]

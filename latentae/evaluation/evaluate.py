@@ -15,19 +15,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentae.data.epoch_order import run_seed
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.order import run_seed
 from latentae.errors import RecipeError
 from latentae.evaluation.finish import finish
-from latentae.evaluation.images import write_png
 from latentae.evaluation.measure import MODEL, load_images, measure
 from latentae.evaluation.measurement import Measurement
 from latentae.evaluation.setting import Setting, prepare
 from latentae.evaluation.showing import Shown
-from latentae.evaluation.summary import print_table
 from latentae.evaluation.work import PartsFolder, samples_at
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job, resolve_task
+from latentae.measures.scores import print_table
+from latentae.pages.images import write_png
 from latentae.progress import Progress, say
 
 __all__ = ["evaluate"]
@@ -131,7 +131,9 @@ def _measured(setting: Setting, folder: Path, task: int, tasks: int) -> PartsFol
         for number in share:
             positions = [setting.positions[row] for row in parts.chunks[number]]
             samples = samples_at(setting.index, positions)
-            images = _counted(load_images(samples, setting.resolution, setting.channels, setting.max_pixels), progress)
+            images = _counted(
+                load_images(samples, setting.resolution, setting.channels, setting.max_pixels), progress
+            )
             measure(instruments, images, setting.batch_size).save(parts.path(number))
     return parts
 
@@ -159,10 +161,12 @@ def _conclude(setting: Setting, job: Job, parts: PartsFolder) -> dict[str, Any]:
     return result
 
 
-def _write(folder: Path, result: dict[str, Any], measurement: Measurement, shown: Shown, setting: Setting) -> None:
+def _write(
+    folder: Path, result: dict[str, Any], measurement: Measurement, shown: Shown, setting: Setting
+) -> None:
     """Pictures, table and report first, metrics.json last."""
-    from latentae.evaluation.page.evaluation_page import write_evaluation_report
-    from latentae.evaluation.page.heat import error_heat_map
+    from latentae.evaluation.evaluation_page import write_evaluation_report
+    from latentae.pages.heat import error_heat_map
 
     result["examples"] = []
     for number, example in enumerate(shown.examples):
@@ -191,5 +195,7 @@ def _csv(measurement: Measurement) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", *columns])
     for row, key in enumerate(measurement.keys):
-        writer.writerow([key, *("" if math.isnan(values[row]) else repr(values[row]) for values in columns.values())])
+        writer.writerow(
+            [key, *("" if math.isnan(values[row]) else repr(values[row]) for values in columns.values())]
+        )
     return text.getvalue()

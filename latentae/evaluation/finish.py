@@ -8,8 +8,6 @@ from typing import Any
 import torch
 
 from latentae.data.loader import Batch
-from latentae.evaluation.extractors import Extractor
-from latentae.evaluation.latents.diagnose import diagnose
 from latentae.evaluation.measure import MODEL, Loaded, load_images
 from latentae.evaluation.measurement import Measurement, join
 from latentae.evaluation.rate_distortion import RATE_DISTORTION_IMAGES, rate_distortion
@@ -17,6 +15,8 @@ from latentae.evaluation.results import summarise
 from latentae.evaluation.setting import Setting
 from latentae.evaluation.showing import Shown, choose, make_examples, stack
 from latentae.evaluation.work import PartsFolder, samples_at, spread
+from latentae.measures.extractors import Extractor
+from latentae.measures.latents.diagnose import diagnose
 from latentae.progress import say
 
 __all__ = ["finish"]
@@ -78,7 +78,9 @@ def _add_details(setting: Setting, measurement: Measurement, shown: Shown) -> No
 def _reload(setting: Setting, measurement: Measurement, rows: list[int]) -> dict[int, Loaded]:
     """The images of these rows, by row."""
     samples = samples_at(setting.index, [measurement.positions[row] for row in rows])
-    return dict(zip(rows, load_images(samples, setting.resolution, setting.channels, setting.max_pixels), strict=True))
+    return dict(
+        zip(rows, load_images(samples, setting.resolution, setting.channels, setting.max_pixels), strict=True)
+    )
 
 
 def _add_diffusability(setting: Setting, measurement: Measurement, shown: Shown) -> None:
@@ -110,4 +112,6 @@ def _batches(setting: Setting, measurement: Measurement, rows: list[int]) -> Ite
     for start in range(0, len(rows), setting.batch_size):
         some = rows[start : start + setting.batch_size]
         images = list(_reload(setting, measurement, some).values())
-        yield Batch(tuple(image.key for image in images), stack(images).contiguous(memory_format=torch.channels_last))
+        yield Batch(
+            tuple(image.key for image in images), stack(images).contiguous(memory_format=torch.channels_last)
+        )

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from latentae.data.decode import MAX_PIXELS, decode_sample, image_kind
-from latentae.data.shards import RawSample
+from latentae.data.shard_files import RawSample
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
 from latentae.errors import ImageError, ModelError
-from latentae.evaluation.distance import Distance
-from latentae.evaluation.extractors import Extractor, as_rgb
-from latentae.evaluation.latents.probe import pooled
 from latentae.evaluation.methods.base import Made, Method
 from latentae.evaluation.methods.quantised import quantise
-from latentae.evaluation.metrics import TAPS, psnr, ssim
 from latentae.evaluation.part import ORIGINALS, Part
-from latentae.evaluation.summary import Scores
+from latentae.measures.extractors import Extractor, as_rgb
+from latentae.measures.latents.probe import pooled
+from latentae.measures.metrics import TAPS, psnr, ssim
+from latentae.measures.perceptual_distance import Distance
+from latentae.measures.scores import Scores
 from latentae.models.base import Autoencoder
 from latentae.models.posterior import DiagonalGaussian
 
@@ -143,7 +143,9 @@ def _measure_batch(part: Part, instruments: Instruments, batch: Sequence[Loaded]
     if instruments.extractor is not None:
         part.features.setdefault(ORIGINALS, []).append(_features(instruments.extractor, images, frozenset()))
         for method, result in made.items():
-            part.features.setdefault(method, []).append(_features(instruments.extractor, result.images, result.missing))
+            part.features.setdefault(method, []).append(
+                _features(instruments.extractor, result.images, result.missing)
+            )
     labelled = [row for row, item in enumerate(batch) if item.label]
     if labelled:
         part.pooled.append(pooled(posterior.mean)[labelled].cpu().float().numpy())
@@ -164,7 +166,9 @@ def _score(scores: Scores, made: Made, images: Tensor, distance: Distance, seen:
     if min(images.shape[-2:]) >= TAPS:
         found["ssim"] = ssim(restored, originals)
     if distance.module is not None:
-        found["perceptual"] = distance.between(as_rgb(restored), [layer[rows] for layer in seen]) if rows else torch.empty(0)
+        found["perceptual"] = (
+            distance.between(as_rgb(restored), [layer[rows] for layer in seen]) if rows else torch.empty(0)
+        )
     for metric, values in found.items():
         column = torch.full((len(images),), math.nan, dtype=torch.float64)
         column[rows] = values.cpu().double()

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from latentae.errors import ImageError
-from latentae.evaluation.frechet import Moments, SplitMoments, frechet_distance
-from latentae.evaluation.latents.probe import probe_report
-from latentae.evaluation.latents.report import LatentReport
 from latentae.evaluation.part import ORIGINALS, Part
-from latentae.evaluation.summary import Scores
+from latentae.measures.frechet import Moments, SplitMoments, frechet_distance
+from latentae.measures.latents.probe import probe_report
+from latentae.measures.latents.report import LatentReport
+from latentae.measures.scores import Scores
 
 __all__ = ["Measurement", "join"]
 
@@ -54,7 +54,11 @@ class Measurement:
         reference = None if self.originals is None else self.originals.whole
         if reference is None or reference.n < 2:
             return {}
-        return {name: frechet_distance(found, reference) for name, found in self.moments.items() if found.n == reference.n}
+        return {
+            name: frechet_distance(found, reference)
+            for name, found in self.moments.items()
+            if found.n == reference.n
+        }
 
 
 def join(parts: Iterable[Part]) -> Measurement:

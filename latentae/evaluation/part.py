@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from latentae.errors import OutputError
-from latentae.evaluation.latents.report import LatentReport
-from latentae.evaluation.summary import Scores
 from latentae.files import atomic_file
+from latentae.measures.latents.report import LatentReport
+from latentae.measures.scores import Scores
 
 __all__ = ["ORIGINALS", "Part"]
 
@@ -64,9 +64,14 @@ class Part:
             "metrics": {method: list(scores.values) for method, scores in self.scores.items()},
             "features": list(self.features),
         }
-        arrays: dict[str, Any] = {"positions": np.array(self.positions, dtype=np.int64), "facts": np.array(json.dumps(facts))}
+        arrays: dict[str, Any] = {
+            "positions": np.array(self.positions, dtype=np.int64),
+            "facts": np.array(json.dumps(facts)),
+        }
         for method, scores in self.scores.items():
-            arrays |= {f"score/{method}/{metric}": np.array(values) for metric, values in scores.values.items()}
+            arrays |= {
+                f"score/{method}/{metric}": np.array(values) for metric, values in scores.values.items()
+            }
         arrays |= {f"feature/{method}": self.feature_rows(method) for method in self.features}
         if self.pooled:
             arrays["pooled"] = np.concatenate(self.pooled)
@@ -93,11 +98,17 @@ class Part:
                 features={method: [arrays[f"feature/{method}"]] for method in facts["features"]},
                 pooled=[arrays["pooled"]] if "pooled" in arrays else [],
                 latents=LatentReport.from_arrays(
-                    {name.removeprefix("latents/"): value for name, value in arrays.items() if name.startswith("latents/")}
+                    {
+                        name.removeprefix("latents/"): value
+                        for name, value in arrays.items()
+                        if name.startswith("latents/")
+                    }
                 ),
                 latent_shape=tuple(facts["latent_shape"]),
                 skipped=[(key, reason) for key, reason in facts["skipped"]],
                 counts=facts["counts"],
             )
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            raise OutputError(f"{path} is damaged ({error}); remove it and give the same command again") from error
+            raise OutputError(
+                f"{path} is damaged ({error}); remove it and give the same command again"
+            ) from error

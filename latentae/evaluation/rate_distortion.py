@@ -23,7 +23,7 @@ from latentae.evaluation.methods.dct import BlockDCT
 from latentae.evaluation.methods.jpeg import Jpeg
 from latentae.evaluation.methods.quantised import quantise
 from latentae.evaluation.methods.webp import WebP
-from latentae.evaluation.metrics import psnr
+from latentae.measures.metrics import psnr
 from latentae.models.base import Autoencoder
 from latentae.models.pca import PatchBasis, PatchPCA
 from latentae.progress import Progress
@@ -38,7 +38,9 @@ QUALITIES = (5, 10, 20, 35, 50, 70, 85, 95)
 
 Sizes = dict[str, list[int]]
 Values = dict[str, list[float]]
-Measured = Iterator[tuple[str, list[int], Tensor, Tensor]]  # setting, bytes of each image, restored and original images
+Measured = Iterator[
+    tuple[str, list[int], Tensor, Tensor]
+]  # setting, bytes of each image, restored and original images
 
 
 @torch.inference_mode()
@@ -72,7 +74,9 @@ def rate_distortion(
         ImageError: no images, or not uint8 [N, C, H, W].
     """
     if images.ndim != 4 or images.dtype != torch.uint8 or not images.numel():
-        raise ImageError(f"rate and distortion need uint8 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        raise ImageError(
+            f"rate and distortion need uint8 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
+        )
     batches, pixels = images.split(batch_size), images.shape[2] * images.shape[3]
     work: list[tuple[str, str, Callable[[Tensor], Measured], bool]] = [
         (name, (labels or {}).get(name, name), _Model(model, device), False) for name, model in models.items()
@@ -91,7 +95,9 @@ def rate_distortion(
             except LatentAEError as error:
                 left_out.append({"name": name, "label": label, "reason": str(error)})
             else:
-                curves.append({"name": name, "label": label, "points": _frontier(points) if frontier else points})
+                curves.append(
+                    {"name": name, "label": label, "points": _frontier(points) if frontier else points}
+                )
             progress.advance()
     return {"images": len(images), "curves": curves, "left_out": left_out}
 
@@ -125,7 +131,12 @@ class _Components:
         for kept in sorted({*(2**power for power in range(most.bit_length())), most}):
             stored, sizes = quantise(found[:, :kept], COMPONENT_BITS)
             restored = self.basis.truncated(kept).decode(stored)
-            yield f"{kept} component{'s' if kept > 1 else ''} in {COMPONENT_BITS} bits", sizes, restored, images
+            yield (
+                f"{kept} component{'s' if kept > 1 else ''} in {COMPONENT_BITS} bits",
+                sizes,
+                restored,
+                images,
+            )
 
 
 class _Files:
@@ -142,10 +153,17 @@ class _Files:
             for quality in QUALITIES:
                 files = [self.codec.encode(image, quality, variant) for image in images]
                 restored = torch.stack([self.codec.decode(file, channels) for file in files])
-                yield f"quality {quality}{', ' if variant else ''}{variant}", [len(file) for file in files], restored, images
+                yield (
+                    f"quality {quality}{', ' if variant else ''}{variant}",
+                    [len(file) for file in files],
+                    restored,
+                    images,
+                )
 
 
-def _points(measure: Callable[[Tensor], Measured], batches: Sequence[Tensor], pixels: int) -> list[dict[str, Any]]:
+def _points(
+    measure: Callable[[Tensor], Measured], batches: Sequence[Tensor], pixels: int
+) -> list[dict[str, Any]]:
     """One point for each setting, over all batches, by rising rate."""
     sizes: Sizes = {}
     values: Values = {}
@@ -154,7 +172,11 @@ def _points(measure: Callable[[Tensor], Measured], batches: Sequence[Tensor], pi
             sizes.setdefault(setting, []).extend(found)
             values.setdefault(setting, []).extend(psnr(restored, originals).tolist())
     points = [
-        {"bits_per_pixel": 8 * sum(found) / (len(found) * pixels), "psnr": _mean(values[setting]), "setting": setting}
+        {
+            "bits_per_pixel": 8 * sum(found) / (len(found) * pixels),
+            "psnr": _mean(values[setting]),
+            "setting": setting,
+        }
         for setting, found in sizes.items()
     ]
     return sorted(points, key=lambda point: point["bits_per_pixel"])

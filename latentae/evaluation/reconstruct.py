@@ -14,15 +14,17 @@ from latentae.data.headers import image_size
 from latentae.data.transforms import pad_to_multiple, resize_and_center_crop, to_float, to_uint8
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError
-from latentae.evaluation.images import image_grid, write_png
-from latentae.evaluation.metrics import psnr
+from latentae.measures.metrics import psnr
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
+from latentae.pages.images import image_grid, write_png
 from latentae.progress import Progress, say
 
 __all__ = ["LONGEST_SIDE", "image_grid", "reconstruct"]
 
-LONGEST_SIDE = 1024  # without a resolution, larger images are reduced to it: a whole photo would need tens of gigabytes
+LONGEST_SIDE = (
+    1024  # without a resolution, larger images are reduced to it: a whole photo would need tens of gigabytes
+)
 
 
 def reconstruct(
@@ -93,7 +95,9 @@ def _prepare(path: Path, resolution: int | None, max_pixels: int) -> Tensor:
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
         with path.open("rb") as file:  # the image may have been decoded at a reduced scale
             height, width = image_size(file.read, path.stat().st_size) or (height, width)
-        say(f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to choose another size")
+        say(
+            f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to choose another size"
+        )
     return image.contiguous()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import latentae
-from latentae.evaluation.extractors import Extractor
 from latentae.evaluation.measure import MODEL, QUANTISED
 from latentae.evaluation.measurement import Measurement
 from latentae.evaluation.methods.dct import Dct
@@ -20,7 +19,8 @@ from latentae.evaluation.methods.pca import Pca
 from latentae.evaluation.methods.webp import WebP
 from latentae.evaluation.setting import DCT, JPEG, PCA, PCA_IMAGES, WEBP, Setting
 from latentae.evaluation.showing import Shown
-from latentae.evaluation.summary import finding, metric_label, paired
+from latentae.measures.extractors import Extractor
+from latentae.measures.scores import finding, metric_label, paired
 from latentae.models.pretrained import ModelSource
 
 __all__ = ["FORMAT_VERSION", "summarise"]
@@ -68,7 +68,12 @@ def summarise(setting: Setting, measurement: Measurement, shown: Shown) -> dict[
     }
     if shown.diffusability is not None:
         result["diffusability"] = shown.diffusability
-    result["findings"] = [*_comparisons(result), *_omissions(result, setting), *_images(result["data"]), *_overlap(setting)]
+    result["findings"] = [
+        *_comparisons(result),
+        *_omissions(result, setting),
+        *_images(result["data"]),
+        *_overlap(setting),
+    ]
     return result
 
 
@@ -232,7 +237,10 @@ def _images(data: dict[str, Any]) -> list[dict[str, str]]:
         found.append({"kind": "bad", "text": text})
     size = data["resolution"]
     notes = [
-        (data["enlarged"], f"smaller than {size} pixels, enlarged: numbers of such images say little about detail."),
+        (
+            data["enlarged"],
+            f"smaller than {size} pixels, enlarged: numbers of such images say little about detail.",
+        ),
         (data["gray"] if data["channels"] != 1 else 0, "stored as gray, evaluated with equal channels."),
         (data["sixteen_bit"], "stored with more than 8 bits, rounded to 8 as every metric here is."),
     ]
@@ -260,9 +268,7 @@ def _conventions(setting: Setting) -> dict[str, str]:
     kind = {1: "gray (BT.601 luma)", 3: "RGB", 4: "RGBA"}[setting.channels]
     perceptual = f"none; {distance.reason}"
     if distance.name:
-        perceptual = (
-            f"{distance.name}, on the uint8 images as RGB scaled to [-1, 1]; one that was also a training loss flatters the model"
-        )
+        perceptual = f"{distance.name}, on the uint8 images as RGB scaled to [-1, 1]; one that was also a training loss flatters the model"
     frechet = f"none; {setting.extractor}"
     if isinstance(setting.extractor, Extractor):
         frechet = (

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.index import ShardIndex, load_index
 from latentae.data.loader import Batch
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import ShardIndex, load_index
 from latentae.device import choose_device
 from latentae.errors import DataError, ImageError, ModelError, RecipeError
-from latentae.evaluation.distance import Distance, choose_distance
-from latentae.evaluation.extractors import Extractor, choose_extractor
 from latentae.evaluation.measure import MODEL, QUANTISED, Instruments
 from latentae.evaluation.methods.base import Method
 from latentae.evaluation.methods.dct import BlockDCT, Dct, DctVariances
@@ -27,8 +25,15 @@ from latentae.evaluation.methods.model import ModelMethod
 from latentae.evaluation.methods.pca import Pca
 from latentae.evaluation.methods.webp import WebP
 from latentae.evaluation.part import ORIGINALS
-from latentae.evaluation.training_data import TrainingData, given_training_data, recorded_training_data, training_images
 from latentae.evaluation.work import spread
+from latentae.measures.extractors import Extractor, choose_extractor
+from latentae.measures.perceptual_distance import Distance, choose_distance
+from latentae.measures.training_data import (
+    TrainingData,
+    given_training_data,
+    recorded_training_data,
+    training_images,
+)
 from latentae.models.base import Autoencoder
 from latentae.models.foreign import load_any_model
 from latentae.models.pca import MAX_PATCH_NUMBERS, PatchPCA, fit_pca, sketch_pca
@@ -85,14 +90,24 @@ class Setting:
         """About `wanted` images of the model's training data."""
         limit = max(self.max_pixels, self.training.max_pixels)
         return training_images(
-            self.training, self.resolution, self.batch_size, wanted, self.seed, channels=self.channels, max_pixels=limit
+            self.training,
+            self.resolution,
+            self.batch_size,
+            wanted,
+            self.seed,
+            channels=self.channels,
+            max_pixels=limit,
         )
 
     @cached_property
     def positions(self) -> list[int]:
         """Of the images in the shards, in order."""
         samples = self.index.samples
-        return list(range(samples)) if self.limit is None or self.limit >= samples else spread(samples, self.limit)
+        return (
+            list(range(samples))
+            if self.limit is None or self.limit >= samples
+            else spread(samples, self.limit)
+        )
 
     @property
     def total(self) -> int:
@@ -246,7 +261,10 @@ def _load_compared(
     for path in paths:
         model, other = load_any_model(path, weights, device)
         config = other.config
-        if (config.in_channels, config.out_channels) != (source.config.in_channels, source.config.out_channels):
+        if (config.in_channels, config.out_channels) != (
+            source.config.in_channels,
+            source.config.out_channels,
+        ):
             raise ModelError(
                 f"{path} has {config.in_channels} channels in and {config.out_channels} out, the model it is compared with "
                 f"{source.config.in_channels} and {source.config.out_channels}; compare models of the same images"
@@ -257,7 +275,9 @@ def _load_compared(
             )
         label = Path(path).name or str(path)
         name = _free(re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.").lower() or "model", taken)
-        found.append(Compared(name, label if name.endswith(label.lower()) else f"{label} ({name})", other, model))
+        found.append(
+            Compared(name, label if name.endswith(label.lower()) else f"{label} ({name})", other, model)
+        )
     return tuple(found)
 
 

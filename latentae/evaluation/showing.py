@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.evaluation.latents.diagnose import Diagnosis
 from latentae.evaluation.measure import MODEL, QUANTISED, Instruments, Loaded
 from latentae.evaluation.measurement import Measurement
-from latentae.evaluation.ranking import rank
 from latentae.evaluation.work import spread
+from latentae.measures.latents.diagnose import Diagnosis
+from latentae.measures.ranking import rank
 
 __all__ = ["EXAMPLES", "Example", "Shown", "choose", "make_examples"]
 
@@ -62,7 +62,11 @@ def choose(measurement: Measurement) -> dict[str, list[int]]:
 
 @torch.inference_mode()
 def make_examples(
-    instruments: Instruments, chosen: dict[str, list[int]], images: dict[int, Loaded], measurement: Measurement, batch_size: int
+    instruments: Instruments,
+    chosen: dict[str, list[int]],
+    images: dict[int, Loaded],
+    measurement: Measurement,
+    batch_size: int,
 ) -> list[Example]:
     """Reconstruct the chosen images once more; PSNR is that of the measurement."""
     rows = sorted({row for rows in chosen.values() for row in rows})
@@ -72,13 +76,21 @@ def make_examples(
         originals = torch.stack([_image(images[row]) for row in batch]).to(instruments.device)
         found, _ = instruments.reconstruct(originals, [measurement.keys[row] for row in batch])
         for place, row in enumerate(batch):
-            made[row] = {name: result.images[place].cpu() for name, result in found.items() if place not in result.missing}
+            made[row] = {
+                name: result.images[place].cpu()
+                for name, result in found.items()
+                if place not in result.missing
+            }
     return [
-        _example(kind, row, images[row], made[row], measurement) for kind, rows_of_kind in chosen.items() for row in rows_of_kind
+        _example(kind, row, images[row], made[row], measurement)
+        for kind, rows_of_kind in chosen.items()
+        for row in rows_of_kind
     ]
 
 
-def _example(kind: str, row: int, loaded: Loaded, made: dict[str, Tensor], measurement: Measurement) -> Example:
+def _example(
+    kind: str, row: int, loaded: Loaded, made: dict[str, Tensor], measurement: Measurement
+) -> Example:
     values = {method: measurement.scores[method].values["psnr"][row] for method in made}
     shown = [method for method in made if method != QUANTISED and not math.isnan(values[method])]
     psnr = {method: values[method] for method in shown}
@@ -86,7 +98,9 @@ def _example(kind: str, row: int, loaded: Loaded, made: dict[str, Tensor], measu
 
 
 def _image(loaded: Loaded) -> Tensor:
-    assert loaded.image is not None, "an image that was read once can't be read again; the shards have changed"
+    assert loaded.image is not None, (
+        "an image that was read once can't be read again; the shards have changed"
+    )
     return loaded.image
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import DataError
-from latentae.evaluation.page.curves import Series, read_log
 from latentae.files import read_json
 from latentae.jobs import RECORD
 from latentae.models.pretrained import METRICS_LOG
+from latentae.pages.curves import Series, read_log
 
 __all__ = ["EVENTS", "METRICS", "RECIPE", "ROWS", "Subject", "read_subjects"]
 
@@ -76,19 +76,27 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
     taken: dict[str, Subject] = {}
     rest = []
     for subject in subjects:
-        of = runs.get(Path(subject.evaluation["model"]["path"]).resolve()) if subject.evaluation is not None else None
+        of = (
+            runs.get(Path(subject.evaluation["model"]["path"]).resolve())
+            if subject.evaluation is not None
+            else None
+        )
         if of is None or of in taken:
             rest.append(subject)
         else:
             taken[of] = subject
     joined = [_joined(subject, taken.get(subject.name)) for subject in rest]
-    return joined if len(joined) > 1 else subjects  # a run beside nothing but its own evaluation: two rows say more than one
+    return (
+        joined if len(joined) > 1 else subjects
+    )  # a run beside nothing but its own evaluation: two rows say more than one
 
 
 def _joined(run: Subject, evaluation: Subject | None) -> Subject:
     if evaluation is None:
         return run
-    return replace(run, evaluated=evaluation.evaluated, evaluation=evaluation.evaluation, rows=evaluation.rows)
+    return replace(
+        run, evaluated=evaluation.evaluated, evaluation=evaluation.evaluation, rows=evaluation.rows
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -113,7 +121,14 @@ def _read(path: Path, name: str) -> Subject:
     log = path / METRICS_LOG
     series = read_log(log, ("",)) if log.is_file() else {}
     known = record if isinstance(record, dict) else {}
-    return Subject(name, run=path, recipe=_recipe(path / RECIPE), series=series, record=known, ran_on=_ran_on(path / EVENTS))
+    return Subject(
+        name,
+        run=path,
+        recipe=_recipe(path / RECIPE),
+        series=series,
+        record=known,
+        ran_on=_ran_on(path / EVENTS),
+    )
 
 
 def _is_run(path: Path) -> bool:
@@ -128,8 +143,16 @@ def _refusal(path: Path) -> str:
         record = read_json(path / RECORD)
     if isinstance(record, dict) and record.get("verb") == "evaluate":
         return f"the evaluation in {path} has not finished; run the same `latentae evaluate` again"
-    inside = sorted(child.name for child in path.iterdir() if child.is_dir() and (_is_run(child) or (child / METRICS).is_file()))
-    meant = f"did you mean {' or '.join(str(path / name) for name in inside[:3])}?" if inside else "give another folder"
+    inside = sorted(
+        child.name
+        for child in path.iterdir()
+        if child.is_dir() and (_is_run(child) or (child / METRICS).is_file())
+    )
+    meant = (
+        f"did you mean {' or '.join(str(path / name) for name in inside[:3])}?"
+        if inside
+        else "give another folder"
+    )
     return f"{path} is neither a run ({RECIPE} or {METRICS_LOG}) nor an evaluation ({METRICS}); {meant}"
 
 
@@ -137,14 +160,17 @@ def _evaluation(file: Path) -> Mapping[str, Any]:
     try:
         evaluation = read_json(file)
         complete = (
-            all(isinstance(evaluation[part], dict) for part in ("model", "data", "metrics")) and evaluation["model"]["path"]
+            all(isinstance(evaluation[part], dict) for part in ("model", "data", "metrics"))
+            and evaluation["model"]["path"]
         )
     except OSError as error:
         raise DataError(f"could not read {file}: {error.strerror}; evaluate again") from error
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise DataError(f"{file} does not hold what `latentae evaluate` writes; evaluate again, into an empty folder")
+        raise DataError(
+            f"{file} does not hold what `latentae evaluate` writes; evaluate again, into an empty folder"
+        )
     return evaluation
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from latentae.data.index import ShardIndex, read_samples
-from latentae.data.shards import RawSample
+from latentae.data.shard_files import RawSample
+from latentae.data.shard_index import ShardIndex, read_samples
 from latentae.evaluation.part import Part
 
 __all__ = ["PartsFolder", "cut", "samples_at", "spread"]
@@ -47,7 +47,9 @@ def samples_at(index: ShardIndex, positions: Sequence[int]) -> Iterator[tuple[in
     start, rest = 0, list(positions)
     for number, entry in enumerate(index.shards):
         here = list(itertools.takewhile(lambda position, stop=start + entry.samples: position < stop, rest))
-        yield from zip(here, read_samples(index, number, [position - start for position in here]), strict=True)
+        yield from zip(
+            here, read_samples(index, number, [position - start for position in here]), strict=True
+        )
         rest, start = rest[len(here) :], start + entry.samples
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.loader import image_batches
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import MissingDependencyError, ModelError
 from latentae.models.pretrained import load_model
@@ -54,7 +54,9 @@ def decode_in_diffusers(
         ModelError: the two differ by more than rounding.
     """
     if importlib.util.find_spec("diffusers") is None:
-        raise MissingDependencyError("checking the export needs diffusers; pip install 'latentae[quickstart]'")
+        raise MissingDependencyError(
+            "checking the export needs diffusers; pip install 'latentae[quickstart]'"
+        )
     import diffusers
 
     ours, _ = load_model(run)
@@ -64,7 +66,9 @@ def decode_in_diffusers(
         images = to_float(batch.images)
         expected = ours.decode(ours.encode(images).mode())
         encoded = theirs.encode(images)  # an AutoencoderDC of diffusers has no posterior
-        got = theirs.decode(encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()).sample
+        got = theirs.decode(
+            encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        ).sample
         largest, count = max(largest, (got - expected).abs().max().item()), count + len(images)
     if not largest <= TOLERANCE:
         raise ModelError(

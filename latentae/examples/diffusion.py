@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
-from latentae.data.order import whole_seed
+from latentae.data.epoch_order import whole_seed
 from latentae.encoding.batches import SizeBatches
 from latentae.encoding.latents import LatentDataset
 
@@ -36,7 +36,15 @@ class LatentTransformer(nn.Module):
         patch: side of the square that becomes a token.
     """
 
-    def __init__(self, channels: int, classes: int = 0, width: int = 192, depth: int = 4, heads: int = 3, patch: int = 2) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int = 0,
+        width: int = 192,
+        depth: int = 4,
+        heads: int = 3,
+        patch: int = 2,
+    ) -> None:
         super().__init__()
         self.channels, self.width, self.patch = channels, width, patch
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
@@ -69,12 +77,16 @@ class Block(nn.Module):
         self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
         self.modulation = zeroed(nn.Linear(width, 6 * width))
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Tokens [B, n, width] -> the same shape."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[:, None].chunk(
+            6, dim=-1
+        )
         tokens = tokens + gate * self.attention(self.norms[0](tokens) * (1 + scale) + shift)
         return tokens + gate_mlp * self.mlp(self.norms[1](tokens) * (1 + scale_mlp) + shift_mlp)
 
@@ -104,7 +116,9 @@ def positions(high: int, wide: int, width: int) -> Tensor:
     return torch.cat([rows.repeat_interleave(wide, 0), columns.repeat(high, 1)], dim=1)
 
 
-def flow_loss(model: nn.Module, latents: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def flow_loss(
+    model: nn.Module, latents: Tensor, labels: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Mean squared error of the velocity at random times; 1 + E[z^2] for a model that says 0."""
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     t = torch.rand(len(latents), generator=generator).to(latents)
@@ -113,7 +127,13 @@ def flow_loss(model: nn.Module, latents: Tensor, labels: Tensor, generator: torc
 
 
 def train(
-    model: LatentTransformer, latents: LatentDataset, steps: int, *, batch_size: int = 32, lr: float = 1e-3, workers: int = 0
+    model: LatentTransformer,
+    latents: LatentDataset,
+    steps: int,
+    *,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    workers: int = 0,
 ) -> Iterator[float]:
     """Train on a data set made with `scaled=True, sample=True`; yields the loss of each step. Epochs draw new noise and flips."""
     device = next(model.parameters()).device
@@ -134,10 +154,14 @@ def train(
 
 
 @torch.inference_mode()
-def sample(model: LatentTransformer, labels: Tensor, size: tuple[int, int], *, steps: int = 50, seed: int = 0) -> Tensor:
+def sample(
+    model: LatentTransformer, labels: Tensor, size: tuple[int, int], *, steps: int = 50, seed: int = 0
+) -> Tensor:
     """Latents [B, z, *size] as the model saw them, scaled, one for each label [B]: Euler steps from noise at t = 0 to t = 1."""
     device = next(model.parameters()).device
-    noise = torch.randn(len(labels), model.channels, *size, generator=torch.Generator().manual_seed(whole_seed(seed)))
+    noise = torch.randn(
+        len(labels), model.channels, *size, generator=torch.Generator().manual_seed(whole_seed(seed))
+    )
     z, labels = noise.to(device), labels.to(device)
     for step in range(steps):
         t = torch.full((len(labels),), step / steps, device=device)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentae.data.order import run_seed
+from latentae.data.epoch_order import run_seed
 from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.encoding.encode import encode
 from latentae.encoding.latents import LatentDataset
@@ -26,12 +26,17 @@ from latentae.training.train import train
 __all__ = ["quickstart"]
 
 RECIPE = "dc-tiny"
-TRAINING_TILE, TRAINING_STRIDE = 256, 128  # overlapping: crops of any position, small enough to decode quickly
+TRAINING_TILE, TRAINING_STRIDE = (
+    256,
+    128,
+)  # overlapping: crops of any position, small enough to decode quickly
 HELD_OUT_TILE = 128  # side by side: every pixel is judged once
 PLAN, START = "plan.json", "step-0"
 
 
-def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: int | None = None, seed: int = 0) -> Path:
+def quickstart(
+    out: str | Path = "quickstart", *, minutes: float = 6.0, images: int | None = None, seed: int = 0
+) -> Path:
     """Run the main job on photos that ship with scikit-image and scikit-learn; run again, it goes on where it stopped.
 
     The speed is measured first; the number of images that fits into `minutes` is then fixed and recorded, so that nothing that
@@ -54,7 +59,9 @@ def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: 
     if (images is not None and images < 1) or not 0 < minutes < 1e5:
         raise RecipeError(f"minutes is {minutes} and images is {images}; give a positive number")
     seed = run_seed(seed)
-    job = Job.open(out, "quickstart", {"minutes": minutes if images is None else None, "images": images, "seed": seed})
+    job = Job.open(
+        out, "quickstart", {"minutes": minutes if images is None else None, "images": images, "seed": seed}
+    )
     report = job.folder / "report.html"
     if job.state == "finished":
         say(f"the quickstart in {out} is finished; open {report}")
@@ -82,7 +89,9 @@ def quickstart(out: str | Path = "quickstart", *, minutes: float = 6.0, images: 
     clock.lap("encoding")
     export(run, home / "export", statistics=home / "latents", metrics=result)
     clock.lap("export")
-    check = decode_in_diffusers(run, home / "export", LatentDataset(home / "latents"), home / "held-out-shards", HELD_OUT_TILE)
+    check = decode_in_diffusers(
+        run, home / "export", LatentDataset(home / "latents"), home / "held-out-shards", HELD_OUT_TILE
+    )
     clock.lap("in diffusers")
     write_quickstart_page(home, result, check, recipe, clock.laps)
     job.finish(**_summary(result, check))
@@ -104,7 +113,7 @@ class Stopwatch:
 
 
 def _make_shards(home: Path) -> None:
-    from latentae.data.writing import shards
+    from latentae.data.shards import shards
 
     for kind, names, tile, stride in (
         ("training", TRAINING, TRAINING_TILE, TRAINING_STRIDE),
@@ -121,7 +130,10 @@ def _planned(home: Path, minutes: float, images: int | None, seed: int) -> Recip
     """The recipe with a fixed number of images: the recorded one, the given one, or what fits into the minutes."""
     recipe = load_recipe(
         RECIPE,
-        {"seed": seed, "data": {"shards": str(home / "training-shards"), "validation": str(home / "held-out-shards")}},
+        {
+            "seed": seed,
+            "data": {"shards": str(home / "training-shards"), "validation": str(home / "held-out-shards")},
+        },
     )
     if not (home / PLAN).is_file():
         speed = None

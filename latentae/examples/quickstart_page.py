@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from latentae.data.photos import HELD_OUT, TRAINING
-from latentae.evaluation.images import write_png
-from latentae.evaluation.page.evaluation_page import detail_sections, evaluation_sections, training_sections
-from latentae.evaluation.page.pictures import example_row
-from latentae.evaluation.page.report import (
+from latentae.evaluation.evaluation_page import detail_sections, evaluation_sections, training_sections
+from latentae.examples.diffusers_check import DiffusersCheck
+from latentae.files import write_text
+from latentae.measures.scores import interval_text, metric_label
+from latentae.pages.images import write_png
+from latentae.pages.pictures import example_row
+from latentae.pages.report import (
     Code,
     DataTable,
     Facts,
@@ -22,9 +25,6 @@ from latentae.evaluation.page.report import (
     Section,
     build_report,
 )
-from latentae.evaluation.summary import interval_text, metric_label
-from latentae.examples.diffusers_check import DiffusersCheck
-from latentae.files import write_text
 from latentae.training.recipe import Recipe
 from latentae.version import __version__
 
@@ -60,13 +60,19 @@ def write_quickstart_page(
         f"trained on {recipe.images:,} crops of {len(TRAINING)} photos, judged on {len(HELD_OUT)} others"
     )
     footer = f"Made by latentae {__version__}. This page needs no network; keep it beside its folders for the links to work."
-    write_text(out / "report.html", build_report("From photos to a diffusers component", subtitle, sections, footer))
+    write_text(
+        out / "report.html", build_report("From photos to a diffusers component", subtitle, sections, footer)
+    )
 
 
 def _story_section(evaluation: Path, result: Mapping[str, Any], factor: int) -> Section:
     """PCA, the model before its first step, and the model at the end: figures and pictures."""
     (start,) = result["compared"]
-    tellers = [("pca", "PCA", result["baselines"]["pca"]), (start["name"], "step 0", start), ("model", "the end", result)]
+    tellers = [
+        ("pca", "PCA", result["baselines"]["pca"]),
+        (start["name"], "step 0", start),
+        ("model", "the end", result),
+    ]
     metrics = list(result["metrics"])
     rows = [
         [(label, ""), *(interval_text(metric, entry["metrics"][metric]) for metric in metrics)]
@@ -97,7 +103,9 @@ def _diffusers_section(check: DiffusersCheck) -> Section:
         f"the largest difference of any value is {check.largest_difference:.1e} (the range is [-1, 1]). Below: a latent stored by "
         "`latentae encode`, decoded by diffusers."
     )
-    row = GalleryRow(check.key, [Picture(check.decoded, "decoded by diffusers", "a training tile, from its stored latent")])
+    row = GalleryRow(
+        check.key, [Picture(check.decoded, "decoded by diffusers", "a training tile, from its stored latent")]
+    )
     return Section("In diffusers", [Paragraph(text), Gallery([row]), Code(SNIPPET)])
 
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["PREVIEW", "STATISTICS", "ExportPlan", "build", "normalised_preview"]
 
 STATISTICS, PREVIEW = "latent_statistics.json", "latent_preview.json"
-NO_CHANNELS = {"latents_mean": None, "latents_std": None}  # with them SDXL would scale what the new factors scale already
+NO_CHANNELS = {
+    "latents_mean": None,
+    "latents_std": None,
+}  # with them SDXL would scale what the new factors scale already
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ def build(plan: ExportPlan, folder: Path, name: str) -> CardFacts:
         force_upcast=audit is None or audit.force_upcast,
     )
     write_formats(plan.format, Component(component.cpu(), config, plan.variant, str(plan.device)), folder)
-    preview = None if figures is None or figures.preview is None else normalised_preview(figures.preview, scaling)
+    preview = (
+        None if figures is None or figures.preview is None else normalised_preview(figures.preview, scaling)
+    )
     if latents is not None:
         found = (scaling.measured or latents).to_json(source.fingerprint)
         write_json(folder / STATISTICS, {**found, "folded_into_the_weights": scaling.folded})
@@ -134,9 +139,7 @@ def _in_words(plan: ExportPlan) -> str:
     """Which weights, without this machine's paths."""
     source = plan.source
     if source.kind in ("run", "checkpoint"):
-        return (
-            f"{'EMA' if plan.weights == 'ema' else 'raw (not EMA)'} weights of a training run, {source.weights_file.parent.name}"
-        )
+        return f"{'EMA' if plan.weights == 'ema' else 'raw (not EMA)'} weights of a training run, {source.weights_file.parent.name}"
     return f"as in {source.weights_file.name}"
 
 
@@ -153,7 +156,8 @@ def normalised_preview(preview: Preview, scaling: LatentScaling) -> Preview:
     rows = zip(preview.factors, std, strict=True)
     factors = tuple((red * s, green * s, blue * s) for (red, green, blue), s in rows)
     red, green, blue = (
-        b + sum(row[k] * m for row, m in zip(preview.factors, mean, strict=True)) for k, b in enumerate(preview.bias)
+        b + sum(row[k] * m for row, m in zip(preview.factors, mean, strict=True))
+        for k, b in enumerate(preview.bias)
     )
     scale = {"scaling_factor": scaling.scaling_factor, "shift_factor": scaling.shift_factor}
     return replace(preview, factors=factors, bias=(red, green, blue), **scale)

@@ -13,9 +13,9 @@ from latentae.exporting.snippets import snippets
 from latentae.models.config import AutoencoderKLConfig
 
 if TYPE_CHECKING:
-    from latentae.evaluation.latents.half import HalfAudit
     from latentae.exporting.figures import Quality, TilingError
     from latentae.exporting.preview import Preview
+    from latentae.measures.latents.half import HalfAudit
 
 __all__ = ["CardFacts", "card_for_hub", "model_card"]
 
@@ -123,13 +123,13 @@ images are not named in this folder; name them here too. No weights of perceptua
 
 def card_for_hub(card: str, name: str, repository: str) -> str:
     """The card of a folder called `name` with the repository where snippets may say either."""
-    return card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repository}"').replace("OWNER/NAME", repository)
+    return card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repository}"').replace(
+        "OWNER/NAME", repository
+    )
 
 
 def _hub_hint(facts: CardFacts) -> str:
-    return (
-        f"; `hf download OWNER/NAME --local-dir {facts.name}` gets one from the Hub, and `from_pretrained` takes that name itself"
-    )
+    return f"; `hf download OWNER/NAME --local-dir {facts.name}` gets one from the Hub, and `from_pretrained` takes that name itself"
 
 
 def _kind(config: ExportableConfig) -> str:
@@ -166,7 +166,11 @@ def _scaling(facts: CardFacts) -> str:
 
 def _by_channel(config: ExportableConfig) -> str:
     """What a config that came with statistics by channel means, or nothing."""
-    if not isinstance(config, AutoencoderKLConfig) or config.latents_mean is None or config.latents_std is None:
+    if (
+        not isinstance(config, AutoencoderKLConfig)
+        or config.latents_mean is None
+        or config.latents_std is None
+    ):
         return ""
     return (
         "\nThe config also has `latents_mean` and `latents_std`. Pipelines that read them, such as SDXL's, normalise by channel instead:\n"
@@ -190,10 +194,18 @@ def _precision(facts: CardFacts) -> str:
         weights = f'The weights are fp32, and once more in {facts.variant} (`from_pretrained(..., variant="{facts.variant}")`).'
     kl = facts.config if isinstance(facts.config, AutoencoderKLConfig) else None
     if facts.audit is None:
-        advice = "so `force_upcast` is true: pipelines run this component in fp32" if kl else "so run this component in fp32"
+        advice = (
+            "so `force_upcast` is true: pipelines run this component in fp32"
+            if kl
+            else "so run this component in fp32"
+        )
         return f"{weights} Half-precision *activations* were not measured, {advice}."
     if kl is not None:
-        verdict = "true: pipelines run this component in fp32" if kl.force_upcast else "false: fp16 was measured to be safe"
+        verdict = (
+            "true: pipelines run this component in fp32"
+            if kl.force_upcast
+            else "false: fp16 was measured to be safe"
+        )
         verdict = f"`force_upcast` is {verdict}."
     else:
         unsafe = facts.audit.force_upcast
@@ -205,17 +217,25 @@ def _precision(facts: CardFacts) -> str:
 def _quality(facts: CardFacts) -> str:
     parts = []
     if facts.metrics:
-        parts.append(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.metrics.items())])
+        parts.append(
+            ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.metrics.items())]
+        )
     if facts.quality:
         names = list(dict.fromkeys(name for quality in facts.quality for name in quality.metrics))
-        perceptual = next((quality.perceptual for quality in facts.quality if quality.perceptual), "perceptual distance")
+        perceptual = next(
+            (quality.perceptual for quality in facts.quality if quality.perceptual), "perceptual distance"
+        )
         labels = [{**LABELS, "perceptual": perceptual}.get(name, name) for name in names]
         rows = []
         for quality in facts.quality:
             cells = [metric_text(quality.metrics[name]) if name in quality.metrics else "-" for name in names]
-            rows.append(f"| {quality.resolution} x {quality.resolution} | {quality.images} | {' | '.join(cells)} |")
+            rows.append(
+                f"| {quality.resolution} x {quality.resolution} | {quality.images} | {' | '.join(cells)} |"
+            )
         head = ["Measured at export, from the posterior mean in fp32, reconstructions rounded to 8 bits:", ""]
-        parts.append([*head, f"| pixels | images | {' | '.join(labels)} |", "|---" * (len(names) + 2) + "|", *rows])
+        parts.append(
+            [*head, f"| pixels | images | {' | '.join(labels)} |", "|---" * (len(names) + 2) + "|", *rows]
+        )
     return "\n\n".join("\n".join(part) for part in parts) or MISSING
 
 

@@ -25,7 +25,12 @@ TILE = 256  # diffusers takes sample_size for its tile side: a small one makes t
 
 
 def component_config(
-    config: ExportableConfig, *, resolution: int, scaling_factor: float, shift_factor: float, force_upcast: bool = True
+    config: ExportableConfig,
+    *,
+    resolution: int,
+    scaling_factor: float,
+    shift_factor: float,
+    force_upcast: bool = True,
 ) -> ExportableConfig:
     """The config a pipeline reads: the model's own, with the latent scaling and the tile side filled in.
 
@@ -34,7 +39,11 @@ def component_config(
     """
     if isinstance(config, AutoencoderDCConfig):
         return config.model_copy(
-            update={"scaling_factor": scaling_factor, "sample_size": resolution, "bottleneck": "deterministic"}
+            update={
+                "scaling_factor": scaling_factor,
+                "sample_size": resolution,
+                "bottleneck": "deterministic",
+            }
         )
     f = config.downsampling
     values = {
@@ -55,10 +64,14 @@ def check_finite(state: Mapping[str, Tensor], variant: str | None = None) -> Non
     for dtype in filter(None, (torch.float32, VARIANTS.get(variant or ""))):
         for name, value in state.items():
             if not value.to(dtype).isfinite().all():
-                raise ModelError(f"{name} has values that are not finite in {dtype}; export a healthy checkpoint")
+                raise ModelError(
+                    f"{name} has values that are not finite in {dtype}; export a healthy checkpoint"
+                )
 
 
-def write_diffusers(model: Exportable, config: ExportableConfig, folder: Path, variant: str | None = None) -> None:
+def write_diffusers(
+    model: Exportable, config: ExportableConfig, folder: Path, variant: str | None = None
+) -> None:
     """Write `config.json` and the fp32 weights, and the same weights once more in half precision where a variant is asked for."""
     state = model.state_dict()
     save_weights(state, folder / WEIGHTS, torch.float32)

@@ -95,7 +95,9 @@ def export(
         DataError: `data` can't be read.
     """
     check_format(format, variant)
-    check_scaling(scaling_factor, shift_factor, fold_normalization, statistics is not None or data is not None)
+    check_scaling(
+        scaling_factor, shift_factor, fold_normalization, statistics is not None or data is not None
+    )
     check_repository(push_to_hub)
     source, where = resolve_model(model, weights), choose_device(device)
     config = exportable(source.config, str(model))
@@ -116,7 +118,9 @@ def export(
         variant=variant,
         fold=fold_normalization,
         factors={"scaling_factor": scaling_factor, "shift_factor": shift_factor},
-        latents=None if statistics is None else read_latents(statistics, source.fingerprint, source.config.latent_channels),
+        latents=None
+        if statistics is None
+        else read_latents(statistics, source.fingerprint, source.config.latent_channels),
         metrics=read_metrics(metrics, source.fingerprint),
         request=None if data is None else data_request(source, data, **options, device=where),
         device=where,
@@ -147,7 +151,9 @@ def _make(out: Path, plan: ExportPlan) -> dict[str, Any]:
         facts = build(plan, staging, out.name)
         write_text(staging / CARD, model_card(facts))
         paths = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != RECORD)
-        files = {p.relative_to(staging).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+        files = {
+            p.relative_to(staging).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths
+        }
         job.finish(**facts.record(), files=files)
     for note in facts.ldm_notes:
         say(f"export: note: {note}")

@@ -17,26 +17,34 @@ import torch
 from torch import Tensor
 
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.index import ShardIndex, load_index
 from latentae.data.loader import Batch, image_batches
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import ShardIndex, load_index
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError, ModelError, RecipeError
-from latentae.evaluation.distance import Distance, choose_distance
-from latentae.evaluation.latents.report import LatentReport
-from latentae.evaluation.metrics import TAPS, psnr, ssim
-from latentae.evaluation.summary import Scores
 from latentae.exporting.measured import MeasuredLatents
+from latentae.measures.latents.report import LatentReport
+from latentae.measures.metrics import TAPS, psnr, ssim
+from latentae.measures.perceptual_distance import Distance, choose_distance
+from latentae.measures.scores import Scores
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import ModelSource
 from latentae.progress import Progress
 
 if TYPE_CHECKING:
-    from latentae.evaluation.latents.half import HalfAudit
     from latentae.exporting.preview import Preview
+    from latentae.measures.latents.half import HalfAudit
 
-__all__ = ["DataRequest", "Figures", "Quality", "TilingError", "data_request", "measure_component", "measure_model"]
+__all__ = [
+    "DataRequest",
+    "Figures",
+    "Quality",
+    "TilingError",
+    "data_request",
+    "measure_component",
+    "measure_model",
+]
 
 TILED_IMAGES = 4  # enough to show the size of the error; each is decoded twice
 OVERLAP = 0.25
@@ -73,7 +81,10 @@ class DataRequest:
 
     def batches(self, resolution: int, limit: int | None = None) -> Iterator[Batch]:
         """The images at one resolution."""
-        paths, count = [entry.path for entry in self.index.shards], self.images if limit is None else min(limit, self.images)
+        paths, count = (
+            [entry.path for entry in self.index.shards],
+            self.images if limit is None else min(limit, self.images),
+        )
         options: dict[str, Any] = {"channels": self.channels, "max_pixels": self.max_pixels}
         return image_batches(paths, resolution, self.batch_size, limit=count, **options)
 
@@ -142,7 +153,9 @@ def data_request(
     sizes = tuple(resolutions or (source.resolution,))
     for size in sizes:
         if size < 1 or size % f:
-            raise ImageError(f"resolution is {size}, this model needs a multiple of {f}; use {max(round(size / f), 1) * f}")
+            raise ImageError(
+                f"resolution is {size}, this model needs a multiple of {f}; use {max(round(size / f), 1) * f}"
+            )
     index = load_index(expand_shards(shards))
     return DataRequest(index, sizes, images, config.in_channels, batch_size, perceptual, device, max_pixels)
 
@@ -160,7 +173,10 @@ def measure_model(model: Autoencoder, request: DataRequest) -> Figures:
     """
     from latentae.exporting.preview import PreviewFit
 
-    latents, fit = LatentReport(), PreviewFit(model.config.latent_channels, 1.0, 0.0) if request.channels == 3 else None
+    latents, fit = (
+        LatentReport(),
+        PreviewFit(model.config.latent_channels, 1.0, 0.0) if request.channels == 3 else None,
+    )
     quality = []
     for number, resolution in enumerate(request.resolutions):
         first, distance = number == 0, _distance(request, resolution)
@@ -191,7 +207,9 @@ def _finite(made: Tensor, batch: Batch) -> Tensor:
     bad = ~made.isfinite().flatten(1).all(1)
     if bad.any():
         key = batch.keys[int(bad.nonzero()[0])].encode("utf-8", "backslashreplace").decode()
-        raise ModelError(f"the reconstruction of {key} has NaN or infinite values; the model has diverged, export an earlier one")
+        raise ModelError(
+            f"the reconstruction of {key} has NaN or infinite values; the model has diverged, export an earlier one"
+        )
     return made
 
 
@@ -208,9 +226,13 @@ def _measured(report: LatentReport) -> MeasuredLatents:
         raise ModelError("the shards hold no image; give shards with images as data")
     summary = report.statistics.summary()
     if summary["scaling_factor"] is None:
-        raise ModelError("the latents of all images are the same; the model has collapsed, export another one")
+        raise ModelError(
+            "the latents of all images are the same; the model has collapsed, export another one"
+        )
     mean, std = summary["latents_mean"], summary["latents_std"]
-    return MeasuredLatents(summary["scaling_factor"], summary["shift_factor"], tuple(mean), tuple(std), summary["samples"])
+    return MeasuredLatents(
+        summary["scaling_factor"], summary["shift_factor"], tuple(mean), tuple(std), summary["samples"]
+    )
 
 
 def measure_component(model: Autoencoder, request: DataRequest) -> tuple[HalfAudit, TilingError | None]:
@@ -220,9 +242,12 @@ def measure_component(model: Autoencoder, request: DataRequest) -> tuple[HalfAud
         model: the component as it will be written, in evaluation mode, on the request's device.
         request: what to measure on.
     """
-    from latentae.evaluation.latents.half import audit_half
+    from latentae.measures.latents.half import audit_half
 
-    audit = audit_half(model, (to_float(batch.images.to(request.device)) for batch in request.batches(request.resolutions[0])))
+    audit = audit_half(
+        model,
+        (to_float(batch.images.to(request.device)) for batch in request.batches(request.resolutions[0])),
+    )
     return audit, tiling_error(model, request)
 
 

@@ -22,7 +22,9 @@ from latentae.models.config import AutoencoderKLConfig
 __all__ = ["fold_normalization"]
 
 
-def fold_normalization(model: AutoencoderKL, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> AutoencoderKL:
+def fold_normalization(
+    model: AutoencoderKL, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
+) -> AutoencoderKL:
     """A copy of `model` whose latents have the given statistics removed; its config says scaling 1 and shift 0.
 
     A 1x1 convolution that the model has not is added as the identity first. Posterior: N((m - mean) / std, (s / std)^2) where the
@@ -39,7 +41,9 @@ def fold_normalization(model: AutoencoderKL, mean: Sequence[float] | Tensor, std
     z = model.config.latent_channels
     shift, scale = (torch.as_tensor(values, dtype=torch.float64).flatten().cpu() for values in (mean, std))
     if not len(shift) == len(scale) == z:
-        raise RecipeError(f"mean and std have {len(shift)} and {len(scale)} numbers, the model has {z} latent channels")
+        raise RecipeError(
+            f"mean and std have {len(shift)} and {len(scale)} numbers, the model has {z} latent channels"
+        )
     if not (shift.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
         raise RecipeError(
             "a latent channel's mean is not finite or its std not positive; a channel that never varies can't be normalised, "
@@ -59,7 +63,9 @@ def fold_normalization(model: AutoencoderKL, mean: Sequence[float] | Tensor, std
 def folded_config(config: AutoencoderKLConfig) -> AutoencoderKLConfig:
     """The config of the folded model: both 1x1 convolutions, and latents that are normalised already."""
     neutral = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
-    return AutoencoderKLConfig(**{**config.model_dump(), **neutral, "use_quant_conv": True, "use_post_quant_conv": True})
+    return AutoencoderKLConfig(
+        **{**config.model_dump(), **neutral, "use_quant_conv": True, "use_post_quant_conv": True}
+    )
 
 
 def _identities(z: int) -> dict[str, Tensor]:

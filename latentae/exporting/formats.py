@@ -51,7 +51,12 @@ def _pt2(component: Component, folder: Path) -> None:
     write_pt2(component.model, component.config, folder, component.device)
 
 
-WRITERS: dict[str, Callable[[Component, Path], None]] = {"diffusers": _diffusers, "ldm": _ldm, "onnx": _onnx, "pt2": _pt2}
+WRITERS: dict[str, Callable[[Component, Path], None]] = {
+    "diffusers": _diffusers,
+    "ldm": _ldm,
+    "onnx": _onnx,
+    "pt2": _pt2,
+}
 ALL = "all"
 FORMATS = (*WRITERS, ALL)
 

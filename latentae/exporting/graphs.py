@@ -16,7 +16,9 @@ from latentae.models.dc.autoencoder import AutoencoderDC
 __all__ = ["DECODER", "ENCODER", "coder_graphs", "coder_programs", "largest_difference"]
 
 ENCODER, DECODER = "encoder", "decoder"
-SMALLEST = 2  # latent pixels a side; with one the symbolic strides of attention's tokens would have to be told apart
+SMALLEST = (
+    2  # latent pixels a side; with one the symbolic strides of attention's tokens would have to be told apart
+)
 
 
 class EncoderGraph(nn.Module):
@@ -89,7 +91,10 @@ def coder_programs(model: Exportable, graphs: dict[str, nn.Module]) -> dict[str,
     z, channels, f = model.config.latent_channels, model.config.in_channels, model.config.downsampling
     device = next(graphs[ENCODER].parameters()).device
     # traced at sizes that are neither 1 nor equal: torch.export takes a 1 for a constant, and equal sides for one number
-    images, latents = torch.zeros(2, channels, 3 * f, 4 * f, device=device), torch.zeros(2, z, 3, 4, device=device)
+    images, latents = (
+        torch.zeros(2, channels, 3 * f, 4 * f, device=device),
+        torch.zeros(2, z, 3, 4, device=device),
+    )
     height, width = Dim("latent_height", min=SMALLEST), Dim("latent_width", min=SMALLEST)
     shapes = {
         ENCODER: {"sample": {0: Dim("batch_size", min=1), 2: f * height, 3: f * width}},
@@ -103,7 +108,11 @@ def coder_programs(model: Exportable, graphs: dict[str, nn.Module]) -> dict[str,
 
 
 def largest_difference(
-    model: Exportable, name: str, graph: nn.Module, other: Callable[[Tensor], Tensor], device: str | torch.device = "cpu"
+    model: Exportable,
+    name: str,
+    graph: nn.Module,
+    other: Callable[[Tensor], Tensor],
+    device: str | torch.device = "cpu",
 ) -> float:
     """How far `other` is from `graph`, one of `coder_graphs(model)`, on random inputs of two sizes that no program was traced at.
 
@@ -117,5 +126,7 @@ def largest_difference(
         x = torch.randn(shape, generator=generator).to(device)
         with torch.no_grad():
             expected, found = graph(x), other(x)
-        worst = torch.maximum(worst, ((found - expected).abs().amax() / expected.abs().amax().clamp(min=1)).cpu())
+        worst = torch.maximum(
+            worst, ((found - expected).abs().amax() / expected.abs().amax().clamp(min=1)).cpu()
+        )
     return worst.item()

@@ -44,4 +44,6 @@ def check_kind(config: ExportableConfig, format: str, folded: bool, shift_factor
             "without folding"
         )
     if shift_factor:
-        raise RecipeError(f"shift factor is {shift_factor}, but diffusers' AutoencoderDC has none; leave it out")
+        raise RecipeError(
+            f"shift factor is {shift_factor}, but diffusers' AutoencoderDC has none; leave it out"
+        )

@@ -44,12 +44,17 @@ def write_ldm(model: AutoencoderKL, config: AutoencoderKLConfig, folder: Path) -
 def ldm_readers(config: AutoencoderKLConfig) -> tuple[LdmReader, ...]:
     """Which programs load the file of a model of this shape."""
     widths, z = config.block_out_channels, config.latent_channels
-    convolutions = f"{config.use_quant_conv + config.use_post_quant_conv} of the two 1x1 convolutions at the latent"
+    convolutions = (
+        f"{config.use_quant_conv + config.use_post_quant_conv} of the two 1x1 convolutions at the latent"
+    )
     attention = DOWN[1] in config.down_block_types or UP[1] in config.up_block_types
     common = {
         f"layers_per_block {config.layers_per_block}, not {_BLOCKS}": config.layers_per_block != _BLOCKS,
         f"norm_num_groups {config.norm_num_groups}, not {_GROUPS}": config.norm_num_groups != _GROUPS,
-        f"{config.in_channels} image channels in and {config.out_channels} out, not 3": {config.in_channels, config.out_channels}
+        f"{config.in_channels} image channels in and {config.out_channels} out, not 3": {
+            config.in_channels,
+            config.out_channels,
+        }
         != {3},
         "no attention in the middle": not config.mid_block_add_attention,
     }
@@ -68,7 +73,9 @@ def ldm_readers(config: AutoencoderKLConfig) -> tuple[LdmReader, ...]:
         "attention in a level": attention,
     }
     return (
-        LdmReader("ComfyUI", "from its folder models/vae", tuple(text for text, found in comfyui.items() if found)),
+        LdmReader(
+            "ComfyUI", "from its folder models/vae", tuple(text for text, found in comfyui.items() if found)
+        ),
         LdmReader(
             "A1111 and kohya's scripts",
             "as the VAE of Stable Diffusion",
@@ -82,7 +89,9 @@ def ldm_notes(config: AutoencoderKLConfig) -> tuple[str, ...]:
     notes = []
     for program, how, problems in ldm_readers(config):
         if problems:
-            notes.append(f"This file does not work in {program} (an error or wrong images): the model has {'; '.join(problems)}.")
+            notes.append(
+                f"This file does not work in {program} (an error or wrong images): the model has {'; '.join(problems)}."
+            )
         else:
             notes.append(f"This file works in {program}, {how}.")
     if config.latent_channels == 16 and (config.use_quant_conv or config.use_post_quant_conv):
@@ -90,5 +99,7 @@ def ldm_notes(config: AutoencoderKLConfig) -> tuple[str, ...]:
             "stable-diffusion.cpp leaves out the 1x1 convolutions at the latent of models with 16 channels, and with them a folded "
             "normalization: its images are wrong."
         )
-    notes.append("None of these programs reads the scaling in config.json: they use the constants of the diffusion model.")
+    notes.append(
+        "None of these programs reads the scaling in config.json: they use the constants of the diffusion model."
+    )
     return tuple(notes)

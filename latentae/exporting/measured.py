@@ -70,11 +70,15 @@ def read_latents(path: str | Path, fingerprint: str, channels: int) -> MeasuredL
             latent, owner, images = values, values["model"], values["samples"]
             mean, std = latent["latents_mean"], latent["latents_std"]
         if owner != fingerprint:
-            raise ModelError(f"{file} describes the latents of another model; measure this one, or give the scaling factor")
+            raise ModelError(
+                f"{file} describes the latents of another model; measure this one, or give the scaling factor"
+            )
         factors = float(latent["scaling_factor"]), float(latent["shift_factor"])
         measured = MeasuredLatents(*factors, tuple(map(float, mean)), tuple(map(float, std)), int(images))
     except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{file} has no latent statistics ({error!r}); give a finished output folder of encode") from error
+        raise RecipeError(
+            f"{file} has no latent statistics ({error!r}); give a finished output folder of encode"
+        ) from error
     if not len(measured.mean) == len(measured.std) == channels:
         raise ModelError(f"{file} describes {len(measured.mean)} latent channels, the model has {channels}")
     return measured
@@ -115,16 +119,32 @@ def read_validation(source: ModelSource, weights: str) -> dict[str, str] | None:
     try:
         step = read_json(source.weights_file.with_name(META))["step"]
         lines = [json.loads(line) for line in source.metrics_log.read_text(encoding="utf-8").splitlines()]
-        values = next(line for line in reversed(lines) if line["step"] == step and any(name.startswith(_PREFIX) for name in line))
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):  # a log is no part of a model; without it nothing is known
+        values = next(
+            line
+            for line in reversed(lines)
+            if line["step"] == step and any(name.startswith(_PREFIX) for name in line)
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        StopIteration,
+    ):  # a log is no part of a model; without it nothing is known
         return None
     labels = {**LABELS, "perceptual": "Perceptual distance of the training"}
     found = {
-        name.removeprefix(_PREFIX): value for name, value in values.items() if name.startswith(_PREFIX) and value is not None
+        name.removeprefix(_PREFIX): value
+        for name, value in values.items()
+        if name.startswith(_PREFIX) and value is not None
     }
     rows = {str(labels.get(name, name)): metric_text(value) for name, value in found.items()}
     size = source.resolution
-    return {"Images": f"the run's own held-out ones, at {size} x {size} pixels, after step {step}", **rows} if rows else None
+    return (
+        {"Images": f"the run's own held-out ones, at {size} x {size} pixels, after step {step}", **rows}
+        if rows
+        else None
+    )
 
 
 def metric_text(value: Any) -> str:
@@ -132,7 +152,9 @@ def metric_text(value: Any) -> str:
     if isinstance(value, Mapping):
         if value["mean"] is None:
             return "no finite value"
-        interval = "" if value["low"] is None else f" (95 % interval {value['low']:.4g} to {value['high']:.4g})"
+        interval = (
+            "" if value["low"] is None else f" (95 % interval {value['low']:.4g} to {value['high']:.4g})"
+        )
         return f"{value['mean']:.4g}{interval}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -143,5 +165,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"could not read {file} ({error}); give what encode or evaluate wrote") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{file} holds a {type(values).__name__}, expected an object; give what encode or evaluate wrote")
+        raise RecipeError(
+            f"{file} holds a {type(values).__name__}, expected an object; give what encode or evaluate wrote"
+        )
     return values

@@ -105,12 +105,25 @@ def _folders(config: ExportableConfig) -> dict[str, Names]:
 def _to_onnx(name: str, program: ExportedProgram, names: Names) -> ModelProto:
     """The program as an ONNX model that names its axes and says nothing about the machine it was made on."""
     converted = torch.onnx.export(
-        program, (), input_names=[names.input], output_names=[names.output], opset_version=OPSET, dynamo=True, verbose=False
+        program,
+        (),
+        input_names=[names.input],
+        output_names=[names.output],
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
     )
     assert converted is not None  # as it is where no file is asked for
     proto = converted.model_proto
     del proto.graph.value_info[:]  # shapes in the tracer's symbols; runtimes infer them again
-    for item in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+    for item in (
+        proto,
+        proto.graph,
+        *proto.graph.node,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
         del item.metadata_props[:]  # stack traces with the paths of this machine
     image, latent = (proto.graph.input[0], proto.graph.output[0])[:: 1 if name == ENCODER else -1]
     for value, axes in ((image, _IMAGE_AXES), (latent, _LATENT_AXES)):

@@ -36,8 +36,12 @@ class Preview:
             ModelError: another number of channels.
         """
         if latents.ndim != 4 or latents.shape[1] != len(self.factors):
-            raise ModelError(f"latents have shape {tuple(latents.shape)}, this preview reads [B, {len(self.factors)}, h, w]")
-        factors, bias = (torch.tensor(v, dtype=latents.dtype, device=latents.device) for v in (self.factors, self.bias))
+            raise ModelError(
+                f"latents have shape {tuple(latents.shape)}, this preview reads [B, {len(self.factors)}, h, w]"
+            )
+        factors, bias = (
+            torch.tensor(v, dtype=latents.dtype, device=latents.device) for v in (self.factors, self.bias)
+        )
         return torch.einsum("bzhw,zc->bchw", latents, factors) + bias.view(1, 3, 1, 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +81,9 @@ class PreviewFit:
             DataError: values that are not finite.
         """
         if latents_raw.ndim != 4 or latents_raw.shape[1] != self.channels:
-            raise ModelError(f"latents have shape {tuple(latents_raw.shape)}, expected [B, {self.channels}, h, w]")
+            raise ModelError(
+                f"latents have shape {tuple(latents_raw.shape)}, expected [B, {self.channels}, h, w]"
+            )
         if images.ndim != 4 or images.shape[:2] != (len(latents_raw), 3):
             raise ImageError(
                 f"images have shape {tuple(images.shape)}, a preview is fitted to RGB: [{len(latents_raw)}, 3, H, W]"
@@ -86,7 +92,9 @@ class PreviewFit:
         wide = images.to(torch.promote_types(images.dtype, torch.float32))
         colours = F.interpolate(wide, size=latents.shape[2:], mode="area").cpu().double()
         ones = torch.ones_like(colours[:, :1])
-        values = torch.cat([latents, ones, colours], dim=1).movedim(1, 0).flatten(1).numpy()  # [z + 4, pixels]
+        values = (
+            torch.cat([latents, ones, colours], dim=1).movedim(1, 0).flatten(1).numpy()
+        )  # [z + 4, pixels]
         moments = values @ values.T
         if not np.isfinite(moments).all():
             raise DataError("a preview got latents or images that are not finite; leave them out")

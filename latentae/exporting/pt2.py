@@ -55,7 +55,9 @@ def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device:
                 run = _build(program, package, config)
                 error = largest_difference(model, name, graphs[name], run, target)
                 if not error <= TOLERANCE:
-                    raise ModelError(f"{name}.pt2 is off by {error:.2g}, allowed is {TOLERANCE:g}; export another format")
+                    raise ModelError(
+                        f"{name}.pt2 is off by {error:.2g}, allowed is {TOLERANCE:g}; export another format"
+                    )
                 package.replace(path)
             finally:
                 package.unlink(missing_ok=True)
@@ -69,7 +71,9 @@ def _build(program: ExportedProgram, path: Path, config: ExportableConfig) -> Ca
     metadata = {"config": json.dumps(config.diffusers_dict())}
     try:
         with torch.no_grad():
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
+            aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
+            )
     except InductorError as error:
         cause = error.inner_exception
         if not isinstance(cause, (CppCompileError, InvalidCxxCompiler)):

@@ -27,22 +27,30 @@ class LatentScaling:
     """Whether the weights normalise by channel, so that there is nothing left to scale or shift."""
 
 
-def check_scaling(scaling_factor: float | None, shift_factor: float | None, folded: bool, statistics: bool) -> None:
+def check_scaling(
+    scaling_factor: float | None, shift_factor: float | None, folded: bool, statistics: bool
+) -> None:
     """Refuse factors that can't be one, and folding that has nothing to fold or would leave something.
 
     Raises:
         RecipeError: see above.
     """
     if scaling_factor is not None and not 0 < scaling_factor < math.inf:
-        raise RecipeError(f"scaling factor is {scaling_factor}, expected a positive number; it multiplies the latents")
+        raise RecipeError(
+            f"scaling factor is {scaling_factor}, expected a positive number; it multiplies the latents"
+        )
     if shift_factor is not None and not math.isfinite(shift_factor):
-        raise RecipeError(f"shift factor is {shift_factor}, expected a finite number; it is subtracted from the latents")
+        raise RecipeError(
+            f"shift factor is {shift_factor}, expected a finite number; it is subtracted from the latents"
+        )
     if folded and (scaling_factor is not None or shift_factor is not None):
         raise RecipeError(
             "folding normalises by the measured statistics; leave the scaling and shift factors out, or do not fold"
         )
     if folded and not statistics:
-        raise RecipeError("folding needs the statistics of the latents; give statistics (a folder of encode or evaluate) or data")
+        raise RecipeError(
+            "folding needs the statistics of the latents; give statistics (a folder of encode or evaluate) or data"
+        )
 
 
 def choose_scaling(
@@ -62,14 +70,18 @@ def choose_scaling(
         factor = math.sqrt(len(squares) / sum(squares))
         measured = replace(measured, scaling_factor=factor, shift_factor=0.0)
     if folded and measured is not None:
-        return LatentScaling(1.0, 0.0, f"folded into the weights, by statistics over {measured.images} images", measured, True)
+        return LatentScaling(
+            1.0, 0.0, f"folded into the weights, by statistics over {measured.images} images", measured, True
+        )
     scaling, its_origin = _choose("scaling_factor", scaling_factor, measured, config)
     shift, other_origin = _choose("shift_factor", shift_factor, measured, config)
     origin = its_origin if its_origin == other_origin else f"scaling: {its_origin}; shift: {other_origin}"
     return LatentScaling(scaling, shift, origin, measured)
 
 
-def _choose(name: str, given: float | None, measured: MeasuredLatents | None, config: ExportableConfig) -> tuple[float, str]:
+def _choose(
+    name: str, given: float | None, measured: MeasuredLatents | None, config: ExportableConfig
+) -> tuple[float, str]:
     if given is not None:
         return float(given), "given at export"
     if measured is not None:

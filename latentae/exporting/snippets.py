@@ -170,4 +170,9 @@ rgb = torch.einsum("bzhw,zc->bchw", torch.as_tensor(latents), factors) + bias.vi
     )
 
 
-WRITERS: dict[str, Callable[[CardFacts], str]] = {"diffusers": _diffusers, "ldm": _ldm, "onnx": _onnx, "pt2": _pt2}
+WRITERS: dict[str, Callable[[CardFacts], str]] = {
+    "diffusers": _diffusers,
+    "ldm": _ldm,
+    "onnx": _onnx,
+    "pt2": _pt2,
+}

@@ -50,7 +50,10 @@ def _note(checkpoint: Path) -> dict[str, Any]:
     try:
         meta = read_json(checkpoint / META)
         recipe = tomllib.loads((checkpoint / RECIPE).read_text(encoding="utf-8"))
-        phases = [{"images": phase.get("images"), "loss": phase.get("loss", {})} for phase in recipe.get("phases", ())]
+        phases = [
+            {"images": phase.get("images"), "loss": phase.get("loss", {})}
+            for phase in recipe.get("phases", ())
+        ]
         values = {name: meta[name] for name in ("latentae", "step", "images_seen")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{checkpoint} is damaged ({error!r}); export another checkpoint") from error

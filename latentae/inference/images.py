@@ -17,7 +17,7 @@ from latentae.data.headers import orientation
 from latentae.data.pixels import fit, read_pixels, upright
 from latentae.data.transforms import to_uint8, to_uint16
 from latentae.errors import ImageError, RecipeError
-from latentae.evaluation.images import pil_image
+from latentae.pages.images import pil_image
 
 __all__ = ["OUTPUTS", "ImageLike", "check_output", "each_image", "present", "read"]
 
@@ -64,14 +64,18 @@ def read(image: ImageLike, channels: int, name: str, max_pixels: int = MAX_PIXEL
     """
     if isinstance(image, (str, Path)):
         if channels not in _CONVERTIBLE:
-            raise ImageError(f"image {name}: files have 1, 3 or 4 channels, the model {channels}; give a tensor [C, H, W]")
+            raise ImageError(
+                f"image {name}: files have 1, 3 or 4 channels, the model {channels}; give a tensor [C, H, W]"
+            )
         return read_image(image, channels=channels, bits=None, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         return _from_pixels(_pil_pixels(image, name), channels, name)
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or image.dtype not in (np.uint8, np.uint16):
             hint = "; give floats as a tensor [C, H, W] in [-1, 1]" if image.dtype.kind == "f" else ""
-            raise ImageError(f"image {name} is {image.dtype} {list(image.shape)}, expected uint8 or uint16 [H, W, C]{hint}")
+            raise ImageError(
+                f"image {name} is {image.dtype} {list(image.shape)}, expected uint8 or uint16 [H, W, C]{hint}"
+            )
         return _from_pixels(image if image.ndim == 3 else image[..., None], channels, name)
     if not isinstance(image, Tensor):
         raise ImageError(f"image {name} is a {type(image).__name__}, expected {_KINDS}")
@@ -79,7 +83,9 @@ def read(image: ImageLike, channels: int, name: str, max_pixels: int = MAX_PIXEL
         return _from_pixels(image.permute(1, 2, 0).cpu().numpy(), channels, name)
     if image.ndim == 3 and image.is_floating_point():
         return _from_float(image, channels, name)
-    raise ImageError(f"image {name} is {image.dtype} {list(image.shape)}, expected uint8, uint16 or float [C, H, W]")
+    raise ImageError(
+        f"image {name} is {image.dtype} {list(image.shape)}, expected uint8, uint16 or float [C, H, W]"
+    )
 
 
 def _pil_pixels(image: Image.Image, name: str) -> NDArray[Any]:
@@ -90,7 +96,9 @@ def _pil_pixels(image: Image.Image, name: str) -> NDArray[Any]:
     except ImageError:
         raise
     except Exception as error:  # Pillow reads lazily, and on damaged files it raises nearly anything
-        raise ImageError(f"image {name} is damaged ({type(error).__name__}: {error}); replace or remove it") from error
+        raise ImageError(
+            f"image {name} is damaged ({type(error).__name__}: {error}); replace or remove it"
+        ) from error
 
 
 def _from_pixels(pixels: NDArray[Any], channels: int, name: str) -> Tensor:
@@ -100,18 +108,26 @@ def _from_pixels(pixels: NDArray[Any], channels: int, name: str) -> Tensor:
         raise ImageError(f"image {name} is empty: {list(pixels.shape)}")
     if found != channels:
         if channels not in _CONVERTIBLE or found > max(_CONVERTIBLE):
-            raise ImageError(f"image {name} has {found} channels, the model {channels}; only 1 to 4 become 1, 3 or 4")
+            raise ImageError(
+                f"image {name} has {found} channels, the model {channels}; only 1 to 4 become 1, 3 or 4"
+            )
         pixels = fit(pixels, channels, 8 * pixels.dtype.itemsize)
-    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)  # torch warns of read-only memory
+    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(
+        2, 0, 1
+    )  # torch warns of read-only memory
 
 
 def _from_float(image: Tensor, channels: int, name: str) -> Tensor:
     if image.shape[0] != channels or not image.numel():
-        raise ImageError(f"image {name} is float {list(image.shape)}, the model takes [{channels}, H, W]; convert it first")
+        raise ImageError(
+            f"image {name} is float {list(image.shape)}, the model takes [{channels}, H, W]; convert it first"
+        )
     image = image.detach().to(torch.float32)
     low, high = (float(value) for value in image.aminmax())
     if not -_LARGEST <= low <= high <= _LARGEST:
-        raise ImageError(f"image {name} has values from {low:g} to {high:g}, expected floats in [-1, 1]; scale it, or give uint8")
+        raise ImageError(
+            f"image {name} has values from {low:g} to {high:g}, expected floats in [-1, 1]; scale it, or give uint8"
+        )
     return image
 
 

@@ -43,7 +43,9 @@ class Latents:
         shapes = sorted({tuple(latent.shape) for latent in self.tensors})
         if len(shapes) != 1:
             found = " and ".join(" x ".join(map(str, shape)) for shape in shapes) or "no latent"
-            raise ImageError(f"found {found}, expected latents of one size; make the images one size, or take them one by one")
+            raise ImageError(
+                f"found {found}, expected latents of one size; make the images one size, or take them one by one"
+            )
         return torch.stack(self.tensors)
 
     def to(self, device: str | torch.device) -> Latents:

@@ -37,13 +37,18 @@ class Normalization:
         std: tuple[float, ...] | None = getattr(config, "latents_std", None)
         channels = config.latent_channels
         if mean is None or std is None:
-            return cls(torch.tensor(config.shift_factor).view(1, 1, 1), torch.tensor(config.scaling_factor).view(1, 1, 1))
+            return cls(
+                torch.tensor(config.shift_factor).view(1, 1, 1),
+                torch.tensor(config.scaling_factor).view(1, 1, 1),
+            )
         if not len(mean) == len(std) == channels or not all(value > 0 for value in std):
             raise ModelError(
                 f"the config has {len(mean)} latents_mean and {len(std)} latents_std (lowest {min(std, default=0.0):g}), expected "
                 f"{channels} of each and each std above 0; correct config.json"
             )
-        return cls(torch.tensor(mean).view(-1, 1, 1), config.scaling_factor / torch.tensor(std).view(-1, 1, 1))
+        return cls(
+            torch.tensor(mean).view(-1, 1, 1), config.scaling_factor / torch.tensor(std).view(-1, 1, 1)
+        )
 
     def apply(self, raw: Tensor) -> Tensor:
         """Raw latents [..., z, h, w] -> those of a diffusion model."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.order import derive_seed, whole_seed
 from latentae.data.transforms import pad_to_multiple, to_float
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError, RecipeError
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["LARGEST_PASS", "TILING", "LatentPipeline", "pipeline"]
 
 TILING = ("none", "auto", "blended", "exact")
-LARGEST_PASS = 1536 * 1536  # pixels that go through the network at once; on a CPU kl-f8 needs 2.2 GB per million in fp32
+LARGEST_PASS = (
+    1536 * 1536
+)  # pixels that go through the network at once; on a CPU kl-f8 needs 2.2 GB per million in fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,7 +72,9 @@ def pipeline(
         raise RecipeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     where = choose_device(device)
     network = model if isinstance(model, Autoencoder) else load_model(model, weights)[0]
-    return LatentPipeline(network.to(where, kind).eval(), tiling=tiling, batch_size=batch_size, max_pixels=max_pixels)
+    return LatentPipeline(
+        network.to(where, kind).eval(), tiling=tiling, batch_size=batch_size, max_pixels=max_pixels
+    )
 
 
 class LatentPipeline:
@@ -88,18 +92,24 @@ class LatentPipeline:
         RecipeError: an unknown tiling, or a batch size below 1.
     """
 
-    def __init__(self, model: Autoencoder, *, tiling: str = "auto", batch_size: int = 8, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, model: Autoencoder, *, tiling: str = "auto", batch_size: int = 8, max_pixels: int = MAX_PIXELS
+    ) -> None:
         if tiling not in TILING:
             raise RecipeError(f"tiling is {tiling!r}, expected one of {', '.join(TILING)}")
         if tiling in ("blended", "exact") and not isinstance(model, AutoencoderKL):
-            raise RecipeError(f"tiling is {tiling!r}, but a {type(model).__name__} has no tiles; give 'auto' or 'none'")
+            raise RecipeError(
+                f"tiling is {tiling!r}, but a {type(model).__name__} has no tiles; give 'auto' or 'none'"
+            )
         if batch_size < 1:
             raise RecipeError(f"batch_size is {batch_size}, expected 1 or more")
         self.model, self.tiling, self.batch_size, self.max_pixels = model, tiling, batch_size, max_pixels
         self.normalization = Normalization.of(model.config)
 
     @torch.no_grad()
-    def encode(self, images: ImageLike | Iterable[ImageLike], *, sample: bool = False, seed: int = 0) -> Latents:
+    def encode(
+        self, images: ImageLike | Iterable[ImageLike], *, sample: bool = False, seed: int = 0
+    ) -> Latents:
         """Images of any sizes -> their latents, as a diffusion model sees them.
 
         Args:
@@ -118,7 +128,11 @@ class LatentPipeline:
         results: dict[int, Tensor] = {}
         for numbers, batch in self._batches(self._read(images, sizes), 1):
             posterior = self._coder(batch).encode(batch)
-            noise = torch.stack([_noise(seed, number, posterior.mean.shape[1:]) for number in numbers]) if sample else None
+            noise = (
+                torch.stack([_noise(seed, number, posterior.mean.shape[1:]) for number in numbers])
+                if sample
+                else None
+            )
             raw = posterior.mode() if noise is None else posterior.sample(noise=noise.to(posterior.mean))
             latents = self.normalization.apply(raw.to(torch.float32))
             self._check_finite(latents, "latent", numbers)
@@ -188,7 +202,9 @@ class LatentPipeline:
         small = batch.shape[2] * batch.shape[3] * factor**2 <= LARGEST_PASS
         return self.model if self.tiling == "auto" and small else self._tiled or self.model
 
-    def _read(self, images: ImageLike | Iterable[ImageLike], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+    def _read(
+        self, images: ImageLike | Iterable[ImageLike], sizes: list[tuple[int, int]]
+    ) -> Iterator[Tensor]:
         """Images one by one, padded, in [-1, 1]; their own sizes are put into `sizes`."""
         config = self.model.config
         for number, image in enumerate(each_image(images)):
@@ -203,22 +219,34 @@ class LatentPipeline:
         for number, item in enumerate(items):
             group = waiting.setdefault(item.shape, [])
             group.append((number, item))
-            if len(group) >= min(self.batch_size, LARGEST_PASS // (item.shape[1] * item.shape[2] * factor**2)):
+            if len(group) >= min(
+                self.batch_size, LARGEST_PASS // (item.shape[1] * item.shape[2] * factor**2)
+            ):
                 yield _together(waiting.pop(item.shape))
         yield from map(_together, waiting.values())
 
     def _checked(self, latent: Tensor) -> Tensor:
         channels = self.model.config.latent_channels
         if latent.ndim != 3 or latent.shape[0] != channels or not latent.numel():
-            raise ModelError(f"found a latent of shape {list(latent.shape)}, expected [{channels}, h, w], or a batch of these")
+            raise ModelError(
+                f"found a latent of shape {list(latent.shape)}, expected [{channels}, h, w], or a batch of these"
+            )
         return latent.to(self._device)
 
     def _check_finite(self, results: Tensor, what: str, numbers: list[int]) -> None:
-        bad = [number for number, fine in zip(numbers, results.isfinite().flatten(1).all(1).tolist(), strict=True) if not fine]
+        bad = [
+            number
+            for number, fine in zip(numbers, results.isfinite().flatten(1).all(1).tolist(), strict=True)
+            if not fine
+        ]
         if bad:
             half = self._dtype != torch.float32
-            advice = "give dtype='fp32'" if half else "its input or the model has such values itself, look at both"
-            raise ModelError(f"the {what} number {bad[0]} has NaN or infinite values in {self._dtype}; {advice}")
+            advice = (
+                "give dtype='fp32'" if half else "its input or the model has such values itself, look at both"
+            )
+            raise ModelError(
+                f"the {what} number {bad[0]} has NaN or infinite values in {self._dtype}; {advice}"
+            )
 
 
 def _together(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
@@ -228,7 +256,9 @@ def _together(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
 
 def _noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
     """Drawn on the CPU, so that a seed means the same everywhere."""
-    generator = torch.Generator().manual_seed(derive_seed("pipeline noise", seed, number) >> 1)  # torch takes 63 bits
+    generator = torch.Generator().manual_seed(
+        derive_seed("pipeline noise", seed, number) >> 1
+    )  # torch takes 63 bits
     return torch.randn(tuple(shape), generator=generator)
 
 

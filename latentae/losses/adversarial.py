@@ -12,7 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentae.losses.options import GanLoss
 
-__all__ = ["LeCam", "discriminator_loss", "generator_loss", "gradient_penalty", "mean_logit", "twice_differentiable"]
+__all__ = [
+    "LeCam",
+    "discriminator_loss",
+    "generator_loss",
+    "gradient_penalty",
+    "mean_logit",
+    "twice_differentiable",
+]
 
 Maps = Sequence[Tensor]
 
@@ -90,7 +97,9 @@ class LeCam(nn.Module):
 
     def forward(self, real: Maps, fake: Maps) -> Tensor:
         """Logit maps of images and of reconstructions -> [B]; zero before the first update."""
-        penalty = _mean(lambda d: F.relu(d - self.fake).square(), real) + _mean(lambda d: F.relu(self.real - d).square(), fake)
+        penalty = _mean(lambda d: F.relu(d - self.fake).square(), real) + _mean(
+            lambda d: F.relu(self.real - d).square(), fake
+        )
         return torch.where(self.count > 0, penalty, torch.zeros_like(penalty))
 
     @torch.no_grad()

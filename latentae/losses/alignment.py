@@ -38,12 +38,16 @@ class AlignmentLoss(nn.Module):
         """Latent [B, z, h, w] of images [B, 3, H, W] in [-1, 1] -> [B]."""
         with torch.no_grad():
             (features,) = self.backbone.features(images)
-        with torch.autocast(latent.device.type, enabled=False):  # normalized vectors and margins: not for 8 bits of mantissa
+        with torch.autocast(
+            latent.device.type, enabled=False
+        ):  # normalized vectors and margins: not for 8 bits of mantissa
             z, features = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (latent, features))
-            features = F.interpolate(features, size=z.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-            return marginal_cosine(self.projection(z), features, self.options.cosine_margin) + distance_similarity(
-                z, features, self.options.distance_margin
+            features = F.interpolate(
+                features, size=z.shape[-2:], mode="bilinear", align_corners=False, antialias=True
             )
+            return marginal_cosine(
+                self.projection(z), features, self.options.cosine_margin
+            ) + distance_similarity(z, features, self.options.distance_margin)
 
 
 def marginal_cosine(projected: Tensor, features: Tensor, margin: float) -> Tensor:

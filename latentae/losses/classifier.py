@@ -27,5 +27,8 @@ class ClassifierDistance(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
-        a, b = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in map(self.backbone.logits, (x, y)))
+        a, b = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32))
+            for logits in map(self.backbone.logits, (x, y))
+        )
         return (a - b).square().mean(dim=1)

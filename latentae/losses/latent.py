@@ -21,7 +21,10 @@ def kl_per_element(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
 
 
 def kl_free_bits(
-    posterior: DiagonalGaussian, images: Tensor, free_bits: float, reduce: Callable[[Tensor], Tensor] | None = None
+    posterior: DiagonalGaussian,
+    images: Tensor,
+    free_bits: float,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """sum_j max(lambda h w, E[KL_j]) divided by the number of *image* elements, a scalar (Kingma et al. 2016, IAF: free bits).
 
@@ -35,7 +38,9 @@ def kl_free_bits(
         free_bits: lambda, nats that each channel may spend on a place of the latent.
         reduce: averages a detached tensor over processes, as for `shared_value`.
     """
-    kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1.0 - posterior.logvar).sum(dim=(2, 3))  # [B, z]
+    kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1.0 - posterior.logvar).sum(
+        dim=(2, 3)
+    )  # [B, z]
     floor = free_bits * posterior.mean[0, 0].numel()
     return shared_value(kl.mean(dim=0), reduce).clamp_min(floor).sum() / images[0].numel()
 

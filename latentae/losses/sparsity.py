@@ -41,8 +41,12 @@ def kl_sparsity(mean_activation: Tensor, rho: float) -> Tensor:
         RecipeError: rho lies outside.
     """
     if not 0.0 < rho < 1.0:
-        raise RecipeError(f"the target activation rho is {rho:g}, expected a number between 0 and 1; 0.05 is usual")
-    found = mean_activation.clamp(1e-6, 1.0 - 1e-6)  # a saturated sigmoid has no gradient that could be lost here
+        raise RecipeError(
+            f"the target activation rho is {rho:g}, expected a number between 0 and 1; 0.05 is usual"
+        )
+    found = mean_activation.clamp(
+        1e-6, 1.0 - 1e-6
+    )  # a saturated sigmoid has no gradient that could be lost here
     return (rho * torch.log(rho / found) + (1.0 - rho) * torch.log((1.0 - rho) / (1.0 - found))).sum()
 
 

@@ -38,7 +38,9 @@ def spectrum_matching(latent: Tensor, images: Tensor, *, bins: int = 16, flatten
     with torch.autocast(latent.device.type, enabled=False):  # powers span many orders of magnitude
         z = latent.to(torch.promote_types(latent.dtype, torch.float32))
         with torch.no_grad():
-            x = F.interpolate(images.to(z.dtype), size=z.shape[-2:], mode="bicubic", align_corners=False, antialias=True)
+            x = F.interpolate(
+                images.to(z.dtype), size=z.shape[-2:], mode="bicubic", align_corners=False, antialias=True
+            )
             p = radial_log_spectrum(x, bins, flattening)
         q = radial_log_spectrum(z, bins)
         return (p * (torch.log(p + _EPS) - torch.log(q + _EPS))).sum(dim=1)

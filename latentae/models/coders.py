@@ -30,11 +30,15 @@ class Level(Chain):
     The resampler's attribute name differs between the two coders (`downsamplers`, `upsamplers`) because diffusers' keys do.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (layers - 1)
         self.resnets = nn.ModuleList([ResnetBlock(width, out_channels, groups) for width in widths])
-        self.attentions = nn.ModuleList([Attention(out_channels, groups) for _ in range(layers)] if attention else [])
+        self.attentions = nn.ModuleList(
+            [Attention(out_channels, groups) for _ in range(layers)] if attention else []
+        )
 
     def blocks(self) -> Iterator[nn.Module]:
         """Residual blocks, each with its attention."""
@@ -47,7 +51,9 @@ class Level(Chain):
 class DownLevel(Level):
     """A level of the encoder. [B, C_in, H, W] -> [B, C_out, H/2, W/2], or the same size in the last level."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool
+    ) -> None:
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
@@ -60,7 +66,9 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder. [B, C_in, H, W] -> [B, C_out, 2H, 2W], or the same size in the last level."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, attention: bool, last: bool
+    ) -> None:
         super().__init__(in_channels, out_channels, layers, groups, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
@@ -97,12 +105,16 @@ class Encoder(Coder):
         for level, width in enumerate(widths):
             attention = config.down_block_types[level].startswith("Attn")
             before, last = widths[max(level - 1, 0)], level == len(widths) - 1
-            self.down_blocks.append(DownLevel(before, width, config.layers_per_block, groups, attention, last))
+            self.down_blocks.append(
+                DownLevel(before, width, config.layers_per_block, groups, attention, last)
+            )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, keep_features: bool = False, checkpointing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, C, H, W] -> [B, 2z, H/f, W/f]; with `keep_features` also the input of the last normalization, detached."""
         h = convolve(self.conv_in, x)
         for level in (*self.down_blocks, self.mid_block):
@@ -122,11 +134,15 @@ class Decoder(Coder):
         for level, width in enumerate(widths):
             attention = config.up_block_types[level].startswith("Attn")
             before, last = widths[max(level - 1, 0)], level == len(widths) - 1
-            self.up_blocks.append(UpLevel(before, width, config.layers_per_block + 1, groups, attention, last))
+            self.up_blocks.append(
+                UpLevel(before, width, config.layers_per_block + 1, groups, attention, last)
+            )
         self.conv_norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, keep_features: bool = False, checkpointing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, z, h, w] -> [B, C, f*h, f*w]; with `keep_features` also the input of the last normalization, detached."""
         h = convolve(self.conv_in, z)
         for level in (self.mid_block, *self.up_blocks):

@@ -39,24 +39,46 @@ class AutoencoderKLConfig(AutoencoderConfig):
 
     in_channels: int = Field(default=3, ge=1, description="Image channels in.")
     out_channels: int = Field(default=3, ge=1, description="Image channels out.")
-    down_block_types: tuple[str, ...] = Field(default=("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse.")
-    up_block_types: tuple[str, ...] = Field(default=("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine.")
-    block_out_channels: tuple[int, ...] = Field(default=(64,), description="Channels of each level, from fine to coarse.")
-    layers_per_block: int = Field(default=1, ge=1, description="Residual blocks per encoder level; a decoder level has one more.")
-    act_fn: str = Field(default="silu", pattern="^(silu|swish)$", description="Activation; SiLU is the only one of this family.")
+    down_block_types: tuple[str, ...] = Field(
+        default=("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse."
+    )
+    up_block_types: tuple[str, ...] = Field(
+        default=("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine."
+    )
+    block_out_channels: tuple[int, ...] = Field(
+        default=(64,), description="Channels of each level, from fine to coarse."
+    )
+    layers_per_block: int = Field(
+        default=1, ge=1, description="Residual blocks per encoder level; a decoder level has one more."
+    )
+    act_fn: str = Field(
+        default="silu",
+        pattern="^(silu|swish)$",
+        description="Activation; SiLU is the only one of this family.",
+    )
     latent_channels: int = Field(default=4, ge=1, description="Channels of the latent, z.")
     norm_num_groups: int = Field(default=32, ge=1, description="Groups of every GroupNorm.")
     sample_size: int | tuple[int, ...] = Field(
         default=256, description="Image side in pixels the model was made for; diffusers' tile size."
     )
-    scaling_factor: float = Field(default=0.18215, gt=0, description="Latents are multiplied by it for a diffusion model.")
+    scaling_factor: float = Field(
+        default=0.18215, gt=0, description="Latents are multiplied by it for a diffusion model."
+    )
     shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
-    latents_mean: tuple[float, ...] | None = Field(default=None, description="Per-channel mean of the latents.")
-    latents_std: tuple[float, ...] | None = Field(default=None, description="Per-channel standard deviation of the latents.")
-    force_upcast: bool = Field(default=True, description="Pipelines run the model in fp32 even when the rest is fp16.")
+    latents_mean: tuple[float, ...] | None = Field(
+        default=None, description="Per-channel mean of the latents."
+    )
+    latents_std: tuple[float, ...] | None = Field(
+        default=None, description="Per-channel standard deviation of the latents."
+    )
+    force_upcast: bool = Field(
+        default=True, description="Pipelines run the model in fp32 even when the rest is fp16."
+    )
     use_quant_conv: bool = Field(default=True, description="A 1x1 convolution after the encoder.")
     use_post_quant_conv: bool = Field(default=True, description="A 1x1 convolution before the decoder.")
-    mid_block_add_attention: bool = Field(default=True, description="One attention layer in the middle of encoder and decoder.")
+    mid_block_add_attention: bool = Field(
+        default=True, description="One attention layer in the middle of encoder and decoder."
+    )
 
     @field_validator("shift_factor", mode="before")
     @classmethod
@@ -102,11 +124,21 @@ class LinearAutoencoderConfig(AutoencoderConfig):
 
     in_channels: int = Field(default=3, ge=1, description="Image channels in.")
     out_channels: int = Field(default=3, ge=1, description="Image channels out.")
-    latent_channels: int = Field(default=16, ge=1, description="Channels of the latent, z: components kept of each patch.")
-    patch: int = Field(default=8, ge=1, description="Side in pixels of the patch that becomes one latent pixel.")
-    tied: bool = Field(default=True, description="Encoder and decoder share one weight, the one the other's transpose.")
-    sample_size: int | tuple[int, ...] = Field(default=256, description="Image side in pixels the model was made for.")
-    scaling_factor: float = Field(default=1.0, gt=0, description="Latents are multiplied by it for a diffusion model.")
+    latent_channels: int = Field(
+        default=16, ge=1, description="Channels of the latent, z: components kept of each patch."
+    )
+    patch: int = Field(
+        default=8, ge=1, description="Side in pixels of the patch that becomes one latent pixel."
+    )
+    tied: bool = Field(
+        default=True, description="Encoder and decoder share one weight, the one the other's transpose."
+    )
+    sample_size: int | tuple[int, ...] = Field(
+        default=256, description="Image side in pixels the model was made for."
+    )
+    scaling_factor: float = Field(
+        default=1.0, gt=0, description="Latents are multiplied by it for a diffusion model."
+    )
     shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
 
     @model_validator(mode="after")
@@ -155,10 +187,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kl-f16-z32": _family((1, 1, 2, 2, 4), latent=32, attention=(4,)),  # VA-VAE (Yao & Wang 2025)
     "kl-f32": _family((1, 1, 2, 2, 4, 4), latent=64, attention=(4, 5)),
     "tiny": _family(
-        (1, 2, 4), latent=8, width=16, layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False, sample_size=64
+        (1, 2, 4),
+        latent=8,
+        width=16,
+        layers_per_block=1,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        sample_size=64,
     ),
     "tiny-f8": _family(
-        (1, 2, 2, 4), latent=16, width=16, layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False, sample_size=64
+        (1, 2, 2, 4),
+        latent=16,
+        width=16,
+        layers_per_block=1,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        sample_size=64,
     ),
 }
 
@@ -187,7 +231,13 @@ def preset_kind(name: str) -> type[AutoencoderConfig]:
     """
     if name not in preset_names():
         raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(preset_names())}")
-    return AutoencoderDCConfig if name in DC_PRESETS else LinearAutoencoderConfig if name == LINEAR else AutoencoderKLConfig
+    return (
+        AutoencoderDCConfig
+        if name in DC_PRESETS
+        else LinearAutoencoderConfig
+        if name == LINEAR
+        else AutoencoderKLConfig
+    )
 
 
 def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
@@ -223,7 +273,11 @@ def read_config(path: str | Path) -> AutoencoderConfig:
     """
     values = read_config_values(path)
     name = values.get("_class_name", AutoencoderKLConfig.class_name)
-    classes: tuple[type[AutoencoderConfig], ...] = (AutoencoderKLConfig, AutoencoderDCConfig, LinearAutoencoderConfig)
+    classes: tuple[type[AutoencoderConfig], ...] = (
+        AutoencoderKLConfig,
+        AutoencoderDCConfig,
+        LinearAutoencoderConfig,
+    )
     kinds = {kind.class_name: kind for kind in classes}
     if name not in kinds:
         raise ModelError(f"{path} describes a {name}; this loader reads {', '.join(kinds)}")

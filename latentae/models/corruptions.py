@@ -158,7 +158,9 @@ def keep_channels(latent: Tensor, count: int) -> Tensor:
     if not 1 <= count <= channels:
         raise ModelError(f"keep_channels: count is {count}, expected 1 to {channels}, the latent's channels")
     kept = torch.arange(channels, device=latent.device) < count
-    return torch.where(kept.view(1, -1, 1, 1), latent, torch.zeros((), dtype=latent.dtype, device=latent.device))
+    return torch.where(
+        kept.view(1, -1, 1, 1), latent, torch.zeros((), dtype=latent.dtype, device=latent.device)
+    )
 
 
 def nested_count(uniform: float, channels: int, step: int, fewest: int | None = None) -> int:

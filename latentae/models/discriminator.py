@@ -33,9 +33,14 @@ class PatchDiscriminator(nn.Module):
         norm: normalization of the inner layers.
     """
 
-    def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group") -> None:
+    def __init__(
+        self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group"
+    ) -> None:
         super().__init__()
-        modules: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        modules: list[nn.Module] = [
+            nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         width = channels
         for index in range(1, layers + 1):
             before, width = width, channels * min(2**index, 8)
@@ -47,7 +52,9 @@ class PatchDiscriminator(nn.Module):
             ]
         modules.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
         self.layers = nn.Sequential(*modules)
-        self.minimum_size = 2 ** (layers + 1) + 2**layers  # smaller images leave no patch after the two stride-1 layers
+        self.minimum_size = (
+            2 ** (layers + 1) + 2**layers
+        )  # smaller images leave no patch after the two stride-1 layers
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +75,9 @@ class UNetDiscriminator(nn.Module):
         norm: normalization of the inner layers.
     """
 
-    def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group") -> None:
+    def __init__(
+        self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group"
+    ) -> None:
         super().__init__()
         widths = [in_channels, *(channels * min(2**index, 8) for index in range(layers))]
         self.down = nn.ModuleList(
@@ -77,7 +86,9 @@ class UNetDiscriminator(nn.Module):
         )
         self.bottleneck = nn.Conv2d(widths[-1], 1, 1)
         self.up = nn.ModuleList(
-            _layer(widths[index] + widths[index - 1], widths[index - 1] if index > 1 else channels, 3, 1, norm)
+            _layer(
+                widths[index] + widths[index - 1], widths[index - 1] if index > 1 else channels, 3, 1, norm
+            )
             for index in range(layers, 0, -1)
         )
         self.pixels = nn.Conv2d(channels, 1, 1)
@@ -111,11 +122,15 @@ class FeatureDiscriminator(nn.Module):
         maps: how many feature maps, evenly spread over depth, have a head; all of them if the backbone has fewer.
     """
 
-    def __init__(self, backbone: FrozenBackbone, channels: int = 64, norm: Norm = "group", maps: int = 4) -> None:
+    def __init__(
+        self, backbone: FrozenBackbone, channels: int = 64, norm: Norm = "group", maps: int = 4
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.maps = min(maps, len(backbone.channels))
-        self.heads = nn.ModuleList(_Head(width, channels, norm) for width in backbone.feature_channels(self.maps))
+        self.heads = nn.ModuleList(
+            _Head(width, channels, norm) for width in backbone.feature_channels(self.maps)
+        )
         self.minimum_size = backbone.minimum_size * _places(norm)
         self.apply(_initialize)
 
@@ -129,7 +144,9 @@ class _Head(nn.Module):
     def __init__(self, in_channels: int, channels: int, norm: Norm) -> None:
         super().__init__()
         bias = norm == "none"
-        self.enter = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2))
+        self.enter = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2)
+        )
         self.residual = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2)
         )

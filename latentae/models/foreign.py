@@ -35,8 +35,12 @@ class ForeignConfig(AutoencoderConfig):
     out_channels: int = Field(default=3, ge=1, description="Image channels out.")
     latent_channels: int = Field(default=4, ge=1, description="Channels of the latent, z.")
     factor: int = Field(default=8, ge=1, description="Image pixels per latent pixel along a side.")
-    sample_size: int | tuple[int, ...] = Field(default=256, description="Image side in pixels the model was made for.")
-    scaling_factor: float = Field(default=1.0, description="Latents are multiplied by it for a diffusion model.")
+    sample_size: int | tuple[int, ...] = Field(
+        default=256, description="Image side in pixels the model was made for."
+    )
+    scaling_factor: float = Field(
+        default=1.0, description="Latents are multiplied by it for a diffusion model."
+    )
     shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
 
     @property
@@ -68,7 +72,9 @@ class ForeignAutoencoder(Autoencoder):
         return _image(self.module, z), None
 
 
-def load_any_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> tuple[Autoencoder, ModelSource]:
+def load_any_model(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+) -> tuple[Autoencoder, ModelSource]:
     """`load_model`, and beyond it any image autoencoder in a diffusers folder, in evaluation mode.
 
     Raises:
@@ -85,7 +91,9 @@ def load_any_model(path: str | Path, weights: str = "ema", device: str | torch.d
     files = sorted(file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     digest = hashlib.sha256("".join(sha256(file) for file in (*files, folder / CONFIG)).encode()).hexdigest()
     resolution = size if isinstance(size, int) else min(size)
-    source = ModelSource(Path(path), folder_weights(folder) or folder / CONFIG, config, "folder", resolution, digest)
+    source = ModelSource(
+        Path(path), folder_weights(folder) or folder / CONFIG, config, "folder", resolution, digest
+    )
     return ForeignAutoencoder(module, config).eval(), source
 
 
@@ -106,19 +114,29 @@ def _load(folder: Path, values: dict[str, Any]) -> nn.Module:
     try:
         import diffusers
     except ImportError as error:
-        raise MissingDependencyError(f"{folder} holds a {name}, which needs diffusers; pip install diffusers") from error
+        raise MissingDependencyError(
+            f"{folder} holds a {name}, which needs diffusers; pip install diffusers"
+        ) from error
     kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ModelError(f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an autoencoder")
+        raise ModelError(
+            f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an autoencoder"
+        )
     file = folder_weights(folder)
     words = file.name.split(".")[1:] if file else []
-    variant = next((word for word in words if word not in ("safetensors", "bin", "index", "json")), None)  # fp16 of x.fp16.bin
+    variant = next(
+        (word for word in words if word not in ("safetensors", "bin", "index", "json")), None
+    )  # fp16 of x.fp16.bin
     options = {"variant": variant, "use_safetensors": "safetensors" in words if file else None}
     try:
         loader: Any = kind
-        module, info = loader.from_pretrained(folder, **options, torch_dtype=torch.float32, output_loading_info=True)
+        module, info = loader.from_pretrained(
+            folder, **options, torch_dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"diffusers could not load the {name} in {folder} ({_line(error)}); give a whole folder") from error
+        raise ModelError(
+            f"diffusers could not load the {name} in {folder} ({_line(error)}); give a whole folder"
+        ) from error
     for what in ("missing", "unexpected", "mismatched"):
         if keys := info[f"{what}_keys"]:
             raise ModelError(
@@ -163,10 +181,18 @@ def _posterior(module: Any, x: Tensor) -> DiagonalGaussian:
     if hasattr(made, "latent_dist"):
         spread = made.latent_dist
         mean, logvar = spread.mode(), getattr(spread, "logvar", None)
-        if isinstance(logvar, Tensor) and logvar.shape == mean.shape and not getattr(spread, "deterministic", False):
+        if (
+            isinstance(logvar, Tensor)
+            and logvar.shape == mean.shape
+            and not getattr(spread, "deterministic", False)
+        ):
             return DiagonalGaussian(torch.cat([mean, logvar], dim=1))
     else:
-        mean = next(value for value in (getattr(made, name, None) for name in ("latents", "latent")) if value is not None)
+        mean = next(
+            value
+            for value in (getattr(made, name, None) for name in ("latents", "latent"))
+            if value is not None
+        )
     return DiagonalGaussian(torch.cat([mean, torch.full_like(mean, LOGVAR)], dim=1))
 
 

@@ -82,11 +82,23 @@ def fuse(module: nn.Module) -> Fusion:
             label, forward, check = _FORWARDS[kind]
             _replace(fusion, name, child, label, forward, check(child))
         elif name.rsplit(".", 1)[-1] == "conv_norm_out":
-            _replace_head(fusion, name, child, module.get_submodule(parent), _not_plain(child, nn.GroupNorm), _normalize_activate)
-        elif kind == "RMSNorm" and (_class_of(module.get_submodule(parent)), name.rpartition(".")[2]) in _RMS_NORMS:
+            _replace_head(
+                fusion,
+                name,
+                child,
+                module.get_submodule(parent),
+                _not_plain(child, nn.GroupNorm),
+                _normalize_activate,
+            )
+        elif (
+            kind == "RMSNorm"
+            and (_class_of(module.get_submodule(parent)), name.rpartition(".")[2]) in _RMS_NORMS
+        ):
             _replace_rms(fusion, name, child, module.get_submodule(parent))
         elif name.endswith(".group_norm") and not name.endswith("spatial_norm.group_norm"):
-            _replace(fusion, name, child, "attention normalizations", _normalize, _not_plain(child, nn.GroupNorm))
+            _replace(
+                fusion, name, child, "attention normalizations", _normalize, _not_plain(child, nn.GroupNorm)
+            )
     if not fusion.replaced:
         found = (
             "; ".join(f"{name}: {reason}" for name, reason in fusion.left.items())
@@ -111,20 +123,33 @@ class _Patch(partial):
 
 
 def _replace(
-    fusion: Fusion, name: str, child: nn.Module, kind: str, forward: Callable[..., Tensor], reason: str | None, *bound: Any
+    fusion: Fusion,
+    name: str,
+    child: nn.Module,
+    kind: str,
+    forward: Callable[..., Tensor],
+    reason: str | None,
+    *bound: Any,
 ) -> None:
     if reason is None and "forward" in child.__dict__:
         reason = "its forward has been replaced already"
     if reason is not None:
         fusion.left[name] = reason
         return
-    child.forward = _Patch(forward, child, *bound)  # an instance attribute: the class, and with it undo, stays untouched
+    child.forward = _Patch(
+        forward, child, *bound
+    )  # an instance attribute: the class, and with it undo, stays untouched
     fusion._patched.append(child)
     fusion.replaced.setdefault(kind, []).append(name)
 
 
 def _replace_head(
-    fusion: Fusion, name: str, norm: nn.Module, coder: nn.Module, reason: str | None, forward: Callable[..., Tensor]
+    fusion: Fusion,
+    name: str,
+    norm: nn.Module,
+    coder: nn.Module,
+    reason: str | None,
+    forward: Callable[..., Tensor],
 ) -> None:
     """The last normalization takes in the activation after it, as long as both layers are there and unhooked."""
     activation = getattr(coder, "conv_act", None)
@@ -139,7 +164,9 @@ def _replace_head(
         fusion._patched.append(activation)
 
 
-def _head_normalize(norm: Any, coder: nn.Module, place: str, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+def _head_normalize(
+    norm: Any, coder: nn.Module, place: str, forward: Callable[..., Tensor], x: Tensor
+) -> Tensor:
     return forward(norm, x) if _joined(coder, place) else type(norm).forward(norm, x)
 
 
@@ -197,7 +224,13 @@ def _conv_obstacle(name: str, conv: Any) -> str | None:
         return f"{name}: {reason}"
     shape = (conv.kernel_size, conv.padding)
     same = shape == ((3, 3), (1, 1)) or (name == "conv_shortcut" and shape == ((1, 1), (0, 0)))
-    if not same or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
+    if (
+        not same
+        or conv.stride != (1, 1)
+        or conv.dilation != (1, 1)
+        or conv.groups != 1
+        or conv.padding_mode != "zeros"
+    ):
         return f"{name}: {conv} is not the convolution that the fused step does"
     return None
 
@@ -224,7 +257,9 @@ def _resnet_obstacle(block: Any) -> str | None:
     return None
 
 
-def _resnet_forward(block: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def _resnet_forward(
+    block: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
     if temb is not None or not _can_step(block):
         return type(block).forward(block, input_tensor, temb, *args, **kwargs)
     return residual_step(block, Pending(input_tensor)).value()
@@ -232,7 +267,9 @@ def _resnet_forward(block: Any, input_tensor: Tensor, temb: Tensor | None = None
 
 def _can_step(block: Any) -> bool:
     """Whether the layers without parameters are those that the fused step computes itself."""
-    return is_plain(block.nonlinearity, nn.SiLU) and is_plain(block.dropout, nn.Dropout) and block.dropout.p == 0
+    return (
+        is_plain(block.nonlinearity, nn.SiLU) and is_plain(block.dropout, nn.Dropout) and block.dropout.p == 0
+    )
 
 
 def _chained(block: Any, x: Pending) -> Pending:
@@ -242,7 +279,9 @@ def _chained(block: Any, x: Pending) -> Pending:
     return Pending(block(x.value(), None))
 
 
-def _level_forward(block: Any, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def _level_forward(
+    block: Any, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
     """DownEncoderBlock2D and UpDecoderBlock2D."""
     if temb is not None or args or kwargs:
         arguments = (hidden_states, *args) if temb is None else (hidden_states, temb, *args)
@@ -268,7 +307,9 @@ def _middle_forward(block: Any, hidden_states: Tensor, temb: Tensor | None = Non
     return h.value()
 
 
-def _upsample_forward(block: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+def _upsample_forward(
+    block: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
     """Upsample2D."""
     if output_size is not None or args or kwargs:
         return type(block).forward(block, hidden_states, output_size, *args, **kwargs)
@@ -276,7 +317,13 @@ def _upsample_forward(block: Any, hidden_states: Tensor, output_size: Any = None
 
 
 def _upsample_obstacle(block: Any) -> str | None:
-    if not block.use_conv or block.use_conv_transpose or not block.interpolate or block.name != "conv" or block.norm is not None:
+    if (
+        not block.use_conv
+        or block.use_conv_transpose
+        or not block.interpolate
+        or block.name != "conv"
+        or block.norm is not None
+    ):
         return "it is not nearest-neighbour doubling and a convolution"
     return _conv_obstacle("conv", block.conv)
 
@@ -298,7 +345,10 @@ def _rms_obstacle(norm: Any) -> str | None:
 
 def _rms_normalize(norm: Any, x: Tensor, act: Literal["silu", "identity"] = "identity") -> Tensor:
     """[..., C], normalized over its last axis."""
-    if norm.weight.dtype not in (x.dtype, torch.float32):  # as where weights are stored in another type than computed in
+    if norm.weight.dtype not in (
+        x.dtype,
+        torch.float32,
+    ):  # as where weights are stored in another type than computed in
         y = type(norm).forward(norm, x)
         return y if act == "identity" else nn.functional.silu(y)
     return row_norm_act(x.movedim(-1, 1), norm.weight, norm.bias, norm.eps, "rms", act).movedim(1, -1)

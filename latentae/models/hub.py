@@ -32,7 +32,9 @@ def snapshot(name: str, files: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingDependencyError(f"{name} is read from the Hub by huggingface_hub; pip install huggingface_hub") from error
+        raise MissingDependencyError(
+            f"{name} is read from the Hub by huggingface_hub; pip install huggingface_hub"
+        ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the Hub's client has errors of its own, its transport's and the system's

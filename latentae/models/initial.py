@@ -48,7 +48,9 @@ def load_initial(path: str | Path) -> InitialWeights:
     with torch.device("meta"):
         model = build(source.config)
     state = fitting_state(model, tensors, source.weights_file)
-    return InitialWeights(source.config, _wide(state), discriminator and _wide(discriminator), source.fingerprint)
+    return InitialWeights(
+        source.config, _wide(state), discriminator and _wide(discriminator), source.fingerprint
+    )
 
 
 def _discriminator_files(source: ModelSource) -> list[Path]:

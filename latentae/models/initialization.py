@@ -29,7 +29,9 @@ def start_linear(model: Autoencoder) -> None:
         ModelError: another kind of model, which has no such branches.
     """
     if not isinstance(model, AutoencoderKL | AutoencoderDC):
-        raise ModelError(f"a {type(model).__name__} has no linear start of its own; set initialization = 'torch'")
+        raise ModelError(
+            f"a {type(model).__name__} has no linear start of its own; set initialization = 'torch'"
+        )
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -73,7 +75,9 @@ def set_initial_logvar(model: Autoencoder, logvar: float) -> None:
     if bias is not None:
         bias[z:] += logvar
     elif logvar:
-        raise ModelError(f"a {type(model).__name__} without a posterior has no log-variance to begin at {logvar:g}; set it to 0")
+        raise ModelError(
+            f"a {type(model).__name__} without a posterior has no log-variance to begin at {logvar:g}; set it to 0"
+        )
 
 
 @torch.no_grad()
@@ -83,7 +87,10 @@ def set_deterministic(model: Autoencoder) -> None:
     Without a KL term and without sampling these weights get no gradient, so they stay. Models without a posterior are so already.
     """
     if isinstance(model, AutoencoderKL):
-        last, z = model.quant_conv if model.quant_conv is not None else model.encoder.conv_out, model.config.latent_channels
+        last, z = (
+            model.quant_conv if model.quant_conv is not None else model.encoder.conv_out,
+            model.config.latent_channels,
+        )
     elif isinstance(model, AutoencoderDC) and model.encoder.conv_out_logvar is not None:
         last, z = model.encoder.conv_out_logvar, 0
     else:

@@ -47,7 +47,9 @@ def decoder_weight_gradient(model: Autoencoder, features: Tensor, gradient: Tens
         return conv2d_weight(activation, list(shape), gradient.to(activation.dtype), padding=1)
 
 
-def encoder_weight_gradient(model: Autoencoder, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
+def encoder_weight_gradient(
+    model: Autoencoder, features: Tensor, noise: Tensor | None, gradient: Tensor
+) -> Tensor:
     """d sum(gradient * latent) / d weight of the encoder's last convolution, in at least fp32.
 
     The layers after it, down to the sample, are run again: at the latent's resolution they cost next to nothing.
@@ -84,7 +86,9 @@ def encoder_weight_gradient(model: Autoencoder, features: Tensor, noise: Tensor 
 
 def _kl(model: Autoencoder) -> AutoencoderKL:
     if not isinstance(model, AutoencoderKL):
-        raise ModelError(f"a {type(model).__name__} has no last layer to weigh losses at; set adaptive = false")
+        raise ModelError(
+            f"a {type(model).__name__} has no last layer to weigh losses at; set adaptive = false"
+        )
     return model
 
 

@@ -73,7 +73,14 @@ class LatentStatistics:
         (z - shift) * scaling. All are null where no latent was seen, `scaling_factor` also where the latents do not vary.
         """
         if not self.count:
-            names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "posterior_mean_std", "posterior_std")
+            names = (
+                "scaling_factor",
+                "shift_factor",
+                "latents_mean",
+                "latents_std",
+                "posterior_mean_std",
+                "posterior_std",
+            )
             return {"samples": 0, "values_per_channel": 0, **dict.fromkeys(names)}
         noise = self.variance_sum / self.count
         variance = self.m2 / self.count + noise
@@ -100,7 +107,10 @@ class LatentStatistics:
     def from_json(cls, value: dict[str, Any]) -> LatentStatistics:
         """The statistics that `to_json` wrote; ValueError, KeyError or TypeError if they are not."""
         vectors = [np.asarray(value[name], dtype=np.float64) for name in ("mean", "m2", "variance_sum")]
-        if any(vector.ndim != 1 or len(vector) != len(vectors[0]) or not np.isfinite(vector).all() for vector in vectors):
+        if any(
+            vector.ndim != 1 or len(vector) != len(vectors[0]) or not np.isfinite(vector).all()
+            for vector in vectors
+        ):
             raise ValueError("mean, m2 and variance_sum must be finite and of one length")
         return cls(int(value["samples"]), int(value["count"]), *vectors)
 

@@ -27,7 +27,15 @@ from latentae.models.config import DOWN, UP, AutoencoderKLConfig
 from latentae.models.weight_files import note_left_out, prefix_before, split_unknown
 from latentae.progress import note
 
-__all__ = ["discriminator_from_ldm", "from_ldm", "infer_config", "ldm_names", "ldm_prefix", "renamed_to_ldm", "to_ldm"]
+__all__ = [
+    "discriminator_from_ldm",
+    "from_ldm",
+    "infer_config",
+    "ldm_names",
+    "ldm_prefix",
+    "renamed_to_ldm",
+    "to_ldm",
+]
 
 _MARK = "encoder.mid.block_1.conv1.weight"
 _DISCRIMINATOR = "loss.discriminator."
@@ -71,7 +79,9 @@ def ldm_names(config: AutoencoderKLConfig) -> dict[str, str]:
 def _ldm_name(key: str, levels: int) -> str:
     for pattern, replacement in _RENAMED:
         key = re.sub(pattern, replacement, key)
-    return re.sub(r"^decoder\.up_blocks\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", key)
+    return re.sub(
+        r"^decoder\.up_blocks\.(\d+)", lambda match: f"decoder.up.{levels - 1 - int(match[1])}", key
+    )
 
 
 def renamed_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,7 +104,10 @@ def to_ldm(state: Mapping[str, Tensor], config: AutoencoderKLConfig) -> dict[str
     attention follows all blocks of a level or none; other readers may take more.
     """
     names = ldm_names(config)
-    return {names[key]: value[:, :, None, None] if _is_attention_matrix(key) else value for key, value in state.items()}
+    return {
+        names[key]: value[:, :, None, None] if _is_attention_matrix(key) else value
+        for key, value in state.items()
+    }
 
 
 def _is_attention_matrix(key: str) -> bool:
@@ -106,7 +119,9 @@ def ldm_prefix(keys: Iterable[str]) -> str | None:
     return prefix_before(keys, _MARK)
 
 
-def from_ldm(tensors: Mapping[str, Tensor], config: AutoencoderKLConfig, file: str | Path = "the LDM file") -> dict[str, Tensor]:
+def from_ldm(
+    tensors: Mapping[str, Tensor], config: AutoencoderKLConfig, file: str | Path = "the LDM file"
+) -> dict[str, Tensor]:
     """The state dict, under our names, of the autoencoder in an LDM file.
 
     Where the file holds an average of all the autoencoder's weights (`model_ema.*`, as LDM's `ema_decay` writes), the average is taken,
@@ -122,15 +137,24 @@ def from_ldm(tensors: Mapping[str, Tensor], config: AutoencoderKLConfig, file: s
     """
     prefix, found = _autoencoder_part(tensors)
     names, shapes = ldm_names(config), _shapes(config)
-    averaged = {key: "model_ema." + name.replace(".", "") for key, name in names.items()}  # LDM's LitEma leaves out the dots
+    averaged = {
+        key: "model_ema." + name.replace(".", "") for key, name in names.items()
+    }  # LDM's LitEma leaves out the dots
     whole_average = not prefix and all(name in found for name in averaged.values())
-    state = {key: _fitting(found, name, key, shapes[key]) for key, name in (averaged if whole_average else names).items()}
+    state = {
+        key: _fitting(found, name, key, shapes[key])
+        for key, name in (averaged if whole_average else names).items()
+    }
     used = {prefix + name for name in names.values()} | (set(averaged.values()) if whole_average else set())
     unknown, harmless = split_unknown(tensors, used, prefix)
     if unknown:
-        families = (text for pattern, text in _FAMILIES for key in unknown if pattern.search(key.removeprefix(prefix)))
+        families = (
+            text for pattern, text in _FAMILIES for key in unknown if pattern.search(key.removeprefix(prefix))
+        )
         advice = next(families, "give weights of an AutoencoderKL, or the config.json that belongs to these")
-        raise ModelError(f"the LDM file has {some(unknown)}, which an AutoencoderKL of its shape does not have: {advice}")
+        raise ModelError(
+            f"the LDM file has {some(unknown)}, which an AutoencoderKL of its shape does not have: {advice}"
+        )
     if whole_average:
         note(f"{file}: took the averaged weights (model_ema.*)")
     note_left_out(file, harmless)
@@ -140,8 +164,12 @@ def from_ldm(tensors: Mapping[str, Tensor], config: AutoencoderKLConfig, file: s
 def _autoencoder_part(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     prefix = ldm_prefix(tensors)
     if prefix is None:
-        raise ModelError(f"no LDM autoencoder: there is no {_MARK}, alone or behind a prefix such as first_stage_model.")
-    return prefix, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        raise ModelError(
+            f"no LDM autoencoder: there is no {_MARK}, alone or behind a prefix such as first_stage_model."
+        )
+    return prefix, {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
 def _fitting(found: Mapping[str, Tensor], name: str, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -151,7 +179,9 @@ def _fitting(found: Mapping[str, Tensor], name: str, key: str, shape: tuple[int,
     if _is_attention_matrix(key) and value.ndim > 2 and set(value.shape[2:]) == {1}:
         value = value.flatten(1)
     if tuple(value.shape) != shape:
-        raise ModelError(f"the LDM file's {name} has shape {tuple(value.shape)}, a model of its shape has {shape}")
+        raise ModelError(
+            f"the LDM file's {name} has shape {tuple(value.shape)}, a model of its shape has {shape}"
+        )
     return value
 
 
@@ -177,9 +207,15 @@ def infer_config(tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
         "in_channels": image[1],
         "out_channels": output[0],
         "latent_channels": latent[1],
-        "block_out_channels": tuple(_convolution(found, f"encoder.down.{level}.block.0.conv1")[0] for level in range(levels)),
-        "down_block_types": tuple(DOWN[f"encoder.down.{level}.attn.0.q.weight" in found] for level in range(levels)),
-        "up_block_types": tuple(UP[f"decoder.up.{level}.attn.0.q.weight" in found] for level in reversed(range(levels))),
+        "block_out_channels": tuple(
+            _convolution(found, f"encoder.down.{level}.block.0.conv1")[0] for level in range(levels)
+        ),
+        "down_block_types": tuple(
+            DOWN[f"encoder.down.{level}.attn.0.q.weight" in found] for level in range(levels)
+        ),
+        "up_block_types": tuple(
+            UP[f"decoder.up.{level}.attn.0.q.weight" in found] for level in reversed(range(levels))
+        ),
         "layers_per_block": _count(found, "encoder.down.0.block.{}.conv1.weight"),
         "norm_num_groups": _GROUPS,
         "use_quant_conv": "quant_conv.weight" in found,
@@ -210,11 +246,15 @@ def _convolution(found: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     value = found.get(f"{name}.weight")
     if value is None or value.ndim != 4:
         what = "is not there" if value is None else f"has shape {tuple(value.shape)}"
-        raise ModelError(f"the LDM file's {name}.weight {what}; an autoencoder of images has [C_out, C_in, k, k]")
+        raise ModelError(
+            f"the LDM file's {name}.weight {what}; an autoencoder of images has [C_out, C_in, k, k]"
+        )
     return tuple(value.shape)
 
 
-def discriminator_from_ldm(tensors: Mapping[str, Tensor], file: str | Path = "the LDM file") -> dict[str, Tensor] | None:
+def discriminator_from_ldm(
+    tensors: Mapping[str, Tensor], file: str | Path = "the LDM file"
+) -> dict[str, Tensor] | None:
     """The PatchGAN that an LDM autoencoder was trained against, under PatchDiscriminator's keys; None where there is none.
 
     Convolutions and the normalizations' scale and shift are kept. The running statistics of LDM's BatchNorm are dropped, and the log says
@@ -226,9 +266,13 @@ def discriminator_from_ldm(tensors: Mapping[str, Tensor], file: str | Path = "th
     """
     start = (ldm_prefix(tensors) or "") + _DISCRIMINATOR
     state = {
-        re.sub(r"^main\.", "layers.", key.removeprefix(start)): value for key, value in tensors.items() if key.startswith(start)
+        re.sub(r"^main\.", "layers.", key.removeprefix(start)): value
+        for key, value in tensors.items()
+        if key.startswith(start)
     }
     running = [key for key in state if key.endswith(_RUNNING)]
     if running:
-        note(f"{file}: left out the running statistics of the discriminator's BatchNorm ({len(running)} tensors)")
+        note(
+            f"{file}: left out the running statistics of the discriminator's BatchNorm ({len(running)} tensors)"
+        )
     return {key: value for key, value in state.items() if key not in running} or None

@@ -51,7 +51,9 @@ class LinearAutoencoder(Autoencoder):
     def __init__(self, config: LinearAutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = nn.Conv2d(config.in_channels, config.latent_channels, config.patch, stride=config.patch)
+        self.encoder = nn.Conv2d(
+            config.in_channels, config.latent_channels, config.patch, stride=config.patch
+        )
         self.decoder = _PatchDecoder(config)
         self._start_as_projection()
 
@@ -64,7 +66,10 @@ class LinearAutoencoder(Autoencoder):
         """
         config = self.config
         numbers, components = pca.basis.shape
-        found, expected = (pca.patch, numbers, components), (config.patch, self._numbers(), config.latent_channels)
+        found, expected = (
+            (pca.patch, numbers, components),
+            (config.patch, self._numbers(), config.latent_channels),
+        )
         if found != expected or config.in_channels != config.out_channels:
             raise ModelError(
                 f"PCA has {components} components of {pca.patch} x {pca.patch} patches with {numbers} numbers, the linear autoencoder "

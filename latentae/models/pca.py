@@ -167,7 +167,13 @@ def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -
     if mean is None or leading is None or count < PATCHES_PER_COMPONENT * components:
         raise _too_few(count, patch, PATCHES_PER_COMPONENT * components)
     _, singular, vectors = torch.linalg.svd(leading, full_matrices=False)
-    return PatchPCA(mean + PATCH_ORIGIN, _signed(vectors[:components].T), singular[:components].square() / count, patch, count)
+    return PatchPCA(
+        mean + PATCH_ORIGIN,
+        _signed(vectors[:components].T),
+        singular[:components].square() / count,
+        patch,
+        count,
+    )
 
 
 def image_patches(images: Tensor, patch: int) -> Tensor:
@@ -177,7 +183,9 @@ def image_patches(images: Tensor, patch: int) -> Tensor:
         ImageError: a side that `patch` does not divide.
     """
     if images.shape[2] % patch or images.shape[3] % patch:
-        raise ImageError(f"image is {images.shape[2]} x {images.shape[3]}, patches of {patch} need sides that {patch} divides")
+        raise ImageError(
+            f"image is {images.shape[2]} x {images.shape[3]}, patches of {patch} need sides that {patch} divides"
+        )
     return F.unfold(images.double(), kernel_size=patch, stride=patch).transpose(1, 2)
 
 

@@ -110,7 +110,9 @@ def normalize_activate(norm: nn.Module, x: Tensor) -> Tensor:
     return norm_act(x, norm.weight, norm.bias, norm.num_groups, norm.eps, "silu")
 
 
-def normalize_convolve(norm: nn.Module, conv: nn.Module, x: Pending, *, last_use: bool = False) -> tuple[Pending, Pending]:
+def normalize_convolve(
+    norm: nn.Module, conv: nn.Module, x: Pending, *, last_use: bool = False
+) -> tuple[Pending, Pending]:
     """GroupNorm, SiLU and a 3x3 convolution of stride 1; returns the input of the norm too, for the skip around it.
 
     `last_use`: nobody reads x afterwards, so a CPU may write the result into its memory (the second value is then void).
@@ -135,7 +137,13 @@ def add(branch: Pending, skip: Pending, *, overwrite: bool) -> Pending:
     `overwrite`: the branch comes from a plain layer, so nobody else has its memory.
     """
     if _fused(branch.x):
-        bias = branch.bias if skip.bias is None else skip.bias if branch.bias is None else branch.bias + skip.bias
+        bias = (
+            branch.bias
+            if skip.bias is None
+            else skip.bias
+            if branch.bias is None
+            else branch.bias + skip.bias
+        )
         return Pending(branch.x, bias, skip.x)
     x, y = branch.value(), skip.value()
     if not overwrite or torch.is_grad_enabled() or torch.compiler.is_exporting():

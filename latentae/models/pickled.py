@@ -37,13 +37,21 @@ def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     content = _content(file)
     if not isinstance(content, dict):
         what = content.name if isinstance(content, _Inert) else type(content).__name__
-        raise ModelError(f"could not read {file}: it holds a {what}, no state dict; save the model's state_dict()")
+        raise ModelError(
+            f"could not read {file}: it holds a {what}, no state dict; save the model's state_dict()"
+        )
     state, rest = content, []
     nested = [key for key, value in content.items() if _is_state(value)]
     if _STATE in nested or not _is_state(content):
         if _STATE not in nested and len(nested) != 1:
-            found = f"several dicts of tensors ({', '.join(map(str, nested))})" if nested else "no dict of tensors"
-            raise ModelError(f"{file} holds {found}; save the one state dict that you want in a file of its own")
+            found = (
+                f"several dicts of tensors ({', '.join(map(str, nested))})"
+                if nested
+                else "no dict of tensors"
+            )
+            raise ModelError(
+                f"{file} holds {found}; save the one state dict that you want in a file of its own"
+            )
         name = _STATE if _STATE in nested else nested[0]
         state, rest = content[name], [str(key) for key in content if key != name]
     tensors = {}
@@ -70,7 +78,9 @@ def _plain(value: Tensor | _Inert, key: Any, file: str | Path) -> Tensor:
         found = "a view that repeats its values"
     else:
         return value
-    raise ModelError(f"{file}: {key} is {found}, expected a dense tensor; save the weights again as .safetensors")
+    raise ModelError(
+        f"{file}: {key} is {found}, expected a dense tensor; save the weights again as .safetensors"
+    )
 
 
 def _content(file: str | Path) -> Any:
@@ -95,7 +105,9 @@ def _inert_content(file: str | Path) -> Any:
     if tarfile.is_tarfile(file):
         raise pickle.UnpicklingError("a tar archive of torch before 0.1.10")
     module = SimpleNamespace(
-        __name__=__name__, Unpickler=_InertUnpickler, load=lambda *args, **kw: _InertUnpickler(*args, **kw).load()
+        __name__=__name__,
+        Unpickler=_InertUnpickler,
+        load=lambda *args, **kw: _InertUnpickler(*args, **kw).load(),
     )
     return torch.load(file, map_location="cpu", weights_only=False, pickle_module=module)
 

@@ -12,7 +12,12 @@ __all__ = ["has_hooks", "is_plain", "is_plain_conv", "is_plain_norm", "is_unhook
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call runs torch's hooks too. Weight norm, spectral norm and pruning are forward pre-hooks."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(hooks) or bool(_has_any_global_hook())
 
 

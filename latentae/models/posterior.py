@@ -29,7 +29,9 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """mean + std * noise (Kingma & Welling 2013, eq. 4), [B, z, h, w]; standard normal noise is drawn unless given."""
         if noise is None:
-            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+            noise = torch.randn(
+                self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+            )
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:

@@ -30,7 +30,14 @@ from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig, read_
 from latentae.models.hub import hub_id, snapshot
 from latentae.models.ldm import from_ldm, infer_config, ldm_prefix, renamed_to_ldm
 from latentae.models.pickled import PICKLES
-from latentae.models.weight_files import is_weights_file, note_left_out, prefix_before, read_tensors, split_unknown, weight_parts
+from latentae.models.weight_files import (
+    is_weights_file,
+    note_left_out,
+    prefix_before,
+    read_tensors,
+    split_unknown,
+    weight_parts,
+)
 from latentae.progress import note
 
 __all__ = [
@@ -132,15 +139,25 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
         )
     if path.is_file():
         if not is_weights_file(path):
-            raise ModelError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)} or an index of shards")
+            raise ModelError(
+                f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)} or an index of shards"
+            )
         return _source(path, path, path.with_name(CONFIG), "file")
     latest = path / CHECKPOINTS / LATEST
     if latest.is_file():
         checkpoint = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip()
         log = path / METRICS_LOG
-        return _source(path, checkpoint / CHECKPOINT_WEIGHTS[weights], checkpoint / CONFIG, "run", log if log.is_file() else None)
+        return _source(
+            path,
+            checkpoint / CHECKPOINT_WEIGHTS[weights],
+            checkpoint / CONFIG,
+            "run",
+            log if log.is_file() else None,
+        )
     if (path / CHECKPOINTS).is_dir():
-        raise ModelError(f"{path} is a run without a finished checkpoint yet; let it train on, or give another model")
+        raise ModelError(
+            f"{path} is a run without a finished checkpoint yet; let it train on, or give another model"
+        )
     if (path / META).is_file():
         return _source(path, path / CHECKPOINT_WEIGHTS[weights], path / CONFIG, "checkpoint")
     file = folder_weights(path)
@@ -165,7 +182,9 @@ def folder_weights(path: Path) -> Path | None:
             files = {file for pattern in patterns for file in (path / folder).glob(pattern)}
             found = sorted(file for file in files if file.is_file() and not _SHARD.search(file.name))
             if len(found) > 1:
-                raise ModelError(f"{path / folder} holds {some([file.name for file in found])}; give the file that you want")
+                raise ModelError(
+                    f"{path / folder} holds {some([file.name for file in found])}; give the file that you want"
+                )
             if found and row >= _VARIANTS:
                 note(f"{found[0]}: its folder has no weights in full precision, so this variant is read")
             if found:
@@ -202,8 +221,12 @@ def _source(
         resolution = int(read_json(weights_file.with_name(META)).get("resolution", resolution))
     elif kind == "folder" and (weights_file.with_name(PROVENANCE)).is_file():
         # an export's sample_size is diffusers' tile size, not what the model was trained at
-        resolution = int(read_json(weights_file.with_name(PROVENANCE)).get("inputs", {}).get("resolution", resolution))
-    return ModelSource(path, weights_file, config, kind, resolution, weights_fingerprint(weights_file, config), log)
+        resolution = int(
+            read_json(weights_file.with_name(PROVENANCE)).get("inputs", {}).get("resolution", resolution)
+        )
+    return ModelSource(
+        path, weights_file, config, kind, resolution, weights_fingerprint(weights_file, config), log
+    )
 
 
 def weights_fingerprint(file: Path, config: AutoencoderConfig) -> str:
@@ -262,7 +285,9 @@ def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str |
             state = {key: state[key] for key in expected}
         for key, value in state.items():
             if expected[key].is_floating_point() and not value.is_floating_point():
-                raise ModelError(f"{key} has type {value.dtype}, expected floating point; give weights that are not quantized")
+                raise ModelError(
+                    f"{key} has type {value.dtype}, expected floating point; give weights that are not quantized"
+                )
     return state
 
 
@@ -274,16 +299,26 @@ def _current(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _unprefixed(tensors: Mapping[str, Tensor], mark: str) -> tuple[str, dict[str, Tensor]]:
     """What is before the autoencoder's keys, of which `mark` is one, and the tensors behind it."""
     prefix = prefix_before(tensors, mark) or ""
-    return prefix, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return prefix, {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
 def _check_shapes(model: Autoencoder, state: Mapping[str, Tensor]) -> None:
     expected = model.state_dict()
     wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     if wrong:
-        key = next((k for k in wrong if k.startswith(("quant_conv", "post_quant_conv", "decoder.conv_in"))), wrong[0])
-        hint = f"; the config says latent_channels = {model.config.latent_channels}" if key != wrong[0] or "quant" in key else ""
-        raise ModelError(f"{key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}")
+        key = next(
+            (k for k in wrong if k.startswith(("quant_conv", "post_quant_conv", "decoder.conv_in"))), wrong[0]
+        )
+        hint = (
+            f"; the config says latent_channels = {model.config.latent_channels}"
+            if key != wrong[0] or "quant" in key
+            else ""
+        )
+        raise ModelError(
+            f"{key} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}"
+        )
 
 
 def load_weights(model: Autoencoder, file: str | Path) -> None:
@@ -312,10 +347,14 @@ def _current_name(key: str) -> str:
 
 def _as_current(key: str, value: Tensor) -> Tensor:
     """Attention layers stored as 1x1 convolutions (LDM's way) become linear ones."""
-    return value[:, :, 0, 0] if "attentions" in key and value.ndim == 4 and value.shape[2:] == (1, 1) else value
+    return (
+        value[:, :, 0, 0] if "attentions" in key and value.ndim == 4 and value.shape[2:] == (1, 1) else value
+    )
 
 
-def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> tuple[Autoencoder, ModelSource]:
+def load_model(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+) -> tuple[Autoencoder, ModelSource]:
     """The model behind `path` in evaluation mode, channels_last, fp32, and where it came from.
 
     Raises:

@@ -36,7 +36,9 @@ def select_trainable(model: Autoencoder, part: Part) -> None:
         raise ModelError(f"unknown part {part!r} to train; the parts are {', '.join(get_args(Part))}")
     if not isinstance(model, AutoencoderKL | AutoencoderDC):
         if part != "all":
-            raise ModelError(f"a {type(model).__name__} is trained as a whole, not by parts such as {part!r}; take 'all'")
+            raise ModelError(
+                f"a {type(model).__name__} is trained as a whole, not by parts such as {part!r}; take 'all'"
+            )
         model.requires_grad_(True)
         return
     model.requires_grad_(False)
@@ -54,13 +56,21 @@ def _modules(model: AutoencoderKL, part: Part) -> Iterator[nn.Module | None]:
     if part == "decoder-head":
         yield from (decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out)
     if part == "latent":
-        yield from (encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out, model.quant_conv)
+        yield from (
+            encoder.down_blocks[-1],
+            encoder.mid_block,
+            encoder.conv_norm_out,
+            encoder.conv_out,
+            model.quant_conv,
+        )
         yield from (model.post_quant_conv, decoder.conv_in, decoder.mid_block, decoder.up_blocks[0])
 
 
 def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
     encoder, decoder = model.encoder, model.decoder
-    down, up = ([level for level in levels if len(level)] for levels in (encoder.down_blocks, decoder.up_blocks))  # pyright: ignore
+    down, up = (
+        [level for level in levels if len(level)] for levels in (encoder.down_blocks, decoder.up_blocks)
+    )  # pyright: ignore
     if part in ("all", "encoder"):
         yield encoder
     if part in ("all", "decoder"):
@@ -74,6 +84,12 @@ def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
 def trunk_names(model: Autoencoder) -> set[str]:
     """Names of the parameters that are in no residual branch: what an image passes through if all branches add nothing."""
     branches = [
-        name for name, m in model.named_modules() if isinstance(m, ResnetBlock | Attention | ResidualBlock | AttentionBlock)
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, ResnetBlock | Attention | ResidualBlock | AttentionBlock)
     ]
-    return {name for name, _ in model.named_parameters() if not any(name.startswith(f"{branch}.") for branch in branches)}
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if not any(name.startswith(f"{branch}.") for branch in branches)
+    }

@@ -16,18 +16,36 @@ from latentae.files import read_json
 from latentae.models.pickled import PICKLES, read_pickle
 from latentae.progress import note
 
-__all__ = ["is_index", "is_weights_file", "note_left_out", "prefix_before", "read_tensors", "split_unknown", "weight_parts"]
+__all__ = [
+    "is_index",
+    "is_weights_file",
+    "note_left_out",
+    "prefix_before",
+    "read_tensors",
+    "split_unknown",
+    "weight_parts",
+]
 
 # what torch.compile, DDP, FSDP and activation checkpointing put into the name of a parameter
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-_PREFIXES = ("", "first_stage_model.", "vae.")  # an autoencoder alone, a latent diffusion model, a bundle of components
+_PREFIXES = (
+    "",
+    "first_stage_model.",
+    "vae.",
+)  # an autoencoder alone, a latent diffusion model, a bundle of components
 
 # Of a file of an autoencoder: what its training used, which no encoder or decoder reads.
 _TRAINING = (
     "loss.", "discriminator.", "model_ema.", "foundation_model.", "linear_proj.", "colorize", "n_averaged", "scale_factor",
 )  # fmt: skip
-_AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")  # no other component has these names
+_AUTOENCODER = (
+    "encoder.",
+    "decoder.",
+    "quant_conv.",
+    "post_quant_conv.",
+    "bn.",
+)  # no other component has these names
 
 
 def is_index(file: str | Path) -> bool:
@@ -66,7 +84,9 @@ def _index(file: Path) -> dict[str, str]:
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise ModelError(f"{file} is no index of shards: it has no weight_map of tensor names to files; use another copy")
+    raise ModelError(
+        f"{file} is no index of shards: it has no weight_map of tensor names to files; use another copy"
+    )
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
@@ -89,12 +109,16 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
                 )
             found[key] = value
     if where.keys() - found.keys():
-        raise ModelError(f"the shards of {file} lack {some(sorted(where.keys() - found.keys()))}; fetch them again")
+        raise ModelError(
+            f"the shards of {file} lack {some(sorted(where.keys() - found.keys()))}; fetch them again"
+        )
     tensors: dict[str, Tensor] = {}
     for key, value in found.items():
         name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
         if name in tensors:
-            raise ModelError(f"{file} holds {name} more than once, with and without a wrapper's prefix; keep one of them")
+            raise ModelError(
+                f"{file} holds {name} more than once, with and without a wrapper's prefix; keep one of them"
+            )
         tensors[name] = value
     return tensors
 
@@ -104,7 +128,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"could not read {file} ({error}); the file is damaged, use another copy") from error
+            raise ModelError(
+                f"could not read {file} ({error}); the file is damaged, use another copy"
+            ) from error
     tensors, rest = read_pickle(file)
     if rest:
         note(f"{file}: left out {some(rest)}")
@@ -120,7 +146,9 @@ def prefix_before(keys: Iterable[str], mark: str) -> str | None:
     found = sorted({key.removesuffix(mark) for key in keys if key == mark or key.endswith(f".{mark}")})
     known = [prefix for prefix in _PREFIXES if prefix in found]
     if not known and len(found) > 1:
-        raise ModelError(f"it holds several autoencoders, under {some(found)}; save the one that you want in a file of its own")
+        raise ModelError(
+            f"it holds several autoencoders, under {some(found)}; save the one that you want in a file of its own"
+        )
     return (known or found or [None])[0]
 
 
@@ -140,7 +168,9 @@ def split_unknown(keys: Iterable[str], used: Collection[str], prefix: str = "") 
     unknown += [key for key in left if not key.startswith(prefix) and key.startswith(_AUTOENCODER)]
     names = [key.removeprefix(prefix) for key in left if key not in set(unknown)]
     harmless = Counter(f"{name.split('.')[0]}.*" if "." in name else name for name in names)
-    return unknown, some([f"{name} ({count})" if count > 1 else name for name, count in harmless.most_common()])
+    return unknown, some(
+        [f"{name} ({count})" if count > 1 else name for name, count in harmless.most_common()]
+    )
 
 
 def note_left_out(file: str | Path, harmless: str) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from latentae.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, image_extension
 from latentae.data.folder import ImageFolder, SourceImage, by_stem, escape_key, find_sidecars
-from latentae.data.index import ShardIndex, load_index
 from latentae.data.reading import READ_EXTENSIONS, read_samples
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import ShardIndex, load_index
 from latentae.data.sources import shown
 from latentae.data.transforms import crop_to_bucket, resize_and_center_crop
 from latentae.errors import DataError, ImageError
@@ -91,7 +91,9 @@ class Images(ABC):
             if wanted(key):
                 extension = image_extension(members)
                 if extension is None:
-                    raise ImageError(f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
+                    raise ImageError(
+                        f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}"
+                    )
                 short = LONGEST_SIDE if resolution is None else resolution
                 options: dict[str, Any] = {"bits": None, "max_pixels": self.max_pixels, "short": short}
                 image = decode_image(members[extension], name, channels=channels, **options)
@@ -104,7 +106,11 @@ def fit_image(image: Tensor, resolution: int | None) -> Tensor:
         return resize_and_center_crop(image, resolution)
     height, width = image.shape[1:]
     ratio = LONGEST_SIDE / max(height, width)
-    return image if ratio >= 1 else crop_to_bucket(image, (max(round(height * ratio), 1), max(round(width * ratio), 1)))
+    return (
+        image
+        if ratio >= 1
+        else crop_to_bucket(image, (max(round(height * ratio), 1), max(round(width * ratio), 1)))
+    )
 
 
 class _Files(Images):
@@ -120,7 +126,9 @@ class _Files(Images):
             try:
                 members = {path.suffix[1:].lower(): path.read_bytes() for path in (file.path, *file.sidecars)}
             except OSError as error:
-                raise ImageError(f"image {file.path} can't be read ({error.strerror or error}); check the file") from error
+                raise ImageError(
+                    f"image {file.path} can't be read ({error.strerror or error}); check the file"
+                ) from error
             yield file.key, str(file.path), members
 
 
@@ -182,13 +190,19 @@ def _named_files(paths: Sequence[Path]) -> Images:
         if not path.is_file():
             raise DataError(f"no image file {path}; name files, a folder of images or shards")
         if key in files:
-            raise DataError(f"{files[key].path} and {path} would both be sample {key!r}; give their folder instead")
+            raise DataError(
+                f"{files[key].path} and {path} would both be sample {key!r}; give their folder instead"
+            )
         if path.parent not in names:
             names[path.parent] = by_stem(entry.name for entry in path.parent.iterdir())
-        sidecars = tuple(side for side in find_sidecars(path, names[path.parent]) if side.suffix.lower() == ".cls")
+        sidecars = tuple(
+            side for side in find_sidecars(path, names[path.parent]) if side.suffix.lower() == ".cls"
+        )
         files[key] = SourceImage(path, key, path.stat().st_size, sidecars)
     rows = [[key, file.path.suffix, file.bytes] for key, file in files.items()]
-    return _Files(list(files.values()), hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest())
+    return _Files(
+        list(files.values()), hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+    )
 
 
 def read_labels(labels: str | Path) -> tuple[Labels, str]:
@@ -209,7 +223,9 @@ def read_labels(labels: str | Path) -> tuple[Labels, str]:
         return (lambda key, members: key.partition("/")[0] if "/" in key else None), "folder"
     table = _read_table(Path(labels))
     digest = hashlib.blake2b(json.dumps(sorted(table.items())).encode(), digest_size=16).hexdigest()
-    return (lambda key, members: table.get(key, table.get(key.encode("utf-8", "backslashreplace").decode()))), digest
+    return (
+        lambda key, members: table.get(key, table.get(key.encode("utf-8", "backslashreplace").decode()))
+    ), digest
 
 
 def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
@@ -219,10 +235,16 @@ def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
 
 def _read_table(path: Path) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # keys need not be UTF-8
+        with path.open(
+            newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:  # keys need not be UTF-8
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise DataError(f"labels {path} can't be read ({error}); give auto, folder, none or a CSV file with key,label") from error
+        raise DataError(
+            f"labels {path} can't be read ({error}); give auto, folder, none or a CSV file with key,label"
+        ) from error
     if not rows or not {"key", "label"} <= set(rows[0]):
-        raise DataError(f"labels {path} has no columns key and label, or no row; its first line must be key,label")
+        raise DataError(
+            f"labels {path} has no columns key and label, or no row; its first line must be key,label"
+        )
     return {row["key"]: row["label"] for row in rows if row["label"]}

@@ -82,7 +82,9 @@ def fit_latent_gaussian(posteriors: Iterable[tuple[Tensor, Tensor]]) -> LatentGa
     mean, noise = total / count, spread / count
     if fit is not None:
         return LatentGaussian(shape, mean, _root(fit.moments().covariance + noise.flatten().diag()), count)
-    return LatentGaussian(shape, mean, _root(_within(places.moments(), mean) + noise.mean(dim=(1, 2)).diag()), count)
+    return LatentGaussian(
+        shape, mean, _root(_within(places.moments(), mean) + noise.mean(dim=(1, 2)).diag()), count
+    )
 
 
 def _within(moments: Moments, mean: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ class Network:
         self.config = self.source.config
         self.channels, self.downsampling = self.config.in_channels, self.config.downsampling
         if self.channels not in (1, 3, 4):
-            raise ModelError(f"the model has {self.channels} channels in, image files have 1, 3 or 4; encode tensors by hand")
+            raise ModelError(
+                f"the model has {self.channels} channels in, image files have 1, 3 or 4; encode tensors by hand"
+            )
         if reconstructs and self.config.out_channels != self.channels:
             raise ModelError(
                 f"the model has {self.channels} channels in and {self.config.out_channels} out; this task needs as many out as in"
@@ -123,7 +125,9 @@ class Network:
         for part in latents.to(torch.float32).split(batch_size):
             decoded = self.model.decode(part.to(self.device))
             if not decoded.isfinite().all():
-                raise ModelError("a decoded image has NaN or infinite values; the model has diverged, use an earlier checkpoint")
+                raise ModelError(
+                    "a decoded image has NaN or infinite values; the model has diverged, use an earlier checkpoint"
+                )
             images += to_uint8(decoded).cpu().unbind()
         return images
 
@@ -135,4 +139,6 @@ class Network:
         fine = values.isfinite().flatten(1).all(1)
         if not fine.all():
             key = batch.items[int((~fine).nonzero()[0])].key
-            raise ModelError(f"the {what} of {key} has NaN or infinite values; the model has diverged, use an earlier checkpoint")
+            raise ModelError(
+                f"the {what} of {key} has NaN or infinite values; the model has diverged, use an earlier checkpoint"
+            )

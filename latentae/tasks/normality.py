@@ -28,7 +28,9 @@ from latentae.models.corruptions import blur
 __all__ = ["Gaussian", "GaussianFit", "Moments", "auroc", "conformal_threshold", "error_map"]
 
 SHRINKAGE = 1e-3  # of the covariance at least, so that a channel that never varies has a finite distance
-BLUR = 1 / 128  # sigma of the error's map in shares of the image's short side: compression leaves single pixels wrong anywhere
+BLUR = (
+    1 / 128
+)  # sigma of the error's map in shares of the image's short side: compression leaves single pixels wrong anywhere
 
 
 class GaussianFit:
@@ -41,7 +43,10 @@ class GaussianFit:
     def __init__(self, size: int) -> None:
         self.count = 0
         self._origin: Tensor | None = None  # the first mean, so that subtracting squares loses no digits
-        self._sum, self._products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+        self._sum, self._products = (
+            torch.zeros(size, dtype=torch.float64),
+            torch.zeros(size, size, dtype=torch.float64),
+        )
 
     def add(self, vectors: Tensor) -> None:
         """Take in [N, d] vectors."""
@@ -59,7 +64,9 @@ class GaussianFit:
             DataError: fewer than two vectors.
         """
         if self._origin is None or self.count < 2:
-            raise DataError(f"found {self.count} vectors, expected 2 or more to fit a Gaussian to; give more images")
+            raise DataError(
+                f"found {self.count} vectors, expected 2 or more to fit a Gaussian to; give more images"
+            )
         mean = self._sum / self.count
         return Moments(self._origin + mean, self._products / self.count - torch.outer(mean, mean), self.count)
 
@@ -99,8 +106,12 @@ class Gaussian:
         scale = float(moments.covariance.diagonal().mean())
         identity = torch.eye(size, dtype=torch.float64)
         if scale <= 0:
-            raise DataError("the latents of the normal images do not vary; the model has collapsed, or all images are one")
-        return cls(moments.mean, torch.linalg.inv((1 - share) * moments.covariance + share * scale * identity))
+            raise DataError(
+                "the latents of the normal images do not vary; the model has collapsed, or all images are one"
+            )
+        return cls(
+            moments.mean, torch.linalg.inv((1 - share) * moments.covariance + share * scale * identity)
+        )
 
     def distance(self, latents: Tensor) -> Tensor:
         """Squared Mahalanobis distance over z, mean over places: [B, z, h, w] -> fp64 [B]; 1 on average for normal ones."""

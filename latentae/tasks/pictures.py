@@ -12,8 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latentae.errors import ImageError
-from latentae.evaluation.images import pil_image
 from latentae.files import atomic_file
+from latentae.pages.images import pil_image
 
 __all__ = ["NOTE", "check_png", "enlarge", "heat_picture", "rgb", "write_noted_png"]
 
@@ -43,7 +43,9 @@ def heat_picture(heat: Tensor) -> Tensor:
     """[H, W] from 0 (black) to 1 (yellow) in matplotlib's "inferno", whose lightness rises evenly -> uint8 [3, H, W]."""
     from matplotlib import colormaps
 
-    table = torch.tensor([colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=torch.uint8)
+    table = torch.tensor(
+        [colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=torch.uint8
+    )
     levels = (heat.float().clamp(0.0, 1.0) * 255).round().long().cpu()
     return table[levels].permute(2, 0, 1).contiguous()
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from latentae.losses.adversarial import LeCam, discriminator_loss, generator_loss, gradient_penalty, twice_differentiable
+from latentae.losses.adversarial import (
+    LeCam,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    twice_differentiable,
+)
 from latentae.training.optim import adamw, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
@@ -57,7 +63,9 @@ class Adversary:
 
     def set_learning_rate(self, phase_images: int) -> None:
         """Set the rate for the coming step; the warm-up begins where the game does."""
-        scale = learning_rate_scale(self.recipe.optimizer, phase_images, self.recipe.images, self.options.start_images)
+        scale = learning_rate_scale(
+            self.recipe.optimizer, phase_images, self.recipe.images, self.options.start_images
+        )
         set_learning_rate(self.optimizer, self.lr * scale)
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
@@ -75,7 +83,9 @@ class Adversary:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
 
-    def backward(self, real: Tensor, fake: Tensor, parts: int, synchronize: bool, step: int) -> dict[str, Tensor]:
+    def backward(
+        self, real: Tensor, fake: Tensor, parts: int, synchronize: bool, step: int
+    ) -> dict[str, Tensor]:
         """Accumulate the discriminator's gradient for one of `parts` parts, real and fake in one forward pass; returns its terms.
 
         R1 and R2 come every `penalty_every` steps, multiplied by that number (Karras et al. 2020, section 3.1).
@@ -97,7 +107,9 @@ class Adversary:
                 terms["loss/lecam"] = self.lecam(on_real, on_fake).mean()
                 total = total + o.lecam * terms["loss/lecam"]
             (total / parts).backward()
-        self._logits.append(torch.stack([terms["discriminator/logits_real"], terms["discriminator/logits_fake"]]))
+        self._logits.append(
+            torch.stack([terms["discriminator/logits_real"], terms["discriminator/logits_fake"]])
+        )
         return {name: value.detach() for name, value in terms.items()}
 
     def finish_step(self, apply: bool) -> None:

@@ -141,9 +141,13 @@ def check_meta(meta: Any, where: str) -> dict[str, str]:
     """
     digests = meta.get("sha256") if isinstance(meta, dict) else None
     if not isinstance(digests, dict) or not digests or any(Path(name).name != name for name in digests):
-        raise TrainingError(f"{where} is no whole checkpoint ({META} lists no files); resume from another one")
+        raise TrainingError(
+            f"{where} is no whole checkpoint ({META} lists no files); resume from another one"
+        )
     if meta.get("format_version", 0) > FORMAT_VERSION:
-        raise TrainingError(f"{where} has checkpoint format {meta['format_version']}; this version reads up to {FORMAT_VERSION}")
+        raise TrainingError(
+            f"{where} has checkpoint format {meta['format_version']}; this version reads up to {FORMAT_VERSION}"
+        )
     return digests
 
 
@@ -157,7 +161,11 @@ def verify(folder: Path) -> None:
     if bad:
         others = [f for f in sorted(folder.parent.glob("step-*"), reverse=True) if f != folder]
         other = next((f for f in others if f.name < folder.name and not _damage(f)), None)
-        advice = f"give --resume {other} and another --output to go on from there" if other else "there is no other checkpoint"
+        advice = (
+            f"give --resume {other} and another --output to go on from there"
+            if other
+            else "there is no other checkpoint"
+        )
         raise TrainingError(f"{folder / bad} is missing or damaged; {advice}")
 
 
@@ -213,7 +221,9 @@ def read_state(folder: Path) -> TrainState:
         if "phase_images" not in found:  # format 1 knew one phase
             known["phase_images"] = found["images_seen"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TrainingError(f"{folder / STATE} is missing or damaged ({error}); resume from another checkpoint") from error
+        raise TrainingError(
+            f"{folder / STATE} is missing or damaged ({error}); resume from another checkpoint"
+        ) from error
     return TrainState(**known)
 
 
@@ -238,7 +248,9 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
             optimizer.load_state_dict(optimizers[name])
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{folder} does not fit this recipe ({reason}); resume with the recipe.toml inside it") from error
+        raise ModelError(
+            f"{folder} does not fit this recipe ({reason}); resume with the recipe.toml inside it"
+        ) from error
     trainer.state = read_state(folder)
     return read_json(folder / STATE)["data"]
 

@@ -166,7 +166,9 @@ class Claim:
         if holder.get("where") == self._holder["where"]:
             process = holder.get("process")
             return isinstance(process, int) and alive(process) and _started(process) == holder.get("started")
-        say(f"{place.name} is claimed by {_who(holder)}; watching for {self.watch:.0f} s whether it still runs")
+        say(
+            f"{place.name} is claimed by {_who(holder)}; watching for {self.watch:.0f} s whether it still runs"
+        )
         end = time.monotonic() + self.watch
         while time.monotonic() < end:
             time.sleep(min(1.0, self.watch / 10))

@@ -55,11 +55,17 @@ class Corruption(nn.Module):
 
     def __init__(self, recipe: Recipe, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.options, self.model, self.equivariance = recipe.corruption, recipe.model, recipe.loss.equivariance
+        self.options, self.model, self.equivariance = (
+            recipe.corruption,
+            recipe.model,
+            recipe.loss.equivariance,
+        )
         self.config = config
         learned = self.options.mask[1] > 0 and self.options.mask_fill == "learned"
         self.fill = nn.Parameter(torch.zeros(config.in_channels)) if learned else None
-        self.latent_fill = nn.Parameter(torch.zeros(config.latent_channels)) if self.model.latent_mask else None
+        self.latent_fill = (
+            nn.Parameter(torch.zeros(config.latent_channels)) if self.model.latent_mask else None
+        )
 
     def images(self, images: Tensor, draws: Draws, phase_images: int) -> Given:
         """Noise, blur and mask, in the order blur, noise, mask; nothing where the recipe has none.
@@ -72,7 +78,9 @@ class Corruption(nn.Module):
         o = self.options
         ramp = min(1.0, phase_images / o.ramp_images) if o.ramp_images else 1.0
         if o.blur[1]:
-            sigma = ramp * _between(o.blur, replace(draws, device=torch.device("cpu")).uniform("blur"))  # it sizes the filter
+            sigma = ramp * _between(
+                o.blur, replace(draws, device=torch.device("cpu")).uniform("blur")
+            )  # it sizes the filter
             images = corruptions.blur(images, sigma)
         if o.noise[1]:
             std = ramp * _between(o.noise, draws.uniform("image noise level"))
@@ -118,11 +126,17 @@ class Corruption(nn.Module):
             count = corruptions.nested_count(uniform, shape[0], o.nested_channels)
             steps.append(lambda latent: corruptions.keep_channels(latent, count))
         if self.latent_fill is not None:
-            fill, ratio = self.latent_fill, corruptions.detok_ratio(draws.uniform("latent mask ratio"), o.latent_mask)
+            fill, ratio = (
+                self.latent_fill,
+                corruptions.detok_ratio(draws.uniform("latent mask ratio"), o.latent_mask),
+            )
             mask = corruptions.patch_mask(draws.uniform("latent mask", shape[1:]), ratio)
             steps.append(lambda latent: corruptions.mask_latent(latent, mask, fill))
         if o.latent_noise:
-            noise, share = o.latent_noise * draws.normal(shape, "latent noise"), draws.uniform("latent noise share")
+            noise, share = (
+                o.latent_noise * draws.normal(shape, "latent noise"),
+                draws.uniform("latent noise share"),
+            )
             steps.append(lambda latent: corruptions.mix_noise(latent, noise, share))
         if o.decoder_noise:
             std = (o.decoder_noise * draws.normal((), "decoder noise level")).abs()

@@ -23,9 +23,13 @@ class Ema:
 
     def __init__(self, module: nn.Module, half_life_images: int) -> None:
         self.half_life_images = half_life_images
-        self.weights = {name: p.detach().to(torch.float32, copy=True) for name, p in module.named_parameters()}
+        self.weights = {
+            name: p.detach().to(torch.float32, copy=True) for name, p in module.named_parameters()
+        }
         # what a state dict has beside: stored statistics of frozen normalizations, which stay as they are
-        self.fixed = {name: value.detach() for name, value in module.state_dict().items() if name not in self.weights}
+        self.fixed = {
+            name: value.detach() for name, value in module.state_dict().items() if name not in self.weights
+        }
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """Share of the old average kept at this step."""
@@ -54,5 +58,7 @@ class Ema:
             raise ValueError(f"the average {'has unknown' if name in state else 'lacks'} {name}")
         for name, value in (self.weights | self.fixed).items():
             if state[name].shape != value.shape:
-                raise ValueError(f"the average of {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}")
+                raise ValueError(
+                    f"the average of {name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+                )
             value.copy_(state[name])

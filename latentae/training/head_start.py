@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from latentae.data.loader import TrainLoader
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
 from latentae.data.streaming import StreamLoader, streams
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError
-from latentae.evaluation.metrics import psnr
+from latentae.measures.metrics import psnr
 from latentae.models.config import AutoencoderDCConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.head_start import check_head_start, start_at_pca
@@ -28,7 +28,9 @@ from latentae.training.validation import Validation
 
 __all__ = ["HeadStart", "fit_head_start", "mean_psnr", "take_head_start"]
 
-CLOSED_FORM = 4 * 16 * 16  # numbers of a patch: an f32 patch takes a minute of one core there, and seconds in one pass
+CLOSED_FORM = (
+    4 * 16 * 16
+)  # numbers of a patch: an f32 patch takes a minute of one core there, and seconds in one pass
 PATCHES = 20_000  # at least; or so many for each number of a patch:
 PATCHES_PER_NUMBER = 8
 LARGEST_SAMPLE = 2**28  # bytes of images that are held
@@ -78,13 +80,17 @@ def fit_head_start(recipe: Recipe) -> HeadStart:
     check_head_start(config)
     f, z, numbers = config.downsampling, config.latent_channels, config.in_channels * config.downsampling**2
     if z > numbers:
-        raise DataError(f"a patch of {f} x {f} pixels has {numbers} principal components, fewer than the {z} latent channels")
+        raise DataError(
+            f"a patch of {f} x {f} pixels has {numbers} principal components, fewer than the {z} latent channels"
+        )
     closed = numbers <= CLOSED_FORM
     needed = numbers if closed else PATCHES_PER_COMPONENT * z
     images = _crops(recipe, max(PATCHES, PATCHES_PER_NUMBER * numbers, needed), f)
     pca = (fit_pca if closed else sketch_pca)(images, f, z)
     variance = _variance(images, pca)
-    return HeadStart(pca, images, pca.variances.sum().item() / variance if variance > 0 else 1.0)  # equal images: nothing to lose
+    return HeadStart(
+        pca, images, pca.variances.sum().item() / variance if variance > 0 else 1.0
+    )  # equal images: nothing to lose
 
 
 def take_head_start(trainer: Trainer, validation: Validation) -> None:

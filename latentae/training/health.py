@@ -15,7 +15,9 @@ __all__ = ["Watchdog"]
 # Mean logit of real minus that of fake patches past which a discriminator that is right everywhere has stopped learning: hinge
 # has no gradient outside of [-1, 1]; of a logistic loss, 8 leaves a gradient of sigmoid(-4) = 2 % on each side.
 SATURATED_GAP = {"hinge": 2.5, "vanilla": 8.0, "non-saturating": 8.0}
-MEANT_TO_BIND = 1.0  # a largest ratio up to this is a choice (LDM's is 0.051): being at it says nothing by itself
+MEANT_TO_BIND = (
+    1.0  # a largest ratio up to this is a choice (LDM's is 0.051): being at it says nothing by itself
+)
 COLLAPSED_KL, LARGE_KL = 0.01, 1000.0  # nats per latent number; 1000 is a mean near 45 standard deviations
 PSNR_DROP = 1.0  # dB
 SPIKE, MEMORY, FEWEST = 10.0, 50, 10  # times the median of the last reports, of which there must be some
@@ -87,7 +89,11 @@ class Watchdog:
             images: seen so far.
             values: a report's terms or a validation's (a line of metrics.jsonl does, too); what it does not know is ignored.
         """
-        terms = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+        terms = {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
         found = []
         for name, there, message in self._findings(images, terms):
             reports, share = _PATIENCE[name.partition(":")[0]]

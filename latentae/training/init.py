@@ -26,7 +26,9 @@ __all__ = ["init"]
 REPORT = "head_start.json"
 
 
-def init(recipe: str | Path | Recipe, shards: str | Path, out: str | Path, **overrides: Any) -> dict[str, Any]:
+def init(
+    recipe: str | Path | Recipe, shards: str | Path, out: str | Path, **overrides: Any
+) -> dict[str, Any]:
     """Write the recipe's autoencoder as it is before its first step if it starts at PCA of the shards' images.
 
     The folder loads wherever a MODEL does, in diffusers too, and as `model.init_from` of any recipe of the same shape.
@@ -72,12 +74,17 @@ def _report(recipe: Recipe, head_start: HeadStart, model: AutoencoderDC) -> dict
         "crops": sum(map(len, head_start.images)),
         "explained": head_start.explained,
     }
-    batches = [batch.images for batch in held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images)]
+    batches = [
+        batch.images
+        for batch in held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images)
+    ]
     if batches:
         codecs = {"pca_psnr": head_start.pca.reconstruct, "psnr": _reconstruction(model)}
         found = {name: mean_psnr(codec, batches) for name, codec in codecs.items()}
         say(f"held out: PCA {found['pca_psnr']:.2f} dB, the model {found['psnr']:.2f} dB")
-        report |= {name: value if math.isfinite(value) else None for name, value in found.items()}  # JSON knows no infinity
+        report |= {
+            name: value if math.isfinite(value) else None for name, value in found.items()
+        }  # JSON knows no infinity
     return report
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed, whole_seed
+from latentae.data.epoch_order import derive_seed, whole_seed
 
 __all__ = ["Draws", "keyed_normal", "keyed_uniform"]
 
@@ -25,9 +25,13 @@ def keyed_normal(shape: Sequence[int], seed: int, step: int, first: int, purpose
     return noise
 
 
-def keyed_uniform(count: int, seed: int, step: int, first: int, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+def keyed_uniform(
+    count: int, seed: int, step: int, first: int, purpose: str, shape: Sequence[int] = ()
+) -> Tensor:
     """Numbers [count, *shape] in [0, 1) on the CPU."""
-    return torch.stack([torch.rand(tuple(shape), generator=g) for g in _generators(count, seed, step, first, purpose)])
+    return torch.stack(
+        [torch.rand(tuple(shape), generator=g) for g in _generators(count, seed, step, first, purpose)]
+    )
 
 
 @dataclass(frozen=True)
@@ -58,4 +62,6 @@ class Draws:
 def _generators(count: int, seed: int, step: int, first: int, purpose: str) -> Iterator[torch.Generator]:
     generator, seed = torch.Generator(), whole_seed(seed)
     for index in range(count):
-        yield generator.manual_seed(derive_seed(purpose, seed, step, first + index) >> 1)  # torch takes 63 bits
+        yield generator.manual_seed(
+            derive_seed(purpose, seed, step, first + index) >> 1
+        )  # torch takes 63 bits

@@ -93,7 +93,9 @@ def _announce_waiting(world_size: int) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None  # Python's handler can't run while torch waits
+    before = (
+        signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
+    )  # Python's handler can't run while torch waits
     try:
         yield
     finally:
@@ -152,7 +154,9 @@ def in_contact(accelerator: Accelerator) -> Iterator[None]:
     except RuntimeError as error:  # DistBackendError and its kin are RuntimeErrors
         if accelerator.num_processes == 1 or not _lost_peer(error):
             raise
-        reason = re.sub(r"^\[[^]]*\] *", "", str(error)).splitlines()[0].partition(". ")[0]  # without the place in gloo's sources
+        reason = (
+            re.sub(r"^\[[^]]*\] *", "", str(error)).splitlines()[0].partition(". ")[0]
+        )  # without the place in gloo's sources
         raise TrainingError(
             f"lost contact with another process ({reason}); see its own message; the run goes on from the last checkpoint with the "
             "same command"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentae.data.loader import Batch, TrainLoader
 from latentae.data.streaming import StreamLoader
-from latentae.evaluation.images import pil_image, write_png
+from latentae.pages.images import pil_image, write_png
 from latentae.progress import Progress, say
 from latentae.training.health import Watchdog
 from latentae.training.launch import agree
@@ -128,7 +128,9 @@ class PhaseLoop:
         if stopping:
             if not saved:
                 self._save()
-            raise self.stop.interrupted(f"stopped after {self.state.images_seen} images; the same command goes on from there")
+            raise self.stop.interrupted(
+                f"stopped after {self.state.images_seen} images; the same command goes on from there"
+            )
 
     def _save(self) -> None:
         self.save()
@@ -166,7 +168,9 @@ class PhaseLoop:
         """Say that a step was left out; too many in a row, and the weights return to the last checkpoint."""
         state, limits = self.state, self.trainer.recipe.failure
         names = [name for name, value in terms.items() if not torch.isfinite(value)]
-        what = f"step {state.step} left out: {names[0] if names else 'a term of another process'} is not finite"
+        what = (
+            f"step {state.step} left out: {names[0] if names else 'a term of another process'} is not finite"
+        )
         self._event("skipped", what)
         if state.skipped_in_a_row >= limits.max_skipped_in_a_row:
             message = roll_back(self.trainer, self.run)
@@ -197,7 +201,11 @@ class PhaseLoop:
     def validate(self) -> None:
         """Measure on the first process; the others wait. Nothing is written where a signal cut it short."""
         trainer, log, seen = self.trainer, self.log, self.state.images_seen
-        found = self.validation.run(trainer, lambda: self.stop.requested) if log is not None and self.validation.batches else None
+        found = (
+            self.validation.run(trainer, lambda: self.stop.requested)
+            if log is not None and self.validation.batches
+            else None
+        )
         if found is not None and log is not None:
             values, picture = found
             log.write(self.state.step, seen, values)

@@ -83,16 +83,28 @@ class Mirror:
         OutputError: fsspec does not know the address.
     """
 
-    def __init__(self, url: str, inputs: Mapping[str, Any], keep: int, stopping: Callable[[], bool] = lambda: False) -> None:
-        self.url, self.inputs, self.keep, self.stopping, self.failures = url.rstrip("/"), dict(inputs), keep, stopping, 0
+    def __init__(
+        self, url: str, inputs: Mapping[str, Any], keep: int, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.url, self.inputs, self.keep, self.stopping, self.failures = (
+            url.rstrip("/"),
+            dict(inputs),
+            keep,
+            stopping,
+            0,
+        )
         try:
             from fsspec.core import url_to_fs
 
             self._fs, root = url_to_fs(self.url)
         except ImportError as error:
-            raise MissingDependencyError(f"checkpoint_url {shown(url)}: {error}; install it and try again") from error
+            raise MissingDependencyError(
+                f"checkpoint_url {shown(url)}: {error}; install it and try again"
+            ) from error
         except ValueError as error:
-            raise OutputError(f"checkpoint_url {shown(url)} can't be opened ({error}); use a scheme that fsspec knows") from error
+            raise OutputError(
+                f"checkpoint_url {shown(url)} can't be opened ({error}); use a scheme that fsspec knows"
+            ) from error
         self._root = root.rstrip("/")
 
     def claim(self) -> None:
@@ -103,13 +115,17 @@ class Mirror:
         """
         found = self._try(f"read {RECORD}", lambda: self._read(RECORD))
         if found is None:
-            record = json.dumps({"format_version": 1, "verb": "train", "inputs": self.inputs}, indent=2) + "\n"
+            record = (
+                json.dumps({"format_version": 1, "verb": "train", "inputs": self.inputs}, indent=2) + "\n"
+            )
             self._try(f"write {RECORD}", lambda: self._write(RECORD, record.encode()))
             return
         try:
             there = json.loads(found)["inputs"]
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{shown(self.url)}/{RECORD} is damaged or not ours ({error}); choose another address") from error
+            raise OutputError(
+                f"{shown(self.url)}/{RECORD} is damaged or not ours ({error}); choose another address"
+            ) from error
         self._refuse_another(there)
 
     def _refuse_another(self, inputs: Any) -> None:
@@ -152,8 +168,12 @@ class Mirror:
                 "begin", lambda: self._remove(f"{folder.name}/{META}")
             )  # what lies there of another try is not whole from now on
             for file, digest in digests.items():
-                self._try(f"copy {file}", lambda f=file, d=digest: self._put(folder / f, f"{folder.name}/{f}", d))
-            self._try(f"copy {META}", lambda: self._write(f"{folder.name}/{META}", (folder / META).read_bytes()))
+                self._try(
+                    f"copy {file}", lambda f=file, d=digest: self._put(folder / f, f"{folder.name}/{f}", d)
+                )
+            self._try(
+                f"copy {META}", lambda: self._write(f"{folder.name}/{META}", (folder / META).read_bytes())
+            )
             self._try(f"write {LATEST}", lambda: self._write(LATEST, f"{folder.name}\n".encode()))
         except (OutputError, _Damaged) as error:
             self.failures += 1
@@ -182,10 +202,15 @@ class Mirror:
             say(f"fetching {shown(self.url)}/{name}")
             with staged_folder(folder) as staging:
                 for file, digest in digests.items():
-                    self._try(f"read {name}/{file}", lambda f=file, d=digest: self._compare(f"{name}/{f}", d, staging / f))
+                    self._try(
+                        f"read {name}/{file}",
+                        lambda f=file, d=digest: self._compare(f"{name}/{f}", d, staging / f),
+                    )
                 (staging / META).write_bytes(data)
         except (_Damaged, ValueError, AttributeError) as error:
-            say(f"WARNING: the copy {shown(self.url)}/{name} is not whole ({error}); looking for an older one")
+            say(
+                f"WARNING: the copy {shown(self.url)}/{name} is not whole ({error}); looking for an older one"
+            )
             return None
         write_text(run / CHECKPOINTS / LATEST, name + "\n")
         return folder
@@ -221,7 +246,9 @@ class Mirror:
     def _listed(self) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            return [str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
+            return [
+                str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)
+            ]
         except FileNotFoundError:
             return []
 
@@ -282,7 +309,9 @@ class Mirror:
                     continue
                 if isinstance(error, _Damaged):
                     raise
-                reason = " ".join(str(error).replace(self.url, shown(self.url)).split()) or type(error).__name__
+                reason = (
+                    " ".join(str(error).replace(self.url, shown(self.url)).split()) or type(error).__name__
+                )
                 raise OutputError(
                     f"could not {what} at {shown(self.url)} ({reason}) in {tries} tries; check the address and your access"
                 ) from error

@@ -50,7 +50,9 @@ def _load(model: Autoencoder, path: str, logvar: float) -> None:
         set_initial_logvar(model, logvar)
         state = model.with_own_head(state)
     wrong = [
-        key for key in {**expected, **state} if key not in state or key not in expected or state[key].shape != expected[key].shape
+        key
+        for key in {**expected, **state}
+        if key not in state or key not in expected or state[key].shape != expected[key].shape
     ]
     if wrong:
         shapes = " and ".join(
@@ -79,7 +81,9 @@ def build_discriminator(recipe: Recipe) -> nn.Module | None:
         state = load_initial(recipe.model.init_from).discriminator
         problem = "it holds no discriminator" if state is None else load_discriminator(model, state)
         if problem and recipe.model.init_discriminator == "yes":
-            raise ModelError(f"{recipe.model.init_from}: {problem}; --model.init-discriminator no starts a new one")
+            raise ModelError(
+                f"{recipe.model.init_from}: {problem}; --model.init-discriminator no starts a new one"
+            )
         if problem and state is not None:
             note(f"{recipe.model.init_from}: its discriminator is left out, a new one is trained: {problem}")
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -87,6 +91,8 @@ def build_discriminator(recipe: Recipe) -> nn.Module | None:
 
 def _discriminator(options: AdversarialOptions, channels: int) -> nn.Module:
     if options.discriminator == "features":
-        return FeatureDiscriminator(FrozenBackbone(options.backbone, options.backbone_weights), options.channels, options.norm)
+        return FeatureDiscriminator(
+            FrozenBackbone(options.backbone, options.backbone_weights), options.channels, options.norm
+        )
     kind = UNetDiscriminator if options.discriminator == "unet" else PatchDiscriminator
     return kind(channels, options.channels, options.layers, options.norm)

@@ -53,10 +53,14 @@ def autoencoder_optimizers(
         found["autoencoder"] = adamw(rest, options.lr, options.betas, options.weight_decay, undecayed=owned)
     if trunk:
         slow = [named[name] for name in named if name in trunk]
-        found["autoencoder-trunk"] = adamw(slow, options.trunk_lr_ratio * options.lr, options.betas, options.weight_decay)
+        found["autoencoder-trunk"] = adamw(
+            slow, options.trunk_lr_ratio * options.lr, options.betas, options.weight_decay
+        )
     if hidden:
         lr = options.muon_lr or options.lr
-        found["autoencoder-muon"] = Muon([named[name] for name in named if name in hidden], lr, weight_decay=options.weight_decay)
+        found["autoencoder-muon"] = Muon(
+            [named[name] for name in named if name in hidden], lr, weight_decay=options.weight_decay
+        )
     return found
 
 
@@ -76,7 +80,9 @@ def learning_rate_scale(options: OptimizerOptions, images_seen: int, images: int
         return warm
     span = max(1, images - options.warmup_images)
     progress = min(1.0, max(0, images_seen - options.warmup_images) / span)
-    return warm * (options.final_lr_ratio + (1 - options.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return warm * (
+        options.final_lr_ratio + (1 - options.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

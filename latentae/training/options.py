@@ -6,7 +6,14 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["CorruptionOptions", "EmaOptions", "FailureOptions", "LogOptions", "ModelOptions", "OptimizerOptions"]
+__all__ = [
+    "CorruptionOptions",
+    "EmaOptions",
+    "FailureOptions",
+    "LogOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,7 +32,8 @@ class ModelOptions(BaseModel):
         description="Weights to begin with: a run, checkpoint, diffusers folder, or a safetensors or LDM file.",
     )
     init_discriminator: Literal["auto", "yes", "no"] = Field(
-        default="auto", description="Whether init_from gives the discriminator too: if it has one that fits, always, or never."
+        default="auto",
+        description="Whether init_from gives the discriminator too: if it has one that fits, always, or never.",
     )
     train: Literal["all", "decoder", "decoder-head", "encoder", "latent"] = Field(
         default="all",
@@ -33,7 +41,8 @@ class ModelOptions(BaseModel):
         "or the coarsest levels of both around the latent.",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute residual blocks in the backward pass: less memory, about a third more time."
+        default=False,
+        description="Recompute residual blocks in the backward pass: less memory, about a third more time.",
     )
     latent_noise: float = Field(
         default=0.0,
@@ -58,17 +67,30 @@ class ModelOptions(BaseModel):
         description="Decode the first c' latent channels only, c' a random multiple of this for all images of a step (DC-AE 1.5).",
     )
     bottleneck: Literal["gaussian", "deterministic"] = Field(
-        default="gaussian", description="A sampled posterior with a KL term; or a plain code, whose log-variance stays at -30."
+        default="gaussian",
+        description="A sampled posterior with a KL term; or a plain code, whose log-variance stays at -30.",
     )
-    in_channels: int | None = Field(default=None, ge=1, description="Image channels instead of the preset's; 1 is gray.")
-    patch: int | None = Field(default=None, ge=1, description="Side of a patch of the preset linear, in pixels.")
-    tied: bool | None = Field(default=None, description="Whether the preset linear has one weight for both directions.")
-    latent_channels: int | None = Field(default=None, ge=1, description="Channels of the latent instead of the preset's.")
+    in_channels: int | None = Field(
+        default=None, ge=1, description="Image channels instead of the preset's; 1 is gray."
+    )
+    patch: int | None = Field(
+        default=None, ge=1, description="Side of a patch of the preset linear, in pixels."
+    )
+    tied: bool | None = Field(
+        default=None, description="Whether the preset linear has one weight for both directions."
+    )
+    latent_channels: int | None = Field(
+        default=None, ge=1, description="Channels of the latent instead of the preset's."
+    )
     block_out_channels: tuple[int, ...] | None = Field(
         default=None, description="Channels of each level instead of the preset's."
     )
-    layers_per_block: int | None = Field(default=None, ge=1, description="Residual blocks per level instead of the preset's.")
-    norm_num_groups: int | None = Field(default=None, ge=1, description="Groups of every GroupNorm instead of the preset's.")
+    layers_per_block: int | None = Field(
+        default=None, ge=1, description="Residual blocks per level instead of the preset's."
+    )
+    norm_num_groups: int | None = Field(
+        default=None, ge=1, description="Groups of every GroupNorm instead of the preset's."
+    )
     initialization: Literal["torch", "linear", "pca"] = Field(
         default="torch",
         description="Weights at the start: PyTorch's own; a nearly linear codec (quicker when time is short); or, of an AutoencoderDC, "
@@ -90,15 +112,23 @@ class CorruptionOptions(BaseModel):
         default=(0.0, 0.0),
         description="Gaussian noise: smallest and largest standard deviation, on the scale of [-1, 1]; one for each image.",
     )
-    blur: tuple[float, float] = Field(default=(0.0, 0.0), description="Gaussian blur: smallest and largest sigma in pixels.")
-    mask: tuple[float, float] = Field(default=(0.0, 0.0), description="Smallest and largest share of patches that are hidden.")
+    blur: tuple[float, float] = Field(
+        default=(0.0, 0.0), description="Gaussian blur: smallest and largest sigma in pixels."
+    )
+    mask: tuple[float, float] = Field(
+        default=(0.0, 0.0), description="Smallest and largest share of patches that are hidden."
+    )
     mask_patch: int = Field(default=8, ge=1, description="Side of a hidden patch in pixels.")
     mask_fill: Literal["zero", "learned"] = Field(
         default="learned", description="What hidden patches show: mid-gray, or a colour that is learned."
     )
-    mask_loss: Literal["all", "hidden"] = Field(default="all", description="Which patches the losses on the image look at.")
+    mask_loss: Literal["all", "hidden"] = Field(
+        default="all", description="Which patches the losses on the image look at."
+    )
     ramp_images: int = Field(
-        default=0, ge=0, description="Images of the phase over which the corruption grows from nothing to what is given here."
+        default=0,
+        ge=0,
+        description="Images of the phase over which the corruption grows from nothing to what is given here.",
     )
 
     @model_validator(mode="after")
@@ -106,9 +136,13 @@ class CorruptionOptions(BaseModel):
         for name in ("noise", "blur", "mask"):
             low, high = getattr(self, name)
             if not 0 <= low <= high or (name == "mask" and high >= 1):
-                raise ValueError(f"{name} is [{low:g}, {high:g}], expected 0 <= smallest <= largest{' < 1' * (name == 'mask')}")
+                raise ValueError(
+                    f"{name} is [{low:g}, {high:g}], expected 0 <= smallest <= largest{' < 1' * (name == 'mask')}"
+                )
         if self.mask_loss == "hidden" and not self.mask[0]:
-            raise ValueError(f"mask_loss is 'hidden', but mask is {list(self.mask)}: some patches must be hidden in each image")
+            raise ValueError(
+                f"mask_loss is 'hidden', but mask is {list(self.mask)}: some patches must be hidden in each image"
+            )
         return self
 
 
@@ -120,7 +154,9 @@ class OptimizerOptions(BaseModel):
         default="adamw",
         description="AdamW; or Muon for the weights of the autoencoder's hidden layers and AdamW for all else.",
     )
-    muon_lr: float | None = Field(default=None, gt=0, description="Peak learning rate of Muon's weights; lr when not given.")
+    muon_lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of Muon's weights; lr when not given."
+    )
     lr: float = Field(default=1e-4, gt=0, description="Peak learning rate of the autoencoder.")
     trunk_lr_ratio: float = Field(
         default=1.0,
@@ -133,14 +169,22 @@ class OptimizerOptions(BaseModel):
         default=None, gt=0, description="Peak learning rate of the discriminator; lr when not given."
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of Adam's two moments.")
-    discriminator_betas: tuple[float, float] = Field(default=(0.5, 0.9), description="The same for the discriminator.")
+    discriminator_betas: tuple[float, float] = Field(
+        default=(0.5, 0.9), description="The same for the discriminator."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of the autoencoder.")
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Gradient norm of each network is clipped to this; 0 clips nothing."
     )
-    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="Learning rate after the warm-up.")
-    warmup_images: int = Field(default=0, ge=0, description="Images over which the learning rate rises linearly from 0.")
-    final_lr_ratio: float = Field(default=0.01, ge=0, le=1, description="Learning rate at the last image over its peak (cosine).")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="Learning rate after the warm-up."
+    )
+    warmup_images: int = Field(
+        default=0, ge=0, description="Images over which the learning rate rises linearly from 0."
+    )
+    final_lr_ratio: float = Field(
+        default=0.01, ge=0, le=1, description="Learning rate at the last image over its peak (cosine)."
+    )
 
 
 class EmaOptions(BaseModel):
@@ -158,12 +202,20 @@ class LogOptions(BaseModel):
     """What is written while training, and how often."""
 
     model_config = _STRICT
-    metrics_every_images: int = Field(default=0, ge=0, description="Images between lines of metrics.jsonl; 0: 200 lines in all.")
-    validation_every_images: int = Field(default=0, ge=0, description="Images between validations with a picture; 0: 10 in all.")
+    metrics_every_images: int = Field(
+        default=0, ge=0, description="Images between lines of metrics.jsonl; 0: 200 lines in all."
+    )
+    validation_every_images: int = Field(
+        default=0, ge=0, description="Images between validations with a picture; 0: 10 in all."
+    )
     validation_images: int = Field(default=64, ge=1, description="Held-out images per validation.")
     tensorboard: bool = Field(default=True, description="Also write TensorBoard events.")
-    summary: bool = Field(default=True, description="Write summary.html at the end and at Ctrl-C (a few seconds).")
-    wandb: str | None = Field(default=None, description="Also log to this Weights & Biases project (needs the package wandb).")
+    summary: bool = Field(
+        default=True, description="Write summary.html at the end and at Ctrl-C (a few seconds)."
+    )
+    wandb: str | None = Field(
+        default=None, description="Also log to this Weights & Biases project (needs the package wandb)."
+    )
 
 
 class FailureOptions(BaseModel):
@@ -171,6 +223,10 @@ class FailureOptions(BaseModel):
 
     model_config = _STRICT
     max_skipped_in_a_row: int = Field(
-        default=10, ge=1, description="Steps with a non-finite loss or gradient that are skipped before the run rolls back."
+        default=10,
+        ge=1,
+        description="Steps with a non-finite loss or gradient that are skipped before the run rolls back.",
     )
-    max_rollbacks: int = Field(default=3, ge=0, description="Returns to the last checkpoint before the run stops.")
+    max_rollbacks: int = Field(
+        default=3, ge=0, description="Returns to the last checkpoint before the run stops."
+    )

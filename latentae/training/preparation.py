@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from latentae.data.builtin import is_builtin
 from latentae.data.folder import find_images
-from latentae.data.index import load_index
 from latentae.data.loader import TrainLoader
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import load_index
+from latentae.data.shards import shards as write_shards
 from latentae.data.streaming import StreamLoader, streams
-from latentae.data.writing import shards as write_shards
 from latentae.errors import DataError, RecipeError
 from latentae.models.initial import load_initial
 from latentae.training.recipe import Recipe
@@ -31,14 +31,18 @@ def make_shards(recipe: Recipe, run: Path) -> Recipe:
         RecipeError: no data is named.
         DataError: a folder holds neither shards nor images.
     """
-    if recipe.data.shards is None and not all("shards" in phase.get("data", {}) for phase in recipe.phases or [{}]):
+    if recipe.data.shards is None and not all(
+        "shards" in phase.get("data", {}) for phase in recipe.phases or [{}]
+    ):
         raise RecipeError("no training data: give --data.shards SHARDS (or a folder of images)")
     named = recipe.data.model_dump(include={"shards", "validation", "max_pixels"})
     data = recipe.data.model_copy(update=_with_shards(named, run, ""))
     phases = []
     for index, phase in enumerate(recipe.phases):
         changed = _with_shards(
-            {"max_pixels": recipe.data.max_pixels, **phase["data"]} if "data" in phase else {}, run, f"-{index}"
+            {"max_pixels": recipe.data.max_pixels, **phase["data"]} if "data" in phase else {},
+            run,
+            f"-{index}",
         )
         phases.append({**phase, "data": changed} if changed else phase)
     return recipe.model_copy(update={"data": data, "phases": tuple(phases)})
@@ -48,7 +52,9 @@ def _with_shards(data: dict[str, Any], run: Path, suffix: str) -> dict[str, Any]
     """A `[data]` table that names shards where it named images: only built-in ones for validation, which takes slices and none, too."""
     changed = dict(data)
     if "shards" in data:
-        changed["shards"] = _as_shards(data["shards"], data["max_pixels"], run.with_name(f"{run.name}-shards{suffix}"))
+        changed["shards"] = _as_shards(
+            data["shards"], data["max_pixels"], run.with_name(f"{run.name}-shards{suffix}")
+        )
     if is_builtin(data.get("validation", "")):
         changed["validation"] = _as_shards(
             data["validation"], data["max_pixels"], run.with_name(f"{run.name}-held-out-shards{suffix}")
@@ -76,7 +82,9 @@ def job_inputs(recipe: Recipe) -> dict[str, Any]:
     for phase in recipe.phase_recipes():
         paths = expand_shards(str(phase.data.shards))
         streamed = streams(paths, phase.data.index)  # then nothing is known of them but where they lie
-        digests.append(f"streamed: {phase.data.shards}" if streamed else load_index(paths, phase.data.index).digest)
+        digests.append(
+            f"streamed: {phase.data.shards}" if streamed else load_index(paths, phase.data.index).digest
+        )
     inputs: dict[str, Any] = {"recipe": recipe.identity(), "data_digest": digests[0]}
     if len(set(digests)) > 1:
         inputs["phase_data_digests"] = digests
@@ -85,7 +93,9 @@ def job_inputs(recipe: Recipe) -> dict[str, Any]:
     return inputs
 
 
-def build_loader(recipe: Recipe, accelerator: Accelerator, bad_log: Path | None = None) -> TrainLoader | StreamLoader:
+def build_loader(
+    recipe: Recipe, accelerator: Accelerator, bad_log: Path | None = None
+) -> TrainLoader | StreamLoader:
     """This process's share of the data: in exact order, or streamed from remote shards that have no index.
 
     Raises:
@@ -131,5 +141,7 @@ def check_sizes(recipe: Recipe, trainer: Trainer) -> None:
     smallest = max(round(shrunk * resolution / f), 1) * f
     for name, size in needed.items():
         if smallest < size:
-            where = f"data.resolution {resolution}" + (f", shrunk to {smallest} by loss.equivariance," if shrunk < 1 else "")
+            where = f"data.resolution {resolution}" + (
+                f", shrunk to {smallest} by loss.equivariance," if shrunk < 1 else ""
+            )
             raise RecipeError(f"{where} is below the {size} pixels that {name} needs")

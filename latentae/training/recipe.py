@@ -18,13 +18,38 @@ from latentae.data.options import MAX_SEED, DataOptions
 from latentae.errors import RecipeError
 from latentae.losses.options import LossOptions
 from latentae.models.config import LINEAR, AutoencoderConfig, AutoencoderDCConfig, preset_config, preset_kind
-from latentae.training.options import CorruptionOptions, EmaOptions, FailureOptions, LogOptions, ModelOptions, OptimizerOptions
+from latentae.training.options import (
+    CorruptionOptions,
+    EmaOptions,
+    FailureOptions,
+    LogOptions,
+    ModelOptions,
+    OptimizerOptions,
+)
 
 __all__ = ["Recipe", "load_recipe", "recipe_options", "shipped_recipes"]
 
 # What a phase may replace; the rest, above all the shape of the model, is that of the whole run.
-_PHASE_KEYS = ("name", "images", "batch_size", "gradient_accumulation", "model", "data", "corruption", "loss", "optimizer", "ema")
-_PHASE_MODEL_KEYS = ("train", "latent_noise", "latent_mask", "decoder_noise", "nested_channels", "gradient_checkpointing")
+_PHASE_KEYS = (
+    "name",
+    "images",
+    "batch_size",
+    "gradient_accumulation",
+    "model",
+    "data",
+    "corruption",
+    "loss",
+    "optimizer",
+    "ema",
+)
+_PHASE_MODEL_KEYS = (
+    "train",
+    "latent_noise",
+    "latent_mask",
+    "decoder_noise",
+    "nested_channels",
+    "gradient_checkpointing",
+)
 # Options of ModelOptions that are not keys of the autoencoder's config.
 _NOT_SHAPE = {
     "preset",
@@ -51,7 +76,15 @@ _NOT_IDENTITY = {
     "failure",
     "log",
 }
-_NOT_IDENTITY_OF_DATA = ("shards", "workers", "index", "cache_mb", "max_pixels", "max_bad_share", "max_bad_in_a_row")
+_NOT_IDENTITY_OF_DATA = (
+    "shards",
+    "workers",
+    "index",
+    "cache_mb",
+    "max_pixels",
+    "max_bad_share",
+    "max_bad_in_a_row",
+)
 
 
 class Recipe(BaseModel):
@@ -60,14 +93,27 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: str = Field(default="", description="One sentence for people.")
-    images: int = Field(default=10_000_000, ge=1, description="Images to see in all; with phases, the sum of theirs.")
-    batch_size: int = Field(default=16, ge=1, description="Images per optimizer step, over all processes and accumulation steps.")
-    gradient_accumulation: int = Field(default=1, ge=1, description="Parts each process cuts its share of a batch into.")
+    images: int = Field(
+        default=10_000_000, ge=1, description="Images to see in all; with phases, the sum of theirs."
+    )
+    batch_size: int = Field(
+        default=16, ge=1, description="Images per optimizer step, over all processes and accumulation steps."
+    )
+    gradient_accumulation: int = Field(
+        default=1, ge=1, description="Parts each process cuts its share of a batch into."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="Compute type; auto is bf16 on a GPU that has it, else fp32."
     )
-    compile: bool = Field(default=False, description="torch.compile encoder, decoder and discriminator; R1 and R2 need eager.")
-    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of weights, data order, augmentation and posterior noise.")
+    compile: bool = Field(
+        default=False, description="torch.compile encoder, decoder and discriminator; R1 and R2 need eager."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_SEED,
+        description="Seed of weights, data order, augmentation and posterior noise.",
+    )
     checkpoint_every_images: int = Field(
         default=100_000, ge=1, description="Images between checkpoints; the last state is always saved."
     )
@@ -99,7 +145,9 @@ class Recipe(BaseModel):
             _check_phase(index, phase)
         images = sum(phase["images"] for phase in phases)
         if values.get("images", images) != images:
-            raise ValueError(f"images is {values['images']}, but the phases see {images}; set phases.N.images")
+            raise ValueError(
+                f"images is {values['images']}, but the phases see {images}; set phases.N.images"
+            )
         return {**values, "images": images}
 
     @model_validator(mode="before")
@@ -126,7 +174,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _pca(self) -> Self:
         kind = None if self.model.preset == "init" else preset_kind(self.model.preset)
-        if self.model.initialization == "pca" and self.model.init_from is None and kind is not AutoencoderDCConfig:
+        if (
+            self.model.initialization == "pca"
+            and self.model.init_from is None
+            and kind is not AutoencoderDCConfig
+        ):
             raise ValueError(
                 f"model.initialization is 'pca', but only an AutoencoderDC can start there and model.preset is {self.model.preset!r}: the "
                 "decoder of an AutoencoderKL can't draw a patch linearly; take a dc- preset, or initialization = 'linear'"
@@ -147,15 +199,22 @@ class Recipe(BaseModel):
                     ("an adaptive alignment weight", alignment.weight > 0 and alignment.adaptive),
                 ):
                     if wrong:
-                        raise ValueError(f"model.preset is 'linear', which has no {name}; leave it out, or choose another preset")
+                        raise ValueError(
+                            f"model.preset is 'linear', which has no {name}; leave it out, or choose another preset"
+                        )
         return self
 
     @model_validator(mode="after")
     def _eager_penalties(self) -> Self:
         phases = self.phase_recipes()
         if self.compile and any(phase.loss.adversarial.r1 or phase.loss.adversarial.r2 for phase in phases):
-            raise ValueError("loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; set compile = false")
-        if any(phase.loss.contractive.weight and (self.compile or phase.model.gradient_checkpointing) for phase in phases):
+            raise ValueError(
+                "loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; set compile = false"
+            )
+        if any(
+            phase.loss.contractive.weight and (self.compile or phase.model.gradient_checkpointing)
+            for phase in phases
+        ):
             raise ValueError(
                 "loss.contractive differentiates twice, which torch.compile and gradient checkpointing can't; set compile and "
                 "model.gradient_checkpointing to false"
@@ -163,7 +222,9 @@ class Recipe(BaseModel):
         for index, phase in enumerate(phases):
             if phase.model.train not in ("all", "encoder", "latent") and phase.loss.alignment.weight:
                 where = f"phases.{index}." if self.phases else ""
-                raise ValueError(f"{where}loss.alignment moves the encoder, but model.train is {phase.model.train!r}; drop one")
+                raise ValueError(
+                    f"{where}loss.alignment moves the encoder, but model.train is {phase.model.train!r}; drop one"
+                )
         return self
 
     def phase_recipes(self) -> tuple[Recipe, ...]:
@@ -193,7 +254,9 @@ class Recipe(BaseModel):
         replaced = self.model.model_dump(exclude=_NOT_SHAPE, exclude_none=True)
         if self.model.preset == "init":
             if self.model.init_from is None:
-                raise RecipeError("the model is to be that of --init-from, which is not given; name a run, a folder or a file")
+                raise RecipeError(
+                    "the model is to be that of --init-from, which is not given; name a run, a folder or a file"
+                )
             config = _initial_config(str(self.model.init_from))
             if isinstance(config, AutoencoderDCConfig):
                 replaced["bottleneck"] = self.model.bottleneck
@@ -215,7 +278,9 @@ class Recipe(BaseModel):
             for name in _NOT_IDENTITY_OF_DATA:
                 data.pop(name, None)
             if data.get("validation", "auto") not in ("auto", "none"):
-                data["validation"] = "none"  # shards of their own take nothing from the training data, wherever they lie
+                data["validation"] = (
+                    "none"  # shards of their own take nothing from the training data, wherever they lie
+                )
         values["model"].pop("init_from")
         return values
 
@@ -232,10 +297,14 @@ def _check_phase(index: int, phase: Any) -> None:
         raise ValueError(f"{where} is {phase!r}, expected a table")
     for key in phase:
         if key not in _PHASE_KEYS:
-            raise ValueError(f"{where}.{key} can't differ between phases; a phase may set {', '.join(_PHASE_KEYS)}")
+            raise ValueError(
+                f"{where}.{key} can't differ between phases; a phase may set {', '.join(_PHASE_KEYS)}"
+            )
     for key in phase.get("model", {}):
         if key not in _PHASE_MODEL_KEYS:
-            raise ValueError(f"{where}.model.{key} can't differ between phases; {', '.join(_PHASE_MODEL_KEYS)} may")
+            raise ValueError(
+                f"{where}.model.{key} can't differ between phases; {', '.join(_PHASE_MODEL_KEYS)} may"
+            )
     if not isinstance(phase.get("images"), int) or phase["images"] < 1:
         raise ValueError(f"{where}.images is {phase.get('images')!r}, expected how many images it sees")
 
@@ -244,7 +313,9 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {
         **base,
         **{
-            key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+            key: _merged(base[key], value)
+            if isinstance(value, dict) and isinstance(base.get(key), dict)
+            else value
             for key, value in changes.items()
         },
     }
@@ -302,7 +373,9 @@ def _read(recipe: str | Path | Recipe) -> tuple[dict[str, Any], str]:
     else:
         near = difflib.get_close_matches(str(recipe), shipped, 1)
         hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(shipped)}"
-        raise RecipeError(f"unknown recipe {recipe!r}; {hint} A recipe of your own is a path that ends in .toml")
+        raise RecipeError(
+            f"unknown recipe {recipe!r}; {hint} A recipe of your own is a path that ends in .toml"
+        )
     try:
         return tomllib.loads(text), f"recipe {recipe}"
     except tomllib.TOMLDecodeError as error:
@@ -323,7 +396,9 @@ def _replace(values: dict[str, Any], key: str, value: Any, name: str) -> None:
     if of_phase:
         number, key = int(of_phase[1]), of_phase[2]
         if number >= len(values.get("phases", ())):
-            raise RecipeError(f"{name}: there is no phase {number}; it has {len(values.get('phases', ()))}, counted from 0")
+            raise RecipeError(
+                f"{name}: there is no phase {number}; it has {len(values.get('phases', ()))}, counted from 0"
+            )
         values.pop("images", None)  # the sum of the phases': it may change now
         values = values["phases"][number]
     if key not in recipe_options():
@@ -339,7 +414,9 @@ def _parse(value: Any, field: FieldInfo) -> Any:
     if isinstance(value, Path):
         return str(value)
     choices = get_args(field.annotation)
-    takes_text = str in (field.annotation, *choices) or (get_origin(field.annotation) is Literal and isinstance(choices[0], str))
+    takes_text = str in (field.annotation, *choices) or (
+        get_origin(field.annotation) is Literal and isinstance(choices[0], str)
+    )
     if not isinstance(value, str) or takes_text:
         return value
     try:

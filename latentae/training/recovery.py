@@ -46,7 +46,9 @@ def enter_phase(trainer: Trainer, folder: Path, phase: int) -> None:
         if {key: value.shape for key, value in state.items()} == shapes:
             part.load_state_dict(state)
         elif name in ("autoencoder", "ema"):
-            raise TrainingError(f"{file} is of a model of another shape than phase {phase + 1} of this recipe")
+            raise TrainingError(
+                f"{file} is of a model of another shape than phase {phase + 1} of this recipe"
+            )
         else:
             note(f"{file} is left out: the {name} of phase {phase + 1} has another shape and begins anew")
     before = read_state(folder)

@@ -20,14 +20,14 @@ import torch
 
 from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder
-from latentae.data.index import SUFFIX
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
 from latentae.data.packing import ImageSource
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import SUFFIX
+from latentae.data.shards import write_shards
 from latentae.data.sources import is_remote, name_of
 from latentae.data.streaming import StreamLoader
-from latentae.data.writing import write_shards
 from latentae.errors import RecipeError, TrainingError
 from latentae.progress import say
 from latentae.training.launch import agree, build_accelerator, close_accelerator, in_contact
@@ -167,14 +167,21 @@ def _rehearse(recipe: Recipe, accelerator: Accelerator, seconds: float, folder: 
             if accelerator.is_main_process:
                 say(f"dry run: {name}, {images:,} images{_WITH_GAME if _plays(part) else ''}")
             with _fits(name):
-                speed, validation, size = _rehearse_part(part, accelerator, seconds, whole=part is parts[-1][0])
+                speed, validation, size = _rehearse_part(
+                    part, accelerator, seconds, whole=part is parts[-1][0]
+                )
             _free(accelerator)
             speeds.append(replace(speed, phase=index, name=name, images=images))
-            validation_seconds, checkpoint_bytes = validation_seconds + validation, max(checkpoint_bytes, size)
+            validation_seconds, checkpoint_bytes = (
+                validation_seconds + validation,
+                max(checkpoint_bytes, size),
+            )
     return Rehearsal(tuple(speeds), validation_seconds, checkpoint_bytes, devices(accelerator))
 
 
-def _rehearse_part(recipe: Recipe, accelerator: Accelerator, seconds: float, whole: bool) -> tuple[PartSpeed, float, int]:
+def _rehearse_part(
+    recipe: Recipe, accelerator: Accelerator, seconds: float, whole: bool
+) -> tuple[PartSpeed, float, int]:
     """Speed; and if `whole`, seconds of all validations of the phase, and bytes of a checkpoint."""
     trainer = Trainer(recipe, accelerator)
     check_sizes(recipe, trainer)
@@ -239,7 +246,9 @@ def _speed(trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float)
     )
 
 
-def _measure(trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float, warmup_steps: int) -> tuple[int, float, float]:
+def _measure(
+    trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float, warmup_steps: int
+) -> tuple[int, float, float]:
     """Steps after the warm-up, and the seconds they took and waited for data; as many steps on every process.
 
     R1 and R2 come every so many steps: whole rounds of them are measured.
@@ -274,12 +283,16 @@ def _validation_seconds(trainer: Trainer) -> float:
     phase, log, accelerator = trainer.recipe, trainer.recipe.log, trainer.accelerator
     elapsed = 0.0
     if accelerator.is_main_process:
-        batches = held_out_batches(phase.data, phase.batch_size, min(LARGEST_BATCH, log.validation_images))[:1]
+        batches = held_out_batches(phase.data, phase.batch_size, min(LARGEST_BATCH, log.validation_images))[
+            :1
+        ]
         if batches:
             start = time.monotonic()
             Validation(batches).run(trainer)
             count = phase.images / (log.validation_every_images or -(-phase.images // 10))
-            elapsed = (time.monotonic() - start) / len(batches[0].keys) * log.validation_images * math.ceil(count)
+            elapsed = (
+                (time.monotonic() - start) / len(batches[0].keys) * log.validation_images * math.ceil(count)
+            )
     own = torch.tensor([elapsed], device=accelerator.device)
     return accelerator.gather(own).max().item()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -309,14 +322,18 @@ def _with_shards(recipe: Recipe, folder: Path) -> Recipe:
     elif Path(data.shards).is_dir() and not any(Path(data.shards).glob("*.tar")):
         changed["shards"] = _some_of(ImageFolder(Path(data.shards)), count, folder / "shards")
     if is_builtin(data.validation):
-        changed["validation"] = _some_of(BuiltinImages(data.validation), recipe.log.validation_images, folder / "held-out")
+        changed["validation"] = _some_of(
+            BuiltinImages(data.validation), recipe.log.validation_images, folder / "held-out"
+        )
     return recipe.model_copy(update={"data": data.model_copy(update=changed)})
 
 
 def _some_of(images: ImageSource, count: int, made: Path) -> str:
     count = min(len(images.sizes), count)
     numbers = (index * len(images.sizes) // count for index in range(count))
-    write_shards(({"__key__": images.key(number), **images.load(number)} for number in numbers), made, shard_size=16)
+    write_shards(
+        ({"__key__": images.key(number), **images.load(number)} for number in numbers), made, shard_size=16
+    )
     return str(made)
 
 

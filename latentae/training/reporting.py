@@ -59,7 +59,9 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -128,7 +130,9 @@ class _Wandb:
         config = recipe.model_dump(mode="json", exclude={"log"})
         name, key = run.resolve().name, file.read_text(encoding="utf-8").strip()
         try:
-            self._run = wandb.init(project=project, id=key, name=name, dir=str(run), resume="allow", config=config)
+            self._run = wandb.init(
+                project=project, id=key, name=name, dir=str(run), resume="allow", config=config
+            )
         except (wandb.Error, OSError) as error:
             raise OutputError(
                 f"Weights & Biases does not start ({' '.join(str(error).split())}); run `wandb login`, set WANDB_MODE=offline, or "
@@ -157,7 +161,9 @@ def check_wandb(options: LogOptions) -> None:
     if not options.wandb:
         return
     found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # a folder `wandb` of logs in the working directory can be imported, too
+    if (
+        found is None or found.origin is None
+    ):  # a folder `wandb` of logs in the working directory can be imported, too
         raise MissingDependencyError(
             f"log.wandb is {options.wandb!r}, but the package wandb is not installed; pip install 'latentae[wandb]', or leave it out"
         )
@@ -180,7 +186,9 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, "the disk took a part of a line only")
     except OSError as error:
         advice = write_advice(error.errno)
-        raise OutputError(f"could not write {path}: {error.strerror}; {advice}; the same command resumes the run") from error
+        raise OutputError(
+            f"could not write {path}: {error.strerror}; {advice}; the same command resumes the run"
+        ) from error
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -210,13 +218,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl or events.jsonl; one that was cut short, or is none of ours, is passed over."""
     if not path.is_file():
         return []
-    return [line for line in map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines()) if line is not None]
+    return [
+        line
+        for line in map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines())
+        if line is not None
+    ]
 
 
 def _keep(path: Path, step: int) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
     """Drop a file's lines after a step; returns those kept and those dropped."""
     lines = read_lines(path)
-    kept, dropped = (tuple(line for line in lines if (line["step"] <= step) is wanted) for wanted in (True, False))
+    kept, dropped = (
+        tuple(line for line in lines if (line["step"] <= step) is wanted) for wanted in (True, False)
+    )
     if path.is_file():
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     return kept, dropped

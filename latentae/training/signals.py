@@ -25,7 +25,9 @@ class StopFlag:
         signals: names of the signals that came, in order, each once.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self, announce: bool = True) -> None:
         self.signals: list[str] = []
@@ -49,9 +51,13 @@ class StopFlag:
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
+            signal.signal(
+                number, signal.SIG_DFL if handler is None else handler
+            )  # None: it was not set from Python
 
     @contextmanager
     def at_once(self, when: str = "before the first step") -> Iterator[None]:

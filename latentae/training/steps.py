@@ -96,7 +96,9 @@ class Trainer:
         self.trained = [p for p in self.raw_autoencoder.parameters() if p.requires_grad]
         self.corruption = Corruption(recipe, self.raw_autoencoder.config).to(device)
         # by the losses and corruptions, which no DDP wraps
-        self.owned = [p for part in (self.objective, self.corruption) for p in part.parameters() if p.requires_grad]
+        self.owned = [
+            p for part in (self.objective, self.corruption) for p in part.parameters() if p.requires_grad
+        ]
         optimizers = autoencoder_optimizers(self.raw_autoencoder, self.owned, recipe.optimizer)
         self.peak_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
         self.autoencoder, *prepared = accelerator.prepare(self.raw_autoencoder, *optimizers.values())
@@ -113,7 +115,12 @@ class Trainer:
     @property
     def saved(self) -> dict[str, Any]:
         """Everything with a state that a checkpoint keeps, by name, but for the optimizers."""
-        parts = {"autoencoder": self.raw_autoencoder, "ema": self.ema, "objective": self.objective, "corruption": self.corruption}
+        parts = {
+            "autoencoder": self.raw_autoencoder,
+            "ema": self.ema,
+            "objective": self.objective,
+            "corruption": self.corruption,
+        }
         if self.adversary is not None:
             parts["discriminator"] = self.adversary.raw
             if self.adversary.lecam is not None:
@@ -163,7 +170,10 @@ class Trainer:
         norms = {"autoencoder": self._clip([*self.trained, *self.owned])}
         if adversary is not None:
             norms["discriminator"] = self._clip(adversary.parameters)
-        (bad,) = agree(self.accelerator, not torch.isfinite(torch.stack([sums["loss/total"], *norms.values()])).all().item())
+        (bad,) = agree(
+            self.accelerator,
+            not torch.isfinite(torch.stack([sums["loss/total"], *norms.values()])).all().item(),
+        )
         self._finish_step(adversary, apply=not bad)
         return sums | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
 
@@ -192,7 +202,11 @@ class Trainer:
         given = self.corruption.images(images, draws, self.state.phase_images)
         path = self.corruption.latent_path(self._latent_shape(part)[1:], draws)
         contractive = objective.options.contractive.weight > 0
-        seen = given.images.detach().requires_grad_() if contractive and not given.images.requires_grad else given.images
+        seen = (
+            given.images.detach().requires_grad_()
+            if contractive and not given.images.requires_grad
+            else given.images
+        )
         with reduction(self.accelerator, self.autoencoder, part.last):
             with twice_differentiable() if contractive else nullcontext():
                 output = self.autoencoder(
@@ -210,14 +224,23 @@ class Trainer:
                 image = objective.image_terms(leaf, target, given.hidden)
                 latent = objective.latent_terms(output, images, reduce=self._mean_over_processes)
                 if contractive:
-                    latent = latent.merged(objective.contractive_terms(output, seen, self._probes(part, draws)))
+                    latent = latent.merged(
+                        objective.contractive_terms(output, seen, self._probes(part, draws))
+                    )
             scalars = {f"loss/{name}": value for name, value in (image.scalars | latent.scalars).items()}
             if part.report:
-                scalars |= _norms(image, [leaf]) | _norms(latent, [output.posterior.mean, output.posterior.logvar])
+                scalars |= _norms(image, [leaf]) | _norms(
+                    latent, [output.posterior.mean, output.posterior.logvar]
+                )
             gradient, total = self._image_gradient(part, output, leaf, image, scalars)
-            roots, gradients = [output.reconstruction], [gradient.to(output.reconstruction.dtype) / part.count]
+            roots, gradients = (
+                [output.reconstruction],
+                [gradient.to(output.reconstruction.dtype) / part.count],
+            )
             if output.also is not None and path.smaller_target is not None:
-                gradient, value = self._smaller_gradient(part, output.also, path.smaller_target(images), scalars)
+                gradient, value = self._smaller_gradient(
+                    part, output.also, path.smaller_target(images), scalars
+                )
                 total = total + value
                 roots.append(output.also)
                 gradients.append(gradient)
@@ -233,7 +256,9 @@ class Trainer:
         scalars["loss/total"] = (total + latent.total).detach()
         return scalars, target, leaf.detach()
 
-    def _smaller_gradient(self, part: Part, smaller: Tensor, target: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _smaller_gradient(
+        self, part: Part, smaller: Tensor, target: Tensor, scalars: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Gradient at the decoded smaller latent, of the image losses against the smaller image, and their weighted sum."""
         weight = self.recipe.loss.equivariance.downscaled
         leaf = wide(smaller.detach()).requires_grad_()
@@ -245,7 +270,12 @@ class Trainer:
         return (weight / part.count * gradient).to(smaller.dtype), weight * terms.total.detach()
 
     def _image_gradient(
-        self, part: Part, output: AutoencoderOutput, leaf: Tensor, image: LossTerms, scalars: dict[str, Tensor]
+        self,
+        part: Part,
+        output: AutoencoderOutput,
+        leaf: Tensor,
+        image: LossTerms,
+        scalars: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Gradient of all losses on the image at the reconstruction, and their weighted sum; adds to `scalars`."""
         gradient, *owned = torch.autograd.grad(image.total, [leaf, *self.owned], allow_unused=True)
@@ -269,7 +299,9 @@ class Trainer:
             scalars["gradient_norm/adversarial"] = weight * torch.linalg.vector_norm(adversarial)
         return gradient + weight * adversarial, (image.total + weight * loss).detach()
 
-    def _align(self, part: Part, output: AutoencoderOutput, noise: Tensor, scalars: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _align(
+        self, part: Part, output: AutoencoderOutput, noise: Tensor, scalars: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Add the alignment's gradient at the latent to what came back through the decoder; returns its weighted value too."""
         options = self.recipe.loss.alignment
         leaf = wide(output.latent.detach()).requires_grad_()
@@ -310,10 +342,14 @@ class Trainer:
 
     def _noise(self, part: Part) -> Tensor:
         """Posterior noise keyed by position in the global batch, so that any split of a batch sees the same numbers."""
-        return keyed_normal(self._latent_shape(part), self.recipe.seed, self.state.step, self._first(part)).to(part.images.device)
+        return keyed_normal(
+            self._latent_shape(part), self.recipe.seed, self.state.step, self._first(part)
+        ).to(part.images.device)
 
     def _draws(self, part: Part) -> Draws:
-        return Draws(self.recipe.seed, self.state.step, self._first(part), len(part.images), part.images.device)
+        return Draws(
+            self.recipe.seed, self.state.step, self._first(part), len(part.images), part.images.device
+        )
 
     def _probes(self, part: Part, draws: Draws) -> Tensor:
         """Standard normal [k, B, z, h, w], for the contractive term."""
@@ -353,7 +389,9 @@ class Trainer:
         return torch.nn.utils.clip_grad_norm_(parameters, limit).detach()
 
 
-def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], scale: float | Tensor) -> None:
+def _accumulate(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], scale: float | Tensor
+) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient * scale if parameter.grad is None else parameter.grad + gradient * scale

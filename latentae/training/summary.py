@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentae.data.writing import BAD_SAMPLES
+from latentae.data.shards import BAD_SAMPLES
 from latentae.errors import LatentAEError, TrainingError
-from latentae.evaluation.page.curves import Series, chart, read_log
-from latentae.evaluation.page.evaluation_page import read_png
-from latentae.evaluation.page.report import (
+from latentae.files import read_json, write_text
+from latentae.jobs import RECORD
+from latentae.measures.scores import DIGITS, HIGHER_IS_BETTER
+from latentae.models.pretrained import METRICS_LOG
+from latentae.pages.curves import Series, chart, read_log
+from latentae.pages.pictures import read_png
+from latentae.pages.report import (
     Block,
     Chart,
     Charts,
@@ -29,10 +33,6 @@ from latentae.evaluation.page.report import (
     Tiles,
     build_report,
 )
-from latentae.evaluation.summary import DIGITS, HIGHER_IS_BETTER
-from latentae.files import read_json, write_text
-from latentae.jobs import RECORD
-from latentae.models.pretrained import METRICS_LOG
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.reporting import EVENTS_LOG, duration, read_lines
 
@@ -57,7 +57,10 @@ TITLES = {
     "loss/kl": "KL",
 }
 SHARES = ("data_wait", "validation/ssim")
-PAIRS = {"discriminator/logits": "Logits", "discriminator/accuracy": "Share judged rightly"}  # each of real and fake
+PAIRS = {
+    "discriminator/logits": "Logits",
+    "discriminator/accuracy": "Share judged rightly",
+}  # each of real and fake
 
 
 def write_summary(run: str | Path) -> Path:
@@ -86,7 +89,9 @@ def write_summary(run: str | Path) -> Path:
     sections.append(Section("What was trained", [Facts(_facts(left))]))
     if left.text:
         sections.append(Section("The recipe", [Code(left.text)], folded=True))
-    sections.append(Section("Files", [Links([(label, name) for label, name in _files() if (run / name).exists()])]))
+    sections.append(
+        Section("Files", [Links([(label, name) for label, name in _files() if (run / name).exists()])])
+    )
     subtitle = f"{left.recipe.description} {left.state}" if left.recipe else left.state
     footer = f"Made by latentae {left.record.get('latentae', '')}. This page needs no network; keep it in its folder for links to work."
     page = build_report(f"Training of {run.resolve().name}", subtitle, sections, footer)
@@ -120,7 +125,9 @@ class _Left:
         log, bad = run / METRICS_LOG, run / BAD_SAMPLES
         series = read_log(log, ("",)) if log.is_file() else {}
         bad_samples = bad.read_bytes().count(b"\n") if bad.is_file() else 0
-        return cls(record, text, recipe, read_lines(log), series, read_lines(run / EVENTS_LOG), bad_samples, phases)
+        return cls(
+            record, text, recipe, read_lines(log), series, read_lines(run / EVENTS_LOG), bad_samples, phases
+        )
 
     @property
     def images(self) -> int:
@@ -133,7 +140,11 @@ class _Left:
         total = self.recipe.images if self.recipe else 0
         if self.record.get("finished"):
             return f"Finished after {self.images:,} images."
-        return f"Not finished: {self.images:,} of {total:,} images seen." if total else f"{self.images:,} images seen."
+        return (
+            f"Not finished: {self.images:,} of {total:,} images seen."
+            if total
+            else f"{self.images:,} images seen."
+        )
 
 
 def _tiles(left: _Left) -> Tiles:
@@ -144,7 +155,9 @@ def _tiles(left: _Left) -> Tiles:
             digits, (_, last) = DIGITS[metric], series[-1]
             at, best = (max if higher else min)(series, key=lambda point: point[1])
             note = "the best so far" if best == last else f"best {best:.{digits}f} at {at:,.0f} images"
-            tiles.append((f"{TITLES[f'validation/{metric}']} {'↑' if higher else '↓'}", f"{last:.{digits}f}", note))
+            tiles.append(
+                (f"{TITLES[f'validation/{metric}']} {'↑' if higher else '↓'}", f"{last:.{digits}f}", note)
+            )
     total = f"of {left.recipe.images:,}" if left.recipe else ""
     tiles.append(("images seen", f"{left.images:,}", total))
     trained, _ = _seconds(left.lines)
@@ -156,9 +169,13 @@ def _tiles(left: _Left) -> Tiles:
 
 def _seconds(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Seconds of training by the reported speeds (without stops, validation and checkpoints), and of the clock."""
-    reports = [line for line in lines if isinstance(line.get("img_per_s"), int | float) and line["img_per_s"] > 0]
+    reports = [
+        line for line in lines if isinstance(line.get("img_per_s"), int | float) and line["img_per_s"] > 0
+    ]
     before = [0, *(line["images"] for line in reports)]
-    trained = sum((line["images"] - seen) / line["img_per_s"] for seen, line in zip(before, reports, strict=False))
+    trained = sum(
+        (line["images"] - seen) / line["img_per_s"] for seen, line in zip(before, reports, strict=False)
+    )
     times = [line["time"] for line in lines if isinstance(line.get("time"), int | float)]
     return trained, max(times) - min(times) if times else 0.0
 
@@ -169,13 +186,24 @@ def _findings(left: _Left) -> Iterator[tuple[str, str]]:
         yield "note", "The run has not finished; the same command goes on from its last checkpoint."
     counts = Counter(str(event.get("kind")) for event in left.events if event.get("kind") != START)
     if counts:
-        yield "bad", "Trouble on the way: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()) + "; see below."
+        yield (
+            "bad",
+            "Trouble on the way: "
+            + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            + "; see below.",
+        )
     if left.bad_samples:
-        yield "bad", f"{left.bad_samples:,} samples could not be read and were replaced; {BAD_SAMPLES} lists them."
+        yield (
+            "bad",
+            f"{left.bad_samples:,} samples could not be read and were replaced; {BAD_SAMPLES} lists them.",
+        )
     if not counts and not left.bad_samples:
         yield "good", "No warnings, no steps left out, every sample readable."
     if not any(name.startswith("validation/") for name in left.series):
-        yield "note", "Nothing was measured on held-out images: the recipe names none, or the run ended before."
+        yield (
+            "note",
+            "Nothing was measured on held-out images: the recipe names none, or the run ended before.",
+        )
 
 
 def _pictures(run: Path) -> list[Block]:
@@ -185,7 +213,15 @@ def _pictures(run: Path) -> list[Block]:
     for file in files[-1:] + (files[:1] if len(files) > 1 else []):
         when = "Last" if file == files[-1] else "First"
         with suppress(OSError):  # no image any more
-            blocks.append(Strip(Picture(read_png(file), when, f"after {int(file.stem):,} images" if file.stem.isdigit() else "")))
+            blocks.append(
+                Strip(
+                    Picture(
+                        read_png(file),
+                        when,
+                        f"after {int(file.stem):,} images" if file.stem.isdigit() else "",
+                    )
+                )
+            )
     return blocks
 
 
@@ -194,7 +230,10 @@ def _curves(left: _Left) -> list[Section]:
     names = [name for name in left.series if name not in NOT_CURVES]
     families = {
         "Held-out quality": [name for name in names if name.startswith("validation/")],
-        "Losses": sorted((name for name in names if name.startswith("loss/")), key=lambda name: (name != "loss/total", name)),
+        "Losses": sorted(
+            (name for name in names if name.startswith("loss/")),
+            key=lambda name: (name != "loss/total", name),
+        ),
         "Discriminator": [name for name in names if name.startswith("discriminator/")],
         "Steps": [name for name in ("lr", "adversarial/ratio", "alignment/ratio") if name in names]
         + sorted(name for name in names if name.startswith("gradient_norm/")),
@@ -205,7 +244,8 @@ def _curves(left: _Left) -> list[Section]:
     families["Other"] = [name for name in rest if any(value for _, value in left.series[name])]
     marks, meaning = _marks(left.phases, left.images)
     captions = itertools.chain(
-        ["Faint: every logged value; strong: running mean." + (f" Dashed: {meaning}." if meaning else "")], itertools.repeat("")
+        ["Faint: every logged value; strong: running mean." + (f" Dashed: {meaning}." if meaning else "")],
+        itertools.repeat(""),
     )
     return [
         Section(family, [Charts(list(_charts(left.series, members, marks)), next(captions))])
@@ -214,7 +254,9 @@ def _curves(left: _Left) -> list[Section]:
     ]
 
 
-def _charts(series: Mapping[str, Series], names: Sequence[str], marks: Sequence[tuple[float, str]]) -> Iterator[Chart]:
+def _charts(
+    series: Mapping[str, Series], names: Sequence[str], marks: Sequence[tuple[float, str]]
+) -> Iterator[Chart]:
     done: set[str] = set()
     for name in names:
         pair = name.removesuffix("_real").removesuffix("_fake")
@@ -268,7 +310,9 @@ def _facts(left: _Left) -> list[tuple[str, str]]:
     facts = [("run on", "; ".join(dict.fromkeys(starts))), ("starts", str(len(starts)))] if starts else []
     trained, wall = _seconds(left.lines)
     if trained:
-        facts.append(("time", f"{duration(trained)} of training; {duration(wall)} from the first report to the last"))
+        facts.append(
+            ("time", f"{duration(trained)} of training; {duration(wall)} from the first report to the last")
+        )
     recipe = left.recipe
     if recipe is None:
         return [*facts, ("recipe", f"{RECIPE} is missing or of another version")]

@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from latentae.data.writing import BAD_SAMPLES
+from latentae.data.shards import BAD_SAMPLES
 from latentae.errors import Interrupted, OutputError, RecipeError, TrainingError
 from latentae.files import INCOMPLETE, write_text
 from latentae.jobs import RECORD, Job
 from latentae.progress import Progress, say
 from latentae.training.checkpoint import find_checkpoint, read_state, save_checkpoint
 from latentae.training.claim import Claim, FolderPlace
+from latentae.training.config import describe_phases
 from latentae.training.head_start import take_head_start
 from latentae.training.launch import build_accelerator, close_accelerator, in_contact, on_main
 from latentae.training.loop import PhaseLoop
 from latentae.training.mirror import Mirror, UrlPlace
-from latentae.training.plan import describe_phases
 from latentae.training.preparation import build_loader, build_validation, check_sizes, job_inputs, make_shards
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.recovery import restore
@@ -136,7 +136,9 @@ def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
     if resume == "never":
         raise OutputError(f"{run} is not empty and --resume is never; choose another output")
     if resume != "auto" and (run / RECORD).exists():
-        raise OutputError(f"{run} already holds a run; --resume PATH begins a new one, so choose an empty output")
+        raise OutputError(
+            f"{run} already holds a run; --resume PATH begins a new one, so choose an empty output"
+        )
     return Job.open(run, "train", inputs).state == "finished"
 
 
@@ -160,7 +162,13 @@ class _Run:
     """One run: its phases one after the other, from wherever its last checkpoint stands."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, inputs: dict[str, Any], accelerator: Accelerator, stop: StopFlag, claim: Claim
+        self,
+        recipe: Recipe,
+        folder: Path,
+        inputs: dict[str, Any],
+        accelerator: Accelerator,
+        stop: StopFlag,
+        claim: Claim,
     ) -> None:
         self.recipe, self.folder, self.inputs, self.accelerator = recipe, folder, inputs, accelerator
         self.stop, self.claim = stop, claim
@@ -177,12 +185,22 @@ class _Run:
             log = self._open_log(start) if self.main else None
         seen = min(self.trainer.state.images_seen, self.recipe.images)
         try:
-            with log or nullcontext(), Progress("training", self.recipe.images, initial=seen, quiet=not self.main) as progress:
+            with (
+                log or nullcontext(),
+                Progress("training", self.recipe.images, initial=seen, quiet=not self.main) as progress,
+            ):
                 for phase in range(first, len(self.phases)):
                     if phase > first:
                         self._next(phase)
                     PhaseLoop(
-                        self.trainer, self.loader, self.folder, self.validation, self._save, log, progress, self.stop
+                        self.trainer,
+                        self.loader,
+                        self.folder,
+                        self.validation,
+                        self._save,
+                        log,
+                        progress,
+                        self.stop,
                     ).train()
             state = self.trainer.state
             on_main(self.accelerator, lambda: job.finish(images_seen=state.images_seen, steps=state.step))
@@ -202,11 +220,15 @@ class _Run:
         if self.mirror is not None:
             self.claim.take(UrlPlace(self.mirror))
         if self.mirror is not None and resume == "auto":
-            Job.open(self.folder, "train", self.inputs)  # the folder must be ours before a checkpoint is put into it
+            Job.open(
+                self.folder, "train", self.inputs
+            )  # the folder must be ours before a checkpoint is put into it
             return self.mirror.newest(self.folder)
         found = find_checkpoint(self.folder if resume in ("auto", "never") else Path(resume))
         if found is None and resume not in ("auto", "never"):
-            raise TrainingError(f"--resume {resume} holds no checkpoint; give a run folder or one of its checkpoints")
+            raise TrainingError(
+                f"--resume {resume} holds no checkpoint; give a run folder or one of its checkpoints"
+            )
         return found
 
     def _phase_after(self, checkpoint: Path) -> int:
@@ -265,13 +287,20 @@ class _Run:
     def _announce(self, start: Path | None) -> None:
         a, config = self.accelerator, self.trainer.raw_autoencoder.config
         size = sum(p.numel() for p in self.trainer.raw_autoencoder.parameters())
-        f, z, r, c = config.downsampling, config.latent_channels, self.trainer.recipe.data.resolution, config.in_channels
+        f, z, r, c = (
+            config.downsampling,
+            config.latent_channels,
+            self.trainer.recipe.data.resolution,
+            config.in_channels,
+        )
         say(f"model: {size / 1e6:.2f} M parameters, f{f} z{z}: {r} x {r} x {c} -> {r // f} x {r // f} x {z}")
         self.loader.announce()
         say(f"validation: {sum(len(b.keys) for b in self.validation.batches)} held-out images")
         for line in describe_phases(self.recipe):
             say(line)
         precision = a.mixed_precision.replace("no", "fp32")
-        say(f"{a.num_processes} process(es) on {a.device.type}, {precision}, global batch {self.trainer.recipe.batch_size}")
+        say(
+            f"{a.num_processes} process(es) on {a.device.type}, {precision}, global batch {self.trainer.recipe.batch_size}"
+        )
         if start is not None:
             say(f"resuming {start} at image {self.trainer.state.images_seen} of {self.recipe.images}")

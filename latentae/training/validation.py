@@ -10,20 +10,22 @@ from torch import Tensor
 
 from latentae.data.loader import Batch, image_batches
 from latentae.data.options import DataOptions
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
 from latentae.data.streaming import streams
 from latentae.data.transforms import to_float, to_uint8
-from latentae.evaluation.images import image_grid
-from latentae.evaluation.metrics import TAPS, psnr, ssim
+from latentae.measures.metrics import TAPS, psnr, ssim
 from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
+from latentae.pages.images import image_grid
 from latentae.progress import say
 from latentae.training.steps import Trainer
 
 __all__ = ["Validation", "held_out_batches"]
 
 PICTURES = 8
-LARGEST_BATCH = 8  # one process measures, and a global batch is cut over many; eight fill a device well enough
+LARGEST_BATCH = (
+    8  # one process measures, and a global batch is cut over many; eight fill a device well enough
+)
 
 
 def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[Batch]:
@@ -60,7 +62,9 @@ def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[
     )
     batches = list(found)
     if not batches:
-        say("validation: the held-out slice is empty, so there is none; name shards with --data.validation or hold out more")
+        say(
+            "validation: the held-out slice is empty, so there is none; name shards with --data.validation or hold out more"
+        )
     return batches
 
 
@@ -75,7 +79,9 @@ class Validation:
     batches: list[Batch]
 
     @torch.inference_mode()
-    def run(self, trainer: Trainer, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], Tensor] | None:
+    def run(
+        self, trainer: Trainer, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], Tensor] | None:
         """Reconstruct with the EMA weights and the posterior's mode. The weights in training are not measured: it would take twice
         the time, and nobody uses them.
 
@@ -101,10 +107,16 @@ class Validation:
             if min(source.shape[-2:]) >= TAPS:  # a digit of 8 x 8 is smaller than SSIM's window
                 columns.setdefault("ssim", []).append(ssim(source, made))
             if trainer.objective.perceptual is not None:
-                columns.setdefault("perceptual", []).append(trainer.objective.perceptual(images, to_float(made)))
+                columns.setdefault("perceptual", []).append(
+                    trainer.objective.perceptual(images, to_float(made))
+                )
             pairs += zip(batch.images, made.cpu(), strict=True)
-        values = {f"validation/{name}": torch.cat(parts).double().mean().item() for name, parts in columns.items()}
-        shown = pairs[:: max(1, -(-len(pairs) // PICTURES))]  # evenly spaced: neighbours often come from one source
+        values = {
+            f"validation/{name}": torch.cat(parts).double().mean().item() for name, parts in columns.items()
+        }
+        shown = pairs[
+            :: max(1, -(-len(pairs) // PICTURES))
+        ]  # evenly spaced: neighbours often come from one source
         return values, image_grid([[_rgb(a) for a, _ in shown], [_rgb(b) for _, b in shown]])
 
 

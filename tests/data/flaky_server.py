@@ -26,7 +26,9 @@ class FlakyServer:
         handler = type("Handler", (_Handler,), {"owner": self})
         self.server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def close(self) -> None:
         if not self.closing.is_set():
@@ -56,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self.send_error(fault)
         elif path.endswith("/"):
-            links = "".join(f'<a href="{name}">{name}</a>' for name in sorted(owner.files) if name.startswith(path))
+            links = "".join(
+                f'<a href="{name}">{name}</a>' for name in sorted(owner.files) if name.startswith(path)
+            )
             self.answer(200, f"<html>{links}</html>".encode(), {"Content-Type": "text/html"}, None)
         elif path not in owner.files:
             self.send_error(404)

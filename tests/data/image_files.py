@@ -25,7 +25,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(
-    height: int, width: int, rows: bytes = bytes(1000), bits: int = 8, colour: int = 2, interlaced: int = 0, extra: bytes = b""
+    height: int,
+    width: int,
+    rows: bytes = bytes(1000),
+    bits: int = 8,
+    colour: int = 2,
+    interlaced: int = 0,
+    extra: bytes = b"",
 ) -> bytes:
     """A PNG with this header, whatever its rows hold; `extra` are chunks before them."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)

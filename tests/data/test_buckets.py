@@ -22,7 +22,9 @@ def test_buckets_keep_to_area_step_and_ratio(multiple, step, max_ratio):
         assert max(high, wide) <= max_ratio * min(high, wide)
         assert (wide, high) in buckets
         largest = resolution**2 / min(high, wide)
-        assert min(high, wide) == resolution or max(high, wide) + step > largest, "none is smaller than need be"
+        assert min(high, wide) == resolution or max(high, wide) + step > largest, (
+            "none is smaller than need be"
+        )
     assert [wide / high for high, wide in buckets] == sorted(wide / high for high, wide in buckets)
 
 
@@ -52,7 +54,11 @@ def test_ties_go_to_the_earlier_bucket():
 
 
 def test_an_unknown_size_has_no_bucket_and_buckets_without_area_are_refused():
-    assert assign_buckets([0, 100, 100], [100, 0, 300], [(2, 2), (1, 3)]).tolist() == [NO_BUCKET, NO_BUCKET, 1]
+    assert assign_buckets([0, 100, 100], [100, 0, 300], [(2, 2), (1, 3)]).tolist() == [
+        NO_BUCKET,
+        NO_BUCKET,
+        1,
+    ]
     assert assign_buckets(np.zeros(0, np.int32), np.zeros(0, np.int32), [(2, 2)]).tolist() == []
     for buckets in ([], [(0, 5)]):
         with pytest.raises(DataError, match="above zero"):

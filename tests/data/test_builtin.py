@@ -9,8 +9,8 @@ import torch
 from latentae.data.builtin import BUILTIN, BuiltinImages, digits, is_builtin
 from latentae.data.decode import decode_image
 from latentae.data.photos import HELD_OUT, TRAINING
-from latentae.data.shards import expand_shards, read_shard
-from latentae.data.writing import shards
+from latentae.data.shard_files import expand_shards, read_shard
+from latentae.data.shards import shards
 from latentae.errors import DataError, MissingDependencyError
 
 
@@ -50,7 +50,9 @@ def test_binary_digits_are_black_and_white_and_the_same_digits():
 @pytest.mark.parametrize(("split", "names"), [("train", TRAINING), ("held-out", HELD_OUT)])
 def test_photos_are_split_by_photo(split, names):
     source = BuiltinImages(f"skimage:photos:{split}")
-    assert {source.key(number).split("/")[1] for number in range(len(source.sizes))} == {name.partition(".")[0] for name in names}
+    assert {source.key(number).split("/")[1] for number in range(len(source.sizes))} == {
+        name.partition(".")[0] for name in names
+    }
     image = decode_image(source.load(0)["png"], "tile")
     assert image.shape == (3, 128, 128)
     assert "cls" not in source.load(0)

@@ -80,7 +80,12 @@ def test_the_first_frame_stands_for_all(kind):
 
 
 def test_the_first_of_several_pictures_in_a_jpeg():
-    data = saved(Image.new("RGB", (8, 8), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    data = saved(
+        Image.new("RGB", (8, 8), "red"),
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (8, 8), "blue")],
+    )
     assert decode_image(data, "x")[0].min() > 240
 
 
@@ -89,7 +94,13 @@ def test_the_first_of_several_pictures_in_a_jpeg():
 
 JPEGS = [
     {"subsampling": subsampling, "progressive": progressive, "quality": quality}
-    for subsampling, progressive, quality in [(0, False, 95), (1, False, 90), (2, False, 90), (2, True, 75), (0, True, 30)]
+    for subsampling, progressive, quality in [
+        (0, False, 95),
+        (1, False, 90),
+        (2, False, 90),
+        (2, True, 75),
+        (0, True, 30),
+    ]
 ]
 
 
@@ -134,7 +145,10 @@ def test_a_large_jpeg_may_come_out_smaller_but_never_too_small():
 def test_the_error_of_scaled_decoding_is_what_the_documentation_says(times, least):
     data = saved(photo(), "JPEG", quality=90)
     size = 512 // 2 // times
-    full, reduced = (resize_and_center_crop(image, size) for image in (decode_image(data, "x"), decode_at_least(data, "x", 256)))
+    full, reduced = (
+        resize_and_center_crop(image, size)
+        for image in (decode_image(data, "x"), decode_at_least(data, "x", 256))
+    )
     error = (full.float() - reduced.float()).square().mean()
     assert 0 < error < 255**2 / 10 ** (least / 10)
 
@@ -171,7 +185,8 @@ def test_other_formats_are_refused_whatever_their_name(kind):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"<html>404 not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"]
+    "data",
+    [b"", b"<html>404 not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"],
 )
 def test_what_is_no_image_is_one_line_that_names_it(data):
     with pytest.raises(ImageError, match=r"folder/photo\.jpg") as caught:
@@ -200,7 +215,9 @@ def test_a_tiff_of_floats_or_whose_strips_do_not_cover_it_is_no_black_image():
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_damaged_bytes_give_an_image_or_an_image_error(data):
-    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if HAS_AVIF else [])]))
+    kind = data.draw(
+        st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if HAS_AVIF else [])])
+    )
     channels, bits = data.draw(st.sampled_from([(3, 8), (1, 8), (4, 16)]))
     content = bytearray(saved(noise(16, 16, 3), kind))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -217,7 +234,9 @@ def test_a_sample_is_decoded_by_its_image_member(make_png):
     sample = decode_sample({"__key__": "a/b", "__url__": "x.tar", "txt": b"caption", "png": make_png(3)})
     assert sample.key == "a/b"
     assert sample.image.shape == (3, 12, 16)
-    assert decode_sample({"__key__": "a", "png": make_png(3)}, channels=4, bits=16).image.dtype == torch.uint16
+    assert (
+        decode_sample({"__key__": "a", "png": make_png(3)}, channels=4, bits=16).image.dtype == torch.uint16
+    )
     with pytest.raises(ImageError, match=r"a/b in x\.tar"):
         decode_sample({"__key__": "a/b", "__url__": "x.tar", "jpg": b"<html>"})
     with pytest.raises(ImageError, match=r"a/b in x\.tar has no image: found npy, txt"):
@@ -260,7 +279,9 @@ def test_the_kind_of_an_image_is_what_its_file_stores(pixels, mode, kind, expect
 
 
 def test_a_16_bit_colour_png_is_deep_and_what_is_no_image_has_no_kind():
-    assert image_kind({"__key__": "a", "png": png(1, 2, bytes(1 + 2 * 6), bits=16)}) == ImageKind(gray=False, deep=True)
+    assert image_kind({"__key__": "a", "png": png(1, 2, bytes(1 + 2 * 6), bits=16)}) == ImageKind(
+        gray=False, deep=True
+    )
     for raw in ({"__key__": "a", "txt": b"x"}, {"__key__": "a", "png": b"x"}):
         with pytest.raises(ImageError):
             image_kind(raw)

@@ -11,7 +11,10 @@ from latentae.files import atomic_file
 
 
 def test_names_that_can_be_written_pass(tmp_path):
-    check_file_names(tmp_path / "new" / "folder", [("a/b.png", "b"), ("a/c.png", "c"), ("été\udcff.png", "d"), ("x" * 255, "e")])
+    check_file_names(
+        tmp_path / "new" / "folder",
+        [("a/b.png", "b"), ("a/c.png", "c"), ("été\udcff.png", "d"), ("x" * 255, "e")],
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from latentae.data.folder import escape_key, find_images
-from latentae.data.shards import shard_keys
+from latentae.data.shard_files import shard_keys
 from latentae.errors import DataError
 
 
@@ -29,7 +29,9 @@ def test_keys_are_readable_and_escape_only_what_they_must(path, key):
     assert escape_key(path) == key
 
 
-paths = st.lists(st.text("ab1._ %-\\\n~é東\U0001f600", min_size=1, max_size=8), min_size=1, max_size=3).map("/".join)
+paths = st.lists(st.text("ab1._ %-\\\n~é東\U0001f600", min_size=1, max_size=8), min_size=1, max_size=3).map(
+    "/".join
+)
 
 
 @given(paths, paths)

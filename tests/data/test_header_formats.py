@@ -15,12 +15,22 @@ from PIL import Image, ImageOps, PngImagePlugin, features
 
 from latentae.data.decode import decode_image
 from latentae.data.headers import IMAGE_EXTENSIONS, image_extension_of, image_size
-from latentae.data.index import load_index
 from latentae.data.scanning import scan
+from latentae.data.shard_index import load_index
+from latentae.data.shards import write_shards
 from latentae.data.tables import open_table
-from latentae.data.writing import write_shards
 
-KINDS = ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", *(["AVIF"] if features.check("avif") else [])]
+KINDS = [
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "PPM",
+    *(["AVIF"] if features.check("avif") else []),
+]
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
 ORIENTATIONS = st.integers(0, 9)
 
@@ -171,7 +181,10 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
     else:
         kind = b"IDAT" if damage.startswith("a length") else b"tEXt"
         data = data[:at] + struct.pack(">I", 1 << 20) + kind + data[at + 8 :]
-    shard = write_tar(tmp_path / "a.tar", [("a.png", data), ("b.png", saved("PNG", (3, 5))), ("c.png", saved("PNG", (4, 6)))])
+    shard = write_tar(
+        tmp_path / "a.tar",
+        [("a.png", data), ("b.png", saved("PNG", (3, 5))), ("c.png", saved("PNG", (4, 6)))],
+    )
     found = scan(str(shard), hashed=hashed)
     table = open_table(found.data)
     assert table.keys() == ["a", "b", "c"]
@@ -182,5 +195,8 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_bytes_say_which_extension_a_file_should_have(kind):
-    assert image_extension_of(saved(kind, (3, 5), **({"save_all": True} if kind == "MPO" else {}))) in IMAGE_EXTENSIONS
+    assert (
+        image_extension_of(saved(kind, (3, 5), **({"save_all": True} if kind == "MPO" else {})))
+        in IMAGE_EXTENSIONS
+    )
     assert image_extension_of(b"<html>") is None

@@ -54,14 +54,22 @@ def test_variants_have_their_size(data):
 
 
 def test_the_smallest_and_the_largest_are_measured_without_being_decoded():
-    for data in (b"", b"<html>not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff", b"II*\0" + bytes(9)):
+    for data in (
+        b"",
+        b"<html>not found</html>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"\xff\xd8\xff",
+        b"II*\0" + bytes(9),
+    ):
         assert size(data) is None
     assert size(made("PNG", 1, 1)) == (1, 1)
     assert size(made("JPEG", 1, 1)) == (1, 1)
     assert size(png(30_000, 30_000)) == (30_000, 30_000)
     assert size(png(0, 5)) is None
     assert size(png((1 << 32) - 1, 5)) is None
-    turned = bytearray(made("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"))
+    turned = bytearray(
+        made("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
+    )
     frame = turned.index(b"\xff\xc0")
     turned[frame + 5 : frame + 9] = struct.pack(">HH", 30_000, 20_000)
     assert size(bytes(turned)) == (20_000, 30_000)  # through PIL, which would refuse to open a bomb
@@ -86,4 +94,6 @@ def test_a_header_is_enough():
 
     assert image_size(take, len(data)) == (400, 600)
     assert sum(taken) <= 4096 < len(data)
-    assert headers.IMAGE_EXTENSIONS == decode.IMAGE_EXTENSIONS, "decoding and measuring choose the same member"
+    assert headers.IMAGE_EXTENSIONS == decode.IMAGE_EXTENSIONS, (
+        "decoding and measuring choose the same member"
+    )

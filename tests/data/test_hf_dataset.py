@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from latentae.data.hf_dataset import is_dataset
-from latentae.data.shards import expand_shards, read_shard
-from latentae.data.writing import shards
+from latentae.data.shard_files import expand_shards, read_shard
+from latentae.data.shards import shards
 from latentae.errors import DataError, ImageError, MissingDependencyError
 
 
@@ -62,12 +62,19 @@ def test_images_labels_and_columns_of_a_saved_dataset(dataset, rows, tmp_path, c
     assert [sample["__key__"] for sample in found] == [f"{number:09}" for number in range(5)]
     assert [sample["png"] for sample in found] == [image["bytes"] for image in rows["image"]]
     assert [sample.get("cls") for sample in found] == [b"0", b"1", None, None, b"1"]
-    assert json.loads(found[0]["json"]) == {"text": "nummer 0 é", "score": 0.5, "day": "2020-01-01 00:00:00", "label": "cat"}
+    assert json.loads(found[0]["json"]) == {
+        "text": "nummer 0 é",
+        "score": 0.5,
+        "day": "2020-01-01 00:00:00",
+        "label": "cat",
+    }
     assert json.loads(found[1]["json"])["score"] is None
     assert shards(tmp_path / "saved", tmp_path / "out", shard_size=2) == index
     dataset.select([4, 1]).save_to_disk(tmp_path / "chosen")  # rows keep their order
     shards(tmp_path / "chosen", tmp_path / "few", max_shard_mb=1e-6)
-    assert [sample["png"] for sample in samples(tmp_path / "few")] == [rows["image"][number]["bytes"] for number in (4, 1)]
+    assert [sample["png"] for sample in samples(tmp_path / "few")] == [
+        rows["image"][number]["bytes"] for number in (4, 1)
+    ]
 
 
 def test_a_row_without_an_image_is_bad(datasets, tmp_path, make_png):
@@ -106,11 +113,18 @@ def test_a_dataset_by_name(datasets, tmp_path, make_png):
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"text": "string"}, "no image column, found text"), ({"left": None, "right": None}, "image columns left, right")],
+    [
+        ({"text": "string"}, "no image column, found text"),
+        ({"left": None, "right": None}, "image columns left, right"),
+    ],
 )
 def test_a_dataset_without_one_image_column_is_refused(datasets, tmp_path, make_png, columns, message):
-    features = datasets.Features({name: datasets.Value(kind) if kind else datasets.Image() for name, kind in columns.items()})
-    values = {name: ["x"] if kind else [{"bytes": make_png(), "path": None}] for name, kind in columns.items()}
+    features = datasets.Features(
+        {name: datasets.Value(kind) if kind else datasets.Image() for name, kind in columns.items()}
+    )
+    values = {
+        name: ["x"] if kind else [{"bytes": make_png(), "path": None}] for name, kind in columns.items()
+    }
     datasets.Dataset.from_dict(values, features=features).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match=message):
         shards(tmp_path / "saved", tmp_path / "out")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from latentae.data.folder import escape_key, find_images, unescape_key
-from latentae.data.shards import read_shard
-from latentae.data.writing import shards
+from latentae.data.shard_files import read_shard
+from latentae.data.shards import shards
 from latentae.errors import DataError
 from latentae.tasks.inputs import open_images, read_labels
 
@@ -51,7 +51,17 @@ def folder(tmp_path):
     (folder / "deep").mkdir(parents=True)
     for name in ("a.png", "deep/b.png"):
         (folder / name).write_bytes(image("PNG"))
-    for name in ("c.gif", "d.GIF", "e.heic", "deep/f.jp2", "g.txt", "h.csv", "no_extension", ".hidden.png", "deep/.DS_Store"):
+    for name in (
+        "c.gif",
+        "d.GIF",
+        "e.heic",
+        "deep/f.jp2",
+        "g.txt",
+        "h.csv",
+        "no_extension",
+        ".hidden.png",
+        "deep/.DS_Store",
+    ):
         (folder / name).write_bytes(b"?")
     return folder
 
@@ -61,7 +71,15 @@ def test_what_is_left_out_is_printed_by_kind_and_number(folder, tmp_path, capsys
     told = "2 images; left out: 2 .gif, 1 .heic, 1 .jp2 (convert them to PNG or JPEG); 2 hidden, 1 .csv, 1 .txt, 1 no extension"
     assert f"{folder}: {told}\n" in capsys.readouterr().err
     record = json.loads((tmp_path / "out" / "latentae.json").read_text())
-    assert record["left_out"] == {".csv": 1, ".gif": 2, ".heic": 1, ".jp2": 1, ".txt": 1, "hidden": 2, "no extension": 1}
+    assert record["left_out"] == {
+        ".csv": 1,
+        ".gif": 2,
+        ".heic": 1,
+        ".jp2": 1,
+        ".txt": 1,
+        "hidden": 2,
+        "no extension": 1,
+    }
 
 
 def test_tasks_that_read_a_folder_print_it_too(folder, capsys):

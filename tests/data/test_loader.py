@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from latentae.data.decode import decode_sample
 from latentae.data.loader import Batch, TrainLoader, image_batches, is_held_out
 from latentae.data.options import DataOptions
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
 from latentae.errors import DataError, ShardError
 
 
@@ -36,7 +36,9 @@ def take(loader: TrainLoader, count: int) -> list[Batch]:
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
-    return [x.keys for x in a] == [y.keys for y in b] and all(torch.equal(x.images, y.images) for x, y in zip(a, b, strict=True))
+    return [x.keys for x in a] == [y.keys for y in b] and all(
+        torch.equal(x.images, y.images) for x, y in zip(a, b, strict=True)
+    )
 
 
 def stream(
@@ -58,7 +60,9 @@ def stream(
     st.booleans(),
 )
 @settings(max_examples=8, deadline=None)
-def test_every_sample_comes_at_most_once_per_epoch_over_all_ranks(tmp_path_factory, make_shards, counts, world_size, pad):
+def test_every_sample_comes_at_most_once_per_epoch_over_all_ranks(
+    tmp_path_factory, make_shards, counts, world_size, pad
+):
     folder = make_shards(tmp_path_factory.mktemp("worlds"), counts)
     everything = {f"s{shard}/{number:03}" for shard, count in enumerate(counts) for number in range(count)}
     loader = TrainLoader(options(folder, pad=pad), 6, 3)
@@ -231,7 +235,9 @@ def test_a_bad_image_is_replaced_and_listed(tmp_path, write_tar, make_png, worke
     assert [(r["key"], r["epoch"]) for r in records] == [("07", 0), ("07", 1)]
     assert "is not an image" in records[0]["reason"]
     assert records[0]["replaced_by"] in keys
-    assert take(TrainLoader(options(tmp_path, max_bad_share=0.2), 5, 0), 8)[1].keys == batches[1].keys  # on any worker the same
+    assert (
+        take(TrainLoader(options(tmp_path, max_bad_share=0.2), 5, 0), 8)[1].keys == batches[1].keys
+    )  # on any worker the same
 
 
 def test_replacements_do_not_depend_on_the_world_size(tmp_path, write_tar, make_png):
@@ -252,7 +258,9 @@ def test_too_many_bad_images_stop_the_run_in_one_line(tmp_path, write_tar, make_
     assert "\n" not in str(caught.value)
 
 
-def test_a_row_of_bad_images_stops_the_run_and_a_set_without_any_good_one_says_so(tmp_path, write_tar, make_png):
+def test_a_row_of_bad_images_stops_the_run_and_a_set_without_any_good_one_says_so(
+    tmp_path, write_tar, make_png
+):
     write_tar(tmp_path / "a.tar", [(f"{n:02}.png", make_png(n) if n % 2 else b"damaged") for n in range(40)])
     with pytest.raises(DataError, match="could not be read"):
         take(TrainLoader(options(tmp_path, max_bad_share=1, max_bad_in_a_row=3), 1, 0), 40)
@@ -281,7 +289,9 @@ def test_workers_end_with_the_iteration(folder):
 def test_a_worker_that_dies_is_an_error_of_ours(folder, monkeypatch):
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("the worker does not inherit the fault")
-    monkeypatch.setattr("latentae.data.loader.decode_sample", lambda raw, **_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        "latentae.data.loader.decode_sample", lambda raw, **_: os.kill(os.getpid(), signal.SIGKILL)
+    )
     with pytest.raises(DataError, match="worker died"):
         take(TrainLoader(options(folder, workers=1), 3, 0), 1)
 
@@ -294,14 +304,18 @@ def test_decoded_images_are_kept_up_to_a_limit_of_memory(tmp_path, write_tar, ma
         return decode_sample(raw, **rest)
 
     monkeypatch.setattr("latentae.data.loader.decode_sample", counted)
-    write_tar(tmp_path / "a.tar", [(f"{number}.png", make_png(number, 500, 500)) for number in range(3)])  # 0.75 MB each
+    write_tar(
+        tmp_path / "a.tar", [(f"{number}.png", make_png(number, 500, 500)) for number in range(3)]
+    )  # 0.75 MB each
     for megabytes, expected in ((0, 9), (1, 3 + 2 + 2), (3, 3)):
         decoded.clear()
         take(TrainLoader(options(tmp_path, cache_mb=megabytes), 3, 0), 3)
         assert len(decoded) == expected
 
 
-def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank_and_after_a_resume(tmp_path, write_tar, make_png):
+def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank_and_after_a_resume(
+    tmp_path, write_tar, make_png
+):
     sizes = [(40, 80), (80, 40), (64, 64)]
     write_tar(tmp_path / "a.tar", [(f"{n:02}.png", make_png(n, *sizes[n % 3])) for n in range(40)])
     bucketed = options(tmp_path, buckets="auto", bucket_step=8, resolution=24)
@@ -326,7 +340,9 @@ def test_buckets_make_batches_of_one_size_in_the_same_order_on_any_rank_and_afte
     ("channels", "bits", "dtype", "workers"),
     [(3, 8, torch.uint8, 0), (1, 8, torch.uint8, 2), (4, 8, torch.uint8, 0), (3, 16, torch.uint16, 2)],
 )
-def test_a_batch_is_channels_last_and_has_the_channels_and_bits_asked_for(folder, channels, bits, dtype, workers):
+def test_a_batch_is_channels_last_and_has_the_channels_and_bits_asked_for(
+    folder, channels, bits, dtype, workers
+):
     (batch,) = take(TrainLoader(options(folder, channels=channels, bits=bits, workers=workers), 4, 0), 1)
     assert batch.images.shape == (4, channels, 8, 8)
     assert batch.images.dtype == dtype

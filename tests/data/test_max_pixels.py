@@ -19,9 +19,9 @@ from latentae.data.decode import decode_image, decode_sample, image_kind, read_i
 from latentae.data.headers import MAX_PIXELS
 from latentae.data.loader import TrainLoader, image_batches
 from latentae.data.options import DataOptions
-from latentae.data.shards import read_shard
+from latentae.data.shard_files import read_shard
+from latentae.data.shards import shards, write_shards
 from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
-from latentae.data.writing import shards, write_shards
 from latentae.errors import ImageError
 
 HEIGHT, WIDTH = 240, 320
@@ -92,14 +92,22 @@ def test_pillows_own_limit_follows_a_higher_one(monkeypatch):
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_verb_that_reads_images_has_the_option(verb):
-    assert inspect.signature(VERBS[verb]).parameters["max_pixels"].default == MAX_PIXELS == DataOptions().max_pixels
+    assert (
+        inspect.signature(VERBS[verb]).parameters["max_pixels"].default
+        == MAX_PIXELS
+        == DataOptions().max_pixels
+    )
     command = get_command(app).commands[verb]  # pyright: ignore[reportAttributeAccessIssue]
     assert "--max-pixels" in {option for parameter in command.params for option in parameter.opts}
 
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale_where_little_is_kept(large):
     sample = decode_sample({"__key__": "x", "jpg": turned()}, short=12)
-    assert sample.image.shape == (3, WIDTH // 4, HEIGHT // 4)  # 4 * 12 <= 60 pixels of the short side, and 1/8 would have 30
+    assert sample.image.shape == (
+        3,
+        WIDTH // 4,
+        HEIGHT // 4,
+    )  # 4 * 12 <= 60 pixels of the short side, and 1/8 would have 30
     assert sample.size == (WIDTH, HEIGHT)
     full = decode_sample({"__key__": "x", "jpg": turned()})
     assert (full.image.shape, full.size) == ((3, WIDTH, HEIGHT), (WIDTH, HEIGHT))

@@ -17,7 +17,13 @@ def test_every_option_has_one_sentence():
 
 @pytest.mark.parametrize(
     "values",
-    [{"shard": "x"}, {"resolution": 0}, {"scale_min": 0.9, "scale_max": 0.5}, {"validation_fraction": 1.0}, {"workers": -1}],
+    [
+        {"shard": "x"},
+        {"resolution": 0},
+        {"scale_min": 0.9, "scale_max": 0.5},
+        {"validation_fraction": 1.0},
+        {"workers": -1},
+    ],
 )
 def test_unknown_and_impossible_values_are_refused(values):
     with pytest.raises(ValidationError):

@@ -12,7 +12,9 @@ from latentae.data.photos import HELD_OUT, TRAINING, photo_file, photo_tiles, wr
 
 def test_held_out_photos_are_other_photos():
     assert not set(HELD_OUT) & set(TRAINING)
-    images = {name: decode_image(photo_file(name).read_bytes(), name).float() for name in (*HELD_OUT, *TRAINING)}
+    images = {
+        name: decode_image(photo_file(name).read_bytes(), name).float() for name in (*HELD_OUT, *TRAINING)
+    }
     for name in HELD_OUT:
         assert images[name].shape[0] == 3
         assert (images[name][0] - images[name][1]).abs().mean() > 1, "held-out photos are in colour"

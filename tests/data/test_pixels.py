@@ -17,7 +17,15 @@ from latentae.data.pixels import read_pixels
 from latentae.errors import DataError, ImageError
 
 DEEP = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> PNG colour type
-ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]  # y, x, step y, step x
+ADAM7 = [
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+]  # y, x, step y, step x
 
 
 def array(data: bytes, **options) -> np.ndarray:
@@ -79,8 +87,14 @@ def test_a_16_bit_png_keeps_every_bit_and_rounds_to_8(channels, interlaced):
 def test_a_16_bit_tiff_keeps_every_bit(channels, order, compression):
     tifffile = pytest.importorskip("tifffile")
     pixels, file = noise(9, 7, channels, dtype=np.uint16), io.BytesIO()
-    kind = {"photometric": "rgb"} | ({"extrasamples": ["unassalpha"]} if channels == 4 else {}) if channels > 1 else {}
-    tifffile.imwrite(file, pixels[..., 0] if channels == 1 else pixels, byteorder=order, compression=compression, **kind)
+    kind = (
+        {"photometric": "rgb"} | ({"extrasamples": ["unassalpha"]} if channels == 4 else {})
+        if channels > 1
+        else {}
+    )
+    tifffile.imwrite(
+        file, pixels[..., 0] if channels == 1 else pixels, byteorder=order, compression=compression, **kind
+    )
     assert np.array_equal(array(file.getvalue(), channels=channels, bits=16), pixels)
     assert np.array_equal(array(file.getvalue(), channels=channels), rounded(pixels))
 
@@ -94,22 +108,41 @@ def test_16_bit_tiffs_of_other_kinds():
         return file.getvalue()
 
     gray = noise(4, 5, dtype=np.uint16)
-    assert np.array_equal(array(tiff(gray, photometric="miniswhite"), channels=1, bits=16)[..., 0], 65535 - gray)
+    assert np.array_equal(
+        array(tiff(gray, photometric="miniswhite"), channels=1, bits=16)[..., 0], 65535 - gray
+    )
     colour = noise(4, 5, 4, dtype=np.uint16)
     premultiplied = tiff(colour, photometric="rgb", extrasamples=["assocalpha"])
     with pytest.raises(ImageError, match="8 bits only"):
         array(premultiplied, bits=16)
     assert array(premultiplied).shape == (4, 5, 3)
-    turned = tiff(colour[..., :3], photometric="rgb", extratags=[(274, "H", 1, 6, True)])  # it lies on its side
+    turned = tiff(
+        colour[..., :3], photometric="rgb", extratags=[(274, "H", 1, 6, True)]
+    )  # it lies on its side
     assert np.array_equal(array(turned, bits=16), np.rot90(colour[..., :3], -1))
     with pytest.raises(ImageError, match="interleaved"):
         array(tiff(colour[..., :3].transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate"))
 
 
 def test_12_bit_gray_fills_the_range():
-    sizes = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}  # the tags of a TIFF of 2 x 1 pixels
-    tags = b"".join(struct.pack("<HHII", tag, 4 if tag in (256, 257, 273, 278, 279) else 3, 1, n) for tag, n in sizes.items())
-    data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf0\x01\0" + struct.pack("<H", len(sizes)) + tags + bytes(4)  # 4095, 1
+    sizes = {
+        256: 2,
+        257: 1,
+        258: 12,
+        259: 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: 1,
+        279: 3,
+    }  # the tags of a TIFF of 2 x 1 pixels
+    tags = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (256, 257, 273, 278, 279) else 3, 1, n)
+        for tag, n in sizes.items()
+    )
+    data = (
+        b"II*\0" + struct.pack("<I", 12) + b"\xff\xf0\x01\0" + struct.pack("<H", len(sizes)) + tags + bytes(4)
+    )  # 4095, 1
     assert array(data, channels=1, bits=16).ravel().tolist() == [65535, 16]
 
 
@@ -127,7 +160,9 @@ def test_pnm_of_more_than_8_bits():
     assert array(b"P6 1 1 255 \x01\x02\x03", bits=16).ravel().tolist() == [257, 514, 771]
 
 
-@pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="this Pillow has no AVIF")
+@pytest.mark.skipif(
+    "avif" not in features.modules or not features.check("avif"), reason="this Pillow has no AVIF"
+)
 def test_a_deep_avif_is_not_passed_off_as_16_bits():
     data = bytearray(saved(Image.new("RGB", (16, 16), "red"), "AVIF"))
     assert array(bytes(data), bits=16).shape == (16, 16, 3)
@@ -141,13 +176,21 @@ def test_a_deep_avif_is_not_passed_off_as_16_bits():
 # ---- colour profiles
 
 D50 = (0.9642, 1.0, 0.8249)
-SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])  # XYZ under D50
-DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+SRGB = np.array(
+    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)  # XYZ under D50
+DISPLAY_P3 = np.array(
+    [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+)
 
 
 def icc(device: bytes, colours: bytes, space: bytes, tags: dict[bytes, bytes]) -> bytes:
     """An ICC profile of version 2 (ICC.1:2001-04)."""
-    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78), b"wtpt": xyz(D50), **tags}
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        b"wtpt": xyz(D50),
+        **tags,
+    }
     table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
         table += name + struct.pack(">II", start + len(body), len(data))
@@ -167,7 +210,9 @@ def gamma(value: float) -> bytes:
 
 def p3() -> bytes:
     columns = {name: xyz(DISPLAY_P3[:, number]) for number, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
-    return icc(b"mntr", b"RGB ", b"XYZ ", columns | {name: gamma(2.2) for name in (b"rTRC", b"gTRC", b"bTRC")})
+    return icc(
+        b"mntr", b"RGB ", b"XYZ ", columns | {name: gamma(2.2) for name in (b"rTRC", b"gTRC", b"bTRC")}
+    )
 
 
 def to_srgb(pixels: np.ndarray) -> np.ndarray:
@@ -242,7 +287,9 @@ def test_cmyk_goes_through_its_profile_or_a_formula():
     identity = struct.pack(">9i", *(65536 * (number % 4 == 0) for number in range(9)))
     ramp = bytes(range(256))
     lookup = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + 4 * ramp + table + 3 * ramp
-    found = array(saved(image, "TIFF", icc_profile=icc(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lookup}))).astype(int)
+    found = array(saved(image, "TIFF", icc_profile=icc(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lookup}))).astype(
+        int
+    )
     assert np.ptp(found, axis=2).max() <= 3
     assert np.corrcoef(found[..., 0].ravel(), -ink.astype(int).sum(2).ravel())[0, 1] > 0.98
 
@@ -295,7 +342,8 @@ def test_ycbcr_becomes_rgb_and_lab_is_refused():
     red = Image.new("RGB", (4, 4), (200, 30, 40))
     assert np.abs(array(saved(red.convert("YCbCr"), "TIFF")).astype(int) - [200, 30, 40]).max() <= 2
     lab = ImageCms.applyTransform(
-        red, ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+        red,
+        ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"),
     )
     with pytest.raises(ImageError, match="LAB"):
         array(saved(lab, "TIFF"))
@@ -326,11 +374,15 @@ def test_each_orientation_is_turned_upright(kind, value):
     turns |= {7: lambda a: np.rot90(np.fliplr(a), -1), 8: np.rot90, 1: np.asarray}
     data = saved(pixels, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     assert np.array_equal(array(data), turns[value](pixels))
-    assert np.array_equal(array(data, channels=4, bits=16)[..., :3], turns[value](pixels).astype(np.uint16) * 257)
+    assert np.array_equal(
+        array(data, channels=4, bits=16)[..., :3], turns[value](pixels).astype(np.uint16) * 257
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_damaged_exif_is_ignored(kind):
     image = Image.new("RGB", (8, 4), "red")
     for exif in (b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"):
-        assert torch.equal(decode_image(saved(image, kind, exif=exif), "x"), decode_image(saved(image, kind), "x"))
+        assert torch.equal(
+            decode_image(saved(image, kind, exif=exif), "x"), decode_image(saved(image, kind), "x")
+        )

@@ -10,22 +10,32 @@ import pytest
 import torch
 
 import latentae
-from latentae.data.listing import order
+from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
-from latentae.data.order import derive_seed, whole_seed
+from latentae.data.order import order
 from latentae.data.streaming import StreamLoader
 from latentae.data.transforms import random_crop_flip
 from latentae.errors import RecipeError
 from latentae.evaluation.diffusability.keyed import digest, uniform
 from latentae.evaluation.diffusability.network import TinyTransformer
-from latentae.evaluation.metrics import bootstrap_mean
 from latentae.examples.diffusion import sample as diffuse
+from latentae.measures.metrics import bootstrap_mean
 from latentae.training.keyed import keyed_normal, keyed_uniform
 from latentae.training.recipe import load_recipe
 
 SAME = [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])]
-REFUSED = [3.0, 3.5, np.float64(3), torch.tensor(3.0), torch.tensor([1, 2]), "3", None, np.bool_(True), torch.Generator()]
+REFUSED = [
+    3.0,
+    3.5,
+    np.float64(3),
+    torch.tensor(3.0),
+    torch.tensor([1, 2]),
+    "3",
+    None,
+    np.bool_(True),
+    torch.Generator(),
+]
 IMAGE = torch.arange(3 * 20 * 20).reshape(3, 20, 20).to(torch.uint8)
 
 
@@ -68,7 +78,9 @@ def test_anything_else_is_refused(seed):
 
 
 def test_a_generator_is_refused_with_what_to_do():
-    with pytest.raises(RecipeError, match=r"torch.* expected a whole number; give an int such as its initial_seed\(\)"):
+    with pytest.raises(
+        RecipeError, match=r"torch.* expected a whole number; give an int such as its initial_seed\(\)"
+    ):
         whole_seed(torch.Generator())  # pyright: ignore[reportArgumentType]
 
 
@@ -88,7 +100,9 @@ def test_every_verb_with_a_seed_refuses_a_fraction(make_shards, make_png, tmp_pa
         function = getattr(latentae, name)
         if not inspect.isfunction(function) or "seed" not in inspect.signature(function).parameters:
             continue
-        needed = [p for p in inspect.signature(function).parameters.values() if p.default is inspect.Parameter.empty]
+        needed = [
+            p for p in inspect.signature(function).parameters.values() if p.default is inspect.Parameter.empty
+        ]
         arguments = [given.get(parameter.name, tmp_path / "none") for parameter in needed]
         with pytest.raises(RecipeError, match=r"seed is 3\.5, expected a whole number"):
             function(*arguments, seed=3.5)

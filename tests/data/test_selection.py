@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from latentae.data.index import load_index
 from latentae.data.selection import Selection, is_held_out
-from latentae.data.shards import expand_shards
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import load_index
 
 
 def test_rows_and_counts_agree_with_the_keys(tmp_path, make_shards):

@@ -61,7 +61,12 @@ def test_gray_transparency_and_depth_stay_in_png():
     gray = shrink(saved(smooth(40, 40, 1)[..., 0]), "x", 20, None)
     clear = smooth(40, 40, 4)
     transparent = shrink(saved(clear), "x", 20, None)
-    deep = shrink(encode_png(torch.from_numpy(smooth(40, 40, 3).astype(np.uint16) * 200 + 7).permute(2, 0, 1)), "x", 20, None)
+    deep = shrink(
+        encode_png(torch.from_numpy(smooth(40, 40, 3).astype(np.uint16) * 200 + 7).permute(2, 0, 1)),
+        "x",
+        20,
+        None,
+    )
     assert gray is not None
     assert transparent is not None
     assert deep is not None

@@ -10,7 +10,7 @@ import pytest
 
 from latentae.data import remote, sources
 from latentae.data.remote import Patience
-from latentae.data.shards import expand_shards, read_shard, shard_keys
+from latentae.data.shard_files import expand_shards, read_shard, shard_keys
 from latentae.data.sources import is_remote, name_of, read_range, shown, size_of, sizes_of, stream
 from latentae.errors import MissingDependencyError, ShardError
 
@@ -34,7 +34,14 @@ def test_a_scheme_makes_a_path_remote():
 
 
 def test_pipes_are_refused_everywhere():
-    for use in (is_remote, size_of, expand_shards, shard_keys, lambda path: read_range(path, 0, 1), lambda path: whole(path)):
+    for use in (
+        is_remote,
+        size_of,
+        expand_shards,
+        shard_keys,
+        lambda path: read_range(path, 0, 1),
+        lambda path: whole(path),
+    ):
         with pytest.raises(ShardError, match="run a program"):
             use("pipe:touch /tmp/no")
 
@@ -144,7 +151,9 @@ def test_http_ranges_and_streams_that_go_on_where_they_broke_off(server):
 )
 @pytest.mark.parametrize("read", [whole, lambda url: read_range(url, 0, len(DATA))])
 def test_passing_faults_are_survived(server, faults, read, monkeypatch):
-    monkeypatch.setattr(remote, "patience", Patience(seconds=60, first=0.01, longest=0.05, silence=0.2, slowest=1e9))
+    monkeypatch.setattr(
+        remote, "patience", Patience(seconds=60, first=0.01, longest=0.05, silence=0.2, slowest=1e9)
+    )
     url = f"{server.url}/a/data.tar"
     server.faults.extend([503, *faults])
     assert read(url) == DATA
@@ -163,7 +172,12 @@ def test_a_server_without_ranges_is_read_and_complained_about(server, capsys, mo
 
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [(404, "no such file"), (403, "HTTP 403"), ("shifted", "expected bytes from"), ("compressed", "compressed")],
+    [
+        (404, "no such file"),
+        (403, "HTTP 403"),
+        ("shifted", "expected bytes from"),
+        ("compressed", "compressed"),
+    ],
 )
 def test_lasting_faults_are_errors_at_once(server, fault, says):
     server.always = fault
@@ -187,7 +201,9 @@ def test_a_range_beyond_the_end_and_an_unknown_size_are_errors(server):
 
 @pytest.mark.parametrize("fault", [503, ("cut", 10), ("stall", 0), ("trickle", 1), "gone"])
 def test_a_server_that_never_recovers_is_an_error_in_time(server, fault, monkeypatch):
-    monkeypatch.setattr(remote, "patience", Patience(seconds=0.5, first=0.01, longest=0.05, silence=0.2, slowest=1e9))
+    monkeypatch.setattr(
+        remote, "patience", Patience(seconds=0.5, first=0.01, longest=0.05, silence=0.2, slowest=1e9)
+    )
     server.always = fault
     if fault == "gone":
         server.close()
@@ -214,7 +230,9 @@ def test_sizes_of_many_files_come_from_one_listing(server, memory, tmp_path, mon
     server.files = {"/far.tar": DATA}
     urls = [f"memory://bucket/a/{number:03}.tar" for number in reversed(range(40))]
     asked, real = [], type(memory).info
-    monkeypatch.setattr(type(memory), "info", lambda self, path, **rest: asked.append(path) or real(self, path, **rest))
+    monkeypatch.setattr(
+        type(memory), "info", lambda self, path, **rest: asked.append(path) or real(self, path, **rest)
+    )
     found = sizes_of([*urls, "memory://bucket/b/x.tar", str(tmp_path / "near.tar"), f"{server.url}/far.tar"])
     assert found == [*reversed(range(40)), len(DATA), 3, len(DATA)]
     assert not any("/a/" in path for path in asked)

@@ -55,10 +55,16 @@ def with_checksum(header: bytes) -> bytes:
 
 
 names = st.lists(st.text("ab1._-é東 ", min_size=1, max_size=60), min_size=1, max_size=4).map("/".join)
-contents = st.one_of(st.binary(max_size=20), st.sampled_from([b"", bytes(512), bytes(1500), b"x" * 511, b"x" * 513]))
+contents = st.one_of(
+    st.binary(max_size=20), st.sampled_from([b"", bytes(512), bytes(1500), b"x" * 511, b"x" * 513])
+)
 
 
-@given(st.lists(st.tuples(names, contents), max_size=8), st.sampled_from(["gnu", "pax"]), st.sampled_from([512, 700, 1 << 20]))
+@given(
+    st.lists(st.tuples(names, contents), max_size=8),
+    st.sampled_from(["gnu", "pax"]),
+    st.sampled_from([512, 700, 1 << 20]),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_member_is_where_tarfile_finds_it(files, form, chunk):
     data = tar(files, FORMATS[form])
@@ -69,7 +75,9 @@ def test_every_member_is_where_tarfile_finds_it(files, form, chunk):
         assert [(member.name, member.start, member.offset, member.size) for member in found] == [
             (name.rstrip("/") if name.endswith("/") else name, *rest) for name, *rest in expected
         ]
-        assert [data[member.offset : member.offset + member.size] for member in found] == [content for _, content in files]
+        assert [data[member.offset : member.offset + member.size] for member in found] == [
+            content for _, content in files
+        ]
 
 
 @given(st.lists(st.tuples(names, contents), max_size=5), st.integers(1, 3000))
@@ -105,7 +113,10 @@ def test_old_headers_without_a_magic_are_read():
         data[at + 257 : at + 512] = bytes(255)
         data[at + 156] = 0
         data[at : at + 512] = with_checksum(bytes(data[at : at + 512]))
-    assert [(member.name, member.kind) for member in members(bytes(data))] == [("a.jpg", "file"), ("b/", "folder")]
+    assert [(member.name, member.kind) for member in members(bytes(data))] == [
+        ("a.jpg", "file"),
+        ("b/", "folder"),
+    ]
 
 
 def test_sizes_beyond_eight_gigabytes_are_read():
@@ -124,7 +135,12 @@ def test_sizes_beyond_eight_gigabytes_are_read():
 
 @pytest.mark.parametrize(
     ("pack", "says"),
-    [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz"), (lambda data: b"PK\3\4" + data, "zip")],
+    [
+        (gzip.compress, "gzip"),
+        (bz2.compress, "bzip2"),
+        (lzma.compress, "xz"),
+        (lambda data: b"PK\3\4" + data, "zip"),
+    ],
 )
 def test_compressed_tars_are_called_by_their_name(pack, says):
     with pytest.raises(DamagedTar, match=f"compressed with {says}"):
@@ -155,7 +171,14 @@ def test_damage_is_found_and_its_place_is_named(data, says):
 
 def test_a_damaged_size_neither_fills_the_memory_nor_walks_in_circles():
     good = tar([("a.jpg", b"x")], tarfile.GNU_FORMAT)
-    for field in (b"77777777777\0", b"-0000000001\0", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"0_1        \0", b"9" * 12):
+    for field in (
+        b"77777777777\0",
+        b"-0000000001\0",
+        b"\xff" * 12,
+        b"\x80" + b"\xff" * 11,
+        b"0_1        \0",
+        b"9" * 12,
+    ):
         with pytest.raises(DamagedTar):
             members(with_checksum(good[:124] + field + good[136:512]) + good[512:])
     long = tar([("d" * 300 + ".jpg", b"x")], tarfile.GNU_FORMAT)
@@ -165,7 +188,16 @@ def test_a_damaged_size_neither_fills_the_memory_nor_walks_in_circles():
 
 @pytest.mark.parametrize(
     "record",
-    [b"", b"9 path=a", b"x path=a\n", b"99 path=a.jpg\n", b"0 path=a\n", b"14 path=a.jpg\n", b"11 size=-1\n", b"10 sizes\n"],
+    [
+        b"",
+        b"9 path=a",
+        b"x path=a\n",
+        b"99 path=a.jpg\n",
+        b"0 path=a\n",
+        b"14 path=a.jpg\n",
+        b"11 size=-1\n",
+        b"10 sizes\n",
+    ],
 )
 def test_a_damaged_pax_header_is_an_error_or_says_nothing(record):
     data = bytearray(tar([("é" * 200 + ".jpg", b"x")], tarfile.PAX_FORMAT))
@@ -183,11 +215,21 @@ def test_a_damaged_pax_header_is_an_error_or_says_nothing(record):
 
 
 def test_what_is_no_file_is_reported_and_never_followed():
-    kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"Z"]
+    kinds = [
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.DIRTYPE,
+        b"Z",
+    ]
     data = tar([*(entry(f"{number}.jpg", kind) for number, kind in enumerate(kinds)), ("a.jpg", b"x")])
     found, problems = samples(data)
     assert [sample.key for sample in found] == ["a"]
-    assert [problem.name for problem in problems] == [f"{number}.jpg" for number in (0, 1, 2, 3, 4, 6)]  # folders hold nothing
+    assert [problem.name for problem in problems] == [
+        f"{number}.jpg" for number in (0, 1, 2, 3, 4, 6)
+    ]  # folders hold nothing
     assert {problem.code for problem in problems} == {"left_out"}
     assert "symbolic link" in problems[0].reason
 
@@ -227,7 +269,9 @@ def test_what_is_not_used_is_reported(files, keys, codes):
 
 
 KEYS, EXTENSIONS = ("a", "b", "c/a", "c/b1", "d.x/a", "./e"), ("jpg", "JPG", "txt", "seg.png", "json")
-ordinary = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(EXTENSIONS)), max_size=12, unique=True).map(sorted)
+ordinary = st.lists(
+    st.tuples(st.sampled_from(KEYS), st.sampled_from(EXTENSIONS)), max_size=12, unique=True
+).map(sorted)
 
 
 @given(ordinary, st.sampled_from(list(FORMATS.values())), st.booleans())
@@ -236,14 +280,22 @@ def test_ordinary_tars_are_grouped_as_webdataset_groups_them(pairs, form, with_f
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     lower = {(key, extension.lower()) for key, extension in pairs}
-    kept = [pair for pair in pairs if pair[1] == "jpg" or (pair[0], pair[1].lower()) not in lower or pair[1].islower()]
+    kept = [
+        pair
+        for pair in pairs
+        if pair[1] == "jpg" or (pair[0], pair[1].lower()) not in lower or pair[1].islower()
+    ]
     files = [(f"{key}.{extension}", f"{key}{extension}".encode()) for key, extension in kept]
     extra = [entry("c", tarfile.DIRTYPE)] if with_folders else []
     data = tar([*extra, ("__meta__", b"x"), *files], form)
     expected = list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": io.BytesIO(data)}])))
     found, _ = samples(data)
     assert [
-        {"__key__": sample.key, "__url__": "x.tar", **{extension: data[at : at + size] for extension, at, size in sample.members}}
+        {
+            "__key__": sample.key,
+            "__url__": "x.tar",
+            **{extension: data[at : at + size] for extension, at, size in sample.members},
+        }
         for sample in found
     ] == expected
 
@@ -259,7 +311,10 @@ def test_noise_is_an_error(data):
 @settings(max_examples=150, deadline=None)
 def test_any_header_with_a_good_checksum_is_walked_or_refused(data):
     """Headers that somebody made on purpose: every field at random, the checksum right."""
-    good = tar([("a.jpg", b"x" * 40), ("d" * 300 + ".jpg", b"y"), ("b.txt", b"z")], data.draw(st.sampled_from([1, 2])))
+    good = tar(
+        [("a.jpg", b"x" * 40), ("d" * 300 + ".jpg", b"y"), ("b.txt", b"z")],
+        data.draw(st.sampled_from([1, 2])),
+    )
     tampered = bytearray(good)
     at = 512 * data.draw(st.integers(0, len(good) // 512 - 1))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -272,4 +327,6 @@ def test_any_header_with_a_good_checksum_is_walked_or_refused(data):
         return
     assert len(found) + len(problems) <= 8
     for sample in found:
-        assert all(at >= sample.start and at + size <= sample.end <= len(good) for _, at, size in sample.members)
+        assert all(
+            at >= sample.start and at + size <= sample.end <= len(good) for _, at, size in sample.members
+        )

@@ -25,7 +25,9 @@ def photo(height: int, width: int) -> torch.Tensor:
     """Smooth colours with some noise: ramps show a shift, noise shows the filter."""
     y, x = np.mgrid[0:height, 0:width]
     noise = np.random.default_rng(0).integers(0, 40, (height, width))
-    pixels = np.stack([x * 200 // width + noise, y * 200 // height + noise, 255 - (x + y) * 200 // (height + width)], 2)
+    pixels = np.stack(
+        [x * 200 // width + noise, y * 200 // height + noise, 255 - (x + y) * 200 // (height + width)], 2
+    )
     return torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -33,13 +35,19 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((a.int() - b.int()).abs().max())
 
 
-def by_pillow(image: torch.Tensor, to: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> torch.Tensor:
+def by_pillow(
+    image: torch.Tensor, to: tuple[int, int], box: tuple[int, int, int, int] | None = None
+) -> torch.Tensor:
     """Resized by Pillow to (width, height), and cut to the box."""
-    resized = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize(to, Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize(
+        to, Image.Resampling.BICUBIC
+    )
     return torch.from_numpy(np.array(resized.crop(box))).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(96, 96, 32), (60, 90, 32), (90, 61, 40), (20, 30, 32)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(96, 96, 32), (60, 90, 32), (90, 61, 40), (20, 30, 32)]
+)
 def test_resize_and_crop_agree_with_pil_and_torchvision(height, width, size):
     image = photo(height, width)
     ours = resize_and_center_crop(image, size)
@@ -51,7 +59,9 @@ def test_resize_and_crop_agree_with_pil_and_torchvision(height, width, size):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as vision
 
-    theirs = vision.center_crop(vision.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True), [size, size])
+    theirs = vision.center_crop(
+        vision.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True), [size, size]
+    )
     assert difference(ours, theirs) <= 1
 
 
@@ -64,7 +74,14 @@ def test_a_square_of_the_right_size_is_left_alone_and_a_thin_strip_does_not_fill
     assert random_crop_flip(strip.transpose(1, 2), 256, seed=0).shape == (3, 256, 256)
 
 
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(8, 40), st.integers(0, 2**64 - 1), st.floats(0, 1), st.floats(0, 1))
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(8, 40),
+    st.integers(0, 2**64 - 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
 @settings(max_examples=40, deadline=None)
 def test_a_random_crop_has_its_size_and_depends_on_its_arguments_alone(height, width, size, seed, low, high):
     image = photo(height, width)
@@ -109,7 +126,12 @@ def test_a_crop_is_the_same_on_every_machine():
 
 
 # Side, top, left and mirrored, recorded once for 512 x 683 pixels to 256 with scale (0.5, 1): the data of every saved run.
-BOXES = {0: (258, 61, 47, False), 1: (316, 167, 57, True), 2: (359, 49, 279, False), 2**64 - 1: (301, 152, 157, False)}
+BOXES = {
+    0: (258, 61, 47, False),
+    1: (316, 167, 57, True),
+    2: (359, 49, 279, False),
+    2**64 - 1: (301, 152, 157, False),
+}
 
 
 @pytest.mark.parametrize("seed", BOXES)
@@ -132,7 +154,11 @@ def coordinates(height: int, width: int) -> torch.Tensor:
 
 def test_random_resized_crops_are_recorded_boxes():
     # top, left, height, width of 100 x 120 pixels, recorded once: the data of every saved run.
-    for seed, (top, left, height, width) in {0: (0, 8, 85, 85), 1: (20, 67, 32, 41), 2: (5, 12, 89, 81)}.items():
+    for seed, (top, left, height, width) in {
+        0: (0, 8, 85, 85),
+        1: (20, 67, 32, 41),
+        2: (5, 12, 89, 81),
+    }.items():
         found = random_resized_crop_flip(coordinates(100, 120), 16, seed=seed, flip=False).int() / 100
         for channel, start, length in ((0, left, width), (1, top, height)):
             centers = start + (torch.arange(16) + 0.5) * length / 16 - 0.5
@@ -143,7 +169,9 @@ def test_random_resized_crops_are_recorded_boxes():
 def test_random_resized_crops_have_the_areas_and_ratios_that_were_asked_for():
     image, asked = coordinates(90, 120), {"area": (0.1, 0.5), "ratio": (0.5, 2)}
     found = [random_resized_crop_flip(image, 32, **asked, seed=seed) for seed in range(300)]
-    sizes = np.array([[float(crop[c].int().max() - crop[c].int().min()) / 100 * 32 / 31 for c in (1, 0)] for crop in found])
+    sizes = np.array(
+        [[float(crop[c].int().max() - crop[c].int().min()) / 100 * 32 / 31 for c in (1, 0)] for crop in found]
+    )
     areas, ratios = sizes.prod(1) / (90 * 120), sizes[:, 1] / sizes[:, 0]
     assert 0.05 < areas.min() < 0.15
     assert 0.4 < areas.max() < 0.6
@@ -158,7 +186,10 @@ def test_random_resized_crops_have_the_areas_and_ratios_that_were_asked_for():
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (4, 300)])
 def test_where_no_draw_fits_the_centre_is_taken(height, width):
     image = coordinates(height, width)
-    crops = [random_resized_crop_flip(image, 8, area=(1, 1), ratio=(0.9, 1.1), seed=seed, flip=False) for seed in range(3)]
+    crops = [
+        random_resized_crop_flip(image, 8, area=(1, 1), ratio=(0.9, 1.1), seed=seed, flip=False)
+        for seed in range(3)
+    ]
     assert crops[0].shape == (3, 8, 8)
     assert torch.equal(crops[0], crops[1])
     assert abs(float(crops[0][0].float().mean()) / 100 - (width - 1) / 2) <= 0.51
@@ -187,7 +218,9 @@ def test_random_bucket_crops_reach_both_ends():
     assert min(starts) == 0
     assert max(starts) == 36
     assert len(set(starts)) > 30
-    assert starts[:8] == [int(crop_to_bucket(image, (64, 64), seed=seed)[0, 0, 0]) // 100 for seed in range(8)]
+    assert starts[:8] == [
+        int(crop_to_bucket(image, (64, 64), seed=seed)[0, 0, 0]) // 100 for seed in range(8)
+    ]
 
 
 def test_half_of_the_seeds_mirror():
@@ -206,7 +239,9 @@ def test_gray_and_opaque_rgba_are_resized_as_rgb_is(size):
     image = photo(61, 80)
     expected = resize_and_center_crop(image, size)
     for channel in range(3):
-        assert difference(resize_and_center_crop(image[channel : channel + 1], size)[0], expected[channel]) <= 1
+        assert (
+            difference(resize_and_center_crop(image[channel : channel + 1], size)[0], expected[channel]) <= 1
+        )
     rgba = resize_and_center_crop(torch.cat([image, torch.full((1, 61, 80), 255, dtype=torch.uint8)]), size)
     assert difference(rgba[:3], expected) <= 1
     assert rgba[3].min() == 255
@@ -219,11 +254,19 @@ def test_16_bits_are_resized_with_16_bits(channels):
         image[3] = 65535
     found = resize_and_center_crop(image, 32)
     assert found.dtype == torch.uint16
-    planes = [Image.fromarray(plane.numpy().astype(np.float32)).resize((42, 32), Image.Resampling.BICUBIC) for plane in image]
+    planes = [
+        Image.fromarray(plane.numpy().astype(np.float32)).resize((42, 32), Image.Resampling.BICUBIC)
+        for plane in image
+    ]
     expected = np.stack([np.asarray(plane.crop((5, 0, 37, 32))) for plane in planes]).clip(0, 65535)
     assert np.abs(found.numpy() - expected).max() <= 1
     smooth = (photo(60, 80).to(torch.int32) * 257).to(torch.uint16)
-    assert difference(to_uint8(to_float(resize_and_center_crop(smooth, 32))), resize_and_center_crop(photo(60, 80), 32)) <= 1
+    assert (
+        difference(
+            to_uint8(to_float(resize_and_center_crop(smooth, 32))), resize_and_center_crop(photo(60, 80), 32)
+        )
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
@@ -241,7 +284,8 @@ def test_invisible_colours_do_not_bleed(dtype):
 
 
 @pytest.mark.parametrize(
-    "image", [torch.zeros(3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8), torch.zeros(3, 0, 8, dtype=torch.uint8)]
+    "image",
+    [torch.zeros(3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8), torch.zeros(3, 0, 8, dtype=torch.uint8)],
 )
 def test_what_is_no_decoded_image_is_refused(image):
     with pytest.raises(ImageError, match="uint8"):
@@ -252,7 +296,13 @@ def test_what_is_no_decoded_image_is_refused(image):
 def test_all_levels_survive_the_way_to_float_and_back(dtype, back):
     top = torch.iinfo(dtype).max
     side = int((top + 1) ** 0.5)
-    levels = torch.arange(top + 1).to(dtype).view(1, 1, side, side).repeat(2, 3, 1, 1).to(memory_format=torch.channels_last)
+    levels = (
+        torch.arange(top + 1)
+        .to(dtype)
+        .view(1, 1, side, side)
+        .repeat(2, 3, 1, 1)
+        .to(memory_format=torch.channels_last)
+    )
     values = to_float(levels)
     assert values.dtype == torch.float32
     assert values.is_contiguous(memory_format=torch.channels_last)
@@ -267,7 +317,9 @@ def test_levels_are_rounded():
     assert to_uint8(torch.tensor([0.1], requires_grad=True)).tolist() == [140]
 
 
-@pytest.mark.parametrize(("height", "width", "factor"), [(5, 7, 4), (1, 1, 8), (2, 3, 16), (8, 9, 8), (30, 31, 32)])
+@pytest.mark.parametrize(
+    ("height", "width", "factor"), [(5, 7, 4), (1, 1, 8), (2, 3, 16), (8, 9, 8), (30, 31, 32)]
+)
 def test_padding_is_numpys_reflection(height, width, factor):
     images = torch.rand(2, 3, height, width)
     padded = pad_to_multiple(images, factor)

@@ -66,7 +66,11 @@ def make_model(folder: Path, seed: int) -> Path:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and its bytes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +103,9 @@ def kept(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from latentae import encode
 
     out = tmp_path_factory.mktemp("kept") / "out"
-    encode(model, photos, out, dtype="fp32", batch_size=4, device="cpu", packed=True, flip=True, keep_images=True)
+    encode(
+        model, photos, out, dtype="fp32", batch_size=4, device="cpu", packed=True, flip=True, keep_images=True
+    )
     return out
 
 

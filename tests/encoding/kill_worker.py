@@ -77,7 +77,11 @@ def ended(child: int) -> bool:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def check_whole(out: Path, whole: dict[str, bytes]) -> int:
@@ -95,7 +99,9 @@ def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> 
     rng = random.Random(0)
     marks[:] = memoryview(bytes(16)).cast("i")
     began = time.perf_counter()
-    assert finish(spawn(model, shards, folder / "whole", options)) == 0, (folder / "whole.log").read_text()[-2000:]
+    assert finish(spawn(model, shards, folder / "whole", options)) == 0, (folder / "whole.log").read_text()[
+        -2000:
+    ]
     seconds, commits = time.perf_counter() - began, marks[1]
     whole = snapshot(folder / "whole")
     fell = {"while files got their names": 0, "elsewhere": 0}
@@ -130,4 +136,6 @@ if __name__ == "__main__":
     files.STALE_SECONDS = 1e9  # a racing child is alive, however slow this machine is
     samples.SPAN = 2
     options = json.loads(sys.argv[5])
-    print(json.dumps(kill(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), options)))
+    print(
+        json.dumps(kill(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), options))
+    )

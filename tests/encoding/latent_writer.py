@@ -49,7 +49,9 @@ def make_samples(
         if labels:
             label = number % labels
             members |= (
-                {"cls": str(label).encode()} if number % 2 else {"json": json.dumps({"label": label, "n": number}).encode()}
+                {"cls": str(label).encode()}
+                if number % 2
+                else {"json": json.dumps({"label": label, "n": number}).encode()}
             )
         if images:
             pixels = np.random.default_rng(number).integers(0, 256, (*original, 3), dtype=np.uint8)
@@ -64,7 +66,9 @@ def make_samples(
             "crop": [0, 3, *bucket],
             "bucket": list(bucket),
         }
-        made.append(Made(f"photos/{number:04}", number % labels if labels else None, bucket, tensors, members, info))
+        made.append(
+            Made(f"photos/{number:04}", number % labels if labels else None, bucket, tensors, members, info)
+        )
     return made
 
 
@@ -78,7 +82,13 @@ def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, fini
         nothing = {"samples": 0, "count": 0, "mean": [0.0], "m2": [0.0], "variance_sum": [0.0]}
         place(store, name, tar, len(samples), files, nothing, flip=flip)
     everything = [sample for samples in shards.values() for sample in samples]
-    record = {"format_version": 1, "latentae": "0", "verb": "encode", "inputs": {"model": "m"}, "finished": finished}
+    record = {
+        "format_version": 1,
+        "latentae": "0",
+        "verb": "encode",
+        "inputs": {"model": "m"},
+        "finished": finished,
+    }
     (out / "latentae.json").write_text(json.dumps(record))
     (out / "statistics.json").write_text(json.dumps(_statistics(everything)))
     return out
@@ -106,7 +116,9 @@ def pack(store: Store, name: str, samples: list[Made], packed: bool) -> tuple[by
     return tar_bytes(members), files
 
 
-def place(store: Store, name: str, tar: bytes, samples: int, packed: list[PackedFile], statistics: dict, **rest) -> Sidecar:
+def place(
+    store: Store, name: str, tar: bytes, samples: int, packed: list[PackedFile], statistics: dict, **rest
+) -> Sidecar:
     """A tar and the sidecar that vouches for it, whatever it holds."""
     store.write_bytes(name, tar)
     about = ShardFile(samples=samples, bytes=len(tar), sha256=digest(tar))

@@ -30,7 +30,9 @@ def latents(seed: int, bucket: tuple[int, int], dtype: str, flip: bool) -> dict[
 class Made:
     """An output, and what is in it."""
 
-    def __init__(self, out, folder: Path, *, dtype="fp32", packed=False, flip=False, keep_images=False, **rest) -> None:
+    def __init__(
+        self, out, folder: Path, *, dtype="fp32", packed=False, flip=False, keep_images=False, **rest
+    ) -> None:
         self.out, self.folder, self.store = out, folder, Store.open(out)
         self.dtype, self.packed, self.flip, self.keep = dtype, packed, flip, keep_images
         self.skipped: dict[str, list[str]] = rest.get("skipped", {})
@@ -42,7 +44,11 @@ class Made:
             Shard(str(path), name, counts[name] + len(self.skipped.get(name, [])), path.stat().st_size)
             for name, path in self.sources.items()
         ]
-        shards = {"count": len(plan), "samples": sum(shard.samples for shard in plan), "digest": plan_digest(plan)}
+        shards = {
+            "count": len(plan),
+            "samples": sum(shard.samples for shard in plan),
+            "digest": plan_digest(plan),
+        }
         settings = {"model": "model", "resolution": 32, "dtype": dtype, "keep_images": keep_images}
         self.job = self.store.claim("encode", {**settings, "shards": shards})
         for name, count in counts.items():
@@ -58,7 +64,9 @@ class Made:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         keys = [self.key(name, number) for number in range(count)] + self.skipped.get(name, [])
-        path.write_bytes(tar_bytes({f"{key}.jpg": self.image(name, number) for number, key in enumerate(keys)}))
+        path.write_bytes(
+            tar_bytes({f"{key}.jpg": self.image(name, number) for number, key in enumerate(keys)})
+        )
         return path
 
     def write(self, name: str, count: int) -> None:
@@ -75,7 +83,9 @@ class Made:
         tar, packed = pack(self.store, name, samples, self.packed)
         self.place(name, tar, count, total, packed)
 
-    def place(self, name: str, tar: bytes, count: int, total: LatentStatistics, packed: list[PackedFile]) -> None:
+    def place(
+        self, name: str, tar: bytes, count: int, total: LatentStatistics, packed: list[PackedFile]
+    ) -> None:
         source, keys = self.sources[name].read_bytes(), self.skipped.get(name, [])
         self.sidecars[name] = place(
             self.store,

@@ -44,7 +44,13 @@ def mortal(make, how, mark):
 if __name__ == "__main__":
     model, shards, out, how, mark = sys.argv[1:]
     torch.set_num_threads(1)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=100 << 20)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 << 20,
+    )
     work = prepare(model, shards, out, dtype="fp32", batch_size=4, device="cpu")
     ray_engine.run(replace(work, make_encoder=partial(mortal, work.make_encoder, how, mark)))
     print(conclude(work)["finished"])

@@ -32,7 +32,11 @@ def test_output_mirrors_input(encoded, kept, photos, read_tar):
     for shard in shards:
         there, here = read_tar(shard), read_tar(encoded / shard.name)
         keys = [name[: -len(".jpg")] for name in there if name.endswith(".jpg")]
-        expected = [f"{key}.{part}" for key in keys for part in ("latent.safetensors", "latent.json", "txt", "seg.bin")]
+        expected = [
+            f"{key}.{part}"
+            for key in keys
+            for part in ("latent.safetensors", "latent.json", "txt", "seg.bin")
+        ]
         assert list(here) == expected
         for name, data in there.items():
             if not name.endswith(".jpg"):
@@ -77,9 +81,17 @@ def test_sidecars_and_statistics(encoded, photos, read_tar):
         members = read_tar(shard)
         tensors = [load_safetensors(data) for name, data in members.items() if name.endswith(".safetensors")]
         assert record["shard"] == shard.name
-        assert record["output"] == {"samples": len(tensors), "bytes": shard.stat().st_size, "sha256": sha256(shard)}
+        assert record["output"] == {
+            "samples": len(tensors),
+            "bytes": shard.stat().st_size,
+            "sha256": sha256(shard),
+        }
         source = photos / shard.name
-        assert record["input"] == {"samples": len(tensors), "bytes": source.stat().st_size, "sha256": sha256(source)}
+        assert record["input"] == {
+            "samples": len(tensors),
+            "bytes": source.stat().st_size,
+            "sha256": sha256(source),
+        }
         means += [t["mean"].double().numpy() for t in tensors]
         variances += [t["logvar"].double().exp().numpy() for t in tensors]
     mean, variance = np.stack(means), np.stack(variances)
@@ -88,7 +100,9 @@ def test_sidecars_and_statistics(encoded, photos, read_tar):
     std = np.sqrt(mean.var((0, 2, 3)) + variance.mean((0, 2, 3)))
     np.testing.assert_allclose(statistics["latents_mean"], mean.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(statistics["latents_std"], std, rtol=1e-12)
-    np.testing.assert_allclose(statistics["scaling_factor"], 1 / np.sqrt(mean.var() + variance.mean()), rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics["scaling_factor"], 1 / np.sqrt(mean.var() + variance.mean()), rtol=1e-12
+    )
     np.testing.assert_allclose(statistics["shift_factor"], mean.mean(), rtol=1e-12)
 
 
@@ -147,7 +161,9 @@ def test_another_batch_size_changes_no_more_than_last_bits(encoded, model, photo
         for name, data in one.items():
             if name.endswith(".safetensors"):
                 for part, value in load_safetensors(data).items():
-                    torch.testing.assert_close(load_safetensors(other[name])[part], value, rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(
+                        load_safetensors(other[name])[part], value, rtol=1e-4, atol=1e-4
+                    )
             else:
                 assert other[name] == data
 
@@ -208,29 +224,44 @@ def test_another_model_or_other_shards_are_refused(encoded, photos, make_model, 
         encode(model, photos / "train-000.tar", encoded, **OPTIONS)
 
 
-def test_same_named_shards_of_two_folders_stay_apart_and_may_not_change(model, jpeg, write_tar, read_tar, tmp_path):
+def test_same_named_shards_of_two_folders_stay_apart_and_may_not_change(
+    model, jpeg, write_tar, read_tar, tmp_path
+):
     for number, name in enumerate(("a", "b")):
         write_tar(tmp_path / "in" / name / "0.tar", {f"{name}.jpg": jpeg(number, 40, 40)})
     encode(model, [tmp_path / "in/a", tmp_path / "in/b"], tmp_path / "out", **OPTIONS)
     for name in ("a", "b"):
-        assert list(read_tar(tmp_path / "out" / name / "0.tar")) == [f"{name}.latent.safetensors", f"{name}.latent.json"]
+        assert list(read_tar(tmp_path / "out" / name / "0.tar")) == [
+            f"{name}.latent.safetensors",
+            f"{name}.latent.json",
+        ]
     write_tar(tmp_path / "in/a/0.tar", {"a.jpg": jpeg(1, 400, 400)})
     with pytest.raises(OutputError, match=r"shards.digest"):
         encode(model, [tmp_path / "in/a", tmp_path / "in/b"], tmp_path / "out", **OPTIONS)
 
 
-def test_unreadable_images_are_left_out_and_recorded_up_to_a_share(model, jpeg, write_tar, read_tar, snapshot, capsys, tmp_path):
+def test_unreadable_images_are_left_out_and_recorded_up_to_a_share(
+    model, jpeg, write_tar, read_tar, snapshot, capsys, tmp_path
+):
     folder, out = tmp_path / "in", tmp_path / "out"
     write_tar(folder / "a.tar", {"x.jpg": jpeg(1, 40, 40)})
-    write_tar(folder / "b.tar", {"y.jpg": jpeg(2, 40, 40), "bad.jpg": jpeg(3, 40, 40)[:100], "z.jpg": jpeg(2, 40, 40)})
-    with pytest.raises(ImageError, match=r"1 of 4 images can't be read \(0.25 of all.*bad in b\.tar") as caught:
+    write_tar(
+        folder / "b.tar",
+        {"y.jpg": jpeg(2, 40, 40), "bad.jpg": jpeg(3, 40, 40)[:100], "z.jpg": jpeg(2, 40, 40)},
+    )
+    with pytest.raises(
+        ImageError, match=r"1 of 4 images can't be read \(0.25 of all.*bad in b\.tar"
+    ) as caught:
         encode(model, folder, out, **OPTIONS)
     assert "\n" not in str(caught.value)
     assert not read_json(out / "latentae.json").get("finished")
     assert not (out / "statistics.json").exists()
     assert "b.tar: skipped 1 (unreadable image): image bad in" in capsys.readouterr().err
     assert read_json(out / "b.tar.done.json")["skipped"] == {"unreadable image": ["bad"]}
-    assert [name for name in read_tar(out / "b.tar") if name.endswith(".json")] == ["y.latent.json", "z.latent.json"]
+    assert [name for name in read_tar(out / "b.tar") if name.endswith(".json")] == [
+        "y.latent.json",
+        "z.latent.json",
+    ]
 
     before = snapshot(out)
     summary = encode(model, folder, out, max_bad_share=0.25, **OPTIONS)
@@ -275,12 +306,18 @@ def test_non_finite_latents_are_skipped_and_recorded(model, photos, read_tar, tm
     summary = encode(model, photos, out, **OPTIONS)
     record = read_json(out / "train-000.tar.done.json")
     assert record["skipped"] == {"non-finite latent": ["photos/0001"]}
-    assert (record["input"]["samples"], record["output"]["samples"], record["statistics"]["samples"]) == (5, 4, 4)
+    assert (record["input"]["samples"], record["output"]["samples"], record["statistics"]["samples"]) == (
+        5,
+        4,
+        4,
+    )
     assert not [name for name in read_tar(out / "train-000.tar") if name.startswith("photos/0001")]
     assert summary["skipped"] == 3
     assert summary["samples"] == 9
     assert "skipped 1 (non-finite latent): photos/0001" in capsys.readouterr().err
-    monkeypatch.setattr(ModelEncoder, "__call__", lambda self, images: tuple(part * torch.nan for part in call(self, images)))
+    monkeypatch.setattr(
+        ModelEncoder, "__call__", lambda self, images: tuple(part * torch.nan for part in call(self, images))
+    )
     summary = encode(model, photos, tmp_path / "none", **OPTIONS)
     assert (summary["samples"], summary["skipped"], summary["scaling_factor"]) == (0, 12, None)
 
@@ -341,13 +378,18 @@ def test_two_workers_on_one_shard_do_no_harm(encoded, model, photos, snapshot, t
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_disk_that_is_full_is_one_clear_line_and_nothing_is_lost(packed, model, photos, snapshot, tmp_path, largest_file):
+def test_a_disk_that_is_full_is_one_clear_line_and_nothing_is_lost(
+    packed, model, photos, snapshot, tmp_path, largest_file
+):
     """No file may grow beyond a size: not the record, then not the larger shards, then not the statistics, until all fit."""
     encode(model, photos, tmp_path / "whole", packed=packed, **OPTIONS)
     whole, out = snapshot(tmp_path / "whole"), tmp_path / "out"
     sizes = sorted({len(data) for data in whole.values()})
     for limit in (100, *(size - 1 for size in sizes if size > 1000)):
-        with largest_file(limit), pytest.raises(OutputError, match=r"could not write .*File too large") as caught:
+        with (
+            largest_file(limit),
+            pytest.raises(OutputError, match=r"could not write .*File too large") as caught,
+        ):
             encode(model, photos, out, packed=packed, **OPTIONS)
         assert "\n" not in str(caught.value)
         assert not list(out.rglob("*.incomplete"))

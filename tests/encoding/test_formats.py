@@ -86,7 +86,11 @@ def test_lightningdit(latents, tmp_path, monkeypatch):
     folder, made = latents
     out = write("lightningdit", folder, tmp_path / "out")
     names = sorted(path.name for path in out.glob("latents*"))
-    assert names == ["latents_rank00_shard000.safetensors", "latents_rank00_shard001.safetensors", "latents_stats.pt"]
+    assert names == [
+        "latents_rank00_shard000.safetensors",
+        "latents_rank00_shard001.safetensors",
+        "latents_stats.pt",
+    ]
     reader, noise = LightningDiT(out), []
     assert len(reader) == 12
     assert reader.mean.shape == reader.std.shape == (1, 4, 1, 1)
@@ -117,7 +121,9 @@ class Edm2:
         if self.zip:
             names = self.zip.namelist()
         else:
-            names = [os.path.relpath(Path(root) / name, path) for root, _, files in os.walk(path) for name in files]
+            names = [
+                os.path.relpath(Path(root) / name, path) for root, _, files in os.walk(path) for name in files
+            ]
         known = {*Image.registered_extensions(), ".npy"}
         self.names = sorted(name for name in names if os.path.splitext(name)[1].lower() in known)  # noqa: PTH122
         labels = dict(json.loads(self.bytes("dataset.json"))["labels"])
@@ -176,7 +182,9 @@ def test_repa(latents, tmp_path):
     for index, one in enumerate(latents[1]):
         image, moments, label = reader.item(index)
         original = torch.from_numpy(np.array(Image.open(io.BytesIO(one.members["png"])))).permute(2, 0, 1)
-        assert torch.equal(torch.from_numpy(image.copy()), crop_to_bucket(original, (32, 32)))  # what was encoded
+        assert torch.equal(
+            torch.from_numpy(image.copy()), crop_to_bucket(original, (32, 32))
+        )  # what was encoded
         mean, sigma = torch.from_numpy(moments)[None].chunk(2, dim=1)
         assert moments.dtype == np.float32
         assert torch.equal(mean[0], one.tensors["mean"])
@@ -186,7 +194,9 @@ def test_repa(latents, tmp_path):
 
 def test_mar(latents, tmp_path):
     """torchvision's DatasetFolder over npz files; a coin chooses moments or moments_flip, which hold mean and log-variance."""
-    reader = DatasetFolder(str(write("mar", latents[0], tmp_path / "out")), loader=np.load, extensions=(".npz",))
+    reader = DatasetFolder(
+        str(write("mar", latents[0], tmp_path / "out")), loader=np.load, extensions=(".npz",)
+    )
     assert len(reader) == 12
     by_number = {int(Path(path).stem): (path, target) for path, target in reader.samples}
     for index, one in enumerate(latents[1]):
@@ -256,7 +266,9 @@ def test_kohya(tmp_path, model, flip):
         image = out / f"{one.key}.png"
         assert image.read_bytes() == one.members["png"]
         assert image.with_suffix(".txt").read_bytes() == one.members["txt"]
-        latent, original, (left, top, right, bottom), flipped = kohya(str(image), (wide, high), one.bucket[::-1], model)
+        latent, original, (left, top, right, bottom), flipped = kohya(
+            str(image), (wide, high), one.bucket[::-1], model
+        )
         assert latent.dtype == np.float32
         assert original == [wide, high]
         # The image fitted into the bucket with its shape: that wide and high, in the middle.
@@ -347,9 +359,13 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(folders, tmp_path, format
         if left < 0:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "sync", step, raising=False)  # a real one would wait for all that this machine writes
     monkeypatch.setattr(
-        Path, "replace", lambda self, to: (step() if "layout.incomplete" in str(self) else None, replace(self, to))[1]
+        os, "sync", step, raising=False
+    )  # a real one would wait for all that this machine writes
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda self, to: (step() if "layout.incomplete" in str(self) else None, replace(self, to))[1],
     )
     write(format, folder, tmp_path / "whole")
     whole, steps = snapshot(tmp_path / "whole"), 10**9 - left

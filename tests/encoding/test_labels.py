@@ -91,5 +91,7 @@ def test_layouts_with_labels_refuse_words(tmp_path):
 
 def test_encoding_for_a_layout_with_labels_refuses_words_before_the_work(write_tar, tmp_path):
     write_tar(tmp_path / "a.tar", {"x.png": b"", "x.cls": b"cat"})
-    with pytest.raises(DataError, match=r"sample 'x' of .*a\.tar has the label 'cat', but classes are whole numbers"):
+    with pytest.raises(
+        DataError, match=r"sample 'x' of .*a\.tar has the label 'cat', but classes are whole numbers"
+    ):
         has_label([str(tmp_path / "a.tar")])

@@ -18,7 +18,9 @@ def large(write_tar, jpeg, tmp_path, monkeypatch):
     return tmp_path / "shards"
 
 
-def test_a_large_photo_is_encoded_from_a_reduced_decode_and_keeps_its_size_on_record(model, large, tmp_path, monkeypatch):
+def test_a_large_photo_is_encoded_from_a_reduced_decode_and_keeps_its_size_on_record(
+    model, large, tmp_path, monkeypatch
+):
     encode(model, large, tmp_path / "reduced", resolution=16, dtype="fp32", keep_images=True, device="cpu")
     monkeypatch.setattr(decoding, "LARGE", 160 * 240)
     encode(model, large, tmp_path / "full", resolution=16, dtype="fp32", keep_images=True, device="cpu")

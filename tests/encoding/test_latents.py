@@ -23,7 +23,9 @@ from latentae.errors import OutputError, ShardError
 
 BUCKETS = ((32, 32), (16, 48), (48, 16))
 # webdataset leaves its files to the garbage collector
-webdataset_warnings = pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+webdataset_warnings = pytest.mark.filterwarnings(
+    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 
 def shards(**options):
@@ -40,14 +42,18 @@ def output(request, tmp_path_factory):
     """Fifteen latents in three sizes, with flips and labels: the folder and what went in."""
     made = shards(buckets=BUCKETS, dtype=torch.bfloat16)
     folder = tmp_path_factory.mktemp("made") / "out"
-    return write_output(folder, made, packed=request.param == "packed"), [one for name in sorted(made) for one in made[name]]
+    return write_output(folder, made, packed=request.param == "packed"), [
+        one for name in sorted(made) for one in made[name]
+    ]
 
 
 @pytest.fixture(scope="module", params=["in the tar", "packed"])
 def even(request, tmp_path_factory):
     made = shards()
     folder = tmp_path_factory.mktemp("even") / "out"
-    return write_output(folder, made, packed=request.param == "packed"), [one for name in sorted(made) for one in made[name]]
+    return write_output(folder, made, packed=request.param == "packed"), [
+        one for name in sorted(made) for one in made[name]
+    ]
 
 
 def test_items_are_what_encode_stored(encoded, kept, read_tar):
@@ -75,7 +81,9 @@ def test_packed_or_not_and_in_whatever_type_the_same_is_read(output):
     assert dataset.labels.tolist() == [one.label for one in made]
     for index in (14, 3, 0, 7):
         assert torch.equal(dataset[index].mean, made[index].tensors["mean"].float())
-        assert torch.equal(dataset.posterior(index, flip=True).logvar, made[index].tensors["logvar_flip"].float())
+        assert torch.equal(
+            dataset.posterior(index, flip=True).logvar, made[index].tensors["logvar_flip"].float()
+        )
         assert dataset[index].mean.dtype == torch.float32
     assert dataset[np.int64(-1)].key == dataset[14].key
     for index in (15, -16):
@@ -158,7 +166,9 @@ def test_scaled_latents_have_zero_mean_and_unit_variance(encoded, even, model):
     assert (means.var(correction=0) + noise.mean()).item() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(dataset.unscale(dataset[4].mean), raw[4].mean, rtol=1e-5, atol=1e-5)
     sample = dataset[4].sample(torch.Generator().manual_seed(1))
-    torch.testing.assert_close(dataset.unscale(sample), raw[4].sample(torch.Generator().manual_seed(1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        dataset.unscale(sample), raw[4].sample(torch.Generator().manual_seed(1)), rtol=1e-5, atol=1e-5
+    )
     assert AutoencoderKL.from_pretrained(model).decode(dataset.unscale(sample)[None]).shape == (1, 3, 32, 32)
     raw, scaled = (LatentDataset(even[0], sample=True, flip=True, scaled=s) for s in (False, True))
     for index in range(15):
@@ -173,7 +183,9 @@ def double(item):
 def test_workers_read_the_same(even, start):
     dataset = pickle.loads(pickle.dumps(LatentDataset(even[0], sample=True, flip=True, transform=double)))
     assert torch.equal(dataset[3][1], 2 * LatentDataset(even[0], sample=True, flip=True)[3].latent)
-    loader = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True, multiprocessing_context=start)
+    loader = DataLoader(
+        dataset, batch_size=4, num_workers=2, persistent_workers=True, multiprocessing_context=start
+    )
     draws = []
     for epoch in range(2):
         dataset.set_epoch(epoch)  # reaches workers that live on
@@ -247,7 +259,9 @@ def test_webdataset_alone_reads_the_tars(tmp_path):
         for one, sample in zip(made[name], samples, strict=True):
             assert sample["__key__"] == one.key
             assert torch.equal(sample["latent.safetensors"]["mean"], one.tensors["mean"])
-            assert sample["txt"] == one.members["txt"].decode()  # webdataset's own decoders go on for the other members
+            assert (
+                sample["txt"] == one.members["txt"].decode()
+            )  # webdataset's own decoders go on for the other members
             assert sample.get("cls", one.label) == one.label
 
 

@@ -53,7 +53,9 @@ def wide(jpeg, write_tar, tmp_path):
     """One shard of 24 images of several shapes, one of them unreadable."""
     members = {}
     for number in range(24):
-        members[f"{number:03}.jpg"] = jpeg(number, *[(96, 96), (60, 130), (140, 70), (96, 100)][number * number % 7 % 4])
+        members[f"{number:03}.jpg"] = jpeg(
+            number, *[(96, 96), (60, 130), (140, 70), (96, 100)][number * number % 7 % 4]
+        )
         members[f"{number:03}.txt"] = f"caption {number}".encode()
     members["017.jpg"] = members["017.jpg"][:200]
     write_tar(tmp_path / "wide/a.tar", members)
@@ -61,9 +63,12 @@ def wide(jpeg, write_tar, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "options"), [(1, {}), (4, {"buckets": "auto", "resolution": 192, "packed": True, "flip": True})]
+    ("workers", "options"),
+    [(1, {}), (4, {"buckets": "auto", "resolution": 192, "packed": True, "flip": True})],
 )
-def test_bytes_do_not_depend_on_the_number_of_workers(workers, options, model, photos, wide, snapshot, tmp_path):
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    workers, options, model, photos, wide, snapshot, tmp_path
+):
     shards = [*sorted(photos.glob("*.tar")), wide / "a.tar"]
     for count in (0, workers):
         encode(model, shards, tmp_path / f"{count}", workers=count, max_bad_share=0.1, **OPTIONS, **options)
@@ -72,10 +77,14 @@ def test_bytes_do_not_depend_on_the_number_of_workers(workers, options, model, p
 
 def test_buckets_flips_and_order(model, wide, read_tar, tmp_path):
     """Each image at its own bucket, its mirror image too, all in the order of the input."""
-    summary = encode(model, wide, tmp_path / "out", buckets="auto", resolution=192, flip=True, max_bad_share=0.1, **OPTIONS)
+    summary = encode(
+        model, wide, tmp_path / "out", buckets="auto", resolution=192, flip=True, max_bad_share=0.1, **OPTIONS
+    )
     images, found = read_tar(wide / "a.tar"), read_tar(tmp_path / "out/a.tar")
     keys = [f"{number:03}" for number in range(24) if number != 17]
-    assert list(found) == [f"{key}.{part}" for key in keys for part in ("latent.safetensors", "latent.json", "txt")]
+    assert list(found) == [
+        f"{key}.{part}" for key in keys for part in ("latent.safetensors", "latent.json", "txt")
+    ]
     encoder = ModelEncoder(AutoencoderKL.from_pretrained(model), torch.device("cpu"))
     sizes = default_buckets(192)
     used = set()
@@ -101,7 +110,14 @@ def test_buckets_flips_and_order(model, wide, read_tar, tmp_path):
 
 
 def test_packed_latents_are_the_same_and_lie_where_the_tar_says(model, wide, read_tar, tmp_path):
-    options = {"buckets": "auto", "resolution": 192, "flip": True, "max_bad_share": 0.1, **OPTIONS, "dtype": "bf16"}
+    options = {
+        "buckets": "auto",
+        "resolution": 192,
+        "flip": True,
+        "max_bad_share": 0.1,
+        **OPTIONS,
+        "dtype": "bf16",
+    }
     encode(model, wide, tmp_path / "plain", **options)
     encode(model, wide, tmp_path / "packed", packed=True, **options)
     plain, packed = (read_tar(tmp_path / name / "a.tar") for name in ("plain", "packed"))
@@ -132,7 +148,9 @@ def test_packed_latents_are_the_same_and_lie_where_the_tar_says(model, wide, rea
 def test_few_samples_wait_for_their_bucket(jpeg, write_tar, tmp_path):
     """A rare shape does not hold back all that follow it."""
     members = [(60, 130)] + [(64, 64)] * 4 * (samples.SPAN + 4)
-    write_tar(tmp_path / "a.tar", {f"{number:03}.jpg": jpeg(number, *shape) for number, shape in enumerate(members)})
+    write_tar(
+        tmp_path / "a.tar", {f"{number:03}.jpg": jpeg(number, *shape) for number, shape in enumerate(members)}
+    )
     settings = ShardSettings(192, "fp32", 4, False, 3, "", buckets=default_buckets(192))
     sizes = []
 
@@ -176,13 +194,20 @@ def test_shards_and_output_may_be_remote(model, photos, encoded, snapshot, tmp_p
     try:
         summary = encode(model, "memory://encode-in/*.tar", "memory://encode-out/latents", **OPTIONS)
         assert (summary["finished"], summary["samples"]) == (True, 12)
-        found = {path.removeprefix("/encode-out/latents/"): memory.cat_file(path) for path in memory.find("/encode-out")}
+        found = {
+            path.removeprefix("/encode-out/latents/"): memory.cat_file(path)
+            for path in memory.find("/encode-out")
+        }
     finally:
         for folder in ("/encode-in", "/encode-out"):
             memory.rm(folder, recursive=True)
     expected = snapshot(encoded)
     assert found.keys() == expected.keys()
-    assert all(found[name] == expected[name] for name in expected if name.endswith((".tar", ".done.json", "statistics.json")))
+    assert all(
+        found[name] == expected[name]
+        for name in expected
+        if name.endswith((".tar", ".done.json", "statistics.json"))
+    )
 
 
 def hungry(limit):
@@ -203,7 +228,11 @@ def test_out_of_memory_halves_the_batch_for_good_and_is_recorded(photos, snapsho
     assert [sidecar.batch_sizes for sidecar in plain] == [[], []]
     assert [s.output for s in found] == [s.output for s in plain], "this encoder has no last bits to lose"
     said = capsys.readouterr().err
-    assert said.count("going on with batches of 2 images of 32x32") == said.count("going on with batches of 1 images") == 1
+    assert (
+        said.count("going on with batches of 2 images of 32x32")
+        == said.count("going on with batches of 1 images")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -245,7 +274,10 @@ def test_an_error_of_the_reader_comes_after_the_shards_before_it(workers, photos
     settings = ShardSettings(32, "fp32", 4, False, 3, "", workers=workers)
     found = []
     with pytest.raises(ShardError, match=r"bad\.tar"):
-        found.extend(sidecar.shard for sidecar in encode_shards(work, Store.open(tmp_path / "out"), small_encoder, settings))
+        found.extend(
+            sidecar.shard
+            for sidecar in encode_shards(work, Store.open(tmp_path / "out"), small_encoder, settings)
+        )
     assert found == ["a.tar"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.tar", "a.tar.done.json"]
 
@@ -264,7 +296,9 @@ def test_ctrl_c_ends_all_threads_and_leaves_nothing_half_written(photos, tmp_pat
     settings = ShardSettings(32, "fp32", 2, False, 3, "", workers=2)
     work = [(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
     began = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with Ctrl-C ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job begins with Ctrl-C ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             list(encode_shards(work, Store.open(tmp_path / "out"), interrupted, settings))
@@ -314,7 +348,9 @@ def test_stages_keep_the_order_and_hand_on_errors(workers):
 
     with Crew(workers) as crew:
         doubled = crew.map(lambda x: 2 * x, iter(range(50)), 5)
-        assert list(crew.behind(consume, crew.ahead(doubled, 2), 2)) == [2 * number + 1 for number in range(50)]
+        assert list(crew.behind(consume, crew.ahead(doubled, 2), 2)) == [
+            2 * number + 1 for number in range(50)
+        ]
     found = []
     with Crew(workers) as crew, pytest.raises(ValueError, match="the seventh"):
         found.extend(crew.behind(consume, crew.ahead(broken(), 2), 2))
@@ -338,7 +374,9 @@ def test_workers_leave_the_encoder_its_threads():
 @pytest.mark.parametrize("shape", [(64, 64), (48, 100), (101, 51), (90, 1000), (1000, 90)])
 @pytest.mark.parametrize("bucket", [(32, 32), (64, 32), (32, 64)])
 def test_geometry_is_what_was_cropped(shape, bucket):
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).permute(2, 0, 1)
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).permute(
+        2, 0, 1
+    )
     info = geometry(*shape, bucket)
     top, left, high, wide_ = info["crop"]
     assert (high, wide_) == tuple(info["bucket"]) == bucket
@@ -347,9 +385,14 @@ def test_geometry_is_what_was_cropped(shape, bucket):
     assert 0 <= left <= info["resized_size"][1] - wide_
     if bucket == (32, 32) and max(shape) < 4 * min(shape):
         resized = torch.nn.functional.interpolate(
-            image[None].contiguous(memory_format=torch.channels_last), tuple(info["resized_size"]), mode="bicubic", antialias=True
+            image[None].contiguous(memory_format=torch.channels_last),
+            tuple(info["resized_size"]),
+            mode="bicubic",
+            antialias=True,
         )[0]
-        assert torch.equal(resized[:, top : top + high, left : left + wide_], resize_and_center_crop(image, 32))
+        assert torch.equal(
+            resized[:, top : top + high, left : left + wide_], resize_and_center_crop(image, 32)
+        )
 
 
 def test_two_tasks_given_the_same_shards_share_them(encoded, model, photos, snapshot, tmp_path, monkeypatch):
@@ -369,7 +412,9 @@ def test_two_tasks_given_the_same_shards_share_them(encoded, model, photos, snap
     assert snapshot(tmp_path / "out") == snapshot(encoded)
 
 
-def test_another_trainers_layout_is_written_from_latents_that_have_what_it_needs(model, jpeg, write_tar, tmp_path, capsys):
+def test_another_trainers_layout_is_written_from_latents_that_have_what_it_needs(
+    model, jpeg, write_tar, tmp_path, capsys
+):
     members = {}
     for number in range(3):
         members |= {f"{number}.jpg": jpeg(number, 40, 40), f"{number}.cls": b"0"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_output import Made
 
-from latentae.data.index import load_index
+from latentae.data.shard_index import load_index
 from latentae.encoding.plan import (
     Shard,
     find_finished,
@@ -24,7 +24,11 @@ from latentae.encoding.store import Store
 from latentae.errors import ShardError
 from latentae.files import atomic_file
 
-NAMES = st.lists(st.lists(st.sampled_from(["a", "b", "c.d", "e"]), min_size=1, max_size=3).map("/".join), min_size=1, unique=True)
+NAMES = st.lists(
+    st.lists(st.sampled_from(["a", "b", "c.d", "e"]), min_size=1, max_size=3).map("/".join),
+    min_size=1,
+    unique=True,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +71,9 @@ def test_shards_keep_their_names_below_the_folder_they_share(shards: list[str], 
         (["s3://b/0.tar", "/data/0.tar"], "different drives or file systems"),
     ],
 )
-def test_shards_that_would_meet_are_refused(shards: list[str], says: str, tmp_path: Path, monkeypatch) -> None:
+def test_shards_that_would_meet_are_refused(
+    shards: list[str], says: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ShardError, match=says):
         output_names([shard.replace("{here}", str(tmp_path)) for shard in shards])
@@ -84,8 +90,15 @@ def test_plan_is_the_same_however_shards_are_listed(photos: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])
 def test_what_is_finished(tmp_path: Path, kind: str) -> None:
-    made = Made(tmp_path / "out" if kind == "disk" else f"memory://{uuid.uuid4().hex}/out", tmp_path / "in", packed=True)
-    plan = [Shard("", name, sidecar.input.samples, sidecar.input.bytes) for name, sidecar in sorted(made.sidecars.items())]
+    made = Made(
+        tmp_path / "out" if kind == "disk" else f"memory://{uuid.uuid4().hex}/out",
+        tmp_path / "in",
+        packed=True,
+    )
+    plan = [
+        Shard("", name, sidecar.input.samples, sidecar.input.bytes)
+        for name, sidecar in sorted(made.sidecars.items())
+    ]
     plan.append(Shard("", "new.tar", 1, 1))
 
     def finished(fingerprint: str = "f" * 64) -> list[str]:
@@ -112,7 +125,10 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     shard.parent.mkdir()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    here = abandoned_name(shard, gone.pid), abandoned_name(shard.with_name("a[0].latents-8x8.safetensors"), gone.pid)
+    here = (
+        abandoned_name(shard, gone.pid),
+        abandoned_name(shard.with_name("a[0].latents-8x8.safetensors"), gone.pid),
+    )
     living = abandoned_name(shard, os.getpid()), shard.with_name(".a[0].tar.elsewhere.7.incomplete")
     old = shard.with_name(".b.tar.elsewhere.8.incomplete")
     for path in (shard, *here, *living, old):

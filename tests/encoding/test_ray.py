@@ -26,14 +26,21 @@ def _ray():
 
 
 def driver(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(DRIVER.parent)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(DRIVER.parent),
+    }
     command = [sys.executable, str(DRIVER), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-def test_one_of_two_workers_is_killed_and_the_output_is_that_of_the_local_engine(encoded, model, photos, snapshot, tmp_path):
+def test_one_of_two_workers_is_killed_and_the_output_is_that_of_the_local_engine(
+    encoded, model, photos, snapshot, tmp_path
+):
     torch.set_num_threads(1)
     mark = tmp_path / "died"
     done = driver(model, photos, tmp_path / "out", "die", mark)
@@ -46,10 +53,14 @@ def test_one_of_two_workers_is_killed_and_the_output_is_that_of_the_local_engine
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-def test_an_error_of_a_worker_ends_the_run_and_the_next_one_goes_on(model, photos, encoded, snapshot, tmp_path):
+def test_an_error_of_a_worker_ends_the_run_and_the_next_one_goes_on(
+    model, photos, encoded, snapshot, tmp_path
+):
     """The first half by the local engine, then a worker with an error, then the rest."""
     out = tmp_path / "out"
-    assert not encode(model, photos, out, **{**OPTIONS, "engine": "local"}, task_id=0, num_tasks=2)["finished"]
+    assert not encode(model, photos, out, **{**OPTIONS, "engine": "local"}, task_id=0, num_tasks=2)[
+        "finished"
+    ]
     failed = driver(model, photos, out, "raise", tmp_path / "raised")
     assert failed.returncode != 0
     assert failed.stderr.splitlines()[-1] == "latentae.errors.ModelError: the model broke"

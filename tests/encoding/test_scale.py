@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentae.data.index import load_index
+from latentae.data.shard_index import load_index
 from latentae.encoding.plan import find_finished, plan_shards
 from latentae.encoding.shard import ShardSettings, encode_shards
 from latentae.encoding.store import Store

@@ -42,16 +42,29 @@ def values(tensor) -> np.ndarray:
     return tensor.double().numpy().reshape(tensor.shape[0], -1)
 
 
-@pytest.mark.parametrize(("dtype", "packed"), [("bf16", False), ("fp16", True), ("fp32", False), ("fp32", True)])
+@pytest.mark.parametrize(
+    ("dtype", "packed"), [("bf16", False), ("fp16", True), ("fp32", False), ("fp32", True)]
+)
 def test_equal_to_numpy(out: str | Path, tmp_path: Path, dtype: str, packed: bool) -> None:
     counts = {"a.tar": 3, "deep/b.tar": 0, "deep/c.tar": 50, "deep/d.tar": 1}
     made = Made(
-        out, tmp_path / "in", dtype=dtype, packed=packed, flip=True, counts=counts, skipped={"a.tar": ["x", "y"]}
+        out,
+        tmp_path / "in",
+        dtype=dtype,
+        packed=packed,
+        flip=True,
+        counts=counts,
+        skipped={"a.tar": ["x", "y"]},
     ).finish()
     tensors = made.tensors.values()
     summary = stats(out)
     check(summary, [values(t["mean"]) for t in tensors], [values(t["logvar"]) for t in tensors])
-    assert (summary["finished"], summary["shards"], summary["planned"], summary["dtype"]) == (True, 4, 4, dtype)
+    assert (summary["finished"], summary["shards"], summary["planned"], summary["dtype"]) == (
+        True,
+        4,
+        4,
+        dtype,
+    )
     assert summary["skipped"] == {"unreadable image": 2}
 
 
@@ -70,7 +83,12 @@ def test_so_far(out: str | Path, tmp_path: Path) -> None:
     made.store.remove("a.tar.done.json")
     made.replace("deep/b.tar", b"cut")
     summary = stats(out)
-    assert (summary["finished"], summary["shards"], summary["planned"], summary["samples"]) == (False, 1, 3, 5)
+    assert (summary["finished"], summary["shards"], summary["planned"], summary["samples"]) == (
+        False,
+        1,
+        3,
+        5,
+    )
     tensors = [made.tensors[key] for key in made.tensors if key.startswith("deep/c")]
     check(summary, [values(t["mean"]) for t in tensors], [values(t["logvar"]) for t in tensors])
     assert "5 latents in 1 of 3 shards, not finished" in stats_table(summary)

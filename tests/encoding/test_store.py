@@ -212,8 +212,12 @@ def put(store: Store, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["put_file", "pipe_file"])
 @pytest.mark.parametrize("direct", [False, True])
-def test_uploads_are_tried_again_and_silent_damage_is_noticed(remote: Store, monkeypatch, how: str, direct: bool) -> None:
-    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "async_impl", direct)  # before fsspec makes one
+def test_uploads_are_tried_again_and_silent_damage_is_noticed(
+    remote: Store, monkeypatch, how: str, direct: bool
+) -> None:
+    monkeypatch.setattr(
+        fsspec.get_filesystem_class("memory"), "async_impl", direct
+    )  # before fsspec makes one
     broken = Broken(monkeypatch, remote)
     for error, times in ((ConnectionError("reset half way"), 2), (None, 1)):
         broken.half(how, times, error)
@@ -236,8 +240,12 @@ def test_a_dead_upload_leaves_nothing(remote: Store, broken: Broken) -> None:
     assert remote.read("deep/a") == b"before"
 
 
-@pytest.mark.parametrize(("error", "tries"), [(FileNotFoundError("no such bucket"), 3), (PermissionError("read only"), 1)])
-def test_a_missing_bucket_is_no_success_and_no_access_is_said_at_once(remote, broken, error: OSError, tries: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "tries"), [(FileNotFoundError("no such bucket"), 3), (PermissionError("read only"), 1)]
+)
+def test_a_missing_bucket_is_no_success_and_no_access_is_said_at_once(
+    remote, broken, error: OSError, tries: int
+) -> None:
     broken.fail("put_file", error, 10**9)
     with pytest.raises(OutputError, match=rf"\({error}\) in {tries} tries"):
         put(remote, "put_file")
@@ -246,7 +254,12 @@ def test_a_missing_bucket_is_no_success_and_no_access_is_said_at_once(remote, br
 @pytest.mark.parametrize("operation", ["cat_file", "info", "find", "rm_file"])
 def test_reads_are_tried_again(remote: Store, broken: Broken, operation: str) -> None:
     remote.write_bytes("a", b"x")
-    call = {"cat_file": remote.read, "info": remote.size, "find": lambda _: remote.names(), "rm_file": remote.remove}[operation]
+    call = {
+        "cat_file": remote.read,
+        "info": remote.size,
+        "find": lambda _: remote.names(),
+        "rm_file": remote.remove,
+    }[operation]
     expected = {"cat_file": b"x", "info": 1, "find": ["a"], "rm_file": None}[operation]
     broken.fail(operation, TimeoutError("slow"), 2)
     assert call("a") == expected
@@ -274,7 +287,10 @@ def test_unreadable_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_full_disk(store: Store, largest_file) -> None:
     store.write_bytes("small", b"x" * 1000)
     with largest_file(100_000):
-        with pytest.raises(OutputError, match=r"could not write .*File too large") as caught, store.write("big") as path:
+        with (
+            pytest.raises(OutputError, match=r"could not write .*File too large") as caught,
+            store.write("big") as path,
+        ):
             path.write_bytes(DATA)
         assert "\n" not in str(caught.value)
         assert store.names() == ["small"]

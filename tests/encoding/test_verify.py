@@ -51,8 +51,15 @@ def problems(made: Made, deep: bool = True, **options) -> list[str]:
 
 def pending(made: Made) -> list[str]:
     """What an encode command would make again."""
-    plan = [Shard("", name, sidecar.input.samples, sidecar.input.bytes) for name, sidecar in sorted(made.sidecars.items())]
-    return [shard.name for shard, sidecar in find_finished(made.store, plan, "f" * 64, made.store.sizes()) if sidecar is None]
+    plan = [
+        Shard("", name, sidecar.input.samples, sidecar.input.bytes)
+        for name, sidecar in sorted(made.sidecars.items())
+    ]
+    return [
+        shard.name
+        for shard, sidecar in find_finished(made.store, plan, "f" * 64, made.store.sizes())
+        if sidecar is None
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +72,9 @@ def test_a_good_output(out: str | Path, tmp_path: Path, kind: str) -> None:
             assert report.ok
             assert (report.shards, report.samples, report.forgotten) == (3, 8, [])
             sizes = made.store.sizes().items()
-            assert report.bytes == sum(size for name, size in sizes if name.endswith((".tar", ".safetensors")))
+            assert report.bytes == sum(
+                size for name, size in sizes if name.endswith((".tar", ".safetensors"))
+            )
     assert made.store.record()["finished"]
 
 
@@ -98,7 +107,9 @@ def test_a_damaged_shard_counts_as_not_done(made: Made) -> None:
     assert verify(made.out, deep=True).ok
 
 
-def test_encode_repairs_what_verify_finds(kept: Path, model: Path, photos: Path, tmp_path: Path, snapshot) -> None:
+def test_encode_repairs_what_verify_finds(
+    kept: Path, model: Path, photos: Path, tmp_path: Path, snapshot
+) -> None:
     assert [str(fault) for fault in verify(kept, deep=True, shards=photos).faults] == []
     out, good, rng = shutil.copytree(kept, tmp_path / "out"), snapshot(kept), random.Random(1)
     for name in good:
@@ -127,12 +138,16 @@ def test_what_is_not_done(made: Made) -> None:
     made.store.remove("deep/c.tar")
     made.store.remove("deep/c.tar.done.json")
     assert "1 of 3" not in problems(made)[-1]
-    assert "deep/c.tar: it is not done" in problems(made, shards=[str(path) for path in made.sources.values()])
+    assert "deep/c.tar: it is not done" in problems(
+        made, shards=[str(path) for path in made.sources.values()]
+    )
 
 
 def test_an_output_that_is_not_finished(out: str | Path, tmp_path: Path) -> None:
     made = Made(out, tmp_path / "in", packed=True)
-    assert problems(made) == ["all shards are done, but the job is not closed; run the same encode command again"]
+    assert problems(made) == [
+        "all shards are done, but the job is not closed; run the same encode command again"
+    ]
     made.store.remove("a.latents-32x32.safetensors")
     assert problems(made)[0] == "a.tar: a.latents-32x32.safetensors is not there"
     made.store.remove("a.tar.done.json")
@@ -146,7 +161,13 @@ def test_an_output_that_is_not_finished(out: str | Path, tmp_path: Path) -> None
 def test_statistics_of_the_output(made: Made) -> None:
     found = json.loads(made.store.read("statistics.json") or b"")
     good = made.store.read("statistics.json") or b""
-    for name, value in {"scaling_factor": 1.0, "skipped": 1, "model": "x", "dtype": "bf16", "fingerprint": "e"}.items():
+    for name, value in {
+        "scaling_factor": 1.0,
+        "skipped": 1,
+        "model": "x",
+        "dtype": "bf16",
+        "fingerprint": "e",
+    }.items():
         made.replace("statistics.json", json.dumps({**found, name: value}).encode())
         assert problems(made) == [
             "statistics.json is missing, damaged or not what the sidecars add up to; run the same encode command again"
@@ -213,24 +234,43 @@ INFO = {"source": "jpg", "source_sha256": "", "bucket": [32, 32]}
         ({"latent_json": b"{"}, "can't be read"),
         ({"latent_json": b"[1]"}, "can't be read"),
         ({"latent_json": b"{}"}, "does not say which part"),
-        ({"latent_safetensors": save({"mean": numbers(3, 4, 4)})}, "it has the tensors ['mean'], expected ['logvar', 'mean']"),
+        (
+            {"latent_safetensors": save({"mean": numbers(3, 4, 4)})},
+            "it has the tensors ['mean'], expected ['logvar', 'mean']",
+        ),
         ({"latent_safetensors": tensors(mean_flip=numbers(3, 4, 4))}, "expected ['logvar', 'mean']"),
         ({"latent_safetensors": tensors(mean=numbers(3, 4, 5))}, "expected one [3, h, w]"),
-        ({"latent_safetensors": tensors(mean=numbers(2, 4, 4), logvar=numbers(2, 4, 4))}, "expected one [3, h, w]"),
-        ({"latent_safetensors": tensors(mean=numbers(3, 2, 4), logvar=numbers(3, 2, 4))}, "2 x 4 for an image of 32 x 32"),
-        ({"latent_safetensors": tensors(mean=numbers(3, 4, 4).half())}, "its mean is torch.float16, expected torch.float32"),
+        (
+            {"latent_safetensors": tensors(mean=numbers(2, 4, 4), logvar=numbers(2, 4, 4))},
+            "expected one [3, h, w]",
+        ),
+        (
+            {"latent_safetensors": tensors(mean=numbers(3, 2, 4), logvar=numbers(3, 2, 4))},
+            "2 x 4 for an image of 32 x 32",
+        ),
+        (
+            {"latent_safetensors": tensors(mean=numbers(3, 4, 4).half())},
+            "its mean is torch.float16, expected torch.float32",
+        ),
         ({"latent_safetensors": tensors(mean=numbers(3, 4, 4, fill=float("nan")))}, "its mean is not finite"),
-        ({"latent_safetensors": tensors(logvar=numbers(3, 4, 4, fill=float("inf")))}, "its logvar is not finite"),
+        (
+            {"latent_safetensors": tensors(logvar=numbers(3, 4, 4, fill=float("inf")))},
+            "its logvar is not finite",
+        ),
         ({"latent_safetensors": tensors(mean=numbers(3, 4, 4))}, "are not those of its latents (mean)"),
         ({"jpg": b"other"}, "its jpg is not the image that latent.json names"),
         ({}, "its image (jpg) is missing"),
     ],
 )
-def test_samples_that_are_wrong_from_the_start(tmp_path: Path, changes: dict[str, bytes | None], problem: str) -> None:
+def test_samples_that_are_wrong_from_the_start(
+    tmp_path: Path, changes: dict[str, bytes | None], problem: str
+) -> None:
     """The sidecar's hash fits: whoever wrote them was wrong."""
     made = Made(tmp_path / "out", tmp_path / "in", counts={"a.tar": 1}, keep_images=not changes)
     good = latents(0, (32, 32), "fp32", flip=False)
-    made.place("a.tar", tar_bytes(members(made, **changes)), 1, LatentStatistics.of(good["mean"], good["logvar"]), [])
+    made.place(
+        "a.tar", tar_bytes(members(made, **changes)), 1, LatentStatistics.of(good["mean"], good["logvar"]), []
+    )
     made.finish()
     assert verify(made.out).ok
     faults = problems(made)
@@ -260,8 +300,13 @@ def test_packed_rows(tmp_path: Path) -> None:
     made = Made(tmp_path / "out", tmp_path / "in", packed=True, counts={"a.tar": 4}).finish()
     sidecar = made.sidecars["a.tar"]
     info = {**INFO, "row": 0}
-    swapped = {f"{made.key('a.tar', n)}.latent.json": json.dumps({**info, "row": 1 - n // 2}).encode() for n in (0, 2)}
-    swapped |= {f"{made.key('a.tar', n)}.latent.json": json.dumps({**info, "row": 7}).encode() for n in (1, 3)}
+    swapped = {
+        f"{made.key('a.tar', n)}.latent.json": json.dumps({**info, "row": 1 - n // 2}).encode()
+        for n in (0, 2)
+    }
+    swapped |= {
+        f"{made.key('a.tar', n)}.latent.json": json.dumps({**info, "row": 7}).encode() for n in (1, 3)
+    }
     made.place("a.tar", tar_bytes(swapped), 4, LatentStatistics.from_json(sidecar.statistics), sidecar.packed)
     faults = problems(made)
     assert "a.tar: sample 'a/000': its row is 1, expected 0" in faults
@@ -296,13 +341,22 @@ def test_keys_of_the_input(tmp_path: Path) -> None:
     good = made.sidecars["a.tar"]
     made.place("a.tar", made.store.read("a.tar") or b"", 3, LatentStatistics.from_json(good.statistics), [])
     shards = [str(path) for path in made.sources.values()]
-    assert problems(made, shards=shards) == ["a.tar: its keys are not those of its input, less those skipped, in that order"]
+    assert problems(made, shards=shards) == [
+        "a.tar: its keys are not those of its input, less those skipped, in that order"
+    ]
 
 
 def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, monkeypatch) -> None:
     """Uploads die now and then, one in the middle of a file, one for good: what is left is whole, and the rest is made later."""
     url = f"memory://{uuid.uuid4().hex}/out"
-    options = {"dtype": "fp32", "batch_size": 4, "device": "cpu", "packed": True, "flip": True, "keep_images": True}
+    options = {
+        "dtype": "fp32",
+        "batch_size": 4,
+        "device": "cpu",
+        "packed": True,
+        "flip": True,
+        "keep_images": True,
+    }
     memory = fsspec.get_filesystem_class("memory")
     plain, calls = memory.put_file, count()
     monkeypatch.setattr(remote_store, "WAITS", (0.0,))
@@ -321,9 +375,13 @@ def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, m
     monkeypatch.setattr(memory, "put_file", plain)
     report = verify(url, deep=True)
     assert not report.ok
-    assert all("not done" in fault.problem or "are done" in fault.problem for fault in report.faults), report.faults
+    assert all("not done" in fault.problem or "are done" in fault.problem for fault in report.faults), (
+        report.faults
+    )
     assert report.forgotten == []
     assert encode(model, photos, url, **options)["finished"]
     assert verify(url, deep=True, shards=photos).ok
     here, there = Store.open(kept), Store.open(url)
-    assert {name: there.read(name) for name in there.names()} == {name: here.read(name) for name in here.names()}
+    assert {name: there.read(name) for name in there.names()} == {
+        name: here.read(name) for name in here.names()
+    }

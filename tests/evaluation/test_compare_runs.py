@@ -10,7 +10,7 @@ import pytest
 
 from latentae.errors import DataError, OutputError, RecipeError
 from latentae.evaluation.compare import compare
-from latentae.evaluation.metrics import bootstrap_mean
+from latentae.measures.metrics import bootstrap_mean
 
 RECIPE = """images = {images}
 seed = {seed}
@@ -28,12 +28,17 @@ images = 10
 
 def write_run(folder, *, psnr=(20.0, 24.0, 23.0), seed=0, net="alex", finished=True, extra=""):
     folder.mkdir(parents=True)
-    lines = [{"loss/total": 1.0 / n, "img_per_s": 5.0, "time": 1000.0 + 4 * n, "memory_gb": 0.5 + n / 10} for n in range(1, 4)]
+    lines = [
+        {"loss/total": 1.0 / n, "img_per_s": 5.0, "time": 1000.0 + 4 * n, "memory_gb": 0.5 + n / 10}
+        for n in range(1, 4)
+    ]
     lines = [{"step": n, "images": 10 * n, **line} for n, line in enumerate(lines, 1)]
     validation = [{"validation/psnr": value, "validation/perceptual": 1 / value} for value in psnr]
     lines += [{"step": n, "images": 10 * n, **line} for n, line in enumerate(validation, 1)]
     log = "\n".join(map(json.dumps, lines))
-    (folder / "metrics.jsonl").write_text(f'{{"images": "x"}}\nnonsense\n{log}\n{{"step": 4, "ima', encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        f'{{"images": "x"}}\nnonsense\n{log}\n{{"step": 4, "ima', encoding="utf-8"
+    )
     (folder / "recipe.toml").write_text(RECIPE.format(images=30, seed=seed, net=net) + extra)
     (folder / "latentae.json").write_text(json.dumps({"verb": "train", "finished": finished}))
     return folder
@@ -68,12 +73,20 @@ def test_last_and_best_values_of_runs_and_what_differs_in_their_recipes(tmp_path
     assert psnr["values"]["b"] == {"last": 23.0, "images": 20.0, "best": 23.0, "best_images": 20.0}
     assert (psnr["best"], psnr["reason"]) == ("a", None)
     assert result["recipes"] == {
-        "differing": [{"key": "seed", "values": {"a": 0, "b": 1}}, {"key": "ema.decay", "values": {"b": 0.9}}],
+        "differing": [
+            {"key": "seed", "values": {"a": 0, "b": 1}},
+            {"key": "ema.decay", "values": {"b": 0.9}},
+        ],
         "same": 6,
     }
-    assert [(item["finished"], item["images"], item["of"]) for item in result["subjects"]] == [(True, 30, 30), (False, 30, 30)]
+    assert [(item["finished"], item["images"], item["of"]) for item in result["subjects"]] == [
+        (True, 30, 30),
+        (False, 30, 30),
+    ]
     speed = result["training"]["a"]
-    assert speed == pytest.approx({"images_per_second": 5.0, "seconds": 6.0, "wall_seconds": 8.0, "memory_gb": 0.8})
+    assert speed == pytest.approx(
+        {"images_per_second": 5.0, "seconds": 6.0, "wall_seconds": 8.0, "memory_gb": 0.8}
+    )
     printed = capsys.readouterr()
     assert "24 at 20" in printed.out
     assert "seed, ema.decay" in printed.out
@@ -104,7 +117,10 @@ def test_a_tie_has_no_winner_and_the_page_repeats_to_the_byte(tmp_path):
 
 def test_evaluations_are_paired_by_key_on_the_images_that_both_have(tmp_path):
     first = {f"k{n}": 20.0 + n % 7 for n in range(40)}
-    second = {key: value + 0.5 + 0.1 * (number % 3) for number, (key, value) in enumerate(reversed(list(first.items())[5:]))}
+    second = {
+        key: value + 0.5 + 0.1 * (number % 3)
+        for number, (key, value) in enumerate(reversed(list(first.items())[5:]))
+    }
     a = write_evaluation(tmp_path / "a", psnr=first)
     b = write_evaluation(tmp_path / "b", psnr={**second, "other": 90.0})
     result = compare([a, b], tmp_path / "page.html")
@@ -114,7 +130,9 @@ def test_evaluations_are_paired_by_key_on_the_images_that_both_have(tmp_path):
     assert pair["metrics"]["psnr"]["mean"] == pytest.approx(difference.mean())
     assert pair["metrics"]["psnr"]["better"] == "b"
     expected = bootstrap_mean(difference, 0)
-    assert (pair["metrics"]["psnr"]["low"], pair["metrics"]["psnr"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert (pair["metrics"]["psnr"]["low"], pair["metrics"]["psnr"]["high"]) == pytest.approx(
+        (expected.low, expected.high)
+    )
     assert result["evaluation"]["metrics"]["psnr"]["best"] == "b"
     assert result["evaluation"]["frechet"] == {"FD-x": {"values": {"a": 3.0, "b": 3.0}, "best": None}}
     assert "PSNR: b beats a by" in (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -132,7 +150,9 @@ def test_identical_images_are_counted_and_damaged_rows_passed_over(tmp_path):
 def test_evaluations_of_other_images_or_by_another_network_are_shown_but_not_compared(tmp_path):
     a, b = write_evaluation(tmp_path / "a"), write_evaluation(tmp_path / "b", digest="other")
     result = compare([a, b], tmp_path / "page.html")
-    assert result["paired"] == [{"first": "a", "second": "b", "missing": "the evaluations are of other images (shards differ)"}]
+    assert result["paired"] == [
+        {"first": "a", "second": "b", "missing": "the evaluations are of other images (shards differ)"}
+    ]
     assert result["evaluation"]["metrics"]["psnr"]["best"] is None
     assert "shards differ" in (tmp_path / "page.html").read_text(encoding="utf-8")
     result = compare([a, write_evaluation(tmp_path / "c", net="LPIPS (vgg)")], tmp_path / "page.html")

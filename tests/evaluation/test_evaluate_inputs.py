@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentae.data.writing import shards
+from latentae.data.shards import shards
 from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.evaluation.evaluate import evaluate
 from latentae.evaluation.part import Part
@@ -54,11 +54,16 @@ def damaged(tmp_path, smooth_images, write_images, bad):
 
 
 def test_a_damaged_image_is_left_out_and_named(workspace, tmp_path, smooth_images, write_images):
-    result = evaluate(workspace / "model", damaged(tmp_path, smooth_images, write_images, {1}), out=tmp_path / "out", **FEW)
+    result = evaluate(
+        workspace / "model", damaged(tmp_path, smooth_images, write_images, {1}), out=tmp_path / "out", **FEW
+    )
     assert result["data"]["images"] == result["metrics"]["psnr"]["n"] == 3
     assert result["data"]["skipped_count"] == 1
     assert result["data"]["skipped"][0]["key"] == "001"
-    assert any(found["kind"] == "bad" and "1 image could not be read" in found["text"] for found in result["findings"])
+    assert any(
+        found["kind"] == "bad" and "1 image could not be read" in found["text"]
+        for found in result["findings"]
+    )
     rows = list(csv.DictReader((tmp_path / "out" / "per_image.csv").read_text().splitlines()))
     assert [row["key"] for row in rows] == ["000", "002", "003"]
     nothing = damaged(tmp_path / "all", smooth_images, write_images, range(4))
@@ -74,7 +79,11 @@ def test_gray_and_transparent_models(workspace, tmp_path, tiny_model, channels, 
     result = evaluate(tmp_path / "model", workspace / "held_out", frechet="none", details=False, **arguments)
     assert result["data"]["channels"] == channels
     assert result["metrics"]["psnr"]["n"] == 5
-    assert {name for name, method in result["baselines"].items() if "missing" in method} & {"pca", "dct", "jpeg"} == missing
+    assert {name for name, method in result["baselines"].items() if "missing" in method} & {
+        "pca",
+        "dct",
+        "jpeg",
+    } == missing
     assert result["metrics"].get("perceptual", {"n": 5})["n"] == 5  # none where no weights are installed
     for example in result["examples"]:
         assert (tmp_path / "out" / example["files"]["original"]).is_file()
@@ -100,7 +109,14 @@ def test_other_models_are_measured_on_the_same_images(workspace, tmp_path, tiny_
     tiny = diffusers.AutoencoderTiny(**shape, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
     tiny.save_pretrained(tmp_path / "x" / "model")
     out, others = tmp_path / "out", [tmp_path / "x" / "model", workspace / "model"]
-    result = evaluate(workspace / "model", workspace / "held_out", compare=others, out=out, frechet="none", perceptual="none")
+    result = evaluate(
+        workspace / "model",
+        workspace / "held_out",
+        compare=others,
+        out=out,
+        frechet="none",
+        perceptual="none",
+    )
     theirs, same = result["compared"]
     assert theirs["name"] != same["name"]
     assert theirs["latent"] == {"shape": [4, 16, 16], "floats_per_pixel": 1.0}
@@ -108,26 +124,39 @@ def test_other_models_are_measured_on_the_same_images(workspace, tmp_path, tiny_
     assert same["paired"]["psnr"]["mean"] == 0
     assert same["bytes_per_image"] == result["baselines"]["latent_8bit"]["bytes_per_image"]
     rows = list(csv.DictReader((out / "per_image.csv").read_text().splitlines()))
-    assert np.mean([float(row[f"{theirs['name']}_psnr"]) for row in rows]) == pytest.approx(theirs["metrics"]["psnr"]["mean"])
+    assert np.mean([float(row[f"{theirs['name']}_psnr"]) for row in rows]) == pytest.approx(
+        theirs["metrics"]["psnr"]["mean"]
+    )
     alone = evaluate(tmp_path / "x" / "model", workspace / "held_out", resolution=32, **FEW)
     assert alone["metrics"]["psnr"] == theirs["metrics"]["psnr"]
-    assert {curve["name"] for curve in result["rate_distortion"]["curves"]} >= {"model", theirs["name"], "jpeg", "webp"}
+    assert {curve["name"] for curve in result["rate_distortion"]["curves"]} >= {
+        "model",
+        theirs["name"],
+        "jpeg",
+        "webp",
+    }
     tiny_model(in_channels=1, out_channels=1).save_pretrained(tmp_path / "gray")
     with pytest.raises(ModelError, match="1 channels in"):
         evaluate(workspace / "model", workspace / "held_out", compare=[tmp_path / "gray"])
     with pytest.raises(ImageError, match="suits all models"):
-        evaluate(tmp_path / "x" / "model", workspace / "held_out", resolution=30, compare=[workspace / "model"])
+        evaluate(
+            tmp_path / "x" / "model", workspace / "held_out", resolution=30, compare=[workspace / "model"]
+        )
 
 
 def test_three_processes_give_the_numbers_of_one_even_if_one_of_them_breaks_off(
     workspace, tmp_path, smooth_images, write_images, monkeypatch
 ):
-    shards(write_images(tmp_path / "images", smooth_images(40, 32, seed=5)), tmp_path / "shards", shard_size=15)
+    shards(
+        write_images(tmp_path / "images", smooth_images(40, 32, seed=5)), tmp_path / "shards", shard_size=15
+    )
 
     def process(rank, tasks, out):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(tasks))
-        return evaluate(workspace / "model", tmp_path / "shards", out=out, pca_shards=workspace / "training", **FEW)
+        return evaluate(
+            workspace / "model", tmp_path / "shards", out=out, pca_shards=workspace / "training", **FEW
+        )
 
     with pytest.raises(RecipeError, match="give one with --out"):
         process(0, 3, None)

@@ -8,15 +8,15 @@ import torch
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError, ModelError
-from latentae.evaluation.distance import Distance
-from latentae.evaluation.extractors import Extractor
-from latentae.evaluation.frechet import Moments, frechet_distance
 from latentae.evaluation.measure import MODEL, QUANTISED, Instruments, Loaded, measure
 from latentae.evaluation.measurement import join
 from latentae.evaluation.methods.base import Made
 from latentae.evaluation.methods.model import ModelMethod
-from latentae.evaluation.metrics import psnr, ssim
 from latentae.evaluation.part import Part
+from latentae.measures.extractors import Extractor
+from latentae.measures.frechet import Moments, frechet_distance
+from latentae.measures.metrics import psnr, ssim
+from latentae.measures.perceptual_distance import Distance
 
 NONE = Distance(None, None, "not asked for")
 COLOURS = Extractor("FD-colours", 3, "mean colour", "a test", lambda x: x.float().mean(dim=(2, 3)))
@@ -29,7 +29,9 @@ class Half:
 
     def __call__(self, images, budgets):
         missing = frozenset(range(0, len(images), 2))
-        return Made(images, {"bytes": [math.nan if row in missing else 1.0 for row in range(len(images))]}, missing)
+        return Made(
+            images, {"bytes": [math.nan if row in missing else 1.0 for row in range(len(images))]}, missing
+        )
 
 
 def loaded(images, labels=None):
@@ -65,7 +67,9 @@ def test_images_without_a_result_are_left_out_of_everything(tiny_model, smooth_i
 
 def test_frechet_distances_are_those_of_all_features_at_once(tiny_model, smooth_images):
     model, images = tiny_model(), smooth_images(9, 32)
-    chunks = [[item for item in loaded(images) if item.position in chunk] for chunk in (range(4), range(4, 9))]
+    chunks = [
+        [item for item in loaded(images) if item.position in chunk] for chunk in (range(4), range(4, 9))
+    ]
     total = join([measure(instruments(model), chunk, 2) for chunk in chunks])
     with torch.inference_mode():
         made = to_uint8(model.decode(model.encode(to_float(images)).mode()))
@@ -85,7 +89,9 @@ def test_labels_become_a_probe(tiny_model, smooth_images):
     assert "no labels" in without["skipped"]
 
 
-def test_a_compared_model_that_diverged_has_no_result_and_the_model_itself_is_an_error(tiny_model, smooth_images):
+def test_a_compared_model_that_diverged_has_no_result_and_the_model_itself_is_an_error(
+    tiny_model, smooth_images
+):
     model, images = tiny_model().eval(), smooth_images(2, 32)
     torch.nn.init.constant_(model.decoder.conv_out.bias, torch.nan)
     with torch.inference_mode():

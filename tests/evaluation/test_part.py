@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from latentae.errors import OutputError
-from latentae.evaluation.latents.report import LatentReport
 from latentae.evaluation.part import ORIGINALS, Part
-from latentae.evaluation.summary import Scores
+from latentae.measures.latents.report import LatentReport
+from latentae.measures.scores import Scores
 from latentae.models.posterior import DiagonalGaussian
 
 
@@ -15,7 +15,8 @@ def part(seed, count=3):
     generator = torch.Generator().manual_seed(seed)
     report = LatentReport()
     report.add(
-        DiagonalGaussian(torch.randn(count, 4, 8, 8, generator=generator)), torch.rand(count, 3, 32, 32, generator=generator)
+        DiagonalGaussian(torch.randn(count, 4, 8, 8, generator=generator)),
+        torch.rand(count, 3, 32, 32, generator=generator),
     )
     numbers = np.random.default_rng(seed)
     return Part(

@@ -12,8 +12,8 @@ from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError
 from latentae.evaluation.methods.dct import fit_dct
 from latentae.evaluation.methods.quantised import compress_latent, decompress_latent
-from latentae.evaluation.metrics import psnr
 from latentae.evaluation.rate_distortion import rate_distortion
+from latentae.measures.metrics import psnr
 from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.linear import LinearAutoencoder
 from latentae.models.pca import fit_pca
@@ -31,7 +31,9 @@ def test_points_of_a_model_are_what_its_streams_give(smooth_images, tiny_model, 
     assert not result["left_out"]
     curve = by_name(result)["model"]
     assert curve["label"] == "this model"
-    assert [point["setting"] for point in curve["points"]] == [f"{bits}-bit latents" for bits in (2, 3, 4, 5, 6, 8)]
+    assert [point["setting"] for point in curve["points"]] == [
+        f"{bits}-bit latents" for bits in (2, 3, 4, 5, 6, 8)
+    ]
     for bits, point in zip((2, 3, 4, 5, 6, 8), curve["points"], strict=True):
         sizes, values = [], []
         for image in images:
@@ -40,7 +42,9 @@ def test_points_of_a_model_are_what_its_streams_give(smooth_images, tiny_model, 
                 sizes.append(len(stream := compress_latent(latent, bits)))
                 made = to_uint8(model.decode(decompress_latent(stream, latent.shape)[None]))
             values.append(float(psnr(made, image[None])))
-        assert point["bits_per_pixel"] == pytest.approx(8 * sum(sizes) / (5 * 32 * 32), rel=2e-3)  # a code may fall elsewhere
+        assert point["bits_per_pixel"] == pytest.approx(
+            8 * sum(sizes) / (5 * 32 * 32), rel=2e-3
+        )  # a code may fall elsewhere
         assert point["psnr"] == pytest.approx(sum(values) / 5, abs=0.02)
 
 
@@ -67,7 +71,9 @@ def test_curves_rise_and_are_json_for_gray_colour_and_alpha(smooth_images, chann
     images = smooth_images(4, 32)
     images = torch.cat([images, images.flip(3)], 1)[:, :channels]
     pca, dct = fit_pca(images, 4, 4), fit_dct(images, 4, 4)
-    model = LinearAutoencoder(LinearAutoencoderConfig(patch=4, latent_channels=4, in_channels=channels, out_channels=channels))
+    model = LinearAutoencoder(
+        LinearAutoencoderConfig(patch=4, latent_channels=4, in_channels=channels, out_channels=channels)
+    )
     result = rate_distortion({"model": model.eval()}, images, pca=pca, dct=dct, batch_size=3)
     json.loads(json.dumps(result, allow_nan=False))
     names = [curve["name"] for curve in result["curves"]]
@@ -96,11 +102,15 @@ def test_images_restored_exactly_are_left_out_of_the_mean():
 def test_what_can_not_be_measured_says_why_and_the_rest_goes_on(smooth_images, tiny_model):
     broken = tiny_model().eval()
     torch.nn.init.constant_(broken.decoder.conv_out.bias, torch.nan)
-    gray = LinearAutoencoder(LinearAutoencoderConfig(patch=4, latent_channels=2, in_channels=1, out_channels=1)).eval()
+    gray = LinearAutoencoder(
+        LinearAutoencoderConfig(patch=4, latent_channels=2, in_channels=1, out_channels=1)
+    ).eval()
     coarse = LinearAutoencoder(LinearAutoencoderConfig(patch=5, latent_channels=2)).eval()
     images = smooth_images(2, 32)
     models = {"broken": broken, "gray": gray, "coarse": coarse}
-    result = rate_distortion(models, images, pca=fit_pca(images[:, :1], 4, 2), labels={"gray": "a gray model"})
+    result = rate_distortion(
+        models, images, pca=fit_pca(images[:, :1], 4, 2), labels={"gray": "a gray model"}
+    )
     assert [curve["name"] for curve in result["curves"]] == ["jpeg", "webp"]
     reasons = {item["name"]: item["reason"] for item in result["left_out"]}
     assert "2-bit latents have NaN" in reasons["broken"]

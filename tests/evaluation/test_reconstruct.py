@@ -8,8 +8,8 @@ from PIL import Image
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
 from latentae.errors import ImageError, ModelError
 from latentae.evaluation import reconstruct as module
-from latentae.evaluation.metrics import psnr
 from latentae.evaluation.reconstruct import reconstruct
+from latentae.measures.metrics import psnr
 from latentae.models.pretrained import load_model
 
 
@@ -20,17 +20,23 @@ def save(path, array):
 
 @pytest.fixture
 def picture(tmp_path, smooth_images):
-    return save(tmp_path / "photo.png", np.ascontiguousarray(smooth_images(1, 50)[0, :, :41].permute(1, 2, 0).numpy()))
+    return save(
+        tmp_path / "photo.png", np.ascontiguousarray(smooth_images(1, 50)[0, :, :41].permute(1, 2, 0).numpy())
+    )
 
 
 def test_originals_stand_over_reconstructions_of_their_own_size(workspace, tmp_path, picture, capsys):
-    out = reconstruct(workspace / "model", [picture, picture], out=tmp_path / "deep" / "grid.png", device="cpu")
+    out = reconstruct(
+        workspace / "model", [picture, picture], out=tmp_path / "deep" / "grid.png", device="cpu"
+    )
     grid = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1)
     assert grid.shape == (3, 4 + 41 + 4 + 41 + 4, 4 + 50 + 4 + 50 + 4)
     original = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)
     assert torch.equal(grid[:, 4:45, 4:54], original)
     model, _ = load_model(workspace / "model")
-    padded = torch.nn.functional.pad(to_float(original[None]), (0, 2, 0, 3), mode="reflect")  # to multiples of 4
+    padded = torch.nn.functional.pad(
+        to_float(original[None]), (0, 2, 0, 3), mode="reflect"
+    )  # to multiples of 4
     with torch.inference_mode():
         expected = to_uint8(model.decode(model.encode(padded).mode()))[..., :41, :50]
     assert torch.equal(grid[:, 49:90, 4:54], expected[0])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import latentae
+from latentae.data.epoch_order import run_seed
 from latentae.data.options import MAX_SEED
-from latentae.data.order import run_seed
 from latentae.errors import RecipeError
 from latentae.training.recipe import load_recipe
 
@@ -19,7 +19,9 @@ def test_a_seed_out_of_range_is_refused_before_any_work(seed, tmp_path):
         lambda: latentae.quickstart(tmp_path / "quickstart", seed=seed),
     ]
     for verb in verbs:
-        with pytest.raises(RecipeError, match=rf"seed is {seed}, expected a whole number from 0 to {MAX_SEED}"):
+        with pytest.raises(
+            RecipeError, match=rf"seed is {seed}, expected a whole number from 0 to {MAX_SEED}"
+        ):
             verb()
     assert not list(tmp_path.iterdir())
     with pytest.raises(RecipeError, match="seed"):

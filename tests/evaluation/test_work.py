@@ -6,8 +6,8 @@ import signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentae.data.index import load_index
-from latentae.data.shards import expand_shards, read_shard
+from latentae.data.shard_files import expand_shards, read_shard
+from latentae.data.shard_index import load_index
 from latentae.evaluation.work import PartsFolder, cut, samples_at, spread
 
 

@@ -69,6 +69,8 @@ def test_the_example_learns_and_samples_by_class(two_classes):
 def test_sizes_in_turn_without_labels_and_with_workers(two_classes):
     folder = two_classes(labels=0, buckets=((32, 32), (16, 48)))
     model = small(classes=0)
-    losses = list(train(model, LatentDataset(folder, scaled=True, sample=True), steps=5, batch_size=1000, workers=1))
+    losses = list(
+        train(model, LatentDataset(folder, scaled=True, sample=True), steps=5, batch_size=1000, workers=1)
+    )
     assert len(losses) == 5
     assert sample(model, torch.tensor([-1]), (2, 6), steps=2).shape == (1, 4, 2, 6)

@@ -22,7 +22,9 @@ def test_the_whole_line_from_photos_to_diffusers(tmp_path, monkeypatch, capsys):
         pytest.importorskip(package)
     monkeypatch.setattr("latentae.examples.quickstart.TRAINING", TRAINING[:3])
     monkeypatch.setattr("latentae.examples.quickstart.TRAINING_STRIDE", 256)
-    monkeypatch.setattr("latentae.examples.quickstart.measure_speed", partial(measure_speed, seconds=0.1, warmup_steps=1))
+    monkeypatch.setattr(
+        "latentae.examples.quickstart.measure_speed", partial(measure_speed, seconds=0.1, warmup_steps=1)
+    )
     out = tmp_path / "quickstart"
     plans = []
     for _ in range(2):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from latentae import AutoencoderKL, export
-from latentae.data.writing import shards
+from latentae.data.shards import shards
 from latentae.models.config import AutoencoderKLConfig, preset
 
 
@@ -25,10 +25,16 @@ def write_photos(folder: Path, count: int, side: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
-    images = ((smooth + 0.03 * torch.randn(count, 3, side, side, generator=generator)).clamp(0, 1) * 255).round().to(torch.uint8)
+    images = (
+        ((smooth + 0.03 * torch.randn(count, 3, side, side, generator=generator)).clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+    )
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
-        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(folder / f"{number:03}.png")
+        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(
+            folder / f"{number:03}.png"
+        )
     return folder
 
 
@@ -74,7 +80,9 @@ def load_quietly(diffusers, caplog, capfd) -> Callable[[type, Path], Any]:
         diffusers.utils.logging.set_verbosity_warning()
         diffusers.utils.logging.enable_propagation()
         with caplog.at_level(logging.WARNING):
-            model, report = kind.from_pretrained(folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True)
+            model, report = kind.from_pretrained(
+                folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+            )
         assert not any(report.values())
         assert not caplog.records
         assert not capfd.readouterr().err
@@ -133,5 +141,7 @@ def onnx_export(save_model, tmp_path_factory) -> tuple[AutoencoderKL, Path]:
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
     )
     root = tmp_path_factory.mktemp("onnx")
-    export(save_model(root / "model", config), root / "vae", format="onnx", scaling_factor=0.5, shift_factor=0.1)
+    export(
+        save_model(root / "model", config), root / "vae", format="onnx", scaling_factor=0.5, shift_factor=0.1
+    )
     return AutoencoderKL.from_pretrained(root / "model"), root / "vae"

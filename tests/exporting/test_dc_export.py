@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentae import AutoencoderDC, AutoencoderDCConfig, LinearAutoencoder, LinearAutoencoderConfig, encode, export
+from latentae import (
+    AutoencoderDC,
+    AutoencoderDCConfig,
+    LinearAutoencoder,
+    LinearAutoencoderConfig,
+    encode,
+    export,
+)
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.exporting.formats import written_formats
@@ -66,7 +73,9 @@ def test_diffusers_loads_it_without_a_word(shape, saved, load_quietly, diffusers
     export(saved[shape], tmp_path / "vae", scaling_factor=0.25)
     theirs = load_quietly(diffusers.AutoencoderDC, tmp_path / "vae")
     config = read_json(tmp_path / "vae/config.json")
-    assert set(config) == {"_class_name", "_diffusers_version"} | {key for key in theirs.config if not key.startswith("_")}
+    assert set(config) == {"_class_name", "_diffusers_version"} | {
+        key for key in theirs.config if not key.startswith("_")
+    }
     assert config["scaling_factor"] == 0.25
     assert not {"bottleneck", "sample_size"} & set(config)
 
@@ -93,18 +102,41 @@ def test_a_variant_loads_in_diffusers(variant, dtype, saved, diffusers, tmp_path
 
 def test_figures_are_measured_and_the_scale_is_that_of_diffusers(saved, photo_shards, tmp_path):
     """1 / root mean square of the latents; nothing is shifted."""
-    export(saved["gaussian"], tmp_path / "vae", data=photo_shards, resolution=32, images=6, perceptual="none", device="cpu")
-    config, statistics = (read_json(tmp_path / "vae" / name) for name in ("config.json", "latent_statistics.json"))
+    export(
+        saved["gaussian"],
+        tmp_path / "vae",
+        data=photo_shards,
+        resolution=32,
+        images=6,
+        perceptual="none",
+        device="cpu",
+    )
+    config, statistics = (
+        read_json(tmp_path / "vae" / name) for name in ("config.json", "latent_statistics.json")
+    )
     assert "shift_factor" not in config
     assert statistics["shift_factor"] == 0
     assert statistics["scaling_factor"] == config["scaling_factor"]
 
-    rms = math.sqrt(sum(m**2 + s**2 for m, s in zip(statistics["latents_mean"], statistics["latents_std"], strict=True)) / 4)
+    rms = math.sqrt(
+        sum(m**2 + s**2 for m, s in zip(statistics["latents_mean"], statistics["latents_std"], strict=True))
+        / 4
+    )
     assert config["scaling_factor"] == pytest.approx(1 / rms, rel=1e-6)
-    encode(tmp_path / "vae", photo_shards, tmp_path / "latents", dtype="fp32", resolution=32, device="cpu", workers=0)
+    encode(
+        tmp_path / "vae",
+        photo_shards,
+        tmp_path / "latents",
+        dtype="fp32",
+        resolution=32,
+        device="cpu",
+        workers=0,
+    )
     dataset = LatentDataset(tmp_path / "latents")
     means, logvars = zip(*(dataset.posterior(index)[1:] for index in range(len(dataset))), strict=True)
-    assert (torch.stack(means) * config["scaling_factor"]).square().mean().item() == pytest.approx(1.0, rel=1e-4)
+    assert (torch.stack(means) * config["scaling_factor"]).square().mean().item() == pytest.approx(
+        1.0, rel=1e-4
+    )
     assert (torch.stack(logvars) == -30).all()
     card = (tmp_path / "vae/README.md").read_text()
     for text in (
@@ -129,7 +161,10 @@ def test_the_cards_snippets_run(saved, run_snippets, tmp_path):
     assert [shapes_of(names) for names in found] == [((1, 4, 4, 5), (1, 3, 16, 20))] * 2
 
 
-@pytest.fixture(scope="module", params=["plain", *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("in", "sana"))])
+@pytest.fixture(
+    scope="module",
+    params=["plain", *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("in", "sana"))],
+)
 def written(request, saved, tmp_path_factory) -> tuple[AutoencoderDC, Path]:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -145,8 +180,12 @@ def test_onnxruntime_equals_the_model_at_unseen_sizes(written, onnx_run, run_sni
         images, latents = torch.randn(batch, 3, f * height, f * width), torch.randn(batch, z, height, width)
         with torch.no_grad():
             mean, decoded = model.encode(images).mean, model.decode(latents)
-        torch.testing.assert_close(onnx_run(folder / "vae_encoder/model.onnx", images), mean, rtol=0, atol=1e-4)
-        torch.testing.assert_close(onnx_run(folder / "vae_decoder/model.onnx", latents), decoded, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            onnx_run(folder / "vae_encoder/model.onnx", images), mean, rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close(
+            onnx_run(folder / "vae_decoder/model.onnx", latents), decoded, rtol=0, atol=1e-4
+        )
     found = run_snippets(folder, torch.rand(1, 3, 16, 20) * 2 - 1)
     assert [shapes_of(names) for names in found] == [((1, 4, 4, 5), (1, 3, 16, 20))]
 
@@ -154,7 +193,10 @@ def test_onnxruntime_equals_the_model_at_unseen_sizes(written, onnx_run, run_sni
 def test_onnx_files_name_the_latent_and_hold_standard_operators(written):
     onnx = pytest.importorskip("onnx")
     _, folder = written
-    for coder, (given, made) in {"encoder": ("sample", "latent"), "decoder": ("latent_sample", "sample")}.items():
+    for coder, (given, made) in {
+        "encoder": ("sample", "latent"),
+        "decoder": ("latent_sample", "sample"),
+    }.items():
         proto = onnx.load(folder / f"vae_{coder}/model.onnx")
         onnx.checker.check_model(proto, full_check=True)
         assert [value.name for value in (*proto.graph.input, *proto.graph.output)] == [given, made]

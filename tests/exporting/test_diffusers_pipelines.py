@@ -24,7 +24,9 @@ from latentae.models.pretrained import resolve_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),  # SDXL itself calls it
-    pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning"),  # older diffusers know no other name
+    pytest.mark.filterwarnings(
+        "ignore:`torch_dtype` is deprecated:FutureWarning"
+    ),  # older diffusers know no other name
 ]
 
 KINDS = ("sd", "sdxl", "sd3", "flux", "dit")
@@ -52,9 +54,18 @@ def work(save_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, and what was measured of it: `even-0` and `even-0.3` (one mean and one std), `channels` (each its own)."""
     root = tmp_path_factory.mktemp("pipelines")
     save_model(root / "model", preset("kl-f8", norm_num_groups=4, block_out_channels=(8, 8, 16, 16)))
-    for name, mean, std in (("even-0", (0.0,) * 4, (1.6,) * 4), ("even-0.3", (0.3,) * 4, (1.6,) * 4), ("channels", MEAN, STD)):
+    for name, mean, std in (
+        ("even-0", (0.0,) * 4, (1.6,) * 4),
+        ("even-0.3", (0.3,) * 4, (1.6,) * 4),
+        ("channels", MEAN, STD),
+    ):
         values = {"model": resolve_model(root / "model").fingerprint, "samples": 500}
-        values |= {"latents_mean": mean, "latents_std": std, "scaling_factor": 1 / 1.6, "shift_factor": mean[0]}
+        values |= {
+            "latents_mean": mean,
+            "latents_std": std,
+            "scaling_factor": 1 / 1.6,
+            "shift_factor": mean[0],
+        }
         write_json(root / f"{name}.json", values)
     return root
 
@@ -82,9 +93,19 @@ def clip(folder: Path) -> tuple[Any, Any]:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=12)
     end = len(words) - 1
-    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = CLIPTextConfig(
-        vocab_size=len(words), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, max_position_embeddings=12, **sizes
+        vocab_size=len(words),
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+        max_position_embeddings=12,
+        **sizes,
     )
     return CLIPTextModel(config), tokenizer
 
@@ -100,7 +121,10 @@ def unet(diffusers: ModuleType, **options: Any) -> Any:
 def assemble(diffusers: ModuleType, kind: str, vae: Any, folder: Path) -> Any:
     """A pipeline of small random networks; where text is optional, its encoders are left out."""
     torch.manual_seed(1)
-    scheduler, flow = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), diffusers.FlowMatchEulerDiscreteScheduler
+    scheduler, flow = (
+        diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        diffusers.FlowMatchEulerDiscreteScheduler,
+    )
     none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     if kind == "sd":
         encoder, tokenizer = clip(folder)
@@ -136,7 +160,9 @@ def folder(diffusers, work, component):
 
     def make(kind: str, statistics: str = "even-0", **options: Any) -> Path:
         vae = diffusers.AutoencoderKL.from_pretrained(component("even-0"))
-        out = work / "-".join(["pipeline", kind, statistics, *(f"{key}={value}" for key, value in options.items())])
+        out = work / "-".join(
+            ["pipeline", kind, statistics, *(f"{key}={value}" for key, value in options.items())]
+        )
         if not out.exists():
             pipe = assemble(diffusers, kind, vae, work / "tokenizer")
             pipe.save_pretrained(out, variant=options.get("variant"))
@@ -149,7 +175,9 @@ def folder(diffusers, work, component):
 
 
 def load(diffusers: ModuleType, folder: Path, **options: Any) -> Any:
-    left_out = [name for name, value in read_json(folder / "model_index.json").items() if value == [None, None]]
+    left_out = [
+        name for name, value in read_json(folder / "model_index.json").items() if value == [None, None]
+    ]
     options |= dict.fromkeys(left_out)  # SD3 and Flux ask for them by name
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     pipe.set_progress_bar_config(disable=True)
@@ -166,7 +194,9 @@ def words(pipe: Any, kind: str, images: int = 1) -> dict[str, Any]:
     dtype = pipe.dtype if kind == "sdxl" else torch.float32
     given = torch.randn(1, 6, WIDTH, generator=generator), torch.randn(1, WIDTH, generator=generator)
     names = ("prompt_embeds", "pooled_prompt_embeds")
-    return {name: value.repeat_interleave(images, 0).to(dtype) for name, value in zip(names, given, strict=True)}
+    return {
+        name: value.repeat_interleave(images, 0).to(dtype) for name, value in zip(names, given, strict=True)
+    }
 
 
 def run(pipe: Any, kind: str, images: int = 1, **options: Any) -> tuple[Tensor, Tensor]:
@@ -178,11 +208,20 @@ def run(pipe: Any, kind: str, images: int = 1, **options: Any) -> tuple[Tensor, 
         steps.append(result[0] if isinstance(result, tuple) else result.prev_sample)
         return result
 
-    size = {} if kind == "dit" or ("image" in options and kind in ("sd", "sdxl")) else {"height": SIDE, "width": SIDE}
+    size = (
+        {}
+        if kind == "dit" or ("image" in options and kind in ("sd", "sdxl"))
+        else {"height": SIDE, "width": SIDE}
+    )
     pipe.scheduler.step = recorded
     try:
         generator = torch.Generator().manual_seed(3)
-        common = {"num_inference_steps": 2, "generator": generator, "output_type": "pt", "guidance_scale": 1.0}
+        common = {
+            "num_inference_steps": 2,
+            "generator": generator,
+            "output_type": "pt",
+            "guidance_scale": 1.0,
+        }
         shown = pipe(**{**words(pipe, kind, images), **size, **common, **options}).images
     finally:
         del pipe.scheduler.step
@@ -260,7 +299,10 @@ def test_tiling_and_slicing_with_and_without_fuse(kind, diffusers, folder):
     pipe.vae.enable_slicing()
     close(run(pipe, kind, images=2)[0], whole, 1e-5)
     pipe.vae.enable_tiling()
-    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = SIDE // 2, SIDE // 16  # so small an image would not be tiled
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = (
+        SIDE // 2,
+        SIDE // 16,
+    )  # so small an image would not be tiled
     tiled, _ = run(pipe, kind, images=2)
     assert 1e-3 < (tiled - whole).abs().mean() < 0.2  # tiles were taken, and show the same picture
     with latentae.fuse(pipe.vae):
@@ -299,7 +341,13 @@ def test_the_ldm_file_loads_through_from_single_file(work, component, diffusers,
 
 @pytest.mark.parametrize(
     ("way", "fused"),
-    [("model", "after"), ("sequential", "not"), ("sequential", "before"), ("sequential", "after"), ("group", "before")],
+    [
+        ("model", "after"),
+        ("sequential", "not"),
+        ("sequential", "before"),
+        ("sequential", "after"),
+        ("group", "before"),
+    ],
 )
 def test_offload_hooks_run(way, fused, diffusers, folder):
     """As far as a CPU goes: it stands in for the accelerator, and weights come and go with the hooks."""
@@ -315,7 +363,9 @@ def test_offload_hooks_run(way, fused, diffusers, folder):
     else:  # what enable_sequential_cpu_offload does, but for its device cpu:0, which accelerate takes for another one than cpu
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             accelerate.cpu_offload(module, device)
-        assert {parameter.device.type for parameter in pipe.vae.parameters()} == {"meta"}  # not there but when they are used
+        assert {parameter.device.type for parameter in pipe.vae.parameters()} == {
+            "meta"
+        }  # not there but when they are used
     if fused == "after":
         latentae.fuse(pipe.vae)
     for _ in range(2):

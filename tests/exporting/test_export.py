@@ -15,7 +15,12 @@ from latentae.models.pretrained import resolve_model
 
 FILES = {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "latentae.json"}
 SHAPES = {
-    "plain": {"norm_num_groups": 4, "block_out_channels": (8, 16), "mid_block_add_attention": False, "use_quant_conv": False},
+    "plain": {
+        "norm_num_groups": 4,
+        "block_out_channels": (8, 16),
+        "mid_block_add_attention": False,
+        "use_quant_conv": False,
+    },
     "kl-f8": {"norm_num_groups": 4, "block_out_channels": (8, 8, 16, 16)},
     "kl-f16": {"norm_num_groups": 4, "block_out_channels": (8, 8, 8, 8, 16)},
 }
@@ -23,7 +28,9 @@ SHAPES = {
 
 def config_of(shape: str) -> AutoencoderKLConfig:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKLConfig(**blocks, **SHAPES[shape]) if shape == "plain" else preset(shape, **SHAPES[shape])
+    return (
+        AutoencoderKLConfig(**blocks, **SHAPES[shape]) if shape == "plain" else preset(shape, **SHAPES[shape])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +53,14 @@ def test_diffusers_loads_it_without_a_word(shape, save_model, load_quietly, diff
     theirs = load_quietly(diffusers.AutoencoderKL, tmp_path / "vae")
     assert theirs.dtype == torch.float32
     config = read_json(tmp_path / "vae/config.json")
-    assert set(config) == {"_class_name", "_diffusers_version"} | {key for key in theirs.config if not key.startswith("_")}
-    assert (config["_class_name"], config["shift_factor"], config["force_upcast"]) == ("AutoencoderKL", 0.0, True)
+    assert set(config) == {"_class_name", "_diffusers_version"} | {
+        key for key in theirs.config if not key.startswith("_")
+    }
+    assert (config["_class_name"], config["shift_factor"], config["force_upcast"]) == (
+        "AutoencoderKL",
+        0.0,
+        True,
+    )
 
     ours = AutoencoderKL.from_pretrained(model)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -56,7 +69,9 @@ def test_diffusers_loads_it_without_a_word(shape, save_model, load_quietly, diff
         posterior = theirs.encode(x).latent_dist
         torch.testing.assert_close(posterior.mean, expected.posterior.mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(posterior.logvar, expected.posterior.logvar, rtol=0, atol=1e-5)
-        torch.testing.assert_close(theirs.decode(posterior.mode()).sample, expected.reconstruction, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            theirs.decode(posterior.mode()).sample, expected.reconstruction, rtol=0, atol=1e-5
+        )
 
 
 def test_folder_holds_no_more_than_it_says_and_loads_back_bit_for_bit(model, tmp_path):
@@ -64,7 +79,10 @@ def test_folder_holds_no_more_than_it_says_and_loads_back_bit_for_bit(model, tmp
     assert {path.name for path in (tmp_path / "vae").iterdir()} == FILES
     assert set(summary["files"]) == FILES - {"latentae.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
-    one, two = AutoencoderKL.from_pretrained(model), AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
+    one, two = (
+        AutoencoderKL.from_pretrained(model),
+        AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict(),
+    )
     assert one.state_dict().keys() == two.keys()
     assert all(torch.equal(value, two[key]) for key, value in one.state_dict().items())
     record = read_json(tmp_path / "vae/latentae.json")
@@ -78,10 +96,15 @@ def test_folder_holds_no_more_than_it_says_and_loads_back_bit_for_bit(model, tmp
 def test_equal_weights_give_equal_bytes(model, tmp_path):
     for name in ("a", "b"):
         export(model, tmp_path / name / "vae", variant="fp16")
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name / "vae").iterdir()} for name in ("a", "b"))
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "vae").iterdir()} for name in ("a", "b")
+    )
     assert first == second
     # and as those of the model, which went through channels_last
-    assert first["diffusion_pytorch_model.safetensors"] == (model / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert (
+        first["diffusion_pytorch_model.safetensors"]
+        == (model / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.parametrize(("variant", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -103,8 +126,18 @@ def test_sample_size_is_the_resolution_but_no_small_tile(sample_size, expected, 
 
 def statistics(model: Path, **changes: object) -> dict[str, object]:
     """As encode writes them."""
-    values = {"model": resolve_model(model).fingerprint, "samples": 500, "scaling_factor": 0.75, "shift_factor": -0.125}
-    return {**values, "latents_mean": [0.5, -0.5, 0.25, -0.75], "latents_std": [1.0, 1.5, 0.5, 2.0], **changes}
+    values = {
+        "model": resolve_model(model).fingerprint,
+        "samples": 500,
+        "scaling_factor": 0.75,
+        "shift_factor": -0.125,
+    }
+    return {
+        **values,
+        "latents_mean": [0.5, -0.5, 0.25, -0.75],
+        "latents_std": [1.0, 1.5, 0.5, 2.0],
+        **changes,
+    }
 
 
 def test_measured_scaling_reaches_config_and_card(model, tmp_path):
@@ -122,7 +155,9 @@ def test_new_factors_drop_statistics_by_channel_that_came_with_the_config(model,
     source = copied(model, tmp_path / "model", latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
     export(source, tmp_path / "inherited")
     assert read_json(tmp_path / "inherited/config.json")["latents_std"] == [2.0] * 4
-    assert "(z - latents_mean) * scaling_factor / latents_std" in (tmp_path / "inherited/README.md").read_text()
+    assert (
+        "(z - latents_mean) * scaling_factor / latents_std" in (tmp_path / "inherited/README.md").read_text()
+    )
     write_json(tmp_path / "statistics.json", statistics(source))
     export(source, tmp_path / "measured", statistics=tmp_path / "statistics.json")
     assert read_json(tmp_path / "measured/config.json")["latents_std"] is None
@@ -150,7 +185,12 @@ def evaluation(model: Path) -> dict[str, object]:
             "perceptual": {"mean": 0.31, "low": None, "high": None, "n": 1, "infinite": 0},
         },
         "perceptual": {"name": "LPIPS (vgg)", "reason": ""},
-        "latent": {"channel_mean": [0.0] * 4, "channel_std": [1.0] * 4, "scaling_factor": 0.5, "shift_factor": 0.0},
+        "latent": {
+            "channel_mean": [0.0] * 4,
+            "channel_std": [1.0] * 4,
+            "scaling_factor": 0.5,
+            "shift_factor": 0.0,
+        },
     }
 
 

@@ -60,8 +60,13 @@ def make_run(folder: Path, config: AutoencoderKLConfig = SMALL) -> Path:
     save_weights({"logvar": torch.tensor(-0.5)}, checkpoint / "objective.safetensors")
     write_json(checkpoint / "config.json", config.diffusers_dict())
     write_text(checkpoint / "recipe.toml", RECIPE)
-    write_json(checkpoint / "meta.json", {"latentae": "0.1.0", "step": 7, "images_seen": 56, "resolution": 32})
-    lines = ['{"step": 5, "images": 40, "validation/psnr": 19.0}', '{"step": 7, "images": 56, "loss/total": 1.0}']
+    write_json(
+        checkpoint / "meta.json", {"latentae": "0.1.0", "step": 7, "images_seen": 56, "resolution": 32}
+    )
+    lines = [
+        '{"step": 5, "images": 40, "validation/psnr": 19.0}',
+        '{"step": 7, "images": 56, "loss/total": 1.0}',
+    ]
     last = '{"step": 7, "images": 56, "validation/psnr": 21.25, "validation/ssim": 0.5, "validation/perceptual": null}'
     write_text(folder / "metrics.jsonl", "\n".join([*lines, last]) + "\n")
     write_text(folder / "checkpoints/latest", checkpoint.name + "\n")
@@ -87,7 +92,12 @@ def ldm_export(save_model, tmp_path_factory) -> tuple[Path, Path]:
 
 def test_the_ldm_file_is_the_model_bit_for_bit_and_comes_back(ldm_export, tmp_path):
     model, folder = ldm_export
-    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "latentae.json", "vae.ldm.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "latentae.json",
+        "vae.ldm.safetensors",
+    }
     original = AutoencoderKL.from_pretrained(model)
     tensors = load_file(folder / "vae.ldm.safetensors")
     assert equal(tensors, to_ldm(original.state_dict(), original.config))
@@ -112,7 +122,9 @@ def test_the_ldm_card_runs_and_gives_the_same_images(ldm_export, run_snippets):
 def test_onnx_runs_as_the_card_says(onnx_export, run_snippets):
     model, folder = onnx_export
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    coders = {f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")}
+    coders = {
+        f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")
+    }
     assert names == {"README.md", "latentae.json", *coders}
     assert set(read_json(folder / "latentae.json")["files"]) == names - {"latentae.json"}
     assert read_json(folder / "vae_decoder/config.json")["scaling_factor"] == 0.5
@@ -126,7 +138,9 @@ def test_onnx_runs_as_the_card_says(onnx_export, run_snippets):
 
 def test_onnx_without_its_packages_is_one_line_and_no_folder(small, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest)
+    )
     with pytest.raises(MissingDependencyError, match=r"pip install 'latentae\[export\]'"):
         export(small, tmp_path / "vae", format="onnx")
     assert not (tmp_path / "vae").exists()
@@ -138,7 +152,13 @@ def test_all_of_a_run(photo_shards, run_snippets, tmp_path):
     """Everything in one folder: each loader gives the model's own images, and the card's snippets run."""
     pytest.importorskip("onnxruntime")
     run = make_run(tmp_path / "run")
-    options = {"format": "all", "fold_normalization": True, "variant": "fp16", "data": photo_shards, "perceptual": "none"}
+    options = {
+        "format": "all",
+        "fold_normalization": True,
+        "variant": "fp16",
+        "data": photo_shards,
+        "perceptual": "none",
+    }
     summary = export(run, tmp_path / "vae", **options)
     assert set(summary["files"]) == {
         "README.md", "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
@@ -163,13 +183,21 @@ def test_a_diffusers_only_environment_loads_the_folded_variant(save_model, tmp_p
     model = save_model(tmp_path / "model", NARROW)
     latents = MeasuredLatents(1.0, 0.0, (0.5, -1.0, 0.0, 2.0), (0.5, 2.0, 1.0, 4.0), images=9)
     write_json(tmp_path / "statistics.json", latents.to_json(resolve_model(model).fingerprint))
-    export(model, tmp_path / "vae", variant="fp16", fold_normalization=True, statistics=tmp_path / "statistics.json")
+    export(
+        model,
+        tmp_path / "vae",
+        variant="fp16",
+        fold_normalization=True,
+        statistics=tmp_path / "statistics.json",
+    )
     original = AutoencoderKL.from_pretrained(model)
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         expected = original.decode(original.encode(x).mode())
     torch.save({"x": x, "expected": expected}, tmp_path / "tensors.pt")
-    done = subprocess.run([sys.executable, "-c", WITHOUT_LATENTAE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LATENTAE], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     full, half = map(float, done.stdout.split())
     assert full <= 1e-4
     assert half <= 5e-2
@@ -219,7 +247,9 @@ def test_without_data_a_run_gives_its_own_validation(tmp_path):
     assert "| PSNR (dB) | 21.25 |\n| SSIM | 0.5 |\n" in card
     assert "Perceptual distance" not in card
     export(run, tmp_path / "raw", weights="raw")
-    write_text(run / "metrics.jsonl", '{"step": 5, "images": 40, "validation/psnr": 19.0}\n')  # of other weights
+    write_text(
+        run / "metrics.jsonl", '{"step": 5, "images": 40, "validation/psnr": 19.0}\n'
+    )  # of other weights
     export(run, tmp_path / "other")
     for name in ("raw", "other"):
         assert "Not measured: export with" in (tmp_path / name / "README.md").read_text()

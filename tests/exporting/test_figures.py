@@ -59,10 +59,19 @@ def no_audit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quality_is_what_evaluate_measures(model, measured, photo_shards):
     for quality in read_json(measured / "latentae.json")["figures"]["quality"]:
-        result = evaluate(model, photo_shards, resolution=quality["resolution"], perceptual="none", frechet="none", details=False)
+        result = evaluate(
+            model,
+            photo_shards,
+            resolution=quality["resolution"],
+            perceptual="none",
+            frechet="none",
+            details=False,
+        )
         assert quality["images"] == 6
         for name in ("psnr", "ssim"):
-            assert quality["metrics"][name]["mean"] == pytest.approx(result["metrics"][name]["mean"], rel=1e-9)
+            assert quality["metrics"][name]["mean"] == pytest.approx(
+                result["metrics"][name]["mean"], rel=1e-9
+            )
     card = (measured / "README.md").read_text()
     assert "| 64 x 64 | 6 | " in card
     assert "| 96 x 96 | 6 | " in card
@@ -82,7 +91,10 @@ def test_scaling_and_statistics_are_those_of_the_latents(model, measured, images
 
 def test_measured_statistics_serve_another_export(model, measured, tmp_path):
     export(model, tmp_path / "vae", statistics=measured / "latent_statistics.json")
-    assert read_json(tmp_path / "vae/config.json")["scaling_factor"] == read_json(measured / "config.json")["scaling_factor"]
+    assert (
+        read_json(tmp_path / "vae/config.json")["scaling_factor"]
+        == read_json(measured / "config.json")["scaling_factor"]
+    )
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -97,12 +109,19 @@ def test_the_preview_reads_latents_as_a_diffusion_model_sees_them(
     vae = AutoencoderKL.from_pretrained(out)
     with torch.no_grad():
         latents = (vae.encode(images).mode() - vae.config.shift_factor) * vae.config.scaling_factor
-    colours = torch.nn.functional.interpolate(images, size=latents.shape[2:], mode="area").movedim(1, -1).reshape(-1, 3).double()
+    colours = (
+        torch.nn.functional.interpolate(images, size=latents.shape[2:], mode="area")
+        .movedim(1, -1)
+        .reshape(-1, 3)
+        .double()
+    )
     rows = torch.cat([latents.movedim(1, -1).reshape(-1, 4), torch.ones(colours.shape[0], 1)], dim=1).double()
     fit = rows @ torch.linalg.lstsq(rows, colours).solution
     preview = read_json(out / "latent_preview.json")
     shown = rows[:, :4] @ torch.tensor(preview["latent_rgb_factors"], dtype=torch.float64)
-    torch.testing.assert_close(shown + torch.tensor(preview["latent_rgb_factors_bias"]), fit, rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        shown + torch.tensor(preview["latent_rgb_factors_bias"]), fit, rtol=0, atol=2e-4
+    )
     r2 = 1 - (colours - fit).square().sum() / (colours - colours.mean(0)).square().sum()
     assert preview["r2"] == pytest.approx(float(r2), abs=1e-4)
     assert preview["scaling_factor"] == pytest.approx(vae.config.scaling_factor)
@@ -142,7 +161,9 @@ def test_tiling_error_is_that_of_blended_tiles(model, measured, photo_shards):
         difference = tiled.decode(tiled.encode(x).mode()) - vae.decode(vae.encode(x).mode())
     assert tiling["largest"] == pytest.approx(float(difference.abs().max()), rel=1e-2)
     assert tiling["largest"] > 1e-4
-    assert tiling["psnr"] == pytest.approx(10 * np.log10(4 / float(difference.double().square().mean())), abs=0.1)
+    assert tiling["psnr"] == pytest.approx(
+        10 * np.log10(4 / float(difference.double().square().mean())), abs=0.1
+    )
     assert "Blended tiles of 48 pixels" in (measured / "README.md").read_text()
 
 
@@ -156,7 +177,9 @@ def test_the_same_measured_export_again_measures_nothing(model, measured, photo_
         export(model, measured, **options)
 
 
-@pytest.mark.parametrize(("resolution", "metrics"), [(64, {"psnr", "ssim"}), (8, {"psnr"})])  # SSIM's window has 11 pixels
+@pytest.mark.parametrize(
+    ("resolution", "metrics"), [(64, {"psnr", "ssim"}), (8, {"psnr"})]
+)  # SSIM's window has 11 pixels
 def test_at_most_so_many_images_are_read(resolution, metrics, model, photo_shards, no_audit, tmp_path):
     export(model, tmp_path / "vae", data=photo_shards, images=2, resolution=resolution, perceptual="none")
     assert read_json(tmp_path / "vae/latent_statistics.json")["samples"] == 2
@@ -185,7 +208,9 @@ def test_gray_models_have_figures_but_no_preview(save_model, photo_shards, no_au
         ({"data": "nowhere"}, ShardError, "nowhere"),
     ],
 )
-def test_what_can_not_be_measured_is_said_and_leaves_nothing(options, error, message, model, photo_shards, tmp_path):
+def test_what_can_not_be_measured_is_said_and_leaves_nothing(
+    options, error, message, model, photo_shards, tmp_path
+):
     with pytest.raises(error, match=message):
         export(model, tmp_path / "vae", **{"data": photo_shards, **options})
     assert list(tmp_path.iterdir()) == []

@@ -36,9 +36,13 @@ def test_it_is_the_normalisation_done_outside(quant, post):
     x, n = torch.rand(2, 3, 32, 48, dtype=torch.float64) * 2 - 1, torch.randn(2, 4, 4, 6, dtype=torch.float64)
     with torch.no_grad():
         theirs, ours = model.encode(x), folded.encode(x)
-        torch.testing.assert_close(ours.mean, (theirs.mean - by_channel(MEAN)) / by_channel(STD), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            ours.mean, (theirs.mean - by_channel(MEAN)) / by_channel(STD), rtol=0, atol=1e-12
+        )
         torch.testing.assert_close(ours.std, theirs.std / by_channel(STD), rtol=1e-12, atol=0)
-        torch.testing.assert_close(folded.decode(n), model.decode(n * by_channel(STD) + by_channel(MEAN)), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            folded.decode(n), model.decode(n * by_channel(STD) + by_channel(MEAN)), rtol=0, atol=1e-12
+        )
 
 
 def test_rounding_in_fp32_is_all_that_is_lost():
@@ -81,7 +85,12 @@ def test_statistics_that_can_not_be_folded(mean, std, message):
 def saved(save_model, tmp_path) -> tuple[Path, Path]:
     """A model folder and a file of statistics as encode writes them."""
     model = save_model(tmp_path / "model", config())
-    values = {"model": resolve_model(model).fingerprint, "samples": 500, "scaling_factor": 0.75, "shift_factor": -0.125}
+    values = {
+        "model": resolve_model(model).fingerprint,
+        "samples": 500,
+        "scaling_factor": 0.75,
+        "shift_factor": -0.125,
+    }
     write_json(tmp_path / "statistics.json", {**values, "latents_mean": MEAN, "latents_std": STD})
     return model, tmp_path / "statistics.json"
 
@@ -105,9 +114,14 @@ def test_a_folded_export_needs_no_scaling(saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "needs the statistics"), ({"statistics": "statistics.json", "scaling_factor": 0.5}, "leave the scaling and shift")],
+    [
+        ({}, "needs the statistics"),
+        ({"statistics": "statistics.json", "scaling_factor": 0.5}, "leave the scaling and shift"),
+    ],
 )
-def test_folding_without_statistics_or_with_a_factor_is_refused(options, message, saved, tmp_path, monkeypatch):
+def test_folding_without_statistics_or_with_a_factor_is_refused(
+    options, message, saved, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=message):
         export(saved[0], tmp_path / "vae", fold_normalization=True, **options)

@@ -14,7 +14,9 @@ from latentae.models.config import PRESETS, preset
 
 F4, F8 = "kl-f4", "kl-f8"
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",)}
-UP_LEVELS = {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D")}
+UP_LEVELS = {
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D")
+}
 NEITHER = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
@@ -63,11 +65,18 @@ def test_where_a_shape_loads(name, overrides, comfyui, kohya):
         (
             "kl-f16",
             {},
-            ["block_out_channels [128, 128, 256, 256, 512], not [128, 256, 512, 512] or [128, 256, 512]", "16 latent"],
+            [
+                "block_out_channels [128, 128, 256, 256, 512], not [128, 256, 512, 512] or [128, 256, 512]",
+                "16 latent",
+            ],
         ),
         ("kl-f32", {}, ["64 latent channels, by which ComfyUI takes the file for another model's"]),
         (F8, {"use_quant_conv": False}, ["1 of the two 1x1 convolutions at the latent, not both or neither"]),
-        ("tiny", {}, ["layers_per_block 1, not 2", "norm_num_groups 1, not 32", "no attention in the middle"]),
+        (
+            "tiny",
+            {},
+            ["layers_per_block 1, not 2", "norm_num_groups 1, not 32", "no attention in the middle"],
+        ),
         (F8, {"latent_channels": 16}, ["stable-diffusion.cpp leaves out the 1x1 convolutions"]),
         (F8, {}, ["the scaling"]),
     ],
@@ -94,5 +103,8 @@ def test_the_log_and_the_card_say_it(tmp_path, capsys):
 def test_the_docs_have_the_presets():
     docs = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^  \| ([\w-]+) \| ((?:yes|no) \| (?:yes|no)) \|$", docs, re.MULTILINE))
-    expected = {name: " | ".join("no" if reader.problems else "yes" for reader in ldm_readers(preset(name))) for name in PRESETS}
+    expected = {
+        name: " | ".join("no" if reader.problems else "yes" for reader in ldm_readers(preset(name)))
+        for name in PRESETS
+    }
     assert table == expected

@@ -16,7 +16,11 @@ from latentae.models.config import preset
 
 FILES = {f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")}
 NARROW = AutoencoderKLConfig(
-    block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False
+    block_out_channels=(8,),
+    layers_per_block=1,
+    norm_num_groups=4,
+    mid_block_add_attention=False,
+    use_quant_conv=False,
 )
 
 
@@ -34,7 +38,9 @@ def check_sizes(model: AutoencoderKL, folder: Path, run) -> None:
         mean, logvar = run(folder / "vae_encoder/model.onnx", images).chunk(2, dim=1)
         torch.testing.assert_close(mean, posterior.mean, rtol=0, atol=1e-4)
         torch.testing.assert_close(logvar.clamp(-30, 20), posterior.logvar, rtol=0, atol=1e-4)
-        torch.testing.assert_close(run(folder / "vae_decoder/model.onnx", latents), decoded, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            run(folder / "vae_decoder/model.onnx", latents), decoded, rtol=0, atol=1e-4
+        )
 
 
 def test_onnxruntime_equals_the_model_at_unseen_sizes(onnx_export, onnx_run):
@@ -62,7 +68,10 @@ def test_files_hold_standard_operators_under_optimums_names(onnx_export):
     model, folder = onnx_export
     z = model.config.latent_channels
     for coder, (given, made) in {
-        "encoder": (("sample", 3, "height", "width"), ("latent_parameters", 2 * z, "latent_height", "latent_width")),
+        "encoder": (
+            ("sample", 3, "height", "width"),
+            ("latent_parameters", 2 * z, "latent_height", "latent_width"),
+        ),
         "decoder": (("latent_sample", z, "latent_height", "latent_width"), ("sample", 3, "height", "width")),
     }.items():
         proto = onnx.load(folder / f"vae_{coder}/model.onnx")
@@ -70,7 +79,10 @@ def test_files_hold_standard_operators_under_optimums_names(onnx_export):
         assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
         assert {node.domain for node in proto.graph.node} == {""}
         assert not proto.functions
-        for values, (name, channels, height, width) in ((proto.graph.input, given), (proto.graph.output, made)):
+        for values, (name, channels, height, width) in (
+            (proto.graph.input, given),
+            (proto.graph.output, made),
+        ):
             assert [value.name for value in values] == [name]
             dims = [dim.dim_param or dim.dim_value for dim in values[0].type.tensor_type.shape.dim]
             assert dims == ["batch_size", channels, height, width]
@@ -116,20 +128,28 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
             return [value + 0.01 for value in super().run(names, inputs)]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
-    with pytest.raises(ModelError, match=r"model\.onnx: ONNX Runtime's output is off by 0\.0.*, allowed is 0\.0001"):
+    with pytest.raises(
+        ModelError, match=r"model\.onnx: ONNX Runtime's output is off by 0\.0.*, allowed is 0\.0001"
+    ):
         write_onnx(AutoencoderKL(NARROW), NARROW, tmp_path)
 
 
 def test_missing_onnx_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
-    with pytest.raises(MissingDependencyError, match=r"need onnxscript, not installed here; pip install 'latentae\[export\]'"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a)
+    )
+    with pytest.raises(
+        MissingDependencyError, match=r"need onnxscript, not installed here; pip install 'latentae\[export\]'"
+    ):
         write_onnx(AutoencoderKL(NARROW), NARROW, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_coder_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_folders, "LARGEST_BYTES", 1000)
-    with pytest.raises(ModelError, match=r"the encoder has .* GB of weights, .* external data is not supported"):
+    with pytest.raises(
+        ModelError, match=r"the encoder has .* GB of weights, .* external data is not supported"
+    ):
         write_onnx(AutoencoderKL(NARROW), NARROW, tmp_path)
     assert not any(tmp_path.iterdir())

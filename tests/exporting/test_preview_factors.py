@@ -19,9 +19,13 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     made = []
     for count, height, width in ((2, 5, 4), (1, 3, 7), (4, 6, 6)):
         latents = 2 * torch.randn(count, 5, height, width, generator=generator, dtype=torch.float64) + 0.5
-        mixed = torch.einsum("bzhw,zc->bchw", latents, torch.linspace(-0.2, 0.3, 15, dtype=torch.float64).view(5, 3))
+        mixed = torch.einsum(
+            "bzhw,zc->bchw", latents, torch.linspace(-0.2, 0.3, 15, dtype=torch.float64).view(5, 3)
+        )
         images = mixed.repeat_interleave(8, 2).repeat_interleave(8, 3)
-        made.append((latents, images + 0.5 * torch.randn(images.shape, generator=generator, dtype=torch.float64)))
+        made.append(
+            (latents, images + 0.5 * torch.randn(images.shape, generator=generator, dtype=torch.float64))
+        )
     return made
 
 
@@ -64,7 +68,10 @@ def test_the_json_is_what_comfyui_applies():
     """ComfyUI: linear(latent channels last, factors transposed, bias), then (x + 1) / 2."""
     preview = fit(batches())
     values = json.loads(json.dumps(preview.to_json(), allow_nan=False))
-    factors, bias = torch.tensor(values["latent_rgb_factors"]), torch.tensor(values["latent_rgb_factors_bias"])
+    factors, bias = (
+        torch.tensor(values["latent_rgb_factors"]),
+        torch.tensor(values["latent_rgb_factors_bias"]),
+    )
     latents = torch.randn(1, 5, 4, 4)
     theirs = F.linear(latents[0].movedim(0, -1), factors.transpose(0, 1), bias)
     torch.testing.assert_close(preview.apply(latents)[0].movedim(0, -1), theirs)

@@ -14,7 +14,9 @@ from latentae.errors import MissingDependencyError, ModelError, RecipeError
 from latentae.exporting.pt2 import write_pt2
 from latentae.models.config import preset
 
-NARROW = AutoencoderKLConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False)
+NARROW = AutoencoderKLConfig(
+    block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+)
 F8 = preset("kl-f8", block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1)
 READER = """
 import json, sys
@@ -54,14 +56,20 @@ def test_torch_alone_loads_the_packages_and_gives_the_same(tmp_path):
             tensors[f"encoder.{index}.out"] = torch.cat([posterior.mean, posterior.logvar], dim=1)
             tensors[f"decoder.{index}.out"] = model.decode(latents)
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "tensors.safetensors")
-    done = subprocess.run([sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_no_compiler_is_named_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing compiled before may be found
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache")
+    )  # nothing compiled before may be found
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-such-compiler")))
-    with pytest.raises(MissingDependencyError, match=r"AOTInductor could not compile .*; install g\+\+ or clang\+\+"):
+    with pytest.raises(
+        MissingDependencyError, match=r"AOTInductor could not compile .*; install g\+\+ or clang\+\+"
+    ):
         write_pt2(AutoencoderKL(NARROW), NARROW, tmp_path / "out")
     assert not files(tmp_path / "out")
 
@@ -71,7 +79,9 @@ def test_a_package_that_computes_something_else_is_refused(tmp_path, monkeypatch
     programs, error = [], 0.0
 
     def compile_package(program, package_path, inductor_configs):
-        assert json.loads(inductor_configs["aot_inductor.metadata"]["config"])["_class_name"] == "AutoencoderKL"
+        assert (
+            json.loads(inductor_configs["aot_inductor.metadata"]["config"])["_class_name"] == "AutoencoderKL"
+        )
         programs.append(program.module())
         Path(package_path).write_bytes(b"package")
 

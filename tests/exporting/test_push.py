@@ -24,13 +24,17 @@ class FakeApi:
         self.created.append((repo_id, exist_ok))
         return f"https://hub/{repo_id}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str], commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str], commit_message: str
+    ) -> None:
         for path in Path(folder_path).rglob("*"):
             name = path.relative_to(folder_path).as_posix()
             if path.is_file() and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
                 self.files[f"{repo_id}/{name}"] = path.read_bytes()
 
-    def upload_file(self, *, repo_id: str, path_in_repo: str, path_or_fileobj: bytes, commit_message: str) -> None:
+    def upload_file(
+        self, *, repo_id: str, path_in_repo: str, path_or_fileobj: bytes, commit_message: str
+    ) -> None:
         self.files[f"{repo_id}/{path_in_repo}"] = path_or_fileobj
 
 

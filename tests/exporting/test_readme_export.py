@@ -70,5 +70,7 @@ def test_every_option_the_docs_name_is_there():
     from typer.testing import CliRunner
 
     text = CliRunner().invoke(cli.app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
-    for option in set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/export.md").read_text(encoding="utf-8"))) - {"--init-from"}:
+    for option in set(
+        re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/export.md").read_text(encoding="utf-8"))
+    ) - {"--init-from"}:
         assert option in text, option

@@ -20,7 +20,13 @@ BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("U
 
 
 def build(**overrides) -> AutoencoderKL:
-    values = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "scaling_factor": 0.5, "shift_factor": 0.25, **BLOCKS}
+    values = {
+        "block_out_channels": (8, 8, 8),
+        "norm_num_groups": 4,
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+        **BLOCKS,
+    }
     torch.manual_seed(0)
     model = AutoencoderKL(AutoencoderKLConfig(**{**values, **overrides}))
     with torch.no_grad():
@@ -148,7 +154,9 @@ def test_order_and_results_do_not_depend_on_the_batches(model):
             close(found, expected)
         shown = pipe.decode(latents, output="numpy")
         assert [image.shape for image in shown] == [image.shape for image in images]
-    sampled = [latentae.pipeline(model, batch_size=size).encode(images, sample=True, seed=5) for size in (1, 8)]
+    sampled = [
+        latentae.pipeline(model, batch_size=size).encode(images, sample=True, seed=5) for size in (1, 8)
+    ]
     for one, other in zip(*sampled, strict=True):
         close(one, other)
 
@@ -167,7 +175,9 @@ def test_a_sample_has_the_posteriors_spread_and_its_own_seed(model, pipe):
     image = photo(64, 64)
     posterior = model.encode(in_range(image).float())
     draws = torch.stack([pipe.encode(image, sample=True, seed=seed)[0] for seed in range(40)])
-    noise = ((draws / 0.5 + 0.25) - posterior.mean) / posterior.std  # back to standard normal, 40 * 1024 values
+    noise = (
+        (draws / 0.5 + 0.25) - posterior.mean
+    ) / posterior.std  # back to standard normal, 40 * 1024 values
     assert abs(noise.mean()) < 0.03
     assert abs(noise.std() - 1) < 0.03
     assert torch.equal(draws[3], pipe.encode(image, sample=True, seed=3)[0])
@@ -256,7 +266,9 @@ def test_mean_and_std_by_channel_are_heeded_as_in_sdxl():
     latents = pipe.encode(image)
     close(latents[0], (raw - by_channel[0]) * 0.5 / by_channel[1])
     close(pipe.decode(latents, output="tensor")[0], model.decode(raw[None])[0].clamp(-1, 1))
-    close(latentae.pipeline(build(latents_mean=mean)).encode(image)[0], (raw - 0.25) * 0.5)  # one alone is not used, as there
+    close(
+        latentae.pipeline(build(latents_mean=mean)).encode(image)[0], (raw - 0.25) * 0.5
+    )  # one alone is not used, as there
     for wrong in ({"latents_std": (1.0, 0.0, 1.0, 1.0)}, {"latents_std": (1.0, 1.0)}):
         with pytest.raises(ModelError, match="latents_std"):
             latentae.pipeline(build(**{"latents_mean": mean, "latents_std": std, **wrong}))
@@ -277,7 +289,9 @@ def test_half_precision_is_close_and_its_latents_are_fp32(model, pipe):
 @pytest.mark.parametrize(("tiling", "tolerance"), [("exact", 1e-5), ("blended", 0.3)])
 def test_tiles_give_the_same_picture(model, pipe, tiling, tolerance):
     pytest.importorskip("latentae.models.tiling").Tiled  # noqa: B018
-    image = np.clip(128 + 100 * np.sin(np.indices((40, 52)).sum(0) / 9)[..., None] * [1, 0.5, -1], 0, 255).astype(np.uint8)
+    image = np.clip(
+        128 + 100 * np.sin(np.indices((40, 52)).sum(0) / 9)[..., None] * [1, 0.5, -1], 0, 255
+    ).astype(np.uint8)
     tiled = latentae.pipeline(model, tiling=tiling)
     latents = tiled.encode(image)
     assert latents.sizes == ((40, 52),)
@@ -295,7 +309,12 @@ def test_auto_tiles_what_is_too_large(model, monkeypatch):
 
     monkeypatch.setattr(module, "LARGEST_PASS", 64)
     monkeypatch.setattr(pytest.importorskip("latentae.models.tiling"), "Tiled", Recorder)
-    for tiling, expected in (("none", []), ("auto", ["blended"]), ("blended", ["blended"]), ("exact", ["exact"])):
+    for tiling, expected in (
+        ("none", []),
+        ("auto", ["blended"]),
+        ("blended", ["blended"]),
+        ("exact", ["exact"]),
+    ):
         used.clear()
         pipe = latentae.pipeline(model, tiling=tiling)
         pipe.decode(pipe.encode(photo(8, 9)))
@@ -361,7 +380,9 @@ def test_a_result_that_overflows_says_what_to_do():
         model.encoder.conv_in.weight.mul_(1e6)
     image = photo(8, 8)
     assert latentae.pipeline(model).encode(image)[0].isfinite().all()
-    with pytest.raises(ModelError, match=r"latent number 0 has NaN or infinite values in torch\.float16; give dtype='fp32'"):
+    with pytest.raises(
+        ModelError, match=r"latent number 0 has NaN or infinite values in torch\.float16; give dtype='fp32'"
+    ):
         latentae.pipeline(model, dtype="fp16").encode(image)
 
 
@@ -381,7 +402,9 @@ def test_another_architecture_works_and_has_no_tiles(tmp_path, monkeypatch):
     from latentae.models.config import LinearAutoencoderConfig
     from latentae.models.linear import LinearAutoencoder
 
-    LinearAutoencoder(LinearAutoencoderConfig(patch=4, latent_channels=6, scaling_factor=0.5)).save_pretrained(tmp_path)
+    LinearAutoencoder(
+        LinearAutoencoderConfig(patch=4, latent_channels=6, scaling_factor=0.5)
+    ).save_pretrained(tmp_path)
     monkeypatch.setattr(module, "LARGEST_PASS", 64)  # an AutoencoderKL would be tiled
     pipe = latentae.pipeline(tmp_path)
     latents = pipe.encode(photo(10, 11))
@@ -404,7 +427,9 @@ def test_the_three_lines_of_the_docs_run(model, tmp_path, monkeypatch):
         Image.fromarray(photo(24, 21)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text(encoding="utf-8")
-    assert torch.equal(latentae.pipeline("vae").encode(photo(8, 8))[0], latentae.pipeline(model).encode(photo(8, 8))[0])
+    assert torch.equal(
+        latentae.pipeline("vae").encode(photo(8, 8))[0], latentae.pipeline(model).encode(photo(8, 8))[0]
+    )
     names: dict[str, object] = {}
     for block in text.split("```python\n")[1:]:
         exec(block.split("```")[0], names)

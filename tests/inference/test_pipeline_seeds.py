@@ -13,7 +13,9 @@ from latentae.models.linear import LinearAutoencoder
 
 
 def test_a_sample_is_drawn_by_the_number_of_its_seed():
-    pipe = LatentPipeline(LinearAutoencoder(LinearAutoencoderConfig(latent_channels=2, patch=8, sample_size=8)))
+    pipe = LatentPipeline(
+        LinearAutoencoder(LinearAutoencoderConfig(latent_channels=2, patch=8, sample_size=8))
+    )
     image = np.zeros((8, 8, 3), np.uint8)
     seeds: list[Any] = [3, np.int64(3), torch.tensor(3)]
     drawn = [pipe.encode(image, sample=True, seed=seed).tensors[0] for seed in seeds]

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from latentae_kernels import aot
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton"
+)
 
 # One kernel and plans that it keeps or breaks, each in one way.
 EXAMPLES = """
@@ -95,7 +97,9 @@ def test_every_kernel_module_has_plans_under_its_own_name():
     names = []
     for module in aot.kernel_modules():
         plans = importlib.import_module(module).plans()
-        assert {plan.name.split("/")[0] for plan in plans} == {module.rsplit(".", 1)[1].removesuffix("_kernels")}
+        assert {plan.name.split("/")[0] for plan in plans} == {
+            module.rsplit(".", 1)[1].removesuffix("_kernels")
+        }
         names += [plan.name for plan in plans]
     assert len(set(names)) == len(names)
 
@@ -118,7 +122,9 @@ def test_a_kernel_compiles_and_keeps_its_plan_on_every_architecture(run, tmp_pat
 def test_a_kernel_that_breaks_a_gate_fails_the_command_and_is_named(run, tmp_path):
     code, out, err = run("example_kernels", "--arch", 90, "--out", tmp_path / "report.json")
     assert code == 1, out + err
-    found = {row["name"]: row["faults"] for row in json.loads((tmp_path / "report.json").read_text())["kernels"]}
+    found = {
+        row["name"]: row["faults"] for row in json.loads((tmp_path / "report.json").read_text())["kernels"]
+    }
     assert found["good"] == found["narrow allowed"] == []
     expected = {
         "fp64": "fp64 instructions",

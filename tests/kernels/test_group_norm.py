@@ -38,7 +38,9 @@ def errors(x: torch.Tensor, groups: int, function=group_norm) -> list[float]:
     wide = [t.detach().double().requires_grad_() for t in ours]
     y, y64 = function(ours[0], groups, *ours[1:], EPS), exact(wide[0], groups, *wide[1:])
     found = y, *torch.autograd.grad(y, ours, last(dy))
-    return [error(a, b) for a, b in zip(found, (y64, *torch.autograd.grad(y64, wide, dy.double())), strict=True)]
+    return [
+        error(a, b) for a, b in zip(found, (y64, *torch.autograd.grad(y64, wide, dy.double())), strict=True)
+    ]
 
 
 def normal(*shape: int, mean: float = 0.0) -> torch.Tensor:
@@ -65,7 +67,10 @@ CASES = {
     "one group": (with_values(normal(2, 16, 12, 12), (slice(None), slice(0, 4)), 300), 4),
     "one sample": (with_values(normal(3, 16, 12, 12), (1,), 300), 4),
     "one channel": (with_values(normal(2, 16, 12, 12), (slice(None), 3), 1e4), 4),
-    "outlier rows": (with_values(normal(2, 16, 80, 80, mean=100), (..., slice(3, None, 17), slice(None)), 1e4), 4),
+    "outlier rows": (
+        with_values(normal(2, 16, 80, 80, mean=100), (..., slice(3, None, 17), slice(None)), 1e4),
+        4,
+    ),
     "one pixel": (with_values(normal(2, 16, 80, 80, mean=100), (0, 3, 5, 5), 1e6), 4),
     "small scale": (1e-3 + 1e-6 * normal(2, 16, 12, 12), 4),
     "groups = channels": (normal(2, 16, 20, 20, mean=30), 16),
@@ -144,14 +149,18 @@ def test_an_empty_batch_has_a_gradient(size):
 
 
 def test_a_bad_value_stays_in_its_group():
-    y = group_norm(with_values(normal(2, 8, 70, 70, mean=30), (0, 0, 0, 0), float("nan")), 4, *parameters(8), EPS)
+    y = group_norm(
+        with_values(normal(2, 8, 70, 70, mean=30), (0, 0, 0, 0), float("nan")), 4, *parameters(8), EPS
+    )
     assert y[0, :2].isnan().all()
     assert y[0, 2:].isfinite().all()
     assert y[1].isfinite().all()
 
 
 def test_the_blocks_have_first_and_second_derivatives():
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2, 3, 4), (4,), (4,))]
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2, 3, 4), (4,), (4,))
+    ]
     function = lambda *tensors: _Blocks.apply(*tensors, 2, 1e-3)[0]  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
@@ -171,7 +180,13 @@ def test_second_derivatives_are_right_too(size):
 
 
 def test_sizes_are_cut_near_a_thousand_pixels():
-    assert [_block(pixels) for pixels in (4096, 1024 * 1024, 67 * 71, 257 * 263, 65537)] == [1024, 1024, 71, 263, 65537]
+    assert [_block(pixels) for pixels in (4096, 1024 * 1024, 67 * 71, 257 * 263, 65537)] == [
+        1024,
+        1024,
+        71,
+        263,
+        65537,
+    ]
 
 
 class Layer(torch.nn.Module):
@@ -183,7 +198,9 @@ class Layer(torch.nn.Module):
         return norm_act(x, self.weight, self.bias, 4, EPS, "identity", backend="torch")
 
 
-@pytest.mark.parametrize("x", [normal(2, 16, 9, 9, mean=300), normal(2, 16, 70, 70, mean=30)], ids=["few", "many"])
+@pytest.mark.parametrize(
+    "x", [normal(2, 16, 9, 9, mean=300), normal(2, 16, 70, 70, mean=30)], ids=["few", "many"]
+)
 def test_right_where_values_cannot_be_branched_on(x):
     layer, want = Layer(), exact(x, 4, *parameters(16))
     torch._dynamo.reset()
@@ -193,11 +210,18 @@ def test_right_where_values_cannot_be_branched_on(x):
     assert error(torch.func.vmap(layer)(x.unsqueeze(1)).squeeze(1), want) <= GOAL
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at the first forward-mode gradient
-@pytest.mark.parametrize("x", [normal(2, 16, 9, 9, mean=300), normal(2, 16, 70, 70, mean=30)], ids=["few", "many"])
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated"
+)  # torch's own, at the first forward-mode gradient
+@pytest.mark.parametrize(
+    "x", [normal(2, 16, 9, 9, mean=300), normal(2, 16, 70, 70, mean=30)], ids=["few", "many"]
+)
 def test_forward_mode_is_right(x):
     tangents = {}
-    for name, function, at in (("ours", Layer(), x), ("exact", lambda t: exact(t, 4, *parameters(16)), x.double())):
+    for name, function, at in (
+        ("ours", Layer(), x),
+        ("exact", lambda t: exact(t, 4, *parameters(16)), x.double()),
+    ):
         with forward_ad.dual_level():
             tangents[name] = forward_ad.unpack_dual(function(forward_ad.make_dual(at, at.sin()))).tangent
     assert error(tangents["ours"], tangents["exact"]) <= GOAL

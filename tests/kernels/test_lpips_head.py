@@ -11,7 +11,9 @@ from torch import Tensor
 BACKENDS = ("triton", "torch")
 
 
-def tensors(shape, dtype, device, channels_last=True, parameters=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(
+    shape, dtype, device, channels_last=True, parameters=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a and b, both leaves, weight, and a gradient of the result."""
     a, b = torch.randn(2, *shape, dtype=torch.float64).relu().to(device, dtype)
     if channels_last:
@@ -41,12 +43,16 @@ def test_the_distance_is_the_mean_of_weighted_squared_differences_of_unit_vector
 def test_gradients_are_finite_on_equal_and_on_empty_features(backend, dtype, device):
     a, _, weight, gradient = tensors((2, 16, 3, 3), dtype, device, parameters=torch.float32)
     zero = torch.zeros_like(a).requires_grad_()
-    value, da, db = results(lpips_head, a, a.detach().clone().requires_grad_(), weight, gradient, backend=backend)
+    value, da, db = results(
+        lpips_head, a, a.detach().clone().requires_grad_(), weight, gradient, backend=backend
+    )
     assert not value.any()
     assert not da.any()
     assert not db.any()
     for pair in ((zero, zero.detach().clone().requires_grad_()), (zero, a), (a, zero)):
-        assert all(torch.isfinite(t).all() for t in results(lpips_head, *pair, weight, gradient, backend=backend))
+        assert all(
+            torch.isfinite(t).all() for t in results(lpips_head, *pair, weight, gradient, backend=backend)
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,7 +80,9 @@ def test_a_gradient_that_nobody_needs_is_not_allocated(device):
 def test_memory_orders_can_differ(backend, device):
     a, b, weight, gradient = tensors((2, 6, 3, 5), torch.float32, device)
     expected = results(lpips_head, a, b, weight, gradient, backend=backend)
-    odd = torch.randn(2, 6, 3, 10, device=device)[..., ::2].copy_(b.detach()).requires_grad_()  # dense in no order
+    odd = (
+        torch.randn(2, 6, 3, 10, device=device)[..., ::2].copy_(b.detach()).requires_grad_()
+    )  # dense in no order
     for pair in (
         (a, b.detach().contiguous().requires_grad_()),
         (a.detach().contiguous().requires_grad_(), b),
@@ -105,7 +113,9 @@ def test_a_weight_that_wants_a_gradient_gets_it_from_torch(device):
     with use_backend("triton"):
         assert torch.autograd.gradcheck(lambda w: lpips_head(a, b, w, eps=1e-3), (weight,))
         with torch.no_grad():
-            torch.testing.assert_close(lpips_head(a, b, weight, backend="triton"), lpips_head_reference(a, b, weight))
+            torch.testing.assert_close(
+                lpips_head(a, b, weight, backend="triton"), lpips_head_reference(a, b, weight)
+            )
 
 
 def test_bad_arguments_are_named():

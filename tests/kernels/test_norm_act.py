@@ -22,7 +22,9 @@ def tensors(channels, shape, dtype, device="cpu", channels_last=True, parameters
     x = torch.randn(shape[0], channels, *shape[1:], dtype=dtype, device=device)
     if channels_last and x.ndim in FORMATS:
         x = x.to(memory_format=FORMATS[x.ndim])
-    weight, bias, pre_bias = (torch.randn(channels, dtype=parameters or dtype, device=device) for _ in range(3))
+    weight, bias, pre_bias = (
+        torch.randn(channels, dtype=parameters or dtype, device=device) for _ in range(3)
+    )
     return x, weight, bias, pre_bias, torch.randn_like(x)
 
 
@@ -41,13 +43,27 @@ def both_passes(function, x, weight, bias, groups, *, pre_bias=None, residual=No
 def test_half_precision_is_never_worse_than_eager(device, dtype):
     x, weight, bias, pre_bias, residual = tensors(96, (2, 9, 11), dtype, device)
     gradients = (torch.randn_like(x), torch.randn_like(x))
-    double = {"pre_bias": pre_bias.double(), "residual": residual.double(), "gradients": tuple(g.double() for g in gradients)}
+    double = {
+        "pre_bias": pre_bias.double(),
+        "residual": residual.double(),
+        "gradients": tuple(g.double() for g in gradients),
+    }
     # the sum is stored rounded, and that is what is normalized: so the exact result starts from it
     total = (x.float() + pre_bias.float().view(1, -1, 1, 1) + residual.float()).to(dtype).double()
     y = norm_act_reference(total, weight.double(), bias.double(), 32)
     exact = both_passes(norm_act_reference, x.double(), weight.double(), bias.double(), 32, **double)
     fused, eager = (
-        both_passes(norm_act, x, weight, bias, 32, pre_bias=pre_bias, residual=residual, gradients=gradients, backend=backend)
+        both_passes(
+            norm_act,
+            x,
+            weight,
+            bias,
+            32,
+            pre_bias=pre_bias,
+            residual=residual,
+            gradients=gradients,
+            backend=backend,
+        )
         for backend in ("triton", "torch")
     )
     for index, want in enumerate([y, total, *exact[2:]]):
@@ -74,7 +90,11 @@ def test_statistics_survive_a_mean_far_above_the_deviation(device, ratio, shape)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_both_strategies_agree(device, groups, channels_last, monkeypatch):
     x, weight, bias, pre_bias, residual = tensors(16, (2, 6, 10), torch.float32, device, channels_last)
-    options = {"pre_bias": pre_bias, "residual": residual, "gradients": (torch.randn_like(x), torch.randn_like(x))}
+    options = {
+        "pre_bias": pre_bias,
+        "residual": residual,
+        "gradients": (torch.randn_like(x), torch.randn_like(x)),
+    }
     problem = launch.Problem(2, 16, 60, groups, 4, channels_last)
     resident = launch.choose_config(problem, 1, False)
     assert resident.resident_groups
@@ -82,7 +102,9 @@ def test_both_strategies_agree(device, groups, channels_last, monkeypatch):
     in_registers = both_passes(norm_act, x, weight, bias, groups, backend="triton", **options)
     chunked = launch.Config(block_hw=8, block_c=8, chunk=24, num_warps=1)
     monkeypatch.setattr(launch, "choose_config", lambda *_: chunked)
-    for one, other in zip(in_registers, both_passes(norm_act, x, weight, bias, groups, backend="triton", **options), strict=True):
+    for one, other in zip(
+        in_registers, both_passes(norm_act, x, weight, bias, groups, backend="triton", **options), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -95,7 +117,8 @@ def test_the_operators_are_well_registered(device):
     _, _, mean, rstd = ops.norm_act_forward(x, None, weight, bias, pre_bias, 3, 1e-6, "silu")
     torch.library.opcheck(ops.norm_act_apply, (x, weight, bias, pre_bias, mean, rstd, 3, "silu"))
     torch.library.opcheck(
-        ops.norm_act_backward, (grads[1], grads[0], x, *grads[2:4], pre_bias, mean, rstd, 3, 1e-6, "silu", True)
+        ops.norm_act_backward,
+        (grads[1], grads[0], x, *grads[2:4], pre_bias, mean, rstd, 3, 1e-6, "silu", True),
     )
 
 
@@ -107,7 +130,9 @@ def test_strides_that_are_neither_order_are_copied_once(device):
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     tangent = torch.randn(y.shape, device=device).contiguous()  # rows first beside channels last
     torch.testing.assert_close(
-        *(torch.autograd.grad(out, odd, tangent.to(out.dtype))[0] for out in (y, expected)), rtol=1e-4, atol=1e-5
+        *(torch.autograd.grad(out, odd, tangent.to(out.dtype))[0] for out in (y, expected)),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -132,7 +157,9 @@ def test_addresses_go_past_two_to_the_31(device):
 
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements_on_a_gpu():
-    x = torch.randn(1, 128, 4096, 4097, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 128, 4096, 4097, device="cuda", dtype=torch.bfloat16).to(
+        memory_format=torch.channels_last
+    )
     weight, bias = torch.randn(2, 128, device="cuda")
     y = norm_act(x, weight, bias, 32, backend="triton")
     for group in (0, 31):
@@ -163,7 +190,10 @@ def test_what_can_not_run_says_so(monkeypatch):
         ({"groups": 2, "act": "relu"}, "unknown act 'relu'; use 'silu' or 'identity'"),
         ({"groups": 2, "backend": "cuda"}, "unknown backend 'cuda'"),
         ({"groups": 2, "residual": residual[:, :, :1]}, "residual has shape"),
-        ({"groups": 2, "residual": residual.half()}, "residual has dtype torch.float16, expected torch.float32"),
+        (
+            {"groups": 2, "residual": residual.half()},
+            "residual has dtype torch.float16, expected torch.float32",
+        ),
         ({"groups": 2, "residual": residual.to("meta")}, "residual is on meta"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -9,13 +9,17 @@ from latentae_kernels import norm_act, norm_act_conv2d, use_backend
 def tensors(device, dtype=torch.float64, channels=6, size=(3, 4)):
     x = torch.randn(2, channels, *size, dtype=dtype, device=device).to(memory_format=torch.channels_last)
     vectors = [torch.randn(channels, dtype=dtype, device=device) for _ in range(3)]
-    conv_weight = torch.randn(4, channels, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    conv_weight = torch.randn(4, channels, 3, 3, dtype=dtype, device=device).to(
+        memory_format=torch.channels_last
+    )
     conv_bias = torch.randn(4, dtype=dtype, device=device)
     return [t.requires_grad_() for t in (x, *vectors, conv_weight, conv_bias, torch.randn_like(x))]
 
 
 def step(x, weight, bias, pre_bias, conv_weight, conv_bias, residual=None, backend="triton"):
-    return norm_act_conv2d(x, weight, bias, 3, conv_weight, conv_bias, 1, pre_bias=pre_bias, residual=residual, backend=backend)
+    return norm_act_conv2d(
+        x, weight, bias, 3, conv_weight, conv_bias, 1, pre_bias=pre_bias, residual=residual, backend=backend
+    )
 
 
 def plain(x, weight, bias, pre_bias, conv_weight, conv_bias, residual=None):

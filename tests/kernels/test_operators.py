@@ -36,10 +36,19 @@ class Operator:
 
     def tensors(self, dtype, device, shape=(2, 6, 3, 4), channels_last=True, parameters=None) -> list[Tensor]:
         """Leaves that want gradients."""
-        shapes = {"x": shape, "r": shape, "v": shape[1:2], "p": shape[1:2], "w": (4, shape[1], 3, 3), "b": (4,)}
+        shapes = {
+            "x": shape,
+            "r": shape,
+            "v": shape[1:2],
+            "p": shape[1:2],
+            "w": (4, shape[1], 3, 3),
+            "b": (4,),
+        }
         made = []
         for kind in self.inputs:
-            t = torch.randn(shapes[kind], dtype=torch.float64).to(device, dtype if kind in "xr" else parameters or dtype)
+            t = torch.randn(shapes[kind], dtype=torch.float64).to(
+                device, dtype if kind in "xr" else parameters or dtype
+            )
             t = t.abs() + 0.5 if self.inputs == "xx" else t  # features after a ReLU, none of them empty
             t = t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last and t.ndim > 1 else t
             made.append(t.requires_grad_())
@@ -51,10 +60,16 @@ class Operator:
     def expected(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
         return self._call(self.reference, inputs, options)
 
-    def _call(self, function: Callable, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _call(
+        self, function: Callable, inputs: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         named = list(zip(self.inputs, inputs, strict=True))
         keywords = {KEYWORDS[kind]: t for kind, t in named if kind in KEYWORDS}
-        return as_tuple(function(*(t for kind, t in named if kind not in KEYWORDS), **keywords, **{**self.options, **options}))
+        return as_tuple(
+            function(
+                *(t for kind, t in named if kind not in KEYWORDS), **keywords, **{**self.options, **options}
+            )
+        )
 
 
 def plain_conv(x, weight, bias, groups, conv_weight, conv_bias, padding, pre_bias=None, residual=None):
@@ -66,7 +81,9 @@ def distance(function: Callable) -> Callable:
     """With a weight in fp32 or fp64 that wants no gradient: the kernels have none for it."""
 
     def call(a: Tensor, b: Tensor, **options: Any) -> Tensor:
-        weight = torch.linspace(0.1, 1, a.shape[1], device=a.device).to(torch.promote_types(a.dtype, torch.float32))
+        weight = torch.linspace(0.1, 1, a.shape[1], device=a.device).to(
+            torch.promote_types(a.dtype, torch.float32)
+        )
         return function(a, b, weight, **options)
 
     return call
@@ -86,7 +103,9 @@ OPERATORS = {
     "row_norm_act layer identity": Operator(*ROW, "xvv", {"norm": "layer", "act": "identity"}),
     "lpips_head": Operator(distance(lpips_head), distance(lpips_head_reference), "xx", {"eps": 1e-2}),
     "norm_act_conv2d": Operator(norm_act_conv2d, plain_conv, "xvvwb", {"groups": 3, "padding": 1}),
-    "norm_act_conv2d pre_bias residual": Operator(norm_act_conv2d, plain_conv, "xvvwbpr", {"groups": 3, "padding": 1}),
+    "norm_act_conv2d pre_bias residual": Operator(
+        norm_act_conv2d, plain_conv, "xvvwbpr", {"groups": 3, "padding": 1}
+    ),
 }
 MAIN = ["norm_act pre_bias residual", "row_norm_act rms", "row_norm_act layer", "lpips_head"]
 WHOLE = ["norm_act", *MAIN, "norm_act_conv2d", "norm_act_conv2d pre_bias residual"]
@@ -96,7 +115,9 @@ BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
 def with_gradients(function: Callable, inputs: list[Tensor], **options: Any) -> list[Tensor]:
     """Outputs, and the gradients of all inputs."""
     outputs = function(*inputs, **options)
-    values = [(1 + torch.arange(y.numel(), device=y.device)).sin().bfloat16() for y in outputs]  # the same in every dtype
+    values = [
+        (1 + torch.arange(y.numel(), device=y.device)).sin().bfloat16() for y in outputs
+    ]  # the same in every dtype
     tangents = [value.view(y.shape).to(y.dtype) for value, y in zip(values, outputs, strict=True)]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, tangents)]
 
@@ -131,7 +152,9 @@ def test_equals_the_reference_in_fp64_with_gradients(backend, name, shape, chann
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     if len(shape) == 4 and 0 not in shape and operator.takes(shape[:2]):
         y = operator.run(*inputs, backend=backend)[0]
-        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert y.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
 
 
 # (groups, shape, channels_last): widths of shipped models, ragged tiles, odd sides, one sample, 2-D to 5-D
@@ -154,7 +177,12 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("name", "groups", "shape", "channels_last"),
-    [(name, *case) for name in ("norm_act pre_bias", *MAIN[1:]) for case in CASES if OPERATORS[name].takes(case[1])],
+    [
+        (name, *case)
+        for name in ("norm_act pre_bias", *MAIN[1:])
+        for case in CASES
+        if OPERATORS[name].takes(case[1])
+    ],
 )
 def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_last, dtype, device):
     """Half precision has one rounding and is never worse than eager; fp32 loses no more than sums of its size do."""
@@ -162,11 +190,17 @@ def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_l
     options = {"groups": groups} if "groups" in operator.options else {}
     inputs = operator.tensors(dtype, device, shape, channels_last, parameters=torch.float32)
     exact = with_gradients(operator.expected, wide(inputs), **options)
-    fused, eager = (with_gradients(operator.run, inputs, backend=backend, **options) for backend in ("triton", "torch"))
+    fused, eager = (
+        with_gradients(operator.run, inputs, backend=backend, **options) for backend in ("triton", "torch")
+    )
     for ours, theirs, truth in zip(fused, eager, exact, strict=True):
-        error, eager_error, ideal = ((t.double() - truth).norm().item() for t in (ours, theirs, truth.to(dtype)))
+        error, eager_error, ideal = (
+            (t.double() - truth).norm().item() for t in (ours, theirs, truth.to(dtype))
+        )
         norm = truth.norm().item()
-        if ours.ndim != len(shape) or ours.shape[0] != shape[0]:  # sums over all pixels in fp32, and some of them are zero
+        if (
+            ours.ndim != len(shape) or ours.shape[0] != shape[0]
+        ):  # sums over all pixels in fp32, and some of them are zero
             pixels = inputs[0].numel() / inputs[0].shape[1]
             assert (ours.double() - truth).abs().max() <= 5e-6 * pixels**0.5 * truth.abs().max().clamp(min=1)
         elif dtype != torch.float32:  # the floor: what is left of a difference of equal numbers in fp32
@@ -187,19 +221,27 @@ def test_any_shape(name, shape, groups, channels_last, dtype):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     operator = OPERATORS[name]
-    dtype = torch.float32 if "r" in operator.inputs else dtype  # a sum that is stored in half precision is rounded twice
+    dtype = (
+        torch.float32 if "r" in operator.inputs else dtype
+    )  # a sum that is stored in half precision is rounded twice
     options = {"eps": 1e-2} | ({"groups": groups} if "groups" in operator.options else {})
     shape = (shape[0], shape[1] * groups, *shape[2:])
     inputs = operator.tensors(dtype, device, shape, channels_last, parameters=torch.float32)
     exact = with_gradients(operator.expected, wide(inputs), **options)
     for ours, truth in zip(with_gradients(operator.run, inputs, **options), exact, strict=True):
         largest = max(truth.abs().max().item(), 1e-2 if name == "lpips_head" else 1) if truth.numel() else 1
-        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=(3 * torch.finfo(ours.dtype).eps + 2e-5) * largest)
+        torch.testing.assert_close(
+            ours.double(), truth, rtol=0, atol=(3 * torch.finfo(ours.dtype).eps + 2e-5) * largest
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("norm_act pre_bias residual", (1, 12, 33, 35)), ("row_norm_act layer", (1, 48, 19, 17)), ("lpips_head", (1, 48, 13, 11))],
+    [
+        ("norm_act pre_bias residual", (1, 12, 33, 35)),
+        ("row_norm_act layer", (1, 48, 19, 17)),
+        ("lpips_head", (1, 48, 13, 11)),
+    ],
 )
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_two_runs_are_equal_to_the_bit(name, shape, channels_last, device):
@@ -215,7 +257,9 @@ def test_first_and_second_derivatives_are_those_of_the_function(name, device):
     assert torch.autograd.gradcheck(operator.run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(operator.run, inputs, fast_mode=True)
     if operator.inputs == "xx":
-        assert torch.autograd.gradgradcheck(lambda a: operator.run(a, inputs[1].detach()), inputs[:1], fast_mode=True)
+        assert torch.autograd.gradgradcheck(
+            lambda a: operator.run(a, inputs[1].detach()), inputs[:1], fast_mode=True
+        )
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -237,8 +281,12 @@ def test_compiles_into_one_graph(name, backend, device):
     torch.compiler.reset()  # each operator would be one more recompilation of the same function
     operator = OPERATORS[name]
     inputs = operator.tensors(torch.float64, device)
-    compiled = torch.compile(lambda *inputs: operator.run(*inputs, backend=backend), fullgraph=True, backend="aot_eager")
-    for ours, expected in zip(with_gradients(compiled, inputs), with_gradients(operator.expected, inputs), strict=True):
+    compiled = torch.compile(
+        lambda *inputs: operator.run(*inputs, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    for ours, expected in zip(
+        with_gradients(compiled, inputs), with_gradients(operator.expected, inputs), strict=True
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 

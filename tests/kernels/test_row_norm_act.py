@@ -14,7 +14,9 @@ from torch import Tensor
 BACKENDS = ("triton", "torch")
 
 
-def tensors(shape, dtype, device, channels_last=True, parameters=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(
+    shape, dtype, device, channels_last=True, parameters=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, weight, bias and a gradient of y, all leaves."""
     x, dy = torch.randn(2, *shape, dtype=torch.float64).to(device, dtype)
     if channels_last:
@@ -57,7 +59,9 @@ def test_memory_order_is_kept_and_a_gradient_in_the_other_order_is_taken(backend
     other = dy.contiguous() if channels_last else dy.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(results(row_norm_act, x, weight, bias, other, backend=backend)[1], dx)
     sliced = torch.randn(2, 6, 3, 10, device=device)[..., ::2]  # dense in no order
-    torch.testing.assert_close(row_norm_act(sliced, weight, bias, backend=backend), row_norm_act_reference(sliced, weight, bias))
+    torch.testing.assert_close(
+        row_norm_act(sliced, weight, bias, backend=backend), row_norm_act_reference(sliced, weight, bias)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -68,11 +72,22 @@ def test_the_operators_keep_torchs_contract(channels_last, with_bias, device):
     ops = torch.ops.latentae_kernels
     torch.library.opcheck(ops.row_norm_act_forward, (x, weight, bias, 1e-6, "layer", "silu"))
     for parameters in (True, False):
-        torch.library.opcheck(ops.row_norm_act_backward, (dy, x, weight, bias, 1e-6, "rms", "silu", parameters))
+        torch.library.opcheck(
+            ops.row_norm_act_backward, (dy, x, weight, bias, 1e-6, "rms", "silu", parameters)
+        )
 
 
 @triton.jit
-def where(index, HW, base_ptr, last_ptr, C: tl.constexpr, NHWC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def where(
+    index,
+    HW,
+    base_ptr,
+    last_ptr,
+    C: tl.constexpr,
+    NHWC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     _, base, offsets, mask = row_tile(index, HW, C, NHWC, ROWS, BLOCK_C)
     tl.store(base_ptr, base)
     tl.store(last_ptr, tl.max(tl.max(tl.where(mask, offsets, 0).to(tl.int64), 1), 0))
@@ -84,10 +99,14 @@ def test_addresses_go_past_32_bits(channels_last, device):
     channels, pixels, rows = 512, 2048 * 2049, 8
     tiles = pixels // rows
     base, last = torch.zeros(2, dtype=torch.int64, device=device).unbind(0)
-    where[(1,)](2 * tiles + tiles - 1, pixels, base, last, C=channels, NHWC=channels_last, ROWS=rows, BLOCK_C=512)
+    where[(1,)](
+        2 * tiles + tiles - 1, pixels, base, last, C=channels, NHWC=channels_last, ROWS=rows, BLOCK_C=512
+    )
     first = pixels - rows
     assert base.item() == 2 * channels * pixels + (first * channels if channels_last else first)
-    assert last.item() == ((rows - 1) * channels + channels - 1 if channels_last else (channels - 1) * pixels + rows - 1)
+    assert last.item() == (
+        (rows - 1) * channels + channels - 1 if channels_last else (channels - 1) * pixels + rows - 1
+    )
 
 
 def test_bad_arguments_are_named():

@@ -23,7 +23,9 @@ def tensors(batch, channels, out_channels, height, width, layout=torch.channels_
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 5), (1, 1, 1, 1, 1), (1, 3, 64, 7, 1), (2, 20, 3, 1, 6), (3, 64, 20, 5, 9)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5, 5), (1, 1, 1, 1, 1), (1, 3, 64, 7, 1), (2, 20, 3, 1, 6), (3, 64, 20, 5, 9)]
+)
 def test_equals_the_plain_operators_and_keeps_the_memory_format(method, layout, shape):
     x, weight, bias = tensors(*shape, layout)
     with torch.no_grad():
@@ -57,7 +59,9 @@ def test_an_image_of_several_strips_has_no_seam(shape):
 @pytest.mark.parametrize("layout", FORMATS)
 def test_gradients_are_those_of_the_plain_operators(method, layout):
     results = []
-    inputs = [t.requires_grad_() for t in tensors(2, 32, 32, 24, 23, layout)]  # large enough for "auto" to fold
+    inputs = [
+        t.requires_grad_() for t in tensors(2, 32, 32, 24, 23, layout)
+    ]  # large enough for "auto" to fold
     for function in (plain, lambda *t: upsample_conv2d(*t, method)):
         out = function(*inputs)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
@@ -87,7 +91,10 @@ def test_half_precision_keeps_the_plain_operators_accuracy():
     expected = plain(x.double(), weight.double(), bias.double())
     with torch.no_grad():
         assert torch.equal(upsample_conv2d(x, weight, bias), plain(x, weight, bias))
-        error = {m: (upsample_conv2d(x, weight, bias, m) - expected).square().mean().sqrt() for m in ("plain", "folded")}
+        error = {
+            m: (upsample_conv2d(x, weight, bias, m) - expected).square().mean().sqrt()
+            for m in ("plain", "folded")
+        }
     assert error["folded"] <= 3 * error["plain"]  # the sums of weights are rounded: nothing for "auto"
 
 
@@ -117,7 +124,9 @@ def test_an_export_shows_standard_operators_and_a_compiled_model_is_one_graph():
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(x), plain(x, layer.conv.weight, layer.conv.bias), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                compiled(x), plain(x, layer.conv.weight, layer.conv.bias), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_works_under_autocast_and_vmap():

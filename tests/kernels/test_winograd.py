@@ -30,7 +30,15 @@ def plain(x, weight, bias=None, norm=None):
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(
-    "shape", [(0, 3, 4, 5, 5), (1, 1, 1, 1, 1), (1, 3, 64, 7, 1), (2, 20, 3, 1, 6), (5, 64, 20, 5, 9), (2, 8, 8, 9, 6)]
+    "shape",
+    [
+        (0, 3, 4, 5, 5),
+        (1, 1, 1, 1, 1),
+        (1, 3, 64, 7, 1),
+        (2, 20, 3, 1, 6),
+        (5, 64, 20, 5, 9),
+        (2, 8, 8, 9, 6),
+    ],
 )
 def test_equals_the_native_convolution_and_keeps_the_memory_format(layout, shape):
     x, weight, bias, gamma, beta = tensors(*shape, layout)
@@ -50,7 +58,11 @@ def test_equals_the_native_convolution_and_keeps_the_memory_format(layout, shape
 @given(st.data())
 def test_any_shape_in_strips_of_any_size(data):
     batch, height, width = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 19), (1, 19)))
-    channels, transformed, overwrite = data.draw(st.integers(1, 12)), data.draw(st.booleans()), data.draw(st.booleans())
+    channels, transformed, overwrite = (
+        data.draw(st.integers(1, 12)),
+        data.draw(st.booleans()),
+        data.draw(st.booleans()),
+    )
     out_channels = channels if overwrite else data.draw(st.integers(1, 9))
     rows = data.draw(st.integers(1, -(-height // 4)))
     samples = data.draw(st.integers(1, batch)) if 4 * rows >= height else 1
@@ -84,7 +96,8 @@ def test_the_norm_is_right_where_the_mean_is_far_from_zero():
     exact = plain(x.float().double(), weight.float().double(), bias, norm)
     with torch.no_grad():
         native, ours = (
-            conv3x3(x.float(), weight.float(), bias.float(), single, method=m) - exact for m in ("native", "winograd")
+            conv3x3(x.float(), weight.float(), bias.float(), single, method=m) - exact
+            for m in ("native", "winograd")
         )
     assert ours.square().mean() <= 4 * native.square().mean()
 
@@ -169,7 +182,9 @@ class Layer(torch.nn.Module):
         self.norm, self.conv = torch.nn.GroupNorm(32, 160), torch.nn.Conv2d(160, 192, 3, padding=1)
 
     def forward(self, x):
-        return conv3x3(x, self.conv.weight, self.conv.bias, Norm(self.norm.weight, self.norm.bias, 32, self.norm.eps))
+        return conv3x3(
+            x, self.conv.weight, self.conv.bias, Norm(self.norm.weight, self.norm.bias, 32, self.norm.eps)
+        )
 
 
 def test_an_export_shows_standard_operators_and_a_compiled_model_is_one_graph():

@@ -35,8 +35,15 @@ for arguments in (["smooth-tiny.toml", "--output", "run", "--log.metrics-every-i
 def test_the_module_test_line_and_recipe_of_the_page_work(tmp_path):
     """The test of the page passes; the line makes an option, a log line and an effective weight."""
     text = (ROOT / "docs" / "add_a_loss.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(?:python|toml)\n# ([^\n]+)\n(.*?)```", text, re.DOTALL))  # by the file in their first line
-    assert set(blocks) == {LINE, "latentae/losses/smoothness.py", "tests/losses/test_smoothness.py", "smooth-tiny.toml"}
+    blocks = dict(
+        re.findall(r"```(?:python|toml)\n# ([^\n]+)\n(.*?)```", text, re.DOTALL)
+    )  # by the file in their first line
+    assert set(blocks) == {
+        LINE,
+        "latentae/losses/smoothness.py",
+        "tests/losses/test_smoothness.py",
+        "smooth-tiny.toml",
+    }
     line = blocks.pop(LINE)
     assert len(line.splitlines()) == 1
     shutil.copytree(ROOT / "latentae", tmp_path / "latentae", ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,7 +57,13 @@ def test_the_module_test_line_and_recipe_of_the_page_work(tmp_path):
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, "-c", STEPS], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", STEPS],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     shown = done.stdout + done.stderr
     assert done.returncode == 0, shown
@@ -66,7 +79,9 @@ def test_the_module_test_line_and_recipe_of_the_page_work(tmp_path):
 
 
 def test_every_regularizer_is_an_option_and_explained():
-    assert "smoothness" not in LossOptions.model_fields  # what the copy can do comes from the page, not from this checkout
+    assert (
+        "smoothness" not in LossOptions.model_fields
+    )  # what the copy can do comes from the page, not from this checkout
     for name in REGULARIZERS:
         assert name in LossOptions.model_fields
         assert (regularizer(name).__doc__ or "").strip()

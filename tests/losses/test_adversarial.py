@@ -20,7 +20,11 @@ from latentae.models.backbone import FrozenBackbone
 PLAIN = {
     "hinge": (lambda d: np.maximum(0, 1 - d) / 2, lambda d: np.maximum(0, 1 + d) / 2, lambda d: -d),
     "vanilla": (lambda d: np.log1p(np.exp(-d)) / 2, lambda d: np.log1p(np.exp(d)) / 2, lambda d: -d),
-    "non-saturating": (lambda d: np.log1p(np.exp(-d)), lambda d: np.log1p(np.exp(d)), lambda d: np.log1p(np.exp(-d))),
+    "non-saturating": (
+        lambda d: np.log1p(np.exp(-d)),
+        lambda d: np.log1p(np.exp(d)),
+        lambda d: np.log1p(np.exp(-d)),
+    ),
 }
 
 

@@ -15,12 +15,22 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def plain_cosine(projected: np.ndarray, features: np.ndarray, margin: float) -> float:
     """Both are one map as vectors, [places, C]."""
-    return float(np.mean([max(0, 1 - margin - cosine(a, b)) for a, b in zip(projected, features, strict=True)]))
+    return float(
+        np.mean([max(0, 1 - margin - cosine(a, b)) for a, b in zip(projected, features, strict=True)])
+    )
 
 
 def plain_distance(z: np.ndarray, features: np.ndarray, margin: float) -> float:
     n = range(len(z))
-    return float(np.mean([max(0, abs(cosine(z[i], z[j]) - cosine(features[i], features[j])) - margin) for i in n for j in n]))
+    return float(
+        np.mean(
+            [
+                max(0, abs(cosine(z[i], z[j]) - cosine(features[i], features[j])) - margin)
+                for i in n
+                for j in n
+            ]
+        )
+    )
 
 
 def vectors(maps: torch.Tensor) -> np.ndarray:
@@ -46,7 +56,9 @@ def test_rows_at_a_time_have_the_same_gradient_and_save_little(monkeypatch):
     for limit in (2**24, 256 * 16):
         monkeypatch.setattr(alignment, "LIMIT", limit)
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x
+        ):
             value = distance_similarity(z, features, 0.1)
         results.append((value.detach(), torch.autograd.grad(value.sum(), z)[0], max(saved)))
     torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-12, atol=1e-15)
@@ -63,7 +75,9 @@ def test_the_whole_loss_equals_the_plain_formula():
     loss, images = loss_of(64)
     loss = loss.double()
     images, z = images.double(), torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    features = torch.nn.functional.interpolate(loss.backbone.features(images)[0], size=(8, 8), mode="bilinear", antialias=True)
+    features = torch.nn.functional.interpolate(
+        loss.backbone.features(images)[0], size=(8, 8), mode="bilinear", antialias=True
+    )
     projected = torch.einsum("fc,bchw->bfhw", loss.projection.weight[:, :, 0, 0], z)
     expected = [
         plain_cosine(p, f, 0.5) + plain_distance(a, f, 0.25)

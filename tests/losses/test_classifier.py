@@ -13,7 +13,9 @@ def test_equals_the_plain_formula_in_fp64(tmp_path):
     network = timm.create_model("test_convnext").eval().double()
     save_file(network.state_dict(), tmp_path / "convnext.safetensors")
     loss = ClassifierDistance(
-        ClassifierOptions(weight=0.1, backbone="test_convnext", weights=str(tmp_path / "convnext.safetensors"))
+        ClassifierOptions(
+            weight=0.1, backbone="test_convnext", weights=str(tmp_path / "convnext.safetensors")
+        )
     ).double()
     x, y = (torch.rand(2, 3, 40, 48, dtype=torch.float64) * 2 - 1 for _ in range(2))
     config = network.pretrained_cfg

@@ -76,7 +76,12 @@ def autoencoder() -> AutoencoderKL:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     config = preset(
-        "tiny", block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2, mid_block_add_attention=True, **blocks
+        "tiny",
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=2,
+        mid_block_add_attention=True,
+        **blocks,
     )
     model = AutoencoderKL(config).double()
     for name, parameter in model.named_parameters():  # biases and affine parts that are zero hide mistakes
@@ -88,7 +93,9 @@ def autoencoder() -> AutoencoderKL:
 @pytest.mark.parametrize(("backend", "checkpointing"), [("auto", False), ("auto", True), ("triton", False)])
 def test_the_autoencoders_encoder_has_the_right_second_derivative(autoencoder, backend, checkpointing):
     """On native operators, recomputed blocks and the fused kernels alike (attention included)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where there is no GPU the kernels are interpreted
+    device = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # where there is no GPU the kernels are interpreted
     autoencoder, f = autoencoder.to(device), autoencoder.config.downsampling
     x = torch.rand(2, 3, 2 * f, 2 * f, dtype=torch.float64, device=device) * 2 - 1
     probes = torch.randn(1, *autoencoder.encode(x).mean.shape, dtype=torch.float64, device=device)

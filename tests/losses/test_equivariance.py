@@ -39,7 +39,9 @@ def test_quarter_turns_turn_counter_clockwise_after_scaling():
 
 def test_scaling_is_antialiased_and_passes_gradients_in_half_precision():
     stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 32, 32)
-    assert Transform(0.25, 0).latent(stripes)[..., 1:-1].abs().max() < 0.1  # plain interpolation would keep a pattern
+    assert (
+        Transform(0.25, 0).latent(stripes)[..., 1:-1].abs().max() < 0.1
+    )  # plain interpolation would keep a pattern
     z = torch.randn(1, 2, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     out = Transform(0.5, 2).latent(z)
     assert out.dtype == torch.bfloat16

@@ -13,14 +13,19 @@ def plain_kl(posterior: DiagonalGaussian) -> torch.Tensor:
 
 
 def test_kl_is_the_closed_form_over_image_elements():
-    posterior, images = DiagonalGaussian(torch.randn(3, 8, 2, 5, dtype=torch.float64)), torch.zeros(3, 3, 16, 40)
+    posterior, images = (
+        DiagonalGaussian(torch.randn(3, 8, 2, 5, dtype=torch.float64)),
+        torch.zeros(3, 3, 16, 40),
+    )
     expected = plain_kl(posterior).sum(dim=(1, 2, 3)) / (3 * 16 * 40)
     torch.testing.assert_close(kl_per_element(posterior, images), expected, rtol=1e-12, atol=0)
 
 
 def test_the_ratio_to_the_pixel_loss_does_not_depend_on_the_resolution():
     small = torch.randn(2, 8, 4, 4)
-    posteriors = [(DiagonalGaussian(small.repeat(1, 1, k, k)), torch.zeros(2, 3, 32 * k, 32 * k)) for k in (1, 2)]
+    posteriors = [
+        (DiagonalGaussian(small.repeat(1, 1, k, k)), torch.zeros(2, 3, 32 * k, 32 * k)) for k in (1, 2)
+    ]
     torch.testing.assert_close(*(kl_per_element(*each) for each in posteriors))
     torch.testing.assert_close(*(kl_free_bits(*each, free_bits=1.0) for each in posteriors))
 
@@ -33,11 +38,16 @@ def test_a_standard_normal_posterior_costs_nothing_and_logvar_is_clamped():
 
 
 def test_free_bits_are_a_floor_for_each_channel_of_the_batch_average():
-    posterior, images = DiagonalGaussian(torch.randn(5, 8, 3, 2, dtype=torch.float64)), torch.zeros(5, 3, 24, 16)
+    posterior, images = (
+        DiagonalGaussian(torch.randn(5, 8, 3, 2, dtype=torch.float64)),
+        torch.zeros(5, 3, 24, 16),
+    )
     kl = plain_kl(posterior).sum(dim=(2, 3)).mean(dim=0)
     floor = kl.sort().values[1:3].mean().item()  # two channels below, two above
     expected = np.maximum(kl.numpy(), floor).sum() / (3 * 24 * 16)
-    torch.testing.assert_close(kl_free_bits(posterior, images, floor / 6).item(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        kl_free_bits(posterior, images, floor / 6).item(), expected, rtol=1e-12, atol=0
+    )
     torch.testing.assert_close(kl_free_bits(posterior, images, 0.0), kl_per_element(posterior, images).mean())
 
 
@@ -60,7 +70,9 @@ def test_free_bits_of_two_ranks_are_those_of_the_whole_batch():
     floor = torch.stack(halves).mean(dim=0).mean().item()
     whole = kl_free_bits(DiagonalGaussian(moments * scale), images, floor / 9)
     parts = [
-        kl_free_bits(DiagonalGaussian(part * scale), images[:3], floor / 9, lambda own: torch.stack(halves).mean(dim=0))
+        kl_free_bits(
+            DiagonalGaussian(part * scale), images[:3], floor / 9, lambda own: torch.stack(halves).mean(dim=0)
+        )
         for part in moments.chunk(2)
     ]
     for part in parts:

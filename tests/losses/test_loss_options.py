@@ -14,7 +14,14 @@ def test_effective_weights_name_every_term_without_building_a_network():
         initial_logvar=math.log(2.0),
         perceptual={"net": "efficientnet-lite0", "gram": 2.0},
         classifier={"weight": 0.1, "backbone": "convnext_tiny"},
-        adversarial={"weight": 0.5, "adaptive": True, "max_ratio": 0.05, "loss": "vanilla", "r1": 10.0, "lecam": 0.01},
+        adversarial={
+            "weight": 0.5,
+            "adaptive": True,
+            "max_ratio": 0.05,
+            "loss": "vanilla",
+            "r1": 10.0,
+            "lecam": 0.01,
+        },
         alignment={"weight": 0.1, "backbone": "vit_tiny_patch16_224"},
     )
     assert options.effective_weights() == {

@@ -22,7 +22,14 @@ EVERYTHING = {
     "learn_logvar": True,
     "perceptual": {"net": "efficientnet-lite0", "weight": 1.0, "gram": 2.0},
     "classifier": {"weight": 0.1, "backbone": "efficientnet-lite0"},
-    "adversarial": {"weight": 0.5, "adaptive": True, "max_ratio": 0.05, "loss": "vanilla", "r1": 10.0, "lecam": 0.01},
+    "adversarial": {
+        "weight": 0.5,
+        "adaptive": True,
+        "max_ratio": 0.05,
+        "loss": "vanilla",
+        "r1": 10.0,
+        "lecam": 0.01,
+    },
     "alignment": {"weight": 0.1, "backbone": "efficientnet-lite0"},
 }
 
@@ -55,7 +62,10 @@ def test_perceptual_and_gram_share_one_look_at_each_image(monkeypatch):
     x, y = pair(32)
     module = objective(perceptual={"net": "efficientnet-lite0", "weight": 0.5, "gram": 3.0})
     assert module.perceptual is not None
-    expected = module.perceptual(x, y).mean(), gram_distance(module.perceptual.features(x), module.perceptual.features(y)).mean()
+    expected = (
+        module.perceptual(x, y).mean(),
+        gram_distance(module.perceptual.features(x), module.perceptual.features(y)).mean(),
+    )
     looked = []
     features = module.perceptual.features
     monkeypatch.setattr(module.perceptual, "features", lambda image: looked.append(image) or features(image))
@@ -181,7 +191,9 @@ def test_terms_add_up():
     assert LossTerms({"a": a}, {}).total is a
     assert LossTerms({"a": a, "b": b}, {}).total.item() == 3.5
     assert LossTerms({}, {"kl": b}).total.item() == 0.0
-    assert LossTerms({"a": a}, {"kl": b}).merged(LossTerms({"b": b}, {"x": a})) == LossTerms({"a": a, "b": b}, {"kl": b, "x": a})
+    assert LossTerms({"a": a}, {"kl": b}).merged(LossTerms({"b": b}, {"x": a})) == LossTerms(
+        {"a": a, "b": b}, {"kl": b, "x": a}
+    )
 
 
 def test_losses_on_a_part_are_means_over_it():

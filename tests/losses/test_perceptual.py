@@ -81,7 +81,9 @@ def test_gradient_reaches_the_image_and_is_finite_even_where_it_vanishes(distanc
 
 
 def test_training_mode_does_not_change_a_frozen_distance(squeezenet):
-    assert not any(m.training for m in LPIPS("squeeze", squeezenet[1]).train().modules())  # dropout would differ
+    assert not any(
+        m.training for m in LPIPS("squeeze", squeezenet[1]).train().modules()
+    )  # dropout would differ
 
 
 @pytest.mark.parametrize("net", ["squeeze", "alex", "vgg"])
@@ -111,7 +113,10 @@ def test_lpips_has_a_finite_gradient_without_features_and_without_a_difference(s
     assert same.item() == 0
     assert not torch.autograd.grad(same.sum(), x)[0].any()
     # without biases the image that the network sees as zero has no feature anywhere
-    state = {key: value.clone().zero_() if key.endswith("bias") else value for key, value in network.state_dict().items()}
+    state = {
+        key: value.clone().zero_() if key.endswith("bias") else value
+        for key, value in network.state_dict().items()
+    }
     torch.save(state, tmp_path / "no_bias.pth")
     ours = LPIPS("squeeze", tmp_path / "no_bias.pth")
     black = ours.network.scaling_layer.shift.expand(1, 3, 64, 64).clone().requires_grad_()
@@ -136,7 +141,9 @@ def test_lpips_by_the_fused_kernels_is_the_same(squeezenet):
         torch.testing.assert_close(fused, native, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-"), ("squeeze", "squeezenet1_1-")])
+@pytest.mark.parametrize(
+    ("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-"), ("squeeze", "squeezenet1_1-")]
+)
 def test_missing_weights_name_the_file_and_the_ways_out(net, file, offline):
     assert not perceptual_available(net)
     with pytest.raises(WeightsError) as caught:

@@ -23,7 +23,12 @@ def test_every_form_of_the_file_is_read(form, state, tmp_path):
     if form == "safetensors":
         save_file(state, file)
     else:
-        torch.save({"state_dict": state, "epoch": 3} if form == "nested" else {form + key: v for key, v in state.items()}, file)
+        torch.save(
+            {"state_dict": state, "epoch": 3}
+            if form == "nested"
+            else {form + key: v for key, v in state.items()},
+            file,
+        )
     network = LPIPS("squeeze", file).network.net
     assert torch.equal(network.slice1[0].weight, state["features.0.weight"])
 
@@ -52,7 +57,9 @@ def test_a_backbone_refuses_what_it_does_not_have(tmp_path):
     import timm
 
     network = timm.create_model("test_resnet", pretrained=False)
-    torch.save({"module." + key: value for key, value in network.state_dict().items()}, tmp_path / "weights.pth")
+    torch.save(
+        {"module." + key: value for key, value in network.state_dict().items()}, tmp_path / "weights.pth"
+    )
     FrozenBackbone("test_resnet", tmp_path / "weights.pth")
     torch.save({**network.state_dict(), "more.weight": torch.zeros(3)}, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match="does not hold weights of test_resnet") as caught:

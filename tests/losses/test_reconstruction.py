@@ -26,7 +26,10 @@ def test_equals_the_plain_formula_in_fp64_and_has_a_finite_gradient_at_equal_ima
 
 
 def test_bce_is_the_cross_entropy_of_probabilities():
-    x, y = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 1.9 - 0.95, torch.rand(2, 3, 4, 4, dtype=torch.float64) * 1.9 - 0.95
+    x, y = (
+        torch.rand(2, 3, 4, 4, dtype=torch.float64) * 1.9 - 0.95,
+        torch.rand(2, 3, 4, 4, dtype=torch.float64) * 1.9 - 0.95,
+    )
     expected = F.binary_cross_entropy((x + 1) / 2, (y + 1) / 2, reduction="none").flatten(1).mean(dim=1)
     torch.testing.assert_close(bce(x, y), expected, rtol=1e-12, atol=0)
 
@@ -39,7 +42,9 @@ def test_bce_is_convex_smooth_and_bounded_below_beyond_the_range(target):
     x, loss = x.detach(), loss.detach()
     assert (slope.diff() > -1e-12).all(), "convex"
     assert slope.diff().abs().max() < 0.1 * slope.abs().max(), "without a jump"
-    assert loss[(x - target).abs().argmin()] == pytest.approx(loss.min().item(), abs=1e-12), "least at the target"
+    assert loss[(x - target).abs().argmin()] == pytest.approx(loss.min().item(), abs=1e-12), (
+        "least at the target"
+    )
     for wrong in ((x > 1) & (target < 1), (x < -1) & (target > -1)):
         assert (slope[wrong].abs() > 0.5).all(), "no gradient vanishes where the output is wrong"
     torch.testing.assert_close(torch.cumulative_trapezoid(slope, x), loss[1:] - loss[0], rtol=1e-3, atol=1e-3)

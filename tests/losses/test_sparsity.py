@@ -12,13 +12,16 @@ from latentae.losses.sparsity import active_fraction, kl_sparsity, l1, mean_acti
 def test_l1_is_the_mean_magnitude_of_each_latent_and_activation_the_mean_of_each_channel():
     z = torch.randn(3, 4, 2, 5, dtype=torch.float64)
     np.testing.assert_allclose(l1(z).numpy(), np.abs(z.numpy()).reshape(3, -1).mean(axis=1), rtol=1e-12)
-    np.testing.assert_allclose(mean_activation(z).numpy(), (1 / (1 + np.exp(-z.numpy()))).mean(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(
+        mean_activation(z).numpy(), (1 / (1 + np.exp(-z.numpy()))).mean(axis=(0, 2, 3)), rtol=1e-12
+    )
 
 
 def test_kl_equals_the_bernoulli_divergence_vanishes_at_the_target_and_stays_finite():
     found = torch.tensor([0.05, 0.3, 0.9], dtype=torch.float64)
     expected = torch.distributions.kl_divergence(
-        torch.distributions.Bernoulli(torch.tensor(0.05, dtype=torch.float64)), torch.distributions.Bernoulli(found)
+        torch.distributions.Bernoulli(torch.tensor(0.05, dtype=torch.float64)),
+        torch.distributions.Bernoulli(found),
     )
     torch.testing.assert_close(kl_sparsity(found, 0.05), expected.sum())
     assert kl_sparsity(found[:1], 0.05).abs() < 1e-12

@@ -27,13 +27,18 @@ def numpy_spectrum(x: np.ndarray, bins: int, delta: float = 0.0) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (8, 5), (32, 32)])
 def test_dct_is_orthonormal_and_scipys(shape):
     x = torch.randn(2, 3, *shape, dtype=torch.float64)
-    np.testing.assert_allclose(dct2(x).numpy(), dctn(x.numpy(), norm="ortho", axes=(2, 3)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        dct2(x).numpy(), dctn(x.numpy(), norm="ortho", axes=(2, 3)), rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(dct2(x).square().sum(), x.square().sum())
 
 
 @pytest.mark.parametrize(("size", "bins", "delta"), [(32, 16, 0.0), (32, 16, 1.0), (8, 4, 0.4), (6, 16, 0.0)])
 def test_equals_the_plain_algorithm_on_square_latents(size, bins, delta):
-    x, z = torch.randn(2, 3, size, size, dtype=torch.float64), torch.randn(2, 5, size, size, dtype=torch.float64) ** 3
+    x, z = (
+        torch.randn(2, 3, size, size, dtype=torch.float64),
+        torch.randn(2, 5, size, size, dtype=torch.float64) ** 3,
+    )
     p, q = numpy_spectrum(x.numpy(), bins, delta), numpy_spectrum(z.numpy(), bins)
     np.testing.assert_allclose(radial_log_spectrum(x, bins, delta).numpy(), p, rtol=1e-6, atol=1e-9)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -88,5 +93,7 @@ def test_its_gradient_takes_noise_out_of_a_latent():
 def test_half_precision_and_frozen_images():
     z = torch.randn(1, 4, 8, 8)
     x = torch.rand(1, 3, 64, 64, requires_grad=True)
-    torch.testing.assert_close(spectrum_matching(z.bfloat16(), x), spectrum_matching(z, x), rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(
+        spectrum_matching(z.bfloat16(), x), spectrum_matching(z, x), rtol=0.02, atol=1e-3
+    )
     assert not spectrum_matching(z, x).requires_grad

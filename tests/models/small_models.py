@@ -43,12 +43,17 @@ DC_TWO_LEVELS = {
 def narrow(name: str, **overrides) -> AutoencoderKLConfig:
     """A preset with its depth and attention kept and its width scaled down to 8 channels a unit."""
     widths = PRESETS[name]["block_out_channels"]
-    return preset(name, block_out_channels=tuple(8 * w // widths[0] for w in widths), norm_num_groups=4, **overrides)
+    return preset(
+        name, block_out_channels=tuple(8 * w // widths[0] for w in widths), norm_num_groups=4, **overrides
+    )
 
 
 def two_levels(name: str = "kl-f8", **overrides) -> AutoencoderKLConfig:
     """An f2 model with every kind of layer."""
-    return preset(name, **{"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides})
+    return preset(
+        name,
+        **{"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides},
+    )
 
 
 def dc_config(**changes) -> AutoencoderDCConfig:

@@ -47,7 +47,9 @@ def test_state_dict_keys_and_shapes_are_those_of_diffusers(name):
     config = preset(name)
     with torch.device("meta"):
         ours, theirs = AutoencoderKL(config), diffusers.AutoencoderKL(**config.model_dump())
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -91,16 +93,24 @@ def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
     expected = ours.decode(ours.encode(x).mode())
 
     ours.save_pretrained(tmp_path / "ours")
-    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
     loaded, info = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    torch.testing.assert_close(loaded.decode(loaded.encode(x).latent_dist.mode()).sample, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loaded.decode(loaded.encode(x).latent_dist.mode()).sample, expected, rtol=1e-5, atol=1e-5
+    )
 
     theirs.save_pretrained(tmp_path / "theirs")
     for path in ("theirs", "ours/diffusion_pytorch_model.safetensors"):
         back = AutoencoderKL.from_pretrained(tmp_path / path)
-        assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True)
+        )
 
 
 def test_forward_is_encode_sample_decode_and_samples_as_diffusers_does():
@@ -121,7 +131,9 @@ def test_a_cut_at_the_latent_gives_the_same_gradients_in_two_pieces():
     whole = model(x, noise)
     assert whole.leaf is None
     assert whole.decoded is whole.latent
-    expected = torch.autograd.grad(whole.reconstruction.square().mean() + whole.posterior.kl().mean(), list(model.parameters()))
+    expected = torch.autograd.grad(
+        whole.reconstruction.square().mean() + whole.posterior.kl().mean(), list(model.parameters())
+    )
 
     cut = model(x, noise, cut_latent=True)
     assert cut.leaf is cut.decoded
@@ -163,7 +175,9 @@ def test_features_are_what_the_last_normalizations_read(name, checkpointing):
     silu, decoder, encoder = torch.nn.functional.silu, model.decoder, model.encoder
     assert not out.decoder_features.requires_grad
     assert not out.encoder_features.requires_grad
-    torch.testing.assert_close(decoder.conv_out(silu(decoder.conv_norm_out(out.decoder_features))), out.reconstruction)
+    torch.testing.assert_close(
+        decoder.conv_out(silu(decoder.conv_norm_out(out.decoder_features))), out.reconstruction
+    )
     moments = model.quant_conv(encoder.conv_out(silu(encoder.conv_norm_out(out.encoder_features))))
     torch.testing.assert_close(moments[:, : model.config.latent_channels], out.posterior.mean)
     plain = model(x, noise)

@@ -41,7 +41,9 @@ def tiny(tmp_path_factory):
 
 
 def test_the_wheels_weights_know_a_cat():
-    x = to_float(resize_and_center_crop(decode_image(photo_file("chelsea.png").read_bytes(), "chelsea"), 256)[None])
+    x = to_float(
+        resize_and_center_crop(decode_image(photo_file("chelsea.png").read_bytes(), "chelsea"), 256)[None]
+    )
     with torch.inference_mode():
         assert FrozenBackbone("efficientnet-lite0").logits(x).argmax().item() == EGYPTIAN_CAT
         at_224 = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
@@ -65,9 +67,13 @@ def test_features_and_logits_are_the_plain_networks(tiny, name):
     module = FrozenBackbone(name, file)
     size = {"test_vit": (160, 160), "test_maxvit": (160, 160)}.get(name, (96, 64))
     x = images(2, 3, *size)
-    resized = F.interpolate(x[:, :, :48, :56], size=(160, 160), mode="bilinear", antialias=True)  # its own resolution
+    resized = F.interpolate(
+        x[:, :, :48, :56], size=(160, 160), mode="bilinear", antialias=True
+    )  # its own resolution
     with torch.no_grad():
-        plain = network.forward_intermediates(as_the_network_wants(network, x), norm=True, intermediates_only=True)
+        plain = network.forward_intermediates(
+            as_the_network_wants(network, x), norm=True, intermediates_only=True
+        )
         logits = network(as_the_network_wants(network, resized))
     assert module.channels == tuple(map_.shape[1] for map_ in plain)
     torch.testing.assert_close(module.features(x, len(plain)), tuple(plain), rtol=1e-4, atol=1e-4)
@@ -95,7 +101,9 @@ def test_maps_are_evenly_spread_and_end_with_the_last(tiny):
         ("test_maxvit", (48, 80), (5, 5)),
     ],
 )
-def test_a_transformer_sees_whole_patches_of_any_image_and_a_network_of_one_size_gets_it(tiny, name, size, grid):
+def test_a_transformer_sees_whole_patches_of_any_image_and_a_network_of_one_size_gets_it(
+    tiny, name, size, grid
+):
     (map_,) = FrozenBackbone(name, tiny[name][1]).features(images(1, 3, *size))
     assert map_.shape[2:] == grid
 
@@ -151,7 +159,11 @@ def test_a_wrong_weights_file_is_named_in_one_line(tiny, tmp_path, what, capsys)
         torch.save(tiny["test_vit"][0].state_dict(), file)
     elif what != "missing":
         torch.save(Harm() if what == "pickle" else [1, 2], file)
-    expected = {"missing": "do not exist", "list": "no state dict", "another": "does not hold weights of test_resnet"}
+    expected = {
+        "missing": "do not exist",
+        "list": "no state dict",
+        "another": "does not hold weights of test_resnet",
+    }
     with pytest.raises(WeightsError, match=expected.get(what, "could not read")) as caught:
         FrozenBackbone("test_resnet", file)
     assert "\n" not in str(caught.value)
@@ -164,7 +176,9 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch):
         raise OSError("\nno network\nmany lines")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(WeightsError, match=r"could not be downloaded \(OSError: no network\).*efficientnet-lite0") as caught:
+    with pytest.raises(
+        WeightsError, match=r"could not be downloaded \(OSError: no network\).*efficientnet-lite0"
+    ) as caught:
         FrozenBackbone("test_resnet")
     assert "\n" not in str(caught.value)
 

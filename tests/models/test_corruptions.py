@@ -83,7 +83,9 @@ def test_the_fill_covers_hidden_patches_and_learns_from_them_only():
     assert torch.equal(filled[1], images[1])
     assert torch.equal(filled[0, :, :4], images[0, :, :4])
     filled.sum().backward()
-    assert torch.equal(fill.grad, torch.full((3,), 16.0, dtype=torch.float64))  # pixels of the one hidden patch
+    assert torch.equal(
+        fill.grad, torch.full((3,), 16.0, dtype=torch.float64)
+    )  # pixels of the one hidden patch
 
 
 def test_a_patch_fills_each_hidden_patch_in_its_own_place_and_a_colour_patches_of_unequal_size():
@@ -97,7 +99,9 @@ def test_a_patch_fills_each_hidden_patch_in_its_own_place_and_a_colour_patches_o
     assert torch.equal(patch.grad, torch.full_like(patch, 2.0))
     with pytest.raises(ImageError, match="9 x 8, expected 2 x 2 patches of 4 x 4"):
         fill_masked(torch.zeros(1, 3, 9, 8), mask, patch)
-    filled = fill_masked(torch.zeros(1, 1, 5, 4), torch.tensor([[True], [False]]).view(1, 1, 2, 1), torch.ones(1))
+    filled = fill_masked(
+        torch.zeros(1, 1, 5, 4), torch.tensor([[True], [False]]).view(1, 1, 2, 1), torch.ones(1)
+    )
     assert filled[0, 0, :, 0].tolist() == [1, 1, 1, 0, 0]
 
 
@@ -135,7 +139,12 @@ def test_kept_channels_stay_and_the_rest_is_zero_whatever_it_held():
 
 @pytest.mark.parametrize(
     ("channels", "step", "fewest", "expected"),
-    [(16, 4, None, [4, 8, 12, 16]), (32, 4, 16, [16, 20, 24, 28, 32]), (10, 4, None, [4, 8, 10]), (4, 4, None, [4])],
+    [
+        (16, 4, None, [4, 8, 12, 16]),
+        (32, 4, 16, [16, 20, 24, 28, 32]),
+        (10, 4, None, [4, 8, 10]),
+        (4, 4, None, [4]),
+    ],
 )
 def test_nested_counts_are_equally_likely_and_reach_all_channels(channels, step, fewest, expected):
     counts = [nested_count(i / 1000, channels, step, fewest) for i in range(1000)]

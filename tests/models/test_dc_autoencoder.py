@@ -51,7 +51,12 @@ CONFIGS = {
         "decoder_act_fns": ("gelu", "mish", "swish"),
         "attention_head_dim": 16,
     },
-    "no shortcuts": {"encoder_out_shortcut": False, "decoder_in_shortcut": False, "latent_channels": 3, "in_channels": 1},
+    "no shortcuts": {
+        "encoder_out_shortcut": False,
+        "decoder_in_shortcut": False,
+        "latent_channels": 3,
+        "in_channels": 1,
+    },
     "one level": {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)},
     "long lists": {"encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 8)},
 }
@@ -64,13 +69,20 @@ def randomize(model: torch.nn.Module) -> None:
         for name, value in model.state_dict().items():
             if value.ndim == 1 and value.is_floating_point():
                 noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
-                value.copy_(1 + 0.2 * noise.abs() if name.endswith(("norm.weight", "running_var", "out.weight")) else 0.3 * noise)
+                value.copy_(
+                    1 + 0.2 * noise.abs()
+                    if name.endswith(("norm.weight", "running_var", "out.weight"))
+                    else 0.3 * noise
+                )
 
 
 def pair(dtype: torch.dtype = torch.float32, **changes):
     torch.manual_seed(0)
     values = {**BASE, **changes}
-    ours, theirs = AutoencoderDC(AutoencoderDCConfig(**values)).eval(), diffusers.AutoencoderDC(**values).eval()
+    ours, theirs = (
+        AutoencoderDC(AutoencoderDCConfig(**values)).eval(),
+        diffusers.AutoencoderDC(**values).eval(),
+    )
     randomize(ours)
     theirs.load_state_dict(ours.state_dict())
     return ours.to(dtype), theirs.to(dtype)
@@ -95,11 +107,19 @@ def test_outputs_and_gradients_equal_diffusers(name):
         for found, expected in outputs(ours, theirs, x, z):
             assert found.dtype == expected.dtype == dtype
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    losses = (ours(x, sample_posterior=False).reconstruction.square().mean(), theirs(x).sample.square().mean())
-    grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (ours, theirs), strict=True)]
+    losses = (
+        ours(x, sample_posterior=False).reconstruction.square().mean(),
+        theirs(x).sample.square().mean(),
+    )
+    grads = [
+        torch.autograd.grad(loss, list(m.parameters()))
+        for loss, m in zip(losses, (ours, theirs), strict=True)
+    ]
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, expected.abs().max().item()))
+        torch.testing.assert_close(
+            found, expected, rtol=1e-3, atol=1e-4 * max(1.0, expected.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -111,7 +131,9 @@ def test_bf16_is_no_further_from_fp64_than_diffusers(backend):
     with use_backend(backend), torch.no_grad():
         found = outputs(ours, theirs, x, z)
     truth = exact.encode(x.double()).mean, exact.decode(z.double())
-    for (a, b), want in zip(found, truth, strict=True):  # 96 latent values: chance moves a ratio of norms by 0.1
+    for (a, b), want in zip(
+        found, truth, strict=True
+    ):  # 96 latent values: chance moves a ratio of norms by 0.1
         assert (a.double() - want).norm() <= 1.5 * (b.double() - want).norm()
 
 
@@ -123,7 +145,9 @@ def test_autocast_runs_and_is_near_fp32():
         found = ours(x, sample_posterior=False)
         found.reconstruction.float().square().mean().backward()
     assert found.posterior.mean.dtype == torch.float32
-    assert (found.reconstruction.float() - expected.reconstruction).norm() < 0.05 * expected.reconstruction.norm()
+    assert (
+        found.reconstruction.float() - expected.reconstruction
+    ).norm() < 0.05 * expected.reconstruction.norm()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
 
@@ -155,7 +179,10 @@ def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
     for back in (AutoencoderDC.from_pretrained(tmp_path / "theirs"), load_model(tmp_path / "theirs")[0]):
         assert isinstance(back, AutoencoderDC)
         assert not back.training
-        assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True)
+        )
     assert {k: v for k, v in back.config.diffusers_dict().items() if k[0] != "_"} == {
         k: v for k, v in ours.config.diffusers_dict().items() if k[0] != "_"
     }
@@ -218,9 +245,15 @@ def test_a_head_is_taken_over_made_or_dropped():
     assert (other.encoder.conv_out_logvar.bias == 1).all()
 
 
-@pytest.mark.parametrize(("name", "bottleneck"), [("plain", "gaussian"), ("in", "deterministic"), ("empty ends", "gaussian")])
+@pytest.mark.parametrize(
+    ("name", "bottleneck"), [("plain", "gaussian"), ("in", "deterministic"), ("empty ends", "gaussian")]
+)
 def test_checkpointing_changes_neither_outputs_nor_gradients_nor_statistics(name, bottleneck):
-    model = AutoencoderDC(AutoencoderDCConfig(**{**BASE, **CONFIGS[name]}, bottleneck=bottleneck)).double().train()
+    model = (
+        AutoencoderDC(AutoencoderDCConfig(**{**BASE, **CONFIGS[name]}, bottleneck=bottleneck))
+        .double()
+        .train()
+    )
     randomize(model)
     x, z = inputs(model.config, torch.float64)
     before, results = copy.deepcopy(model.state_dict()), []
@@ -247,7 +280,9 @@ def test_batch_normalization_is_frozen_in_training():
     x, _ = inputs(ours.config)
     expected = theirs(x).sample
     for model in (ours.train(), ours.eval()):
-        torch.testing.assert_close(model(x, sample_posterior=False).reconstruction, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(x, sample_posterior=False).reconstruction, expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_linear_attention_is_attention():
@@ -258,7 +293,9 @@ def test_linear_attention_is_attention():
     q, k, v = heads.chunk(3, dim=2)
     scores = torch.einsum("bhdi,bhdj->bhij", q.relu(), k.relu())
     mixed = torch.einsum("bhij,bhdj->bhdi", scores / scores.sum(-1, keepdim=True).clamp(min=1e-15), v)
-    torch.testing.assert_close(found, mixed.flatten(1, 2).unflatten(2, (3, 5)).movedim(1, -1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        found, mixed.flatten(1, 2).unflatten(2, (3, 5)).movedim(1, -1), rtol=1e-10, atol=1e-12
+    )
     assert linear_attention(-qkv.abs(), 4).abs().max() == 0  # no key answers any query
 
 

@@ -76,7 +76,9 @@ def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
 def test_keys_and_defaults_are_those_of_diffusers():
     theirs = {name: p.default for name, p in inspect.signature(diffusers.AutoencoderDC).parameters.items()}
     values = AutoencoderDCConfig().model_dump()
-    assert {name: value for name, value in values.items() if name not in ("bottleneck", "sample_size")} == theirs
+    assert {
+        name: value for name, value in values.items() if name not in ("bottleneck", "sample_size")
+    } == theirs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -98,7 +100,13 @@ def test_presets_have_diffusers_keys_and_shapes(name):
     config = preset_config(name, sample_size=256)
     assert preset_kind(name) is AutoencoderDCConfig
     assert name in preset_names()
-    shapes_of = {"dc-f8": (8, 16), "dc-f16": (16, 32), "dc-f32-z32": (32, 32), "dc-f64-z128": (64, 128), "dc-tiny": (8, 16)}
+    shapes_of = {
+        "dc-f8": (8, 16),
+        "dc-f16": (16, 32),
+        "dc-f32-z32": (32, 32),
+        "dc-f64-z128": (64, 128),
+        "dc-tiny": (8, 16),
+    }
     assert (config.downsampling, config.latent_channels, config.sample_size) == (*shapes_of[name], 256)
     values = {key: value for key, value in config.diffusers_dict().items() if not key.startswith("_")}
     with torch.device("meta"):
@@ -108,7 +116,9 @@ def test_presets_have_diffusers_keys_and_shapes(name):
         assert sum(p.numel() for p in ours.parameters()) < 2_000_000
 
 
-@pytest.mark.parametrize(("preset", "published"), [("dc-f32-z32", "f32c32-in"), ("dc-f64-z128", "f64c128-in")])
+@pytest.mark.parametrize(
+    ("preset", "published"), [("dc-f32-z32", "f32c32-in"), ("dc-f64-z128", "f64c128-in")]
+)
 def test_presets_differ_from_the_published_models_in_norms_and_activations_only(preset, published):
     config = preset_config(preset).diffusers_dict()
     differing = {key for key, value in PUBLISHED[published].items() if config[key] != value}
@@ -116,14 +126,23 @@ def test_presets_differ_from_the_published_models_in_norms_and_activations_only(
 
 
 def test_widths_and_layers_of_a_preset_can_be_replaced_for_both_sides():
-    config = preset_config("dc-tiny", block_out_channels=(8, 16, 16, 32), layers_per_block=2, latent_channels=8, in_channels=1)
+    config = preset_config(
+        "dc-tiny", block_out_channels=(8, 16, 16, 32), layers_per_block=2, latent_channels=8, in_channels=1
+    )
     assert isinstance(config, AutoencoderDCConfig)
     assert config.encoder_block_out_channels == config.decoder_block_out_channels == (8, 16, 16, 32)
     assert config.encoder_layers_per_block == (2, 2, 2, 0)  # an empty level stays empty
-    assert preset_config("dc-tiny", layers_per_block=(1, 1, 1, 1)).model_dump()["decoder_layers_per_block"] == (1, 1, 1, 1)
+    assert preset_config("dc-tiny", layers_per_block=(1, 1, 1, 1)).model_dump()[
+        "decoder_layers_per_block"
+    ] == (1, 1, 1, 1)
     assert config.in_channels == config.out_channels == 1
     assert config.shift_factor == 0
-    assert preset_config("dc-tiny", block_out_channels=[8, 16, 16, 32], layers_per_block=[1, 1, 1, 1]).downsampling == 8
+    assert (
+        preset_config(
+            "dc-tiny", block_out_channels=[8, 16, 16, 32], layers_per_block=[1, 1, 1, 1]
+        ).downsampling
+        == 8
+    )
 
 
 @pytest.mark.parametrize(

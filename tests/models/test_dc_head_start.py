@@ -8,7 +8,7 @@ from small_models import weights_that_do_not_learn
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ModelError
-from latentae.evaluation.metrics import psnr
+from latentae.measures.metrics import psnr
 from latentae.models.architectures import build
 from latentae.models.config import preset_config
 from latentae.models.dc.autoencoder import AutoencoderDC
@@ -62,7 +62,9 @@ def started(options: dict, images: torch.Tensor, whiten: bool = True) -> tuple[A
 
 @torch.no_grad()
 def quality(model: AutoencoderDC, images: torch.Tensor) -> float:
-    return psnr(images, to_uint8(model(to_float(images), sample_posterior=False).reconstruction)).mean().item()
+    return (
+        psnr(images, to_uint8(model(to_float(images), sample_posterior=False).reconstruction)).mean().item()
+    )
 
 
 @pytest.mark.parametrize("options", EXACT.values(), ids=EXACT)
@@ -74,7 +76,9 @@ def test_step_0_is_the_pca_codec(options):
         latent = model.encode(to_float(held_out)).mode()
     expected = pca.encode(held_out) / pca.variances.sqrt()[:, None, None]
     torch.testing.assert_close(latent.double(), expected, atol=2e-3, rtol=0)
-    assert quality(model, held_out) == pytest.approx(psnr(held_out, pca.reconstruct(held_out)).mean().item(), abs=0.1)
+    assert quality(model, held_out) == pytest.approx(
+        psnr(held_out, pca.reconstruct(held_out)).mean().item(), abs=0.1
+    )
     assert len(model.encode(to_float(held_out)).logvar.unique()) == 1
 
 
@@ -134,7 +138,10 @@ def test_what_cannot_start_at_pca_is_refused_before_anything_changes():
     for options, message in (
         ({"upsample_block_type": "interpolate"}, "needs 'pixel_shuffle'"),
         ({"decoder_conv_act_fn": "mish"}, "needs one of relu, silu"),
-        ({"latent_channels": 4}, "16 components of patches of 8 pixels with 3 channels, the autoencoder 4 latent channels"),
+        (
+            {"latent_channels": 4},
+            "16 components of patches of 8 pixels with 3 channels, the autoencoder 4 latent channels",
+        ),
         ({"in_channels": 1}, "1 image channels"),
         ({"block_out_channels": (6, 12, 24, 48)}, "give it 7 or more"),
     ):

@@ -44,7 +44,9 @@ def written(model, folder, **options):
 
 def same(path, model, dtype=torch.float32):
     found, expected = AutoencoderKL.from_pretrained(path).state_dict(), model.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key].to(dtype).float()) for key in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key].to(dtype).float()) for key in expected
+    )
 
 
 @pytest.mark.parametrize("place", ["", "vae"])
@@ -55,7 +57,9 @@ def test_every_form_that_diffusers_writes_is_read(place, variant, safe, size, th
     model = diffusers.AutoencoderKL(**SHAPE).half() if variant else theirs
     written(model, tmp_path / place, variant=variant, safe_serialization=safe, max_shard_size=size)
     assert same(tmp_path, model)
-    assert ("no weights in full precision, so this variant is read" in capsys.readouterr().err) == (variant is not None)
+    assert ("no weights in full precision, so this variant is read" in capsys.readouterr().err) == (
+        variant is not None
+    )
     source = resolve_model(tmp_path)
     assert same(source.weights_file, model)  # as `encode` hands it to its processes
     shutil.copytree(tmp_path / place, tmp_path.with_name(f"{tmp_path.name}-again"))
@@ -86,7 +90,10 @@ def test_full_precision_and_safetensors_come_first(theirs, tmp_path):
 def test_files_between_which_nothing_decides_are_named(theirs, tmp_path):
     for variant in ("fp16", "bf16"):
         written(theirs, tmp_path, variant=variant)
-    with pytest.raises(ModelError, match=r"model\.bf16\.safetensors, diffusion_pytorch_model\.fp16\.safetensors; give the file"):
+    with pytest.raises(
+        ModelError,
+        match=r"model\.bf16\.safetensors, diffusion_pytorch_model\.fp16\.safetensors; give the file",
+    ):
         resolve_model(tmp_path)
     assert same(tmp_path / "diffusion_pytorch_model.bf16.safetensors", theirs)
 
@@ -112,7 +119,10 @@ def change_index(index, change):
     ("change", "message"),
     [
         (lambda names: names.update({"encoder.more": names["encoder.conv_in.bias"]}), "lack encoder.more"),
-        (lambda names: names.pop("encoder.conv_in.bias"), "holds encoder.conv_in.bias, which .* expects in no shard"),
+        (
+            lambda names: names.pop("encoder.conv_in.bias"),
+            "holds encoder.conv_in.bias, which .* expects in no shard",
+        ),
         (
             lambda names: names.update({"encoder.conv_in.bias": "elsewhere.safetensors"}),
             "names elsewhere.safetensors, which is not",
@@ -134,7 +144,9 @@ def test_a_missing_shard_is_named_and_other_shards_have_another_fingerprint(thei
     assert resolve_model(tmp_path / "a").fingerprint != resolve_model(tmp_path / "b").fingerprint
     shard = next((tmp_path / "a").glob("*-00002-of-*.safetensors"))
     shard.unlink()
-    with pytest.raises(ModelError, match=rf"names {re.escape(shard.name)}, which is not in its folder; fetch all shards"):
+    with pytest.raises(
+        ModelError, match=rf"names {re.escape(shard.name)}, which is not in its folder; fetch all shards"
+    ):
         AutoencoderKL.from_pretrained(tmp_path / "a")
 
 
@@ -144,7 +156,9 @@ def test_prefixes_of_wrappers_are_left_out(prefix, theirs, tmp_path):
     state = {prefix + key: value for key, value in theirs.state_dict().items()}
     save_file(state, tmp_path / WEIGHTS)
     assert same(tmp_path, theirs)
-    inner = {key.replace("encoder.", f"encoder.{prefix}", 1): value for key, value in theirs.state_dict().items()}
+    inner = {
+        key.replace("encoder.", f"encoder.{prefix}", 1): value for key, value in theirs.state_dict().items()
+    }
     save_file(inner, tmp_path / WEIGHTS)
     assert same(tmp_path, theirs)
 
@@ -170,7 +184,9 @@ def test_unknown_keys_of_a_config_are_null_or_refused(kind, theirs, tmp_path, ca
     written(model, tmp_path)
     add_to_config(tmp_path, new_option=None, _new_note="x")
     load_any_model(tmp_path)
-    assert f"{tmp_path / 'config.json'}: left out new_option, unknown here and null" in capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'config.json'}: left out new_option, unknown here and null" in capsys.readouterr().err
+    )
     add_to_config(tmp_path, new_option=False, _diffusers_version="9.9.9")
     with pytest.raises(
         ModelError, match=r"config\.json has new_option = false, .* diffusers 9\.9\.9\); update .* or delete"
@@ -197,11 +213,17 @@ def test_the_config_of_this_diffusers_is_known():
     assert known <= set(AutoencoderKLConfig.model_fields)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "200KB"}, {"safe_serialization": False}, {"variant": "fp16"}])
-def test_a_repository_on_the_hub_is_read_in_every_form_and_no_more_is_fetched(options, theirs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_size": "200KB"}, {"safe_serialization": False}, {"variant": "fp16"}]
+)
+def test_a_repository_on_the_hub_is_read_in_every_form_and_no_more_is_fetched(
+    options, theirs, tmp_path, monkeypatch
+):
     written(theirs, tmp_path / "hub/vae", **options)
     if options != {"variant": "fp16"}:
-        written(theirs, tmp_path / "hub/vae", variant="bf16", safe_serialization=False)  # the last resort, here never needed
+        written(
+            theirs, tmp_path / "hub/vae", variant="bf16", safe_serialization=False
+        )  # the last resort, here never needed
 
     def snapshot(name, patterns):
         for file in (tmp_path / "hub").rglob("*"):

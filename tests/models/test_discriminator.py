@@ -147,6 +147,8 @@ def test_the_published_network_and_groups_that_divide_any_width():
     assert all(m.kernel_size == (4, 4) for m in convolutions)
     assert abs(convolutions[3].weight.std().item() - 0.02) < 1e-3
     for channels in (4, 10, 50, 200):
-        norms = [m for m in PatchDiscriminator(3, channels, 2, "group").modules() if isinstance(m, nn.GroupNorm)]
+        norms = [
+            m for m in PatchDiscriminator(3, channels, 2, "group").modules() if isinstance(m, nn.GroupNorm)
+        ]
         assert [m.num_channels for m in norms] == [2 * channels, 4 * channels]
         assert all(m.num_channels // m.num_groups >= 4 for m in norms)

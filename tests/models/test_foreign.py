@@ -43,7 +43,12 @@ def test_any_image_autoencoder_of_diffusers_gives_its_own_outputs(cls, tmp_path)
     latent = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
     posterior = ours.encode(x)
     torch.testing.assert_close(posterior.mode(), latent)
-    assert latent.shape == (2, ours.config.latent_channels, 32 // ours.config.downsampling, 48 // ours.config.downsampling)
+    assert latent.shape == (
+        2,
+        ours.config.latent_channels,
+        32 // ours.config.downsampling,
+        48 // ours.config.downsampling,
+    )
     torch.testing.assert_close(ours.decode(latent), theirs.decode(latent).sample)
     if hasattr(made, "latent_dist"):
         torch.testing.assert_close(posterior.std, made.latent_dist.std)

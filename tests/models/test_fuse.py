@@ -113,7 +113,9 @@ def test_it_says_what_it_replaced_and_undoes_itself(kind, counts):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(build, torch.float32), (build, torch.bfloat16), (build_dc, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(build, torch.float32), (build, torch.bfloat16), (build_dc, torch.bfloat16)]
+)
 def test_errors_are_those_of_the_dtype(make, dtype):
     vae, x = make(dtype), images().to(dtype)
     exact = copy.deepcopy(vae).double()
@@ -138,7 +140,9 @@ def test_tiling_and_slicing_go_on():
         with latentae.fuse(vae):
             torch.testing.assert_close(vae.decode(z).sample, expected)
         vae.disable_tiling()
-        assert not torch.allclose(vae.decode(z).sample, expected, rtol=1e-9, atol=1e-9)  # tiles were really used
+        assert not torch.allclose(
+            vae.decode(z).sample, expected, rtol=1e-9, atol=1e-9
+        )  # tiles were really used
     vae, z = build_dc(), torch.randn(1, 4, 12, 12)
     vae.enable_tiling(16, 16, 12, 12)
     with torch.no_grad():
@@ -273,7 +277,9 @@ def test_what_can_not_be_fused_says_so():
     assert latentae.fuse(vae).left == {"encoder.down_blocks.0.0.norm": "it has no weight for each channel"}
     with pytest.raises(ModelError, match="give a diffusers AutoencoderKL or AutoencoderDC"):
         latentae.fuse(nn.Sequential(RMSNorm(8, 1e-5)))
-    with pytest.raises(ModelError, match=r"nothing to replace in Sequential .* give a diffusers AutoencoderKL"):
+    with pytest.raises(
+        ModelError, match=r"nothing to replace in Sequential .* give a diffusers AutoencoderKL"
+    ):
         latentae.fuse(nn.Sequential(nn.Conv2d(3, 3, 1)))
     vae = build()
     latentae.fuse(vae)

@@ -52,12 +52,17 @@ def test_compiled_as_one_graph_encode_and_decode_give_the_same(setting):
     model = build(blocks).train(training).to(dtype)
     f, z = model.config.downsampling, model.config.latent_channels
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision is torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+    with (
+        torch.set_grad_enabled(training),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
+    ):
         for call, given in (
             (lambda x: moments(model, x), torch.randn(2, 3, 4 * f, 6 * f, dtype=dtype)),
             (model.decode, torch.randn(2, z, 4, 6, dtype=dtype)),
         ):
-            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")  # fullgraph: a graph break is an error
+            compiled = torch.compile(
+                call, fullgraph=True, backend="aot_eager"
+            )  # fullgraph: a graph break is an error
             torch.testing.assert_close(compiled(given), call(given), **tolerance)
 
 

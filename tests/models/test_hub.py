@@ -53,7 +53,9 @@ def test_a_name_on_the_hub_is_a_model_of_which_only_config_and_safetensors_are_f
         (hub / name).write_bytes(b"x")
     loaded = AutoencoderKL.from_pretrained("someone/model")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-    fetched = {path.relative_to(tmp_path / "cache/snapshot").as_posix() for path in (tmp_path / "cache").rglob("*.*")}
+    fetched = {
+        path.relative_to(tmp_path / "cache/snapshot").as_posix() for path in (tmp_path / "cache").rglob("*.*")
+    }
     assert fetched == {f"{folder}config.json", f"{folder}diffusion_pytorch_model.safetensors"}
 
 
@@ -61,7 +63,9 @@ def test_what_the_hub_does_not_give_is_one_line(hub):
     (hub / "README.md").write_text("a dataset")
     with pytest.raises(ModelError, match="someone/model on the Hub holds no model"):
         resolve_model("someone/model")
-    with pytest.raises(ModelError, match="nobody/nothing is no path here, and the Hub did not give it") as caught:
+    with pytest.raises(
+        ModelError, match="nobody/nothing is no path here, and the Hub did not give it"
+    ) as caught:
         AutoencoderKL.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
 
@@ -70,10 +74,14 @@ def test_a_path_that_is_there_is_never_looked_for_on_the_hub(hub, tmp_path):
     AutoencoderKL(CONFIG).save_pretrained("someone/model")  # below the working folder
     assert resolve_model("someone/model").path == Path("someone/model")
     shutil.rmtree("someone/model")
-    with pytest.raises(ModelError, match="someone/model does not exist"):  # a slip in a path, since someone/ is here
+    with pytest.raises(
+        ModelError, match="someone/model does not exist"
+    ):  # a slip in a path, since someone/ is here
         resolve_model("someone/model")
 
 
-@pytest.mark.parametrize("path", ["model", "/someone/model", "a/b/c", "../model", "./model", "a/.hidden", "-o/x", "a/b c"])
+@pytest.mark.parametrize(
+    "path", ["model", "/someone/model", "a/b/c", "../model", "./model", "a/.hidden", "-o/x", "a/b c"]
+)
 def test_what_no_repository_is_called(path):
     assert hub_id(path) is None

@@ -58,9 +58,15 @@ def lightning(trainer, state):
     return {
         "epoch": 3,
         "state_dict": collections.OrderedDict(state),
-        "callbacks": {trainer.ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "best_k": np.float64(0.5)}},
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"betas": (0.5, 0.9)}]}],
-        "hyper_parameters": trainer.AttributeDict(ckpt=trainer.ModelCheckpoint({"mode": "min"}), names=trainer.Names("ab")),
+        "callbacks": {
+            trainer.ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "best_k": np.float64(0.5)}
+        },
+        "optimizer_states": [
+            {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"betas": (0.5, 0.9)}]}
+        ],
+        "hyper_parameters": trainer.AttributeDict(
+            ckpt=trainer.ModelCheckpoint({"mode": "min"}), names=trainer.Names("ab")
+        ),
         "seen": {1, 2},
     }
 
@@ -81,13 +87,21 @@ def test_a_checkpoint_of_lightning_is_read(how, trainer, tmp_path, monkeypatch, 
     assert found.keys() == STATE.keys()
     assert all(torch.equal(found[key], STATE[key]) and found[key].dtype == STATE[key].dtype for key in STATE)
     assert LIGHTNING not in sys.modules
-    assert "last.ckpt: left out epoch, callbacks, optimizer_states, hyper_parameters and 1 more" in capsys.readouterr().err
+    assert (
+        "last.ckpt: left out epoch, callbacks, optimizer_states, hyper_parameters and 1 more"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_ldm_checkpoint_of_lightning_is_a_model(trainer, tmp_path, monkeypatch):
-    levels: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    levels: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     model = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(32, 32), **levels))
-    state = to_ldm({key: torch.nn.Parameter(value) for key, value in model.state_dict().items()}, model.config)
+    state = to_ldm(
+        {key: torch.nn.Parameter(value) for key, value in model.state_dict().items()}, model.config
+    )
     torch.save(lightning(trainer, {**state, "loss.logvar": torch.zeros(())}), tmp_path / "last.ckpt")
     monkeypatch.delitem(sys.modules, LIGHTNING)
     loaded = AutoencoderKL.from_pretrained(tmp_path / "last.ckpt").state_dict()
@@ -130,7 +144,11 @@ ATTACKS = ["exec", "eval", "import", "open", "popen", "getattr", "torch.load", "
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_hostile_entry_runs_nothing_and_the_weights_are_read(name, legacy, tmp_path, monkeypatch):
     file, made = tmp_path / "model.ckpt", tmp_path / "made"
-    torch.save({"callbacks": _attack(name, made), "state_dict": STATE}, file, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"callbacks": _attack(name, made), "state_dict": STATE},
+        file,
+        _use_new_zipfile_serialization=not legacy,
+    )
     monkeypatch.delitem(sys.modules, "antigravity", raising=False)
     found = read_tensors(file)
     assert found.keys() == STATE.keys()
@@ -170,7 +188,15 @@ def stream(*operations: bytes) -> bytes:
         (b"ccollections\nOrderedDict\n", b"}X\x01\x00\x00\x00aK\x01s", b"b"),
         (b"\x82\xf0",),
     ],
-    ids=["call", "object", "instance", "new object", "state of an allowed function", "state of an allowed class", "registry"],
+    ids=[
+        "call",
+        "object",
+        "instance",
+        "new object",
+        "state of an allowed function",
+        "state of an allowed class",
+        "registry",
+    ],
 )
 def test_the_operations_of_a_pickle_call_nothing(operations, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -220,6 +246,7 @@ def test_what_is_no_state_dict_is_named(content, message, tmp_path):
 @pytest.mark.parametrize("name", ["state_dict", "model", "module", "params"])
 def test_the_only_dict_of_tensors_is_the_state_dict(name, tmp_path):
     torch.save(
-        {name: STATE, "step": torch.tensor(3), "optimizer": {"state": {0: {"step": torch.zeros(3)}}}}, tmp_path / "model.pt"
+        {name: STATE, "step": torch.tensor(3), "optimizer": {"state": {0: {"step": torch.zeros(3)}}}},
+        tmp_path / "model.pt",
     )
     assert read_tensors(tmp_path / "model.pt").keys() == STATE.keys()

@@ -81,7 +81,10 @@ def test_an_ldm_file_gives_its_weights_its_discriminator_and_believes_the_config
     assert initial.fingerprint == load_initial(file).fingerprint == resolve_model(file).fingerprint
     assert resolve_model(file).kind == "file"
 
-    main = {key.replace("layers.", "loss.discriminator.main."): value for key, value in discriminator.state_dict().items()}
+    main = {
+        key.replace("layers.", "loss.discriminator.main."): value
+        for key, value in discriminator.state_dict().items()
+    }
     write({**ldm, **main, "loss.discriminator.main.3.running_mean": torch.zeros(16)})
     found, fresh = load_initial(file).discriminator, PatchDiscriminator(3, 8, 2)
     assert same(found, discriminator)
@@ -101,7 +104,9 @@ def test_an_ldm_file_gives_its_weights_its_discriminator_and_believes_the_config
 def test_a_discriminator_that_does_not_fit_is_left_as_it_is():
     module = PatchDiscriminator(3, 8, 2)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    assert "lacks layers.3.weight" in str(load_discriminator(module, PatchDiscriminator(3, 8, 2, "none").state_dict()))
+    assert "lacks layers.3.weight" in str(
+        load_discriminator(module, PatchDiscriminator(3, 8, 2, "none").state_dict())
+    )
     assert "shape (16, 3, 4, 4)" in str(load_discriminator(module, PatchDiscriminator(3, 16, 2).state_dict()))
     assert "unknown more" in str(load_discriminator(module, {**before, "more": torch.zeros(1)}))
     assert same(before, module)

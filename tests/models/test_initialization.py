@@ -13,7 +13,11 @@ from latentae.models.linear import LinearAutoencoder
 
 
 def model(name: str = "tiny") -> AutoencoderKL:
-    return AutoencoderKL(preset(name, block_out_channels=(16, 32, 64) if name == "tiny" else (16, 16, 32, 32), norm_num_groups=4))
+    return AutoencoderKL(
+        preset(
+            name, block_out_channels=(16, 32, 64) if name == "tiny" else (16, 16, 32, 32), norm_num_groups=4
+        )
+    )
 
 
 def test_residual_branches_and_attention_add_nothing():
@@ -53,7 +57,9 @@ def test_initial_logvar_is_a_shift():
 @pytest.mark.parametrize("norm", ["rms_norm", "batch_norm"])
 def test_a_linear_start_is_linear_up_to_the_latent_and_keeps_the_variance(norm):
     model = (
-        AutoencoderDC(dc_config(bottleneck="gaussian", decoder_norm_types=norm, encoder_layers_per_block=(2, 2, 2)))
+        AutoencoderDC(
+            dc_config(bottleneck="gaussian", decoder_norm_types=norm, encoder_layers_per_block=(2, 2, 2))
+        )
         .double()
         .eval()
     )
@@ -68,7 +74,9 @@ def test_a_linear_start_is_linear_up_to_the_latent_and_keeps_the_variance(norm):
     assert 0.2 < decoded.std() < 4
     model(a).reconstruction.square().mean().backward()  # and branches come alive in the next step
     assert all(
-        p.grad.abs().max() > 0 for name, p in model.named_parameters() if name.endswith(("norm.weight", "attn.norm_out.weight"))
+        p.grad.abs().max() > 0
+        for name, p in model.named_parameters()
+        if name.endswith(("norm.weight", "attn.norm_out.weight"))
     )
 
 

@@ -19,26 +19,38 @@ MODELS = {
     "dc": dc_config(),
     "dc, shuffle": dc_config(bottleneck="gaussian", decoder_layers_per_block=(0, 1, 1)),
     "dc, interpolation": dc_config(
-        bottleneck="gaussian", decoder_layers_per_block=(0, 1, 1), upsample_block_type="interpolate", decoder_conv_act_fn="silu"
+        bottleneck="gaussian",
+        decoder_layers_per_block=(0, 1, 1),
+        upsample_block_type="interpolate",
+        decoder_conv_act_fn="silu",
     ),
 }
 
 
 def build(name: str) -> AutoencoderKL | AutoencoderDC:
     """In fp64, with normalizations that are not the identity."""
-    model = randomize_norms((AutoencoderDC if name.startswith("dc") else AutoencoderKL)(MODELS[name]).double())
+    model = randomize_norms(
+        (AutoencoderDC if name.startswith("dc") else AutoencoderKL)(MODELS[name]).double()
+    )
     if name.startswith("dc"):
         torch.nn.init.normal_(model.decoder.norm_out.weight)
         torch.nn.init.normal_(model.decoder.norm_out.bias)
     return model
 
 
-def gradients(model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, noise: torch.Tensor, sampled: bool = True):
+def gradients(
+    model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, noise: torch.Tensor, sampled: bool = True
+):
     """Both gradients from the graph, and from the features; the gradients that arrive are drawn, two stacked at the image."""
     out = model(x, noise, sample_posterior=sampled, keep_features=True)
-    at_image, at_latent = torch.randn_like(torch.stack([out.reconstruction] * 2)), torch.randn_like(out.latent)
+    at_image, at_latent = (
+        torch.randn_like(torch.stack([out.reconstruction] * 2)),
+        torch.randn_like(out.latent),
+    )
     conv = getattr(model.decoder.conv_out, "conv", model.decoder.conv_out)
-    decoder = [torch.autograd.grad(out.reconstruction, conv.weight, g, retain_graph=True)[0] for g in at_image]
+    decoder = [
+        torch.autograd.grad(out.reconstruction, conv.weight, g, retain_graph=True)[0] for g in at_image
+    ]
     (encoder,) = torch.autograd.grad(out.latent, model.encoder.conv_out.weight, at_latent)
     found = (
         decoder_weight_gradient(model, out.decoder_features, torch.cat(tuple(at_image), dim=1)),
@@ -63,7 +75,9 @@ def test_a_log_variance_outside_the_clamp_passes_no_gradient():
     model, x = build("kl"), torch.randn(2, 3, 8, 12, dtype=torch.float64)
     set_initial_logvar(model, 20.0)  # about half of the values
     assert 0.2 < (model.encode(x).logvar == 20).double().mean() < 0.8
-    for expected, found in zip(*gradients(model, x, torch.randn(2, 4, 4, 6, dtype=torch.float64)), strict=True):
+    for expected, found in zip(
+        *gradients(model, x, torch.randn(2, 4, 4, 6, dtype=torch.float64)), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
 
 

@@ -21,7 +21,10 @@ def posteriors(draw: st.DrawFn) -> list[tuple[np.ndarray, np.ndarray]]:
     result = []
     for _ in range(draw(st.integers(1, 12))):
         shape = (CHANNELS, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
-        offset, spread = draw(st.sampled_from([0.0, 1.0, -300.0])), draw(st.sampled_from([0.0, 1e-3, 1.0, 50.0]))
+        offset, spread = (
+            draw(st.sampled_from([0.0, 1.0, -300.0])),
+            draw(st.sampled_from([0.0, 1e-3, 1.0, 50.0])),
+        )
         result.append((offset + spread * rng.standard_normal(shape), rng.uniform(-30, 5, shape)))
     return result
 
@@ -32,13 +35,18 @@ def by_channel(arrays: list[np.ndarray]) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(items=posteriors(), cuts=st.lists(st.integers(0, 12), max_size=4))
-def test_merged_parts_equal_numpy_over_everything(items: list[tuple[np.ndarray, np.ndarray]], cuts: list[int]) -> None:
+def test_merged_parts_equal_numpy_over_everything(
+    items: list[tuple[np.ndarray, np.ndarray]], cuts: list[int]
+) -> None:
     single = [LatentStatistics.of(torch.from_numpy(mean), torch.from_numpy(logvar)) for mean, logvar in items]
     edges = [0, *sorted(min(cut, len(single)) for cut in cuts), len(single)]
     parts = [merge(single[a:b], CHANNELS) for a, b in pairwise(edges)]  # some of them empty
     total = merge(parts, CHANNELS)
 
-    means, variances = by_channel([mean for mean, _ in items]), np.exp(by_channel([logvar for _, logvar in items]))
+    means, variances = (
+        by_channel([mean for mean, _ in items]),
+        np.exp(by_channel([logvar for _, logvar in items])),
+    )
     scale = np.abs(means).max() + 1
     assert (total.samples, total.count) == (len(items), means.shape[1])
     np.testing.assert_allclose(total.mean, means.mean(1), rtol=0, atol=1e-13 * scale)
@@ -63,7 +71,9 @@ def test_no_latent_and_constant_latents_have_no_scaling_factor() -> None:
     assert constant.summary()["latents_mean"] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("broken", [{"mean": [1.0]}, {"m2": [float("nan"), 0.0]}, {"variance_sum": "x"}, {"count": "many"}])
+@pytest.mark.parametrize(
+    "broken", [{"mean": [1.0]}, {"m2": [float("nan"), 0.0]}, {"variance_sum": "x"}, {"count": "many"}]
+)
 def test_damaged_statistics_are_refused(broken: dict[str, object]) -> None:
     value = LatentStatistics.of(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1)).to_json()
     with pytest.raises((ValueError, TypeError)):

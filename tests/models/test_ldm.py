@@ -15,12 +15,16 @@ from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
 from latentae.models.discriminator import PatchDiscriminator
 from latentae.models.ldm import discriminator_from_ldm, from_ldm, infer_config, ldm_names, ldm_prefix, to_ldm
 
-FAMILY = [name for name in PRESETS if name.startswith("kl-")]  # the tiny ones have other groups, which tensors do not tell
+FAMILY = [
+    name for name in PRESETS if name.startswith("kl-")
+]  # the tiny ones have other groups, which tensors do not tell
 
 
 def narrow(name: str, **overrides) -> AutoencoderKLConfig:
     """A preset a quarter as wide: LDM has 32 groups, so 32 is its narrowest."""
-    return preset(name, block_out_channels=tuple(w // 4 for w in PRESETS[name]["block_out_channels"]), **overrides)
+    return preset(
+        name, block_out_channels=tuple(w // 4 for w in PRESETS[name]["block_out_channels"]), **overrides
+    )
 
 
 def model(config: AutoencoderKLConfig) -> AutoencoderKL:
@@ -35,7 +39,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     ("name", "prefix", "absent"),
     [
         *((name, ("", "first_stage_model.", "vae.")[index % 3], None) for index, name in enumerate(FAMILY)),
-        *(("kl-f4", "", layer) for layer in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")),
+        *(
+            ("kl-f4", "", layer)
+            for layer in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+        ),
     ],
 )
 def test_there_and_back(name, prefix, absent):
@@ -74,7 +81,9 @@ def test_diffusers_reads_our_file_as_we_do(name, prefix, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     autoencoder = model(narrow(name)).eval()
     tensors = to_ldm(autoencoder.state_dict(), autoencoder.config)
-    save_file({prefix + key: value.contiguous() for key, value in tensors.items()}, tmp_path / "ldm.safetensors")
+    save_file(
+        {prefix + key: value.contiguous() for key, value in tensors.items()}, tmp_path / "ldm.safetensors"
+    )
     diffusers.AutoencoderKL(**autoencoder.config.model_dump()).save_config(tmp_path / "config")
     theirs = diffusers.AutoencoderKL.from_single_file(
         str(tmp_path / "ldm.safetensors"), config=str(tmp_path / "config"), local_files_only=True
@@ -92,7 +101,10 @@ def test_a_whole_average_is_taken_and_a_part_of_one_is_not():
     autoencoder, average = model(narrow("kl-f4")), model(narrow("kl-f4"))
     config = autoencoder.config
     tensors = to_ldm(autoencoder.state_dict(), config)
-    averaged = {"model_ema." + key.replace(".", ""): value for key, value in to_ldm(average.state_dict(), config).items()}
+    averaged = {
+        "model_ema." + key.replace(".", ""): value
+        for key, value in to_ldm(average.state_dict(), config).items()
+    }
     rest = {"model_ema.decay": torch.tensor(0.999), "loss.logvar": torch.zeros(())}
     assert equal(from_ldm({**tensors, **averaged, **rest}, config), average.state_dict())
     averaged.pop("model_ema.encoderconv_inbias")
@@ -101,7 +113,9 @@ def test_a_whole_average_is_taken_and_a_part_of_one_is_not():
 
 def test_the_scaling_of_a_latent_diffusion_model_is_kept():
     config = narrow("kl-f8")
-    tensors = {"first_stage_model." + key: value for key, value in to_ldm(model(config).state_dict(), config).items()}
+    tensors = {
+        "first_stage_model." + key: value for key, value in to_ldm(model(config).state_dict(), config).items()
+    }
     assert infer_config({**tensors, "scale_factor": torch.tensor(0.5)}).scaling_factor == 0.5
     assert infer_config(tensors).scaling_factor == 0.18215
     with pytest.raises(ModelError, match="greater than 0"):
@@ -118,8 +132,14 @@ def test_the_scaling_of_a_latent_diffusion_model_is_kept():
         ({"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3, 3)}, r"has shape \(32, 3, 3, 3, 3\)"),
         ({"decoder.up.0.block.1.conv2.bias": None}, "has no decoder.up.0.block.1.conv2.bias"),
         ({"quant_conv.weight": torch.zeros(4, 8, 1, 1)}, r"quant_conv.weight has shape \(4, 8, 1, 1\)"),
-        ({"encoder.mid.attn_1.k.weight": torch.zeros(128, 128, 3, 3)}, r"attn_1.k.weight has shape \(128, 128, 3, 3\)"),
-        ({"encoder.down.0.block.0.conv1.weight": torch.zeros(20, 32, 3, 3)}, "norm_num_groups 32 does not divide"),
+        (
+            {"encoder.mid.attn_1.k.weight": torch.zeros(128, 128, 3, 3)},
+            r"attn_1.k.weight has shape \(128, 128, 3, 3\)",
+        ),
+        (
+            {"encoder.down.0.block.0.conv1.weight": torch.zeros(20, 32, 3, 3)},
+            "norm_num_groups 32 does not divide",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
@@ -137,7 +157,11 @@ def ldm_discriminator(channels: int = 16, layers: int = 2) -> dict[str, torch.Te
     widths = [channels * 2**index for index in range(layers + 1)]
     modules = [nn.Conv2d(3, channels, 4, 2, 1), act]
     for before, width in itertools.pairwise(widths):
-        modules += [nn.Conv2d(before, width, 4, 2 if width < widths[-1] else 1, 1, bias=False), nn.BatchNorm2d(width), act]
+        modules += [
+            nn.Conv2d(before, width, 4, 2 if width < widths[-1] else 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+            act,
+        ]
     main = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, 1, 1))
     return {f"loss.discriminator.main.{key}": value for key, value in main.state_dict().items()}
 

@@ -25,8 +25,12 @@ def digits() -> Tensor:
 def photos() -> Tensor:
     """Tiles of two photos; uint8 [8, 3, 128, 128]."""
     data = pytest.importorskip("skimage.data")
-    tiles = [data.astronaut()[y : y + 128, x : x + 128] for y, x in ((0, 128), (128, 256), (256, 128), (384, 384))]
-    tiles += [data.coffee()[y : y + 128, x : x + 128] for y, x in ((0, 0), (128, 128), (128, 256), (256, 384))]
+    tiles = [
+        data.astronaut()[y : y + 128, x : x + 128] for y, x in ((0, 128), (128, 256), (256, 128), (384, 384))
+    ]
+    tiles += [
+        data.coffee()[y : y + 128, x : x + 128] for y, x in ((0, 0), (128, 128), (128, 256), (256, 384))
+    ]
     return torch.stack([torch.from_numpy(tile).permute(2, 0, 1) for tile in tiles])
 
 
@@ -34,7 +38,11 @@ def linear(images: Tensor, latent_channels: int, tied: bool, patch: int = 8) -> 
     channels = images.shape[1]
     return LinearAutoencoder(
         LinearAutoencoderConfig(
-            in_channels=channels, out_channels=channels, latent_channels=latent_channels, patch=patch, tied=tied
+            in_channels=channels,
+            out_channels=channels,
+            latent_channels=latent_channels,
+            patch=patch,
+            tied=tied,
         )
     )
 
@@ -44,7 +52,9 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def train(model: LinearAutoencoder, images: Tensor, steps: int = 500) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, betas=(0.9, 0.95))  # 0.999 remembers the first, large gradients
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=0.02, betas=(0.9, 0.95)
+    )  # 0.999 remembers the first, large gradients
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         loss = (model(images, sample_posterior=False).reconstruction - images).square().mean()
@@ -63,7 +73,9 @@ def test_trained_it_has_pcas_error_and_spans_pcas_subspace(source, tied: bool):
     before = principal_angles(model.subspace(), pca.basis).max()
     train(model, x)
     with torch.no_grad():
-        error, least = ((m(x, sample_posterior=False).reconstruction - x).square().mean() for m in (model, best))
+        error, least = (
+            (m(x, sample_posterior=False).reconstruction - x).square().mean() for m in (model, best)
+        )
     assert 1 - 1e-5 < error / least < 1.01
     assert before > 45
     assert principal_angles(model.subspace(), pca.basis).max() < 2
@@ -115,7 +127,9 @@ def test_tied_it_learns_one_weight_from_both_ends():
 
 
 def test_other_channels_out_than_in_and_config_as_plain_json():
-    model = LinearAutoencoder(LinearAutoencoderConfig(in_channels=4, out_channels=1, latent_channels=5, patch=4, tied=False))
+    model = LinearAutoencoder(
+        LinearAutoencoderConfig(in_channels=4, out_channels=1, latent_channels=5, patch=4, tied=False)
+    )
     assert model(torch.rand(2, 4, 8, 12), sample_posterior=False).reconstruction.shape == (2, 1, 8, 12)
     assert model.subspace().shape == (16, 5)
     with pytest.raises(ValidationError, match="set tied = false"):

@@ -23,7 +23,9 @@ def test_a_discriminator_in_fp32_is_near_its_fp64(norm):
     images = torch.rand(2, 3, 40, 40).contiguous(memory_format=torch.channels_last) * 2 - 1
     (found,) = network(images)
     (exact,) = network.double()(images.double().contiguous())
-    assert ((found - exact).norm() / exact.norm()).item() < 2e-4  # what the first convolution rounds, of 100, is left
+    assert (
+        (found - exact).norm() / exact.norm()
+    ).item() < 2e-4  # what the first convolution rounds, of 100, is left
 
 
 def test_instance_norm_has_the_right_gradient_in_any_memory_order():

@@ -56,13 +56,19 @@ def test_full_rank_pca_is_exact_and_a_truncated_one_gets_better_with_components(
     images = smooth_images(12, 16)
     assert torch.equal(fit_pca(images, 4, 48).reconstruct(images), images)
     assert torch.equal(fit_pca(images, 4, 99).reconstruct(images), images)
-    errors = [(fit_pca(images, 4, k).reconstruct(images).float() - images.float()).square().mean() for k in (1, 4, 16)]
+    errors = [
+        (fit_pca(images, 4, k).reconstruct(images).float() - images.float()).square().mean()
+        for k in (1, 4, 16)
+    ]
     assert errors[0] > errors[1] > errors[2] > 0
 
 
 def test_a_sketch_that_holds_everything_is_the_closed_form_and_the_same_every_time():
     images = smooth_images(40, 16)
-    exact, sketch = fit_pca(images, 2, 6), sketch_pca(images, 2, 6)  # it carries 28 directions, a patch has 12 numbers
+    exact, sketch = (
+        fit_pca(images, 2, 6),
+        sketch_pca(images, 2, 6),
+    )  # it carries 28 directions, a patch has 12 numbers
     torch.testing.assert_close(sketch.mean, exact.mean, rtol=1e-12, atol=1e-9)
     torch.testing.assert_close(sketch.variances, exact.variances, rtol=1e-9, atol=1e-7)
     assert principal_angles(sketch.basis, exact.basis).max() < 1e-5
@@ -75,14 +81,22 @@ def test_a_sketch_of_photos_loses_nothing_to_see_even_in_the_worst_order():
     tokens = tokens_of(images, patch)
     torch.testing.assert_close(sketch.mean, exact.mean, rtol=1e-12, atol=1e-9)
     assert 0 <= psnr(tokens, exact.mean, exact.basis) - psnr(tokens, sketch.mean, sketch.basis) < 0.01
-    torch.testing.assert_close(sketch.basis.T @ sketch.basis, torch.eye(components).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        sketch.basis.T @ sketch.basis, torch.eye(components).double(), rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(sketch.variances, exact.variances, rtol=0.01, atol=0)
 
 
 def test_a_sketch_of_large_patches_finds_the_directions_that_are_there():
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.linalg.qr(torch.randn(3 * 64 * 64, 4, generator=generator))[0] * torch.tensor([9e3, 6e3, 4e3, 2.5e3])
-    images = 127.5 + torch.randn(200, 4, generator=generator) @ patterns.T + torch.randn(200, 3 * 64 * 64, generator=generator)
+    patterns = torch.linalg.qr(torch.randn(3 * 64 * 64, 4, generator=generator))[0] * torch.tensor(
+        [9e3, 6e3, 4e3, 2.5e3]
+    )
+    images = (
+        127.5
+        + torch.randn(200, 4, generator=generator) @ patterns.T
+        + torch.randn(200, 3 * 64 * 64, generator=generator)
+    )
     images = images.round().clamp(0, 255).to(torch.uint8).reshape(-1, 3, 64, 64)
     pca = sketch_pca(images.split(64), 64, 4)
     assert pca.basis.shape == (3 * 64 * 64, 4)
@@ -143,9 +157,17 @@ def test_gray_colour_and_alpha_are_all_projected_as_numpy_would(fit, channels: i
     tokens = grid.reshape(-1, channels * 16)
     vectors = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[2][:5]
     exact = tokens.mean(0) + (tokens - tokens.mean(0)) @ vectors.T @ vectors
-    plain = exact.reshape(16, 4, 6, channels, 4, 4).transpose(0, 3, 1, 4, 2, 5).reshape(images.shape).round().clip(0, 255)
+    plain = (
+        exact.reshape(16, 4, 6, channels, 4, 4)
+        .transpose(0, 3, 1, 4, 2, 5)
+        .reshape(images.shape)
+        .round()
+        .clip(0, 255)
+    )
     difference = np.abs(pca.reconstruct(images).double().numpy() - plain)
-    assert difference.max() <= (1 if fit is fit_pca else 4)  # a value may round the other way; a sketch leaves a little out
+    assert difference.max() <= (
+        1 if fit is fit_pca else 4
+    )  # a value may round the other way; a sketch leaves a little out
     assert difference.mean() < (1e-3 if fit is fit_pca else 0.2)
 
 
@@ -160,7 +182,9 @@ def test_components_are_images_of_their_own_and_can_be_cut_short():
     assert torch.equal(pca.decode(components), pca.reconstruct(images))
     short = pca.truncated(4)
     assert (type(short), short.components) == (type(pca), 4)
-    assert torch.equal(short.reconstruct(images), pca.decode(torch.cat([components[:, :4], 0 * components[:, 4:]], 1)))
+    assert torch.equal(
+        short.reconstruct(images), pca.decode(torch.cat([components[:, :4], 0 * components[:, 4:]], 1))
+    )
     assert torch.equal(short.reconstruct(images), fit_pca(images, 4, 4).reconstruct(images))
     with pytest.raises(ImageError, match="images have 1 channels, these components are of images with 3"):
         pca.reconstruct(images[:, :1])

@@ -22,7 +22,9 @@ def test_the_fused_model_is_the_plain_model(name):
             loss = output.reconstruction.square().mean() + output.posterior.kl().mean()
             gradients = torch.autograd.grad(loss, list(autoencoder.parameters()))
             with torch.no_grad():
-                results.append([output.reconstruction, autoencoder(x, noise=noise).reconstruction, *gradients])
+                results.append(
+                    [output.reconstruction, autoencoder(x, noise=noise).reconstruction, *gradients]
+                )
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
     for with_graph, without in (result[:2] for result in results):
@@ -39,7 +41,9 @@ def test_gradient_checkpointing_changes_no_result_and_keeps_less(backend):
             kept.append(kept_bytes(autoencoder, lambda: autoencoder(x, sample_posterior=False)))
             output = autoencoder(x, sample_posterior=False, keep_features=True)
             gradients = torch.autograd.grad(output.reconstruction.square().mean(), parameters)
-            results.append([output.reconstruction, output.decoder_features, output.encoder_features, *gradients])
+            results.append(
+                [output.reconstruction, output.decoder_features, output.encoder_features, *gradients]
+            )
     for remembered, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, remembered, rtol=1e-11, atol=1e-13)
     assert kept[1] < (0.4 if backend == "torch" else 0.6) * kept[0], kept
@@ -52,8 +56,12 @@ def test_gradient_checkpointing_recomputes_under_the_same_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             loss = autoencoder(x, sample_posterior=False).reconstruction.float().square().mean()
         results.append(torch.autograd.grad(loss, parameters))
-    for remembered, recomputed in zip(*results, strict=True):  # in fp32 instead, they would differ by percents
-        torch.testing.assert_close(recomputed, remembered, rtol=1e-4, atol=1e-4 * remembered.abs().max().item())
+    for remembered, recomputed in zip(
+        *results, strict=True
+    ):  # in fp32 instead, they would differ by percents
+        torch.testing.assert_close(
+            recomputed, remembered, rtol=1e-4, atol=1e-4 * remembered.abs().max().item()
+        )
 
 
 @pytest.mark.filterwarnings(
@@ -61,7 +69,11 @@ def test_gradient_checkpointing_recomputes_under_the_same_autocast():
 )  # torch.compile hides its own, but not from pytest
 @pytest.mark.parametrize(
     ("backend", "checkpointing"),
-    [("torch", False), pytest.param("torch", True, marks=pytest.mark.slow), pytest.param("triton", True, marks=pytest.mark.slow)],
+    [
+        ("torch", False),
+        pytest.param("torch", True, marks=pytest.mark.slow),
+        pytest.param("triton", True, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_coders_are_one_graph_each_and_can_be_differentiated_in_two_pieces(backend, checkpointing):
     plain, x = AutoencoderKL(two_levels()).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)

@@ -45,7 +45,9 @@ def test_a_lone_file_is_a_model(suffix, names, model, tmp_path):
         state = {names + key: value for key, value in to_ldm(state, CONFIG).items()}
     file = tmp_path / f"weights{suffix}"
     plain = {key: value.contiguous() for key, value in state.items()}
-    save_file(plain, file) if suffix == ".safetensors" else torch.save({"state_dict": plain, "epoch": 3}, file)
+    save_file(plain, file) if suffix == ".safetensors" else torch.save(
+        {"state_dict": plain, "epoch": 3}, file
+    )
     assert same(file, model)
 
 
@@ -61,7 +63,9 @@ def test_a_lone_file_is_a_model(suffix, names, model, tmp_path):
 def test_the_shape_is_read_from_diffusers_names(overrides, tmp_path, capsys):
     config = CONFIG.model_copy(update=overrides)
     model = AutoencoderKL(config)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "vae.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "vae.safetensors"
+    )
     loaded = AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
     assert loaded.config == config
     assert "norms taken to have 32 groups" in capsys.readouterr().err
@@ -85,8 +89,12 @@ def test_names_of_2023_are_read_with_a_config_and_without(convolutional, model, 
 
 def test_a_shape_that_the_tensors_do_not_tell_asks_for_the_config(tmp_path):
     model = AutoencoderKL(preset("tiny"))
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "vae.safetensors")
-    with pytest.raises(ModelError, match=r"norm_num_groups 32 does not divide; put its config\.json beside it"):
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "vae.safetensors"
+    )
+    with pytest.raises(
+        ModelError, match=r"norm_num_groups 32 does not divide; put its config\.json beside it"
+    ):
         AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
 
 
@@ -127,13 +135,17 @@ def claimed_terabytes(made: Path) -> bytes:
 
 BAD: dict[str, Callable[[Path], bytes]] = {
     "archive that runs code": lambda made: saved({"state_dict": {"encoder.conv_in.weight": Hostile(made)}}),
-    "pickle that runs code": lambda made: pickle.dumps({"state_dict": {"encoder.conv_in.weight": Hostile(made)}}),
+    "pickle that runs code": lambda made: pickle.dumps(
+        {"state_dict": {"encoder.conv_in.weight": Hostile(made)}}
+    ),
     "truncated": lambda made: saved(to_ldm(AutoencoderKL(CONFIG).state_dict(), CONFIG))[:-1000],
     "damaged": lambda made: bytes(64) + saved({"state_dict": torch.zeros(3)})[64:],
     "empty": lambda made: b"",
     "archive without a pickle": archive_without_pickle,
     "a list": lambda made: saved([torch.zeros(3)]),
-    "another architecture": lambda made: saved({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7), 5: torch.zeros(1)}}),
+    "another architecture": lambda made: saved(
+        {"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7), 5: torch.zeros(1)}}
+    ),
     "claims terabytes": claimed_terabytes,
 }
 
@@ -150,7 +162,9 @@ def test_a_bad_pickle_is_refused_in_one_line_and_runs_nothing(what, tmp_path):
     assert not made.exists()
     assert not (tmp_path / "vae").exists()
     if "runs code" in what:  # the file does what it is said to do, for those who load it so
-        torch.load(file, weights_only=False) if what.startswith("archive") else pickle.loads(file.read_bytes())
+        torch.load(file, weights_only=False) if what.startswith("archive") else pickle.loads(
+            file.read_bytes()
+        )
         assert made.exists()
 
 
@@ -171,7 +185,10 @@ def test_weights_of_another_architecture_name_what_does_not_fit(model, tmp_path)
     file, config = tmp_path / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae/config.json"
     state = load_file(file)
     for changed, message in (
-        ({key: value for key, value in state.items() if key != "encoder.conv_in.bias"}, r"lacks encoder\.conv_in\.bias"),
+        (
+            {key: value for key, value in state.items() if key != "encoder.conv_in.bias"},
+            r"lacks encoder\.conv_in\.bias",
+        ),
         ({**state, "encoder.extra": torch.zeros(1)}, r"unknown encoder\.extra"),
     ):
         save_file(changed, file)

@@ -51,11 +51,16 @@ class Lora(nn.Module):
         super().__init__()
         self.base_layer = base.requires_grad_(False)
         if isinstance(base, nn.Conv2d):
-            self.down: nn.Module = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False)
+            self.down: nn.Module = nn.Conv2d(
+                base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False
+            )
             self.up: nn.Module = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         else:
             assert isinstance(base, nn.Linear)
-            self.down, self.up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+            self.down, self.up = (
+                nn.Linear(base.in_features, rank, bias=False),
+                nn.Linear(rank, base.out_features, bias=False),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.up(self.down(x))
@@ -64,7 +69,9 @@ class Lora(nn.Module):
 def models(family: str) -> dict[str, nn.Module]:
     """diffusers' model, ours and a fused one of diffusers, with the same weights."""
     torch.manual_seed(0)
-    theirs = (diffusers.AutoencoderKL(**KL) if family == "kl" else diffusers.AutoencoderDC(**DC_TWO_LEVELS)).eval()
+    theirs = (
+        diffusers.AutoencoderKL(**KL) if family == "kl" else diffusers.AutoencoderDC(**DC_TWO_LEVELS)
+    ).eval()
     for name, p in theirs.named_parameters():
         if "norm" in name:
             nn.init.normal_(p, 1.0 if name.endswith("weight") else 0.0, 0.3)
@@ -72,11 +79,15 @@ def models(family: str) -> dict[str, nn.Module]:
     ours: Autoencoder
     if family == "kl":
         ours = AutoencoderKL(
-            AutoencoderKLConfig(**{name: config[name] for name in AutoencoderKLConfig.model_fields if name in config})
+            AutoencoderKLConfig(
+                **{name: config[name] for name in AutoencoderKLConfig.model_fields if name in config}
+            )
         )
     else:
         ours = AutoencoderDC(
-            AutoencoderDCConfig(**{name: config[name] for name in AutoencoderDCConfig.model_fields if name in config})
+            AutoencoderDCConfig(
+                **{name: config[name] for name in AutoencoderDCConfig.model_fields if name in config}
+            )
         )
     ours.load_state_dict(theirs.state_dict())
     fused = copy.deepcopy(theirs)
@@ -94,7 +105,9 @@ def image_of(model: nn.Module, x: Tensor) -> Tensor:
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Layers with parameters, by the names that diffusers gives them."""
-    return {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    return {
+        name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None
+    }
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -105,7 +118,9 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 def assert_images_agree(images: dict[str, Tensor], what: str = "all layers", tolerance: float = 1e-4) -> None:
     for kind in ("ours", "fused"):
         error = float((images[kind] - images["diffusers"]).abs().max())
-        assert error <= tolerance * max(1.0, float(images["diffusers"].abs().max())), f"{kind}, {what}: off by {error}"
+        assert error <= tolerance * max(1.0, float(images["diffusers"].abs().max())), (
+            f"{kind}, {what}: off by {error}"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +164,9 @@ def test_every_hooked_module_fires_once_and_its_output_stays(family, grad):
 
         for name, module in model.named_modules():
             if name and not isinstance(module, nn.ModuleList):
-                module.register_forward_hook(lambda m, i, o, name=name, remember=remember: remember(m, i, o, name))
+                module.register_forward_hook(
+                    lambda m, i, o, name=name, remember=remember: remember(m, i, o, name)
+                )
         with torch.set_grad_enabled(grad):
             image_of(model, x)
         for name, output, copied in seen:
@@ -178,7 +195,9 @@ def test_hooks_that_change_inputs_and_outputs_count(family):
                 for handle in handles:
                     handle.remove()
             assert_images_agree(images, name)
-        assert_images_agree({"diffusers": plain} | {kind: image_of(found[kind], x) for kind in ("ours", "fused")})
+        assert_images_agree(
+            {"diffusers": plain} | {kind: image_of(found[kind], x) for kind in ("ours", "fused")}
+        )
 
 
 def old_weight_norm(layer: nn.Module) -> None:
@@ -203,7 +222,9 @@ def pruned(layer: nn.Module) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parametrized_and_pruned_weights_count(family, change):
     found, x = models(family), torch.randn(1, 3, 4, 4)
-    names = [name for name, layer in layers_of(found["ours"]).items() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    names = [
+        name for name, layer in layers_of(found["ours"]).items() if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
     images = {}
     for kind, model in found.items():
         for name in names:
@@ -218,7 +239,9 @@ def test_parametrized_and_pruned_weights_count(family, change):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_change_the_image_and_learn(family, checkpointing, backend):
     found, x = models(family), torch.randn(1, 3, 4, 4)
-    names = [name for name, layer in layers_of(found["ours"]).items() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    names = [
+        name for name, layer in layers_of(found["ours"]).items() if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
     results = {}
     for kind, model in found.items():
         model.requires_grad_(False)
@@ -228,7 +251,11 @@ def test_adapters_change_the_image_and_learn(family, checkpointing, backend):
             model.train().enable_gradient_checkpointing()  # pyright: ignore
         torch.manual_seed(1)
         adapters = []
-        for name in [name for name in names if name.rpartition(".")[2] in ("conv1", "conv2", "to_q", "conv", "conv_out", "0")]:
+        for name in [
+            name
+            for name in names
+            if name.rpartition(".")[2] in ("conv1", "conv2", "to_q", "conv", "conv_out", "0")
+        ]:
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Linear) or layer.groups == 1:  # pyright: ignore
                 adapter = Lora(layer)
@@ -240,7 +267,9 @@ def test_adapters_change_the_image_and_learn(family, checkpointing, backend):
     assert len(results["ours"]) > 10
     for kind in ("ours", "fused"):
         for ours, theirs in zip(results[kind], results["diffusers"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.detach().abs().max()))
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.detach().abs().max())
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -263,7 +292,9 @@ def test_other_settings_of_a_convolution_count(family):
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.padding != (0, 0):
                 module.padding_mode = "circular"
-                module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in range(2)]  # pyright: ignore
+                module._reversed_padding_repeated_twice = [
+                    p for p in reversed(module.padding) for _ in range(2)
+                ]  # pyright: ignore
         with torch.no_grad():
             images[kind] = image_of(model, x)
     assert_images_agree(images)
@@ -305,7 +336,9 @@ def test_a_frozen_model_learns_through_a_hook():
     """A hook can bring in a tensor that learns, so a frozen block that has one builds a graph."""
     model, x = models("kl")["ours"].requires_grad_(False), torch.randn(1, 3, 4, 4)
     shift = torch.zeros(1, requires_grad=True)
-    model.get_submodule("encoder.down_blocks.0.resnets.0.conv1").register_forward_hook(lambda m, i, o: o + shift)
+    model.get_submodule("encoder.down_blocks.0.resnets.0.conv1").register_forward_hook(
+        lambda m, i, o: o + shift
+    )
     image_of(model, x).sum().backward()
     assert shift.grad is not None
     assert shift.grad.abs() > 0
@@ -331,4 +364,6 @@ def test_weights_of_videos_keep_their_order_and_output():
         expected = vae.decode(latent, num_frames=2).sample
         with latentae.fuse(vae):
             torch.testing.assert_close(vae.encode(x).latent_dist.mode(), latent, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(vae.decode(latent, num_frames=2).sample, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                vae.decode(latent, num_frames=2).sample, expected, rtol=1e-4, atol=1e-4
+            )

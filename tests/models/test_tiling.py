@@ -50,7 +50,9 @@ SHAPES = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, **replaced) -> AutoencoderKL:
-    return randomize_norms(AutoencoderKL(preset(name, **replaced)).eval().to(dtype), 0.2)  # as trained: no two channels alike
+    return randomize_norms(
+        AutoencoderKL(preset(name, **replaced)).eval().to(dtype), 0.2
+    )  # as trained: no two channels alike
 
 
 def picture(height: int, width: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -146,7 +148,9 @@ def test_an_image_no_larger_than_a_tile_is_the_models_own():
     with torch.no_grad():
         posterior = model.encode(image)
         torch.testing.assert_close(tiled.encode(image).mean, posterior.mean, rtol=0, atol=1e-14)
-        torch.testing.assert_close(tiled.decode(posterior.mean), model.decode(posterior.mean), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            tiled.decode(posterior.mean), model.decode(posterior.mean), rtol=0, atol=1e-14
+        )
 
 
 @torch.no_grad()
@@ -266,7 +270,9 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc"
+)
 @pytest.mark.parametrize("mode", ["exact", "blended"])
 def test_memory_is_bounded_by_the_tile(mode, tmp_path):
     """docs/tiling.md: output, and 6 times the values that a tile has where channels are most."""

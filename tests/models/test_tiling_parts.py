@@ -13,7 +13,15 @@ from latentae.models.tiling import statistics, streamed
 from latentae.models.tiling.blended import Tiles, blend, weights
 from latentae.models.tiling.maps import Moments, affine, store
 from latentae.models.tiling.statistics import Source, estimate, samples
-from latentae.models.tiling.steps import Convolution, decoder_steps, encoder_steps, halo, run, split_decoder, split_encoder
+from latentae.models.tiling.steps import (
+    Convolution,
+    decoder_steps,
+    encoder_steps,
+    halo,
+    run,
+    split_decoder,
+    split_encoder,
+)
 
 
 def model() -> AutoencoderKL:
@@ -55,7 +63,13 @@ def test_without_an_overlap_borders_of_tiles_show_no_further_than_the_halo(step)
 
 
 def test_weights_add_up_to_one_and_tiles_cover_everything():
-    for length, side, overlap in ((640, 128, 32), (1000, 256, 64), (264, 256, 0), (128, 256, 64), (4096, 512, 64)):
+    for length, side, overlap in (
+        (640, 128, 32),
+        (1000, 256, 64),
+        (264, 256, 0),
+        (128, 256, 64),
+        (4096, 512, 64),
+    ):
         tiles = Tiles(side, overlap, 8)
         starts, size = tiles.along(length)
         assert size <= side
@@ -68,9 +82,9 @@ def test_weights_add_up_to_one_and_tiles_cover_everything():
 
 
 def test_moments_are_those_of_all_rows_even_where_the_mean_is_large():
-    x = torch.randn(1, 4, 50, 20) * torch.tensor([1, 0.1, 10, 1]).view(1, -1, 1, 1) + torch.tensor([0, 100, 0, -5]).view(
-        1, -1, 1, 1
-    )
+    x = torch.randn(1, 4, 50, 20) * torch.tensor([1, 0.1, 10, 1]).view(1, -1, 1, 1) + torch.tensor(
+        [0, 100, 0, -5]
+    ).view(1, -1, 1, 1)
     moments = Moments(4)
     for strip in x.split([1, 20, 9, 20], dim=2):
         moments.add(strip)
@@ -80,7 +94,9 @@ def test_moments_are_those_of_all_rows_even_where_the_mean_is_large():
     norm = nn.GroupNorm(2, 4, eps=1e-6)
     nn.init.normal_(norm.weight)
     scale, shift = affine(norm, moments.mean, moments.variance)
-    torch.testing.assert_close(x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), norm(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), norm(x), rtol=1e-4, atol=1e-4
+    )
     y = 2 + torch.randn(1, 4, 4, 5)
     weighted, repeated = Moments(4), Moments(4)
     weighted.add(x)
@@ -139,7 +155,9 @@ def test_statistics_from_samples_are_nearer_than_those_of_a_small_copy():
             return kept[norm]
 
         run(steps, x, norms)
-    source = Source(lambda top, left, high, wide: image[:, :, top : top + high, left : left + wide], image, 512, 512, 8)
+    source = Source(
+        lambda top, left, high, wide: image[:, :, top : top + high, left : left + wide], image, 512, 512, 8
+    )
     estimated = estimate(steps, source, 128)
     assert set(estimated) == set(true)
     for norm, (scale, _) in true.items():
@@ -149,10 +167,14 @@ def test_statistics_from_samples_are_nearer_than_those_of_a_small_copy():
 
 def test_weighted_samples_look_more_like_the_whole_than_samples_do():
     norm, crops, side = nn.GroupNorm(8, 8, eps=0.0).double(), [], 512
-    image = nn.functional.interpolate(torch.randn(1, 8, 10, 10, dtype=torch.float64), size=(side, side), mode="bilinear")
+    image = nn.functional.interpolate(
+        torch.randn(1, 8, 10, 10, dtype=torch.float64), size=(side, side), mode="bilinear"
+    )
 
     def cut(top, left, high, wide):
-        crops.append(image[:, :, top + 8 : top + high - 8, left + 8 : left + wide - 8].flatten(2))  # its margins do not count
+        crops.append(
+            image[:, :, top + 8 : top + high - 8, left + 8 : left + wide - 8].flatten(2)
+        )  # its margins do not count
         return image[:, :, top : top + high, left : left + wide]
 
     steps = [Convolution(nn.Conv2d(8, 8, 1).double(), norm)]

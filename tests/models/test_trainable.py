@@ -104,7 +104,9 @@ def test_the_kernels_pass_on_what_a_frozen_level_leaves_to_add(part):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("build", "part"), [(model, "decoder"), (model, "decoder-head"), (dc, "decoder-head")])
+@pytest.mark.parametrize(
+    ("build", "part"), [(model, "decoder"), (model, "decoder-head"), (dc, "decoder-head")]
+)
 def test_the_latent_is_that_of_inference(build, part):
     autoencoder = build()
     x = images_of(autoencoder)

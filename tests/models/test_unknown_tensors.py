@@ -15,7 +15,10 @@ from latentae.models.initial import load_initial
 from latentae.models.ldm import to_ldm
 from latentae.models.pretrained import load_model
 
-LEVELS: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+LEVELS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 CONFIG = AutoencoderKLConfig(block_out_channels=(32, 32), **LEVELS)
 
 
@@ -53,8 +56,17 @@ def test_the_official_layout_of_flux2_is_refused_by_name(model, tmp_path):
     for key, value in to_ldm(model.state_dict(), CONFIG).items():
         side = {"quant_conv": "encoder.", "post_quant_conv": "decoder."}.get(key.split(".")[0], "")
         state[side + key] = value
-    statistics = {"bn.running_mean": torch.zeros(12), "bn.running_var": torch.ones(12), "bn.num_batches_tracked": torch.tensor(3)}
-    refused(write(tmp_path / "flux2.safetensors", {**state, **statistics}), "bn.running_mean", "FLUX.2", "diffusers folder")
+    statistics = {
+        "bn.running_mean": torch.zeros(12),
+        "bn.running_var": torch.ones(12),
+        "bn.num_batches_tracked": torch.tensor(3),
+    }
+    refused(
+        write(tmp_path / "flux2.safetensors", {**state, **statistics}),
+        "bn.running_mean",
+        "FLUX.2",
+        "diffusers folder",
+    )
     refused(write(tmp_path / "quant.safetensors", state), "encoder.quant_conv.weight", "FLUX.2")
 
 
@@ -83,11 +95,17 @@ def test_any_unknown_tensor_is_refused_by_name(names, prefix, unknown, model, tm
 
 def test_unknown_tensors_of_folders_and_checkpoints_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path / "vae")
-    write(tmp_path / "vae/diffusion_pytorch_model.safetensors", {**model.state_dict(), "bn.running_mean": torch.zeros(12)})
+    write(
+        tmp_path / "vae/diffusion_pytorch_model.safetensors",
+        {**model.state_dict(), "bn.running_mean": torch.zeros(12)},
+    )
     with pytest.raises(ModelError, match=r"unknown bn\.running_mean"):
         AutoencoderKL.from_pretrained(tmp_path / "vae")
     (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
-    write(tmp_path / "vae/vae.ldm.safetensors", {**to_ldm(model.state_dict(), CONFIG), "bn.running_mean": torch.zeros(12)})
+    write(
+        tmp_path / "vae/vae.ldm.safetensors",
+        {**to_ldm(model.state_dict(), CONFIG), "bn.running_mean": torch.zeros(12)},
+    )
     with pytest.raises(ModelError, match=r"bn\.running_mean"):
         AutoencoderKL.from_pretrained(tmp_path / "vae")
     (tmp_path / "vae/vae.ldm.safetensors").rename(tmp_path / "vae/ema.safetensors")
@@ -99,23 +117,37 @@ def test_unknown_tensors_of_folders_and_checkpoints_are_refused(model, tmp_path)
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "model."])
 def test_a_layer_of_the_autoencoder_outside_of_its_prefix_is_refused(prefix, model, tmp_path):
     state = {prefix + key: value for key, value in to_ldm(model.state_dict(), CONFIG).items()}
-    refused(write(tmp_path / "weights.safetensors", {**state, "bn.running_mean": torch.zeros(12)}), "bn.running_mean")
+    refused(
+        write(tmp_path / "weights.safetensors", {**state, "bn.running_mean": torch.zeros(12)}),
+        "bn.running_mean",
+    )
 
 
 def test_several_autoencoders_in_one_file_are_refused(model, tmp_path):
     state = {
-        f"{prefix}.{key}": value for prefix in ("net", "teacher") for key, value in to_ldm(model.state_dict(), CONFIG).items()
+        f"{prefix}.{key}": value
+        for prefix in ("net", "teacher")
+        for key, value in to_ldm(model.state_dict(), CONFIG).items()
     }
     refused(write(tmp_path / "weights.safetensors", state), "several autoencoders", "net., teacher.")
 
 
 @pytest.mark.parametrize(
     ("names", "prefix"),
-    [("ldm", ""), ("ldm", "first_stage_model."), ("diffusers", "vae."), ("ldm", "module."), ("diffusers", "model.vae.")],
+    [
+        ("ldm", ""),
+        ("ldm", "first_stage_model."),
+        ("diffusers", "vae."),
+        ("ldm", "module."),
+        ("diffusers", "model.vae."),
+    ],
 )
 def test_what_a_training_or_another_component_left_is_logged(names, prefix, model, tmp_path, capsys):
     state = {prefix + key: value for key, value in state_of(model, names).items()}
-    state |= {f"{prefix}loss.logvar": torch.zeros(()), f"{prefix}loss.discriminator.main.0.bias": torch.zeros(4)}
+    state |= {
+        f"{prefix}loss.logvar": torch.zeros(()),
+        f"{prefix}loss.discriminator.main.0.bias": torch.zeros(4),
+    }
     state[f"{prefix}model_ema.decay"] = torch.zeros(())
     if prefix not in ("", "module."):
         state |= {"cond_stage_model.weight": torch.zeros(3), "betas": torch.zeros(3)}
@@ -131,7 +163,10 @@ def test_what_a_training_or_another_component_left_is_logged(names, prefix, mode
 
 def test_the_average_that_is_taken_or_left_out_is_logged(model, tmp_path, capsys):
     state, average = to_ldm(model.state_dict(), CONFIG), AutoencoderKL(CONFIG)
-    averaged = {"model_ema." + key.replace(".", ""): value for key, value in to_ldm(average.state_dict(), CONFIG).items()}
+    averaged = {
+        "model_ema." + key.replace(".", ""): value
+        for key, value in to_ldm(average.state_dict(), CONFIG).items()
+    }
     file = write(tmp_path / "whole.safetensors", {**state, **averaged})
     assert equal(AutoencoderKL.from_pretrained(file).state_dict(), average)
     assert "took the averaged weights" in capsys.readouterr().err
@@ -143,7 +178,10 @@ def test_the_average_that_is_taken_or_left_out_is_logged(model, tmp_path, capsys
 
 @pytest.mark.parametrize("names", ["ldm", "diffusers"])
 def test_quantized_weights_are_refused(names, model, tmp_path):
-    state = {key: value.to(torch.int8) if "conv_in.weight" in key else value for key, value in state_of(model, names).items()}
+    state = {
+        key: value.to(torch.int8) if "conv_in.weight" in key else value
+        for key, value in state_of(model, names).items()
+    }
     refused(write(tmp_path / "weights.safetensors", state), "torch.int8", "not quantized")
 
 
@@ -154,9 +192,14 @@ def test_attention_by_wider_convolutions_is_not_cut_to_their_corner(model, tmp_p
 
 
 def test_a_discriminator_of_another_kind_is_not_cut_to_what_fits(model, tmp_path, capsys):
-    layers = {"loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4), "loss.discriminator.head.weight": torch.zeros(3)}
+    layers = {
+        "loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4),
+        "loss.discriminator.head.weight": torch.zeros(3),
+    }
     running = {"loss.discriminator.main.3.running_mean": torch.zeros(8)}
-    file = write(tmp_path / "weights.safetensors", {**to_ldm(model.state_dict(), CONFIG), **layers, **running})
+    file = write(
+        tmp_path / "weights.safetensors", {**to_ldm(model.state_dict(), CONFIG), **layers, **running}
+    )
     found = load_initial(file).discriminator
     assert found is not None
     assert set(found) == {"layers.0.weight", "head.weight"}

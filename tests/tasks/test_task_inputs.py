@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentae.data.writing import shards
+from latentae.data.shards import shards
 from latentae.errors import DataError, ImageError
 from latentae.tasks.inputs import fit_image, open_images, read_labels
 
@@ -27,14 +27,18 @@ def _read(images, labels="auto", numbers=None, **options):
 def folder(tmp_path):
     for number in range(7):
         _save(tmp_path / "photos" / ("good" if number < 4 else "bad") / f"{number}.png", number * 10)
-        (tmp_path / "photos" / ("good" if number < 4 else "bad") / f"{number}.cls").write_text(f"{number % 2}\n")
+        (tmp_path / "photos" / ("good" if number < 4 else "bad") / f"{number}.cls").write_text(
+            f"{number % 2}\n"
+        )
     return tmp_path / "photos"
 
 
 def test_shards_and_the_folder_they_are_of_give_the_same_images(folder, tmp_path):
     shards(folder, tmp_path / "shards", shard_size=3)
     loose, packed = _read(open_images(folder)), _read(open_images(tmp_path / "shards"))
-    assert [(item.number, item.key, item.label) for item in loose] == [(item.number, item.key, item.label) for item in packed]
+    assert [(item.number, item.key, item.label) for item in loose] == [
+        (item.number, item.key, item.label) for item in packed
+    ]
     assert all((a.image == b.image).all() for a, b in zip(loose, packed, strict=True))
     assert [item.key for item in _read(open_images(str(tmp_path / "shards")), numbers=[1, 4, 6])] == [
         loose[i].key for i in (1, 4, 6)
@@ -43,7 +47,15 @@ def test_shards_and_the_folder_they_are_of_give_the_same_images(folder, tmp_path
 
 def test_labels_come_from_class_files_from_folders_or_from_a_table(folder, tmp_path):
     images = open_images(folder)
-    assert [item.label for item in _read(images)] == ["0", "1", "0", "0", "1", "0", "1"]  # bad/4 5 6, good/0 1 2 3
+    assert [item.label for item in _read(images)] == [
+        "0",
+        "1",
+        "0",
+        "0",
+        "1",
+        "0",
+        "1",
+    ]  # bad/4 5 6, good/0 1 2 3
     assert [item.label for item in _read(images, "folder")] == ["bad"] * 3 + ["good"] * 4
     assert {item.label for item in _read(images, "none")} == {None}
     with (tmp_path / "labels.csv").open("w", newline="") as file:

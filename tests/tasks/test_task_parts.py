@@ -7,7 +7,7 @@ import pytest
 
 import latentae
 from latentae.errors import OutputError
-from latentae.tasks import denoising, detecting, extracting
+from latentae.tasks import anomaly, denoise, features
 from latentae.tasks.parts import Parts
 
 VERBS = {
@@ -23,9 +23,9 @@ def test_an_interrupted_job_resumes_and_repeats_no_part(made, tmp_path, monkeypa
     function, other = VERBS[verb]
     folders = (inputs, inputs) if verb == "anomaly" else (inputs,)
     done, finished = Parts.done, []
-    monkeypatch.setattr(detecting, "PART", 60)
-    monkeypatch.setattr(denoising, "PART", 60)
-    monkeypatch.setitem(extracting.PART, "mean", 60)
+    monkeypatch.setattr(anomaly, "PART", 60)
+    monkeypatch.setattr(denoise, "PART", 60)
+    monkeypatch.setitem(features.PART, "mean", 60)
 
     def interrupted(self, part, rows):
         if finished == [0]:
@@ -41,14 +41,20 @@ def test_an_interrupted_job_resumes_and_repeats_no_part(made, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         function(model, *folders, tmp_path / "out")
     monkeypatch.setattr(Parts, "done", record)
-    monkeypatch.setattr(detecting, "GaussianFit", None)  # normal images are not measured again
+    monkeypatch.setattr(anomaly, "GaussianFit", None)  # normal images are not measured again
     assert function(model, *folders, tmp_path / "out") == whole
     assert finished == [0, 1, 2]
     for path in (tmp_path / "whole").rglob("*.*"):
-        assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path.name
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), (
+            path.name
+        )
     assert not (tmp_path / "out" / "parts").exists()
     capsys.readouterr()
-    assert function(model, *folders, tmp_path / "out") == json.loads((tmp_path / "out" / "summary.json").read_text()) == whole
+    assert (
+        function(model, *folders, tmp_path / "out")
+        == json.loads((tmp_path / "out" / "summary.json").read_text())
+        == whole
+    )
     assert "already holds" in capsys.readouterr().err
     with pytest.raises(OutputError, match=next(iter(other))):
         function(model, *folders, tmp_path / "out", **other)

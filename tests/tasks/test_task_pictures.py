@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 import latentae
-from latentae.data.writing import shards
+from latentae.data.shards import shards
 from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
@@ -54,7 +54,9 @@ def test_the_noise_of_an_image_depends_on_seed_and_key_alone(made, tmp_path):
     one, same, other = (_pixels(tmp_path / name / "noisy" / "0003.png") for name in "abc")
     assert (one == same).all()
     assert (one != other).any()
-    assert (tmp_path / "a" / "images" / "0021.png").read_bytes() == (tmp_path / "b" / "images" / "0021.png").read_bytes()
+    assert (tmp_path / "a" / "images" / "0021.png").read_bytes() == (
+        tmp_path / "b" / "images" / "0021.png"
+    ).read_bytes()
 
 
 def test_without_noise_the_files_are_the_reconstructions_of_any_size(made, tmp_path):
@@ -109,7 +111,9 @@ def test_samples_of_a_fitted_gaussian_are_nearer_to_digits_than_noise_is(made, d
 
 def _tile(picture, number):
     top, left = 4 + 132 * (number // 8), 4 + 132 * (number % 8)
-    return torch.from_numpy(picture[top : top + 128 : 16, left : left + 128 : 16, 0].astype(np.float32)).flatten()
+    return torch.from_numpy(
+        picture[top : top + 128 : 16, left : left + 128 : 16, 0].astype(np.float32)
+    ).flatten()
 
 
 def _nearest(images, data):
@@ -120,9 +124,13 @@ def test_latents_that_were_encoded_before_serve_as_well(tmp_path):
     model = _tiny(tmp_path / "model")
     write_images(tmp_path / "images", torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8))
     shards(tmp_path / "images", tmp_path / "shards")
-    latentae.encode(model, str(tmp_path / "shards"), tmp_path / "latents", resolution=16, dtype="fp32", device="cpu")
+    latentae.encode(
+        model, str(tmp_path / "shards"), tmp_path / "latents", resolution=16, dtype="fp32", device="cpu"
+    )
     stored = latentae.sample(model, tmp_path / "stored.png", latents=tmp_path / "latents", count=3)
-    fresh = latentae.sample(model, tmp_path / "fresh.png", latents=tmp_path / "images", count=3, resolution=16)
+    fresh = latentae.sample(
+        model, tmp_path / "fresh.png", latents=tmp_path / "images", count=3, resolution=16
+    )
     assert stored["fitted_on"] == fresh["fitted_on"] == 6
     assert np.abs(_pixels(tmp_path / "stored.png").astype(int) - _pixels(tmp_path / "fresh.png")).max() <= 2
     with pytest.raises(ModelError, match="another model"):
@@ -153,7 +161,11 @@ def test_the_prior_is_taken_where_there_is_one_and_refused_where_not(made, tmp_p
     assert result["distribution"] == _note(tmp_path / "s.png")["distribution"] == "prior N(0, I)"
     assert result["kl"] == 0.01
     with torch.no_grad():  # samples are decoded standard normal latents
-        expected = AutoencoderKL.from_pretrained(strong).decode(keyed_normal((3, 2, 8, 8), 5, 0, 0, "sample"))[0].numpy()
+        expected = (
+            AutoencoderKL.from_pretrained(strong)
+            .decode(keyed_normal((3, 2, 8, 8), 5, 0, 0, "sample"))[0]
+            .numpy()
+        )
     picture = _pixels(tmp_path / "s.png")[4:132:8, 4:132:8].transpose(2, 0, 1)
     assert np.abs(picture - ((expected + 1) * 127.5).round().clip(0, 255)).max() <= 1
     capsys.readouterr()
@@ -177,7 +189,9 @@ def test_drawn_latents_have_the_fitted_mean_and_covariance(side):
     variance = torch.full_like(latents, 0.3)
     gaussian = fit_latent_gaussian(zip(latents.split(37), variance.split(37), strict=True))
     assert gaussian.whole == (side == 2)
-    drawn = gaussian.color(torch.randn(20000 if side == 2 else 300, 2, side, side, generator=generator)).double()
+    drawn = gaussian.color(
+        torch.randn(20000 if side == 2 else 300, 2, side, side, generator=generator)
+    ).double()
     np.testing.assert_allclose(drawn.mean(0), latents.mean(0), atol=0.5 if side == 40 else 0.05)
     if side == 2:
         expected = torch.cov(latents.double().flatten(1).T, correction=0) + 0.3 * torch.eye(8)

@@ -15,7 +15,9 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[object, str]]]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[object, str]]]:
     """`run("bench_data", "--images", 4)` gives the program's exit code and everything that it printed."""
     monkeypatch.syspath_prepend(TOOLS)
     threads = torch.get_num_threads()

@@ -46,7 +46,9 @@ def test_a_mistyped_option_is_refused_by_name(words, code, message, run, tmp_pat
 def test_autoencoder_compares_both_models(in_new_processes, run, tmp_path, monkeypatch):
     if not in_new_processes:  # each of the four would import torch and diffusers to measure its memory
         run("bench_autoencoder", "--help")
-        monkeypatch.setattr("bench_autoencoder.ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+        monkeypatch.setattr(
+            "bench_autoencoder.ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers)
+        )
     file = tmp_path / "autoencoder.json"
     code, output = run("bench_autoencoder", "--preset", "tiny", "--size", 32, "--repeats", 1, "--out", file)
     assert code == 0, output
@@ -56,14 +58,17 @@ def test_autoencoder_compares_both_models(in_new_processes, run, tmp_path, monke
     assert [(row["step"], row["size"]) for row in record["rows"]] == [("encode", 32), ("decode", 32)]
     for row in record["rows"]:
         assert row["dtype"] == "float32"
-        assert row["ratio"]["diffusers"] == pytest.approx(row["seconds"]["diffusers"] / row["seconds"]["ours"])
+        assert row["ratio"]["diffusers"] == pytest.approx(
+            row["seconds"]["diffusers"] / row["seconds"]["ours"]
+        )
         assert row["largest_difference"] < 1e-4 * row["largest_output"]
         assert max(row["error"].values()) < 1e-5
 
 
 def rows_by_measure(report: dict) -> dict[str, list[dict]]:
     return {
-        name: [row for row in report["rows"] if row["measure"] == name] for name in {row["measure"] for row in report["rows"]}
+        name: [row for row in report["rows"] if row["measure"] == name]
+        for name in {row["measure"] for row in report["rows"]}
     }
 
 
@@ -83,7 +88,11 @@ def test_data_times_every_stage_on_the_same_pixels(run, tmp_path):
 def test_data_times_both_loaders_and_counts_their_bytes(tmp_path):
     command = [sys.executable, str(TOOLS / "bench_data.py"), *DATA, "--worlds", "1,2"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "data.json")], capture_output=True, text=True, timeout=600, check=False
+        [*command, "--out", str(tmp_path / "data.json")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     rows = rows_by_measure(json.loads((tmp_path / "data.json").read_text()))
@@ -97,7 +106,20 @@ def test_data_times_both_loaders_and_counts_their_bytes(tmp_path):
 
 def test_encode_times_both_whole_and_in_memory(run, tmp_path):
     file = tmp_path / "encode.json"
-    sizes = ("--images", 5, "--shard-size", 3, "--batch", 2, "--resolution", 32, "--workers", 1, "--repeats", 1)
+    sizes = (
+        "--images",
+        5,
+        "--shard-size",
+        3,
+        "--batch",
+        2,
+        "--resolution",
+        32,
+        "--workers",
+        1,
+        "--repeats",
+        1,
+    )
     code, output = run("bench_encode", "--preset", "tiny", *sizes, "--out", file)
     assert code == 0, output
     report = json.loads(file.read_text())
@@ -105,8 +127,17 @@ def test_encode_times_both_whole_and_in_memory(run, tmp_path):
     timed = [(row["measure"], row["variant"]) for row in report["rows"] if "variant" in row]
     variants = ("latentae encode", "DataLoader + diffusers")
     assert timed == [(measure, variant) for variant in variants for measure in ("whole", "in memory")]
-    assert all(row["images_per_second"] == pytest.approx(5 / row["seconds"]) for row in report["rows"] if "variant" in row)
-    assert [row["stage"] for row in report["rows"] if row["measure"] == "stage"] == ["load", "read", "decode", "write"]
+    assert all(
+        row["images_per_second"] == pytest.approx(5 / row["seconds"])
+        for row in report["rows"]
+        if "variant" in row
+    )
+    assert [row["stage"] for row in report["rows"] if row["measure"] == "stage"] == [
+        "load",
+        "read",
+        "decode",
+        "write",
+    ]
     seconds = {(row["measure"], row["variant"]): row["seconds"] for row in report["rows"] if "variant" in row}
     whole = seconds["whole", "latentae encode"]
     assert report["over_memory"] == pytest.approx(whole / seconds["in memory", "latentae encode"])
@@ -120,7 +151,16 @@ def test_evaluate_times_every_part(run, tmp_path):
     assert code == 0, output
     report = json.loads(file.read_text())
     seconds = {row["part"]: row["seconds_per_image"] for row in report["rows"]}
-    assert {"model", "whole", "PSNR and SSIM", "sums over latents", "pca", "dct", "jpeg", "webp"} <= seconds.keys()
+    assert {
+        "model",
+        "whole",
+        "PSNR and SSIM",
+        "sums over latents",
+        "pca",
+        "dct",
+        "jpeg",
+        "webp",
+    } <= seconds.keys()
     assert report["times_the_model"] == pytest.approx(seconds["whole"] / seconds["model"])
     assert {"device", "torch", "commit", "command", "grown_mib"} <= report.keys()
 
@@ -148,15 +188,24 @@ def test_kernels_times_every_op(run, tmp_path, monkeypatch):
         assert row["dtype"] == "float32"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="registers come from Triton's compiler")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="registers come from Triton's compiler"
+)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_predicts_bytes_floors_and_registers(compiled, run, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not compiled:
         used = aot.Resources(registers=100, shared=0, local=0, spills=0, wide_loads=1, f64=False)
-        names = [f"norm_act/{kernel} nhwc bf16 C=512 HW=4096" for kernel in ("chunk_statistics", "merge_statistics", "apply")]
-        monkeypatch.setattr(aot, "compile_all", lambda **options: [aot.Outcome(name, 90, used, ()) for name in names])
-    code, output = run("bench_kernels", "--predict", "--filter", "forward 8x512x64x64", "--out", tmp_path / "kernels.json")
+        names = [
+            f"norm_act/{kernel} nhwc bf16 C=512 HW=4096"
+            for kernel in ("chunk_statistics", "merge_statistics", "apply")
+        ]
+        monkeypatch.setattr(
+            aot, "compile_all", lambda **options: [aot.Outcome(name, 90, used, ()) for name in names]
+        )
+    code, output = run(
+        "bench_kernels", "--predict", "--filter", "forward 8x512x64x64", "--out", tmp_path / "kernels.json"
+    )
     assert code == 0, output
     report = json.loads((tmp_path / "kernels.json").read_text())
     assert report["device"] is None
@@ -176,7 +225,16 @@ def test_tiling_compares_methods_at_the_same_tile(run, tmp_path):
     Image.fromarray(noise).resize((96, 128), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
     file = tmp_path / "tiling.json"
     code, output = run(
-        "bench_tiling", "tiny", "--images", tmp_path / "photo.png", "--tile", 64, "--overlap", 0.125, "--out", file
+        "bench_tiling",
+        "tiny",
+        "--images",
+        tmp_path / "photo.png",
+        "--tile",
+        64,
+        "--overlap",
+        0.125,
+        "--out",
+        file,
     )
     assert code == 0, output
     rows = json.loads(file.read_text())["rows"]

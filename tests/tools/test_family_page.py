@@ -12,11 +12,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_it_trains_measures_and_draws(run, tmp_path):
     pytest.importorskip("sklearn")
-    folders = ["--runs", tmp_path / "runs", "--pictures", tmp_path / "pictures", "--out", tmp_path / "family.json"]
+    folders = [
+        "--runs",
+        tmp_path / "runs",
+        "--pictures",
+        tmp_path / "pictures",
+        "--out",
+        tmp_path / "family.json",
+    ]
     code, output = run("family_page", *folders, "--only", "linear-digits", "--digit-images", 256)
     assert code == 0, output
     found = json.loads((tmp_path / "family.json").read_text())
-    assert found["variants"]["linear-digits"]["error_over_pca_on_training_digits"] > 1, "nothing beats PCA where it was fitted"
+    assert found["variants"]["linear-digits"]["error_over_pca_on_training_digits"] > 1, (
+        "nothing beats PCA where it was fitted"
+    )
     with Image.open(tmp_path / "pictures" / "family-linear-digits.png") as picture:
         assert picture.size == (10 * (4 * 8 + 3) + 3, 3 * (4 * 8 + 3) + 3)
 

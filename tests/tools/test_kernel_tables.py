@@ -38,8 +38,18 @@ GPU = {
     "rows": [
         ROW
         | {
-            "seconds": {"eager NCHW": 5e-4, "eager channels_last": 6e-4, "torch.compile": 4e-4, "ours": 1.5e-4},
-            "peak_memory": {"eager NCHW": 3e8, "eager channels_last": 2.9e8, "torch.compile": 2e8, "ours": 1.35e8},
+            "seconds": {
+                "eager NCHW": 5e-4,
+                "eager channels_last": 6e-4,
+                "torch.compile": 4e-4,
+                "ours": 1.5e-4,
+            },
+            "peak_memory": {
+                "eager NCHW": 3e8,
+                "eager channels_last": 2.9e8,
+                "torch.compile": 2e8,
+                "ours": 1.35e8,
+            },
             "ours": {"tb_per_s": 2.68, "of_copy": 0.89, "of_floor": 0.6},
         }
     ],
@@ -64,7 +74,9 @@ def update(run, readme) -> Callable[..., tuple[object, str]]:
             file = readme.parent / "benchmarks" / folder / "kernels.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(report))
-        return run("kernel_tables", "--readme", readme, "--benchmarks", readme.parent / "benchmarks", *arguments)
+        return run(
+            "kernel_tables", "--readme", readme, "--benchmarks", readme.parent / "benchmarks", *arguments
+        )
 
     return call
 
@@ -98,7 +110,9 @@ def test_measured_figures_replace_predicted_ones(update, readme):
     text = readme.read_text()
     assert "No kernel has been measured" not in text
     assert "Measured on Some GPU" in text
-    assert "| forward | 8×128×256×256 | 500.0 | 600.0 | 400.0 | 150.0 | 2.68 | 89% | 60% | 290 | 135 |" in text
+    assert (
+        "| forward | 8×128×256×256 | 500.0 | 600.0 | 400.0 | 150.0 | 2.68 | 89% | 60% | 290 | 135 |" in text
+    )
     assert "116, 56" not in text
     assert "| forward | 8×128×256×256 | 20.00 | 30.00 | 10.00 | 0.50 |" in text
 

@@ -40,7 +40,13 @@ def plain(tool):
     )
 
 
-HARD = {"speed_sigma": 0.4, "shard_sigma": 0.2, "preempt_hours": 0.1, "load_seconds": 7, "latency_seconds": 0.02}
+HARD = {
+    "speed_sigma": 0.4,
+    "shard_sigma": 0.2,
+    "preempt_hours": 0.1,
+    "load_seconds": 7,
+    "latency_seconds": 0.02,
+}
 POLICIES = pytest.mark.parametrize("policy", ["stride", "claim"])
 
 
@@ -49,7 +55,15 @@ def test_one_worker_takes_the_exact_sum(tool, plain, policy):
     account = tool.simulate(replace(plain, policy=policy))
     assert account.end == account.useful == 10_050 * 0.5
     assert account.done == 10_050
-    assert account.idle == account.wasted == account.away == account.starting == account.requests == account.preemptions == 0
+    assert (
+        account.idle
+        == account.wasted
+        == account.away
+        == account.starting
+        == account.requests
+        == account.preemptions
+        == 0
+    )
 
 
 @POLICIES
@@ -68,7 +82,9 @@ def test_starts_requests_and_hand_outs_add_what_they_say(tool, plain, policy):
     planning = (3 * 1 + 4 * 101 / 2) * 0.25
     closing = (1 + 2 * 101 / 2) * 0.25
     handing_out = 101 * 0.125 if policy == "claim" else 0
-    assert account.end == pytest.approx(10_050 * 0.5 + 101 * 8 * 0.25 + 20 + planning + handing_out + closing, rel=1e-12)
+    assert account.end == pytest.approx(
+        10_050 * 0.5 + 101 * 8 * 0.25 + 20 + planning + handing_out + closing, rel=1e-12
+    )
     assert account.store_requests == 3 + 4 * 101 + 8 * 101 + 1 + 2 * 101
 
 
@@ -87,10 +103,20 @@ def test_equal_workers_end_together(tool, plain, policy):
 @pytest.mark.parametrize("preempt_hours", [0.1, 0])
 def test_no_second_and_no_image_is_lost(tool, plain, policy, workers, preempt_hours):
     """Every image is done once, and the time of all workers is accounted for, more workers than shards included."""
-    case = replace(plain, policy=policy, workers=workers, claim_seconds=0.01, **{**HARD, "preempt_hours": preempt_hours})
+    case = replace(
+        plain, policy=policy, workers=workers, claim_seconds=0.01, **{**HARD, "preempt_hours": preempt_hours}
+    )
     account = tool.simulate(case)
     assert account.done == 10_050
-    parts = (account.useful, account.wasted, account.requests, account.starting, account.closing, account.away, account.idle)
+    parts = (
+        account.useful,
+        account.wasted,
+        account.requests,
+        account.starting,
+        account.closing,
+        account.away,
+        account.idle,
+    )
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(workers * account.end, rel=1e-9)
     if not preempt_hours:
@@ -120,7 +146,9 @@ def test_a_claim_waits_less_for_slow_workers_than_a_stride(tool, plain):
 def test_the_shard_of_a_dead_worker_goes_to_another(tool, plain):
     """Two workers, two shards; where one dies and is away for a day, the other does its shard."""
     for seed in range(20):
-        case = replace(plain, policy="claim", images=200, workers=2, preempt_hours=0.02, away_seconds=86_400, seed=seed)
+        case = replace(
+            plain, policy="claim", images=200, workers=2, preempt_hours=0.02, away_seconds=86_400, seed=seed
+        )
         account = tool.simulate(case)
         if account.preemptions == 1:
             assert account.end < 300
@@ -137,18 +165,33 @@ def test_the_store_limits_many_that_start_at_once(tool, plain):
 
 def test_the_store_limits_many_that_end_at_once(tool, plain):
     """Ten workers with ten equal shards of 50 s each: the sidecars of 100 shards are read ten times. Listings take a little, too."""
-    case = replace(plain, images=10_000, workers=10, end_requests=1, store_requests_per_second=10, latency_seconds=1e-9)
+    case = replace(
+        plain, images=10_000, workers=10, end_requests=1, store_requests_per_second=10, latency_seconds=1e-9
+    )
     stride = tool.simulate(case)
     assert stride.end == pytest.approx(10 * 3 / 10 + 500 + 10 * (1 + 100) / 10, rel=1e-6)
     assert stride.store_requests == 10 * 3 + 10 * 101 + 8 * 100
-    late = replace(case, images=700, workers=3)  # the first two workers have one shard less: only the last reads the sidecars
+    late = replace(
+        case, images=700, workers=3
+    )  # the first two workers have one shard less: only the last reads the sidecars
     assert tool.simulate(late).store_requests == 3 * 3 + 8 * 7 + 3 * 1 + 7
     claim = tool.simulate(replace(case, policy="claim"))
     assert claim.end == pytest.approx(3 / 10 + 500 + (1 + 100) / 10, rel=1e-6)
 
 
 def test_the_program_writes_the_same_figures_each_time(run, tmp_path):
-    options = ["--images", "100000", "--shard-sizes", "100,1000", "--workers", "1,7,50", "--seed", "3", "--preempt-hours", "0.5"]
+    options = [
+        "--images",
+        "100000",
+        "--shard-sizes",
+        "100,1000",
+        "--workers",
+        "1,7,50",
+        "--seed",
+        "3",
+        "--preempt-hours",
+        "0.5",
+    ]
     command = [sys.executable, str(TOOLS / "simulate_scale.py"), *options, "--out", str(tmp_path / "a.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr

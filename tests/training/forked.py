@@ -30,12 +30,21 @@ class Processes:
         count: number of processes.
     """
 
-    def __init__(self, folder: Path, function: Callable[..., object], *arguments: Any, count: int = 1) -> None:
+    def __init__(
+        self, folder: Path, function: Callable[..., object], *arguments: Any, count: int = 1
+    ) -> None:
         self.folder = folder
         environments: list[dict[str, str]] = [{}]
         if count > 1:  # the parent keeps the store, as torchrun does, so no port is free for a moment only
-            self.store = torch.distributed.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=1))
-            shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": HOST, "MASTER_PORT": self.store.port}
+            self.store = torch.distributed.TCPStore(
+                HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=1)
+            )
+            shared = {
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+                "MASTER_ADDR": HOST,
+                "MASTER_PORT": self.store.port,
+            }
             shared |= {"TORCHELASTIC_USE_AGENT_STORE": True}
             ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
             environments = [{name: str(value) for name, value in rank.items()} for rank in ranks]
@@ -63,7 +72,9 @@ class Processes:
         return [process.exitcode or 0 for process in self.all]
 
 
-def _call(log: Path, environment: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _call(
+    log: Path, environment: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
     gc.freeze()  # what is shared with the server is neither examined nor copied
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

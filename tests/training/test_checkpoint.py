@@ -55,7 +55,11 @@ def step(trainer):
 
 
 def everything(trainer):
-    tensors = {f"{name}.{key}": value for name, part in trainer.saved.items() for key, value in part.state_dict().items()}
+    tensors = {
+        f"{name}.{key}": value
+        for name, part in trainer.saved.items()
+        for key, value in part.state_dict().items()
+    }
     for name, optimizer in trainer.optimizers.items():
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer of {name}.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
@@ -65,7 +69,9 @@ def everything(trainer):
 def rewrite(folder, **changes):
     """Change meta.json, and let it list what is there."""
     meta = json.loads((folder / "meta.json").read_text())
-    meta["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != "meta.json"}
+    meta["sha256"] = {
+        file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != "meta.json"
+    }
     (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
 
 
@@ -78,7 +84,11 @@ def test_a_restored_trainer_goes_on_bitwise_like_the_uninterrupted_one(trained, 
     for trainer in (trained, other):
         step(trainer)
         step(trainer)
-    assert other.state == trained.state == TrainState(step=3, images_seen=12, phase_images=12, skipped=3, rollbacks=1)
+    assert (
+        other.state
+        == trained.state
+        == TrainState(step=3, images_seen=12, phase_images=12, skipped=3, rollbacks=1)
+    )
     a, b = everything(trained), everything(other)
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
@@ -89,7 +99,12 @@ def test_what_killed_runs_have_left_goes_and_the_latest_never_does(keep, trained
     trained.recipe = trained.recipe.model_copy(update={"keep_checkpoints": keep})
     first = save_checkpoint(trained, tmp_path, DATA)
     step(trained)
-    for name in ("step-00000002", "step-00000009", ".step-00000005.host.1.incomplete", ".step-00000001.incomplete"):
+    for name in (
+        "step-00000002",
+        "step-00000009",
+        ".step-00000005.host.1.incomplete",
+        ".step-00000001.incomplete",
+    ):
         (first.parent / name).mkdir()  # renamed to its place, but not yet the latest: written anew
         (first.parent / name / "meta.json").write_text("{}")
     second = save_checkpoint(trained, tmp_path, DATA)
@@ -103,10 +118,15 @@ def test_what_killed_runs_have_left_goes_and_the_latest_never_does(keep, trained
     assert (second / "meta.json").stat().st_mtime_ns == before, "a step is saved once"
     step(trained)
     third = save_checkpoint(trained, tmp_path, DATA)
-    assert sorted(p.name for p in first.parent.iterdir()) == ["latest", *[first.name, second.name, third.name][-keep:]]
+    assert sorted(p.name for p in first.parent.iterdir()) == [
+        "latest",
+        *[first.name, second.name, third.name][-keep:],
+    ]
 
 
-def test_a_checkpoint_is_verified_before_it_is_the_latest_and_before_older_ones_go(trained, tmp_path, monkeypatch):
+def test_a_checkpoint_is_verified_before_it_is_the_latest_and_before_older_ones_go(
+    trained, tmp_path, monkeypatch
+):
     first = save_checkpoint(trained, tmp_path, DATA)
     step(trained)
     second = save_checkpoint(trained, tmp_path, DATA)
@@ -122,7 +142,9 @@ def test_a_checkpoint_is_verified_before_it_is_the_latest_and_before_older_ones_
         return rename(self, target)
 
     monkeypatch.setattr(type(first), "replace", lying_disk)
-    with pytest.raises(TrainingError, match=rf"ema.safetensors is missing or damaged; give --resume .*{second.name}"):
+    with pytest.raises(
+        TrainingError, match=rf"ema.safetensors is missing or damaged; give --resume .*{second.name}"
+    ):
         save_checkpoint(trained, tmp_path, DATA)
     assert find_checkpoint(tmp_path) == second
     assert first.is_dir()
@@ -142,7 +164,9 @@ def test_a_checkpoint_says_its_job_format_and_versions_and_loads_as_a_model(trai
     assert torch.equal(AutoencoderKL.from_pretrained(tmp_path).state_dict()[name], ema.state_dict()[name])
 
 
-@pytest.mark.parametrize("part", [*(f"{name}.safetensors" for name in PARTS), "optimizers.pt", "state.json", "config.json"])
+@pytest.mark.parametrize(
+    "part", [*(f"{name}.safetensors" for name in PARTS), "optimizers.pt", "state.json", "config.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_part_is_fatal_and_the_older_checkpoint_is_named(part, damage, pair):
     older, folder = pair
@@ -167,7 +191,9 @@ def test_a_folder_without_its_list_is_no_checkpoint(meta, pair):
         (folder / "meta.json").unlink()
     else:
         (folder / "meta.json").write_text(meta)
-    with pytest.raises(TrainingError, match=r"meta\.json is missing or damaged; there is no other|no whole checkpoint"):
+    with pytest.raises(
+        TrainingError, match=r"meta\.json is missing or damaged; there is no other|no whole checkpoint"
+    ):
         verify(folder)
 
 
@@ -176,7 +202,8 @@ def test_only_a_whole_older_checkpoint_is_named_and_nothing_is_loaded(trained, p
     for damaged in pair:
         (damaged / "ema.safetensors").unlink()
     with pytest.raises(
-        TrainingError, match=r"step-00000002/ema\.safetensors is missing or damaged; there is no other checkpoint"
+        TrainingError,
+        match=r"step-00000002/ema\.safetensors is missing or damaged; there is no other checkpoint",
     ):
         load_checkpoint(trained, pair[1])
     after = everything(trained)
@@ -201,7 +228,9 @@ def test_a_part_that_the_recipe_has_and_the_checkpoint_has_not_is_fatal(trained,
             load_checkpoint(trained, folder)
 
 
-@pytest.mark.parametrize(("part", "value"), [*zip(PARTS, [math.nan, math.inf, -math.inf, math.nan, math.inf], strict=True)])
+@pytest.mark.parametrize(
+    ("part", "value"), [*zip(PARTS, [math.nan, math.inf, -math.inf, math.nan, math.inf], strict=True)]
+)
 def test_weights_that_are_not_finite_are_never_saved(part, value, trained, tmp_path):
     with pytest.raises(TrainingError, match="there is no earlier checkpoint"):
         damage(trained, part, value)
@@ -211,7 +240,9 @@ def test_weights_that_are_not_finite_are_never_saved(part, value, trained, tmp_p
     before = find_checkpoint(tmp_path)
     damage(trained, part, value)
     trained.state.step += 1
-    with pytest.raises(TrainingError, match=f"{part}: .* is not finite at step 2; the last good checkpoint is step-00000001"):
+    with pytest.raises(
+        TrainingError, match=f"{part}: .* is not finite at step 2; the last good checkpoint is step-00000001"
+    ):
         save_checkpoint(trained, tmp_path, DATA)
     assert find_checkpoint(tmp_path) == before
     assert sorted(p.name for p in before.parent.iterdir()) == ["latest", before.name]
@@ -249,7 +280,9 @@ def test_a_checkpoint_of_format_1_is_read(small, accelerator, tmp_path):
     rewrite(folder, format_version=1)
     other = Trainer(small(**GAN), accelerator)
     assert load_checkpoint(other, folder) == DATA
-    assert read_state(folder) == other.state == TrainState(step=1, images_seen=4, phase_images=4), "it knew one phase"
+    assert read_state(folder) == other.state == TrainState(step=1, images_seen=4, phase_images=4), (
+        "it knew one phase"
+    )
     step(trainer)
     step(other)
     a, b = everything(trainer), everything(other)

@@ -39,7 +39,9 @@ def test_the_second_one_says_who_holds_the_run(tmp_path):
     run = tmp_path / "run"
     first = Claim(**QUICK)
     first.take(FolderPlace(run))
-    with pytest.raises(BusyError, match=rf"run is in use by another training \(process {os.getpid()} on .*, since 20") as caught:
+    with pytest.raises(
+        BusyError, match=rf"run is in use by another training \(process {os.getpid()} on .*, since 20"
+    ) as caught:
         Claim(**QUICK).take(FolderPlace(run))
     assert caught.value.exit_code == 75
     first.release()
@@ -134,7 +136,9 @@ def test_an_address_is_held_by_one(tmp_path):
 def test_of_two_that_claim_an_address_at_once_one_gets_it(tmp_path):
     mirror = Mirror(f"file://{tmp_path}/copies", {}, keep=2)
     place = UrlPlace(mirror)
-    place.read = lambda read=place.read, first=[None]: first.pop() if first else read()  # it saw nothing there
+    place.read = lambda read=place.read, first=[None]: (
+        first.pop() if first else read()
+    )  # it saw nothing there
     other = Claim(**QUICK)
     other.take(UrlPlace(mirror))
     late = Claim(**QUICK)

@@ -27,17 +27,23 @@ CUT = {  # everything that reaches into the passes: ratios at both last layers, 
 }
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler: g++ or clang++"),
+    pytest.mark.skipif(
+        not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler: g++ or clang++"
+    ),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_training_equals_eager(small, tmp_path):
     eager = latentae.train(small(**CUT), tmp_path / "eager")
     compiled = latentae.train(small(**CUT, compile=True), tmp_path / "compiled")
     start = build_autoencoder(small(**CUT)).state_dict()
-    expected, found = (load_file(find_checkpoint(run) / "autoencoder.safetensors") for run in (eager, compiled))
+    expected, found = (
+        load_file(find_checkpoint(run) / "autoencoder.safetensors") for run in (eager, compiled)
+    )
     for name, value in expected.items():
         # a step has the size of the learning rate for the smallest gradient too, so single weights may go the other way
         assert (found[name] - value).norm() <= 0.05 * (value - start[name]).norm(), name

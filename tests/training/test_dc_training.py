@@ -22,10 +22,19 @@ def recipe(narrow):
 
 
 @pytest.mark.parametrize(("bottleneck", "checkpointing"), [("deterministic", True), ("gaussian", False)])
-def test_it_trains_against_a_discriminator_with_an_adaptive_weight(bottleneck, checkpointing, recipe, accelerator):
-    options = {"model.bottleneck": bottleneck, "model.gradient_checkpointing": checkpointing, "model.decoder_noise": 0.2}
+def test_it_trains_against_a_discriminator_with_an_adaptive_weight(
+    bottleneck, checkpointing, recipe, accelerator
+):
+    options = {
+        "model.bottleneck": bottleneck,
+        "model.gradient_checkpointing": checkpointing,
+        "model.decoder_noise": 0.2,
+    }
     options |= {"loss.adversarial.layers": 2, "loss.adversarial.start_images": 0}
-    options |= {"optimizer.lr": 1e-2, "optimizer.warmup_images": 0}  # large enough for a trunk that is slower to move in fp32
+    options |= {
+        "optimizer.lr": 1e-2,
+        "optimizer.warmup_images": 0,
+    }  # large enough for a trunk that is slower to move in fp32
     trainer = Trainer(recipe(**GAN, **options), accelerator)
     assert trainer.raw_autoencoder.config.bottleneck == bottleneck
     before = {name: p.detach().clone() for name, p in trainer.raw_autoencoder.named_parameters()}
@@ -35,7 +44,9 @@ def test_it_trains_against_a_discriminator_with_an_adaptive_weight(bottleneck, c
     assert all(math.isfinite(value) for value in terms.values())
     assert terms["adversarial/ratio"] > 0
     assert trainer.state.skipped == 0
-    assert not [name for name, p in trainer.raw_autoencoder.named_parameters() if torch.equal(p, before[name])]
+    assert not [
+        name for name, p in trainer.raw_autoencoder.named_parameters() if torch.equal(p, before[name])
+    ]
 
 
 def test_a_model_without_a_posterior_begins_a_training_with_one(recipe, tmp_path):
@@ -46,8 +57,12 @@ def test_a_model_without_a_posterior_begins_a_training_with_one(recipe, tmp_path
     assert plain.config.bottleneck == "deterministic"
     for options in (gaussian, begun, {**begun, "model.preset": "init"}):
         model = build_autoencoder(recipe(**options))
-        torch.testing.assert_close(model.encode(torch.rand(1, 3, 32, 32)).logvar, torch.full((1, 4, 4, 4), -4.0))
-        assert torch.equal(model.encoder.conv_in.weight, plain.encoder.conv_in.weight) == (options != gaussian)
+        torch.testing.assert_close(
+            model.encode(torch.rand(1, 3, 32, 32)).logvar, torch.full((1, 4, 4, 4), -4.0)
+        )
+        assert torch.equal(model.encoder.conv_in.weight, plain.encoder.conv_in.weight) == (
+            options != gaussian
+        )
     model.save_pretrained(tmp_path / "gaussian")
     again = build_autoencoder(recipe(**{"model.init_from": str(tmp_path / "gaussian")}))
     assert again.config.bottleneck == "deterministic"

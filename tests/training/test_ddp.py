@@ -12,7 +12,12 @@ from latentae.training.recipe import load_recipe
 from latentae.training.steps import Trainer
 from latentae.training.validation import Validation
 
-ADVERSARIAL = {"loss.adversarial.weight": 0.3, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2, "loss.kl": 1e-3}
+ADVERSARIAL = {
+    "loss.adversarial.weight": 0.3,
+    "loss.adversarial.channels": 8,
+    "loss.adversarial.layers": 2,
+    "loss.kl": 1e-3,
+}
 EFFICIENTNET = "efficientnet-lite0"
 CASES = {
     "accumulated, with all that is averaged over processes": {
@@ -74,7 +79,11 @@ def trained(recipe, accelerator):
         batch = torch.randint(0, 256, (recipe.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
         chunks = batch.chunk(parts * world)  # a process owns consecutive samples, as the loader deals them
         terms = trainer.update([chunks[rank * parts + part] for part in range(parts)])
-        found |= {f"{name} of step {trainer.state.step}": v for name, v in terms.items() if name.startswith("gradient_norm/")}
+        found |= {
+            f"{name} of step {trainer.state.step}": v
+            for name, v in terms.items()
+            if name.startswith("gradient_norm/")
+        }
     for name, part in trainer.saved.items():
         found |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
     for name, optimizer in trainer.optimizers.items():
@@ -98,7 +107,9 @@ def work(recipes, start, out):
 
 @pytest.fixture(scope="module")
 def recipes(small):
-    return {name: small(batch_size=8, images=16, **{**ADVERSARIAL, **options}) for name, options in CASES.items()}
+    return {
+        name: small(batch_size=8, images=16, **{**ADVERSARIAL, **options}) for name, options in CASES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +132,24 @@ def test_two_processes_equal_one(case, recipes, two, accelerator):
         # (here 1.2e-5, then 1.1e-4) of the smallest gradients, so their weights may end two steps apart.
         if "gradient_norm" in key or "momentum" in key or "exp_avg" in key:
             torch.testing.assert_close(
-                first[key], value, rtol=1e-3, atol=2e-3 * value.abs().max().item(), msg=lambda m, k=key: f"{k}: {m}"
+                first[key],
+                value,
+                rtol=1e-3,
+                atol=2e-3 * value.abs().max().item(),
+                msg=lambda m, k=key: f"{k}: {m}",
             )
         else:
-            torch.testing.assert_close(first[key], value, rtol=1e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                first[key], value, rtol=1e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 def test_two_processes_begin_at_the_same_pca(two, narrow):
     recipe = narrow()
     for key, value in fit_head_start(recipe).build(recipe).state_dict().items():
         for found in two:
-            torch.testing.assert_close(found["start"][key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                found["start"][key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
             assert torch.equal(found["average"][key], found["start"][key]), key
         assert torch.equal(two[0]["start"][key], two[1]["start"][key]), key

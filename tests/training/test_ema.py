@@ -26,7 +26,9 @@ def test_equals_the_plain_formula_and_forgets_the_start_early():
             p.data.normal_()
         ema.update(module, step * 16, 16)
         decay = 0.5 ** (16 / min(1000, step * 16 * 0.05))
-        expected = {k: decay * expected[k] + (1 - decay) * v.detach().double() for k, v in module.named_parameters()}
+        expected = {
+            k: decay * expected[k] + (1 - decay) * v.detach().double() for k, v in module.named_parameters()
+        }
     for key, value in ema.state_dict().items():
         torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-6)
 

@@ -7,11 +7,17 @@ import json
 import pytest
 import torch
 
-from latentae.data.writing import encode_png, write_shards
+from latentae.data.shards import encode_png, write_shards
 from latentae.training.init import init
 from latentae.training.train import train
 
-OPTIONS = {"data.resolution": 16, "data.validation_fraction": 0.5, "batch_size": 2, "images": 4, "log.summary": True}
+OPTIONS = {
+    "data.resolution": 16,
+    "data.validation_fraction": 0.5,
+    "batch_size": 2,
+    "images": 4,
+    "log.summary": True,
+}
 
 
 @pytest.fixture

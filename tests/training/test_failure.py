@@ -143,13 +143,20 @@ def seen(run):
 def differences(run, other):
     """Files and tensors of two finished runs' last checkpoints, and logged steps, that are not equal."""
     a, b = find_checkpoint(run), find_checkpoint(other)
-    names = sorted({file.name for folder in (a, b) for file in folder.iterdir()} - {"meta.json", "optimizers.pt", "recipe.toml"})
+    names = sorted(
+        {file.name for folder in (a, b) for file in folder.iterdir()}
+        - {"meta.json", "optimizers.pt", "recipe.toml"}
+    )
     found = [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()]
     states = [torch.load(folder / "optimizers.pt", weights_only=True) for folder in (a, b)]
     for name in states[0]:
         for index, values in states[0][name]["state"].items():
             other_values = states[1][name]["state"][index]
-            found += [f"{name} optimizer {index} {key}" for key, v in values.items() if not torch.equal(v, other_values[key])]
+            found += [
+                f"{name} optimizer {index} {key}"
+                for key, v in values.items()
+                if not torch.equal(v, other_values[key])
+            ]
     if logged(run) != logged(other):
         found.append(f"metrics.jsonl: steps {logged(run)} and {logged(other)}")
     return found
@@ -160,7 +167,9 @@ def logged(run):
     return [line["step"] for line in lines if "loss/total" in line]
 
 
-def test_a_run_killed_in_every_phase_ends_bitwise_like_the_uninterrupted_one(start, complete, whole, tmp_path):
+def test_a_run_killed_in_every_phase_ends_bitwise_like_the_uninterrupted_one(
+    start, complete, whole, tmp_path
+):
     run = tmp_path / "run"
     for moment, occurrence, images in (
         ("start", 1, 0),
@@ -176,10 +185,14 @@ def test_a_run_killed_in_every_phase_ends_bitwise_like_the_uninterrupted_one(sta
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(start, complete, whole, tmp_path):
+def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(
+    start, complete, whole, tmp_path
+):
     """Again and again; each run that gets to its end equals the uninterrupted one, and so does its copy."""
     rng, kills, runs = random.Random(0), 0, 0
-    moments = cycle(["save", "step", "evaluation", "half of a save", "end of a step", "check of a save", "start"])
+    moments = cycle(
+        ["save", "step", "evaluation", "half of a save", "end of a step", "check of a save", "start"]
+    )
     while kills < KILLS or not runs:
         run, store = tmp_path / str(runs) / "run", tmp_path / str(runs) / "store"
         harm = (0, next(moments), rng.randint(1, 3), partial(die_within, 0.05 * rng.random()))
@@ -194,8 +207,12 @@ def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(
         assert code == 0, begun.output()
         runs += 1
         assert differences(run, whole) == [], begun.output()
-        copy = Mirror(f"file://{store}", read_json(run / "latentae.json")["inputs"], 1).newest(run.with_name("copy"))
-        assert all((copy / file.name).read_bytes() == file.read_bytes() for file in find_checkpoint(run).iterdir())
+        copy = Mirror(f"file://{store}", read_json(run / "latentae.json")["inputs"], 1).newest(
+            run.with_name("copy")
+        )
+        assert all(
+            (copy / file.name).read_bytes() == file.read_bytes() for file in find_checkpoint(run).iterdir()
+        )
 
 
 def test_a_signal_is_answered_from_every_phase_and_the_run_ends_bitwise_like_the_uninterrupted_one(
@@ -215,15 +232,21 @@ def test_a_signal_is_answered_from_every_phase_and_the_run_ends_bitwise_like_the
         assert stopped.wait() == [code], stopped.output()
         last = stopped.output().splitlines()[-1]
         if phase == "start":
-            assert last == f"latentae: error: stopped by {name} before the first step; the same command goes on"
+            assert (
+                last == f"latentae: error: stopped by {name} before the first step; the same command goes on"
+            )
         else:
-            assert last == f"latentae: error: stopped after {images} images; the same command goes on from there"
+            assert (
+                last == f"latentae: error: stopped after {images} images; the same command goes on from there"
+            )
         assert seen(run) == images, "what was done is saved, and no more is done"
     assert differences(complete(run), whole) == []
 
 
 @pytest.mark.parametrize("full", ["autoencoder.safetensors", "optimizers.pt"])
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on_after(full, start, complete, whole, tmp_path):
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on_after(
+    full, start, complete, whole, tmp_path
+):
     run, size = tmp_path / "run", (find_checkpoint(whole) / full).stat().st_size
     stopped = start(run, harm=[(0, "save", 3, partial(fill, size - 1))])
     assert stopped.wait() == [1]
@@ -287,13 +310,21 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(small, tmp_path, pois
     poisoned(2)
     run = latentae.train(small(), tmp_path / "run")
     state = read_state(find_checkpoint(run))
-    assert (state.step, state.images_seen, state.skipped, state.skipped_in_a_row, state.rollbacks) == (6, 24, 1, 0, 0)
+    assert (state.step, state.images_seen, state.skipped, state.skipped_in_a_row, state.rollbacks) == (
+        6,
+        24,
+        1,
+        0,
+        0,
+    )
     (event,) = events(run, "skipped")
     assert (event["step"], event["images"]) == (3, 12)
     assert "is not finite" in event["message"]
 
 
-def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(small, tmp_path, poisoned, monkeypatch):
+def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(
+    small, tmp_path, poisoned, monkeypatch
+):
     kept = {}
 
     def spy(trainer, run):
@@ -307,7 +338,13 @@ def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(small,
     run = latentae.train(recipe, tmp_path / "run")
     found = states(run)
     after = found["step-00000005"]
-    assert (after.step, after.images_seen, after.skipped, after.skipped_in_a_row, after.rollbacks) == (5, 20, 2, 0, 1)
+    assert (after.step, after.images_seen, after.skipped, after.skipped_in_a_row, after.rollbacks) == (
+        5,
+        20,
+        2,
+        0,
+        1,
+    )
     assert found["step-00000008"].rollbacks == 1
     source = "step-00000004"  # step 3 was good, step 4 the first bad one: its checkpoint has the weights after step 3
     before = load_file(run / "checkpoints" / source / "autoencoder.safetensors")
@@ -323,7 +360,9 @@ def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(small,
         (range(2), {"checkpoint_every_images": 100}, "there is no checkpoint yet to return to", 0),
     ],
 )
-def test_too_many_bad_steps_stop_the_run_with_the_reason(bad, options, reason, returns, small, tmp_path, poisoned):
+def test_too_many_bad_steps_stop_the_run_with_the_reason(
+    bad, options, reason, returns, small, tmp_path, poisoned
+):
     poisoned(*bad)
     limits = {"failure.max_skipped_in_a_row": 2, "failure.max_rollbacks": 2}
     message = f"2 steps in a row had a loss or gradient that is not finite .*{reason}"

@@ -61,7 +61,9 @@ def plain():
 def test_a_narrow_network_beats_pca_at_the_same_number_of_floats(held_out):
     model = trained("undercomplete-digits", 300)
     channels = model.config.latent_channels
-    exact = LinearAutoencoder(load_recipe("linear-digits", {"model.latent_channels": channels}).autoencoder_config())
+    exact = LinearAutoencoder(
+        load_recipe("linear-digits", {"model.latent_channels": channels}).autoencoder_config()
+    )
     exact.load_pca(fit_pca([digits()[0]], 8, channels))
     assert error(model, held_out) < error(exact, held_out)
     assert model.encode(held_out).logvar.eq(-30).all()
@@ -73,7 +75,9 @@ def test_denoising_beats_the_plain_model_on_noisy_images(plain, held_out, noise)
     for std, share in ((0.6, 1.0), (0.8, 0.9)):
         noisy = held_out + std * noise
         assert error(model, noisy, held_out) < share * error(plain, noisy, held_out)
-        assert error(model, noisy, held_out) < 0.4 * (noisy - held_out).square().mean(), "most of the noise is gone"
+        assert error(model, noisy, held_out) < 0.4 * (noisy - held_out).square().mean(), (
+            "most of the noise is gone"
+        )
 
 
 @pytest.mark.slow
@@ -128,9 +132,12 @@ def test_the_kl_of_a_vae_is_that_of_torch(held_out, accelerator):
         normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)),
     )
     assert terms["loss/kl"].item() == pytest.approx(expected.sum().item() / images.numel(), rel=1e-5)
-    assert terms["loss/total"].item() == pytest.approx((terms["loss/l2"] + recipe.loss.kl * terms["loss/kl"]).item(), rel=1e-5)
+    assert terms["loss/total"].item() == pytest.approx(
+        (terms["loss/l2"] + recipe.loss.kl * terms["loss/kl"]).item(), rel=1e-5
+    )
     torch.testing.assert_close(
-        channel_kl(trainer.raw_autoencoder, held_out).sum(), trainer.raw_autoencoder.encode(held_out).kl().mean()
+        channel_kl(trainer.raw_autoencoder, held_out).sum(),
+        trainer.raw_autoencoder.encode(held_out).kl().mean(),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, OutputError, RecipeError
-from latentae.evaluation.metrics import psnr
+from latentae.measures.metrics import psnr
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.pretrained import read_tensors
 from latentae.training import head_start
@@ -34,10 +34,16 @@ def images_of(recipe):
 
 @torch.no_grad()
 def distance(model, images):
-    return psnr(images, to_uint8(model.eval()(to_float(images), sample_posterior=False).reconstruction)).mean().item()
+    return (
+        psnr(images, to_uint8(model.eval()(to_float(images), sample_posterior=False).reconstruction))
+        .mean()
+        .item()
+    )
 
 
-def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(narrow, tmp_path, monkeypatch, capsys):
+def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(
+    narrow, tmp_path, monkeypatch, capsys
+):
     run = train(narrow(), tmp_path / "run")
     said = capsys.readouterr().err
     assert "4 components keep" in said
@@ -48,9 +54,13 @@ def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(narrow, 
     assert first["validation/psnr"] == pytest.approx(pca, abs=0.1)
     assert (run / "samples" / "000000000.png").is_file()
     # a run that goes on takes its weights from the checkpoint
-    monkeypatch.setattr("latentae.training.head_start.fit_head_start", lambda recipe: pytest.fail("fitted again"))
+    monkeypatch.setattr(
+        "latentae.training.head_start.fit_head_start", lambda recipe: pytest.fail("fitted again")
+    )
     on = train(narrow(), tmp_path / "on", resume=checkpoints(run)[0])
-    assert (checkpoints(on)[-1] / "ema.safetensors").read_bytes() == (checkpoints(run)[-1] / "ema.safetensors").read_bytes()
+    assert (checkpoints(on)[-1] / "ema.safetensors").read_bytes() == (
+        checkpoints(run)[-1] / "ema.safetensors"
+    ).read_bytes()
 
 
 def test_a_posterior_begins_at_the_log_variance_that_is_asked_for(narrow):
@@ -62,7 +72,9 @@ def test_a_posterior_begins_at_the_log_variance_that_is_asked_for(narrow):
 
 
 def test_a_frozen_trunk_stays_where_it_began(narrow, tmp_path):
-    options = narrow(images=8, **{"optimizer.trunk_lr_ratio": 0.0, "optimizer.lr": 1e-2, "data.validation": "none"})
+    options = narrow(
+        images=8, **{"optimizer.trunk_lr_ratio": 0.0, "optimizer.lr": 1e-2, "data.validation": "none"}
+    )
     run = train(options, tmp_path / "run")
     start = fit_head_start(options).build(options).state_dict()
     end = read_tensors(checkpoints(run)[-1] / "autoencoder.safetensors")
@@ -90,12 +102,19 @@ def test_init_writes_a_model_that_everything_loads(narrow, tmp_path, capsys):
     with pytest.raises(OutputError, match="holds another"):
         init(narrow(seed=1), str(options.data.shards), tmp_path / "start")
     # and a training may begin with it, as it does with any model
-    run = train(narrow(**{"model.init_from": str(tmp_path / "start"), "images": 4, "optimizer.lr": 1e-9}), tmp_path / "run")
-    assert distance(AutoencoderDC.from_pretrained(run), images) == pytest.approx(distance(ours, images), abs=0.01)
+    run = train(
+        narrow(**{"model.init_from": str(tmp_path / "start"), "images": 4, "optimizer.lr": 1e-9}),
+        tmp_path / "run",
+    )
+    assert distance(AutoencoderDC.from_pretrained(run), images) == pytest.approx(
+        distance(ours, images), abs=0.01
+    )
 
 
 def test_images_of_several_shapes_are_cut_to_whole_patches(narrow):
-    options = narrow(**{"data.buckets": "auto", "data.resolution": 36, "data.bucket_step": 12, "batch_size": 1})
+    options = narrow(
+        **{"data.buckets": "auto", "data.resolution": 36, "data.bucket_step": 12, "batch_size": 1}
+    )
     start = fit_head_start(options)
     assert {(images.shape[2] % 8, images.shape[3] % 8) for images in start.images} == {(0, 0)}
     assert start.build(options).config.latent_channels == 4

@@ -14,7 +14,16 @@ from latentae.training.recipe import recipe_options
 @pytest.fixture
 def watchdog(small):
     def make(**overrides):
-        return Watchdog(small(**{"images": 1600, "loss.adversarial.weight": 0.5, "loss.adversarial.adaptive": True, **overrides}))
+        return Watchdog(
+            small(
+                **{
+                    "images": 1600,
+                    "loss.adversarial.weight": 0.5,
+                    "loss.adversarial.adaptive": True,
+                    **overrides,
+                }
+            )
+        )
 
     return make
 
@@ -41,10 +50,14 @@ def report(step, noise=None, **changed):
 
 def say(watchdog, reports):
     """What it says of reports, each in one line that names an option."""
-    messages = [message for step, values in enumerate(reports) for message in watchdog.check(8 * step, values)]
+    messages = [
+        message for step, values in enumerate(reports) for message in watchdog.check(8 * step, values)
+    ]
     for message in messages:
         assert "\n" not in message
-        assert any(option in message or option.rpartition(".")[2] in message.split() for option in recipe_options()), message
+        assert any(
+            option in message or option.rpartition(".")[2] in message.split() for option in recipe_options()
+        ), message
     return messages
 
 
@@ -63,21 +76,37 @@ def won(step):
 @pytest.mark.parametrize("seed", range(8))
 def test_a_healthy_run_is_silent(watchdog, seed):
     noise = random.Random(seed)
-    plain = {key: value for key, value in report(0).items() if not key.startswith(("discriminator", "adversarial"))}
+    plain = {
+        key: value for key, value in report(0).items() if not key.startswith(("discriminator", "adversarial"))
+    }
     reports = []
     for step in range(400):
         values = report(step, noise)
         reports.append(values if step > 150 else {key: values[key] for key in plain})  # the game starts late
         if step % 20 == 0:
-            reports.append({"validation/psnr": 20 + 6 * (1 - math.exp(-step / 80)) + noise.gauss(0, 0.1), "validation/ssim": 0.7})
-    reports += [{}, {"loss/kl": None, "gradient_norm/autoencoder": math.nan, "validation/psnr": math.inf, "time": 1e9}]
+            reports.append(
+                {
+                    "validation/psnr": 20 + 6 * (1 - math.exp(-step / 80)) + noise.gauss(0, 0.1),
+                    "validation/ssim": 0.7,
+                }
+            )
+    reports += [
+        {},
+        {"loss/kl": None, "gradient_norm/autoencoder": math.nan, "validation/psnr": math.inf, "time": 1e9},
+    ]
     assert say(watchdog(), reports) == []
 
 
 def test_the_first_reports_of_a_game_are_no_illness(watchdog):
     undecided = {f"discriminator/{name}": 0.0 for name in ("logits_real", "logits_fake")}
     undecided |= {f"discriminator/accuracy_{name}": 0.5 for name in ("real", "fake")}
-    assert say(watchdog(), [report(step, **undecided) for step in range(15)] + [report(step) for step in range(50)]) == []
+    assert (
+        say(
+            watchdog(),
+            [report(step, **undecided) for step in range(15)] + [report(step) for step in range(50)],
+        )
+        == []
+    )
 
 
 def test_a_discriminator_that_has_won_is_said_once_until_it_recovers(watchdog):
@@ -142,7 +171,9 @@ def test_kl_that_collapses_or_runs_away(watchdog):
     assert "posterior has collapsed" in message
     (message,) = say(watchdog(), [report(step, **{"loss/kl": 400.0}) for step in range(10)])
     assert "runs away" in message
-    assert say(watchdog(), [report(0, **{"loss/kl": 0.0}), report(1)]) == [], "a first step from zero is no collapse"
+    assert say(watchdog(), [report(0, **{"loss/kl": 0.0}), report(1)]) == [], (
+        "a first step from zero is no collapse"
+    )
 
 
 def test_a_jump_of_the_gradient_norm(watchdog):
@@ -150,7 +181,9 @@ def test_a_jump_of_the_gradient_norm(watchdog):
     jump = report(60, **{"gradient_norm/autoencoder": 9.0})
     (message,) = say(watchdog(), [*calm, jump, *calm])
     assert "of the autoencoder jumped to 9" in message
-    assert say(watchdog(), [report(step) for step in range(9)] + [jump]) == [], "too few to know what is usual"
+    assert say(watchdog(), [report(step) for step in range(9)] + [jump]) == [], (
+        "too few to know what is usual"
+    )
     (message,) = say(watchdog(), [*calm, *[report(60, **{"gradient_norm/discriminator": 50.0})] * 100])
     assert "optimizer.discriminator_lr" in message
     assert len(say(watchdog(), [*calm, jump, *calm, jump])) == 2
@@ -160,4 +193,6 @@ def test_waiting_for_data(watchdog):
     slow = [report(step, data_wait=0.4) for step in range(10)]
     (message,) = say(watchdog(), slow)
     assert "waits for data 40% of the time" in message
-    assert say(watchdog(), [slow[0], report(1), slow[0], slow[0], report(2)]) == [], "a moment of it is not worth a word"
+    assert say(watchdog(), [slow[0], report(1), slow[0], slow[0], report(2)]) == [], (
+        "a moment of it is not worth a word"
+    )

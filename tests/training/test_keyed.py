@@ -15,7 +15,12 @@ def test_noise_does_not_depend_on_how_the_batch_is_cut(parts, size):
 
 
 def test_every_seed_step_and_position_has_its_own_noise():
-    values = [keyed_normal((1, 4), seed, step, first) for seed in range(3) for step in range(3) for first in range(3)]
+    values = [
+        keyed_normal((1, 4), seed, step, first)
+        for seed in range(3)
+        for step in range(3)
+        for first in range(3)
+    ]
     assert len({tuple(v.flatten().tolist()) for v in values}) == 27
 
 

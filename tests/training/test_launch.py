@@ -53,17 +53,25 @@ def test_a_process_that_is_gone_ends_the_others_with_one_line(how, tmp_path):
     said = processes.output()
     assert processes.wait()[0] == 1, said
     if how == "bug":
-        assert "RuntimeError: The size of tensor a (2) must match" in said, "a bug is not hidden behind the other's end"
+        assert "RuntimeError: The size of tensor a (2) must match" in said, (
+            "a bug is not hidden behind the other's end"
+        )
         return
     assert said.startswith("lost contact with another process ("), said
-    assert said.endswith("); see its own message; the run goes on from the last checkpoint with the same command\n")
+    assert said.endswith(
+        "); see its own message; the run goes on from the last checkpoint with the same command\n"
+    )
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize(("key", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
+@pytest.mark.parametrize(
+    ("key", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")]
+)
 def test_launchers_that_shard_a_model_are_refused_with_a_reason(key, name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{key}", "true")
-    with pytest.raises(TrainingError, match=f"asks for {name}, which takes one model, but two train side by side") as caught:
+    with pytest.raises(
+        TrainingError, match=f"asks for {name}, which takes one model, but two train side by side"
+    ) as caught:
         build_accelerator("fp32")
     assert "\n" not in str(caught.value)
     monkeypatch.setenv(f"ACCELERATE_USE_{key}", "false")
@@ -78,12 +86,16 @@ def test_a_process_alone_agrees_with_itself(accelerator):
 
 
 def start_alone() -> None:
-    os.environ["WORLD_SIZE"] = "2"  # but neither rank nor address, as a launcher of another kind would leave it
+    os.environ["WORLD_SIZE"] = (
+        "2"  # but neither rank nor address, as a launcher of another kind would leave it
+    )
     build_accelerator("fp32")
 
 
 def test_processes_that_do_not_find_each_other_are_refused(tmp_path):
     processes = Processes(tmp_path, start_alone)
     assert processes.wait() == [1]
-    assert "TrainingError: the launcher's environment does not say how 2 processes meet (" in processes.output()
+    assert (
+        "TrainingError: the launcher's environment does not say how 2 processes meet (" in processes.output()
+    )
     assert "start with `accelerate launch -m latentae train ...`" in processes.output()

@@ -41,6 +41,9 @@ def test_a_part_that_the_recipe_does_not_have(folder, capsys):
 
 def test_a_part_that_begins_anew_with_a_phase(folder, capsys):
     enter_phase(trainer(discriminator=nn.Linear(3, 3)), folder, phase=1)
-    assert "discriminator.safetensors is left out: the discriminator of phase 2 has another shape" in capsys.readouterr().err
+    assert (
+        "discriminator.safetensors is left out: the discriminator of phase 2 has another shape"
+        in capsys.readouterr().err
+    )
     enter_phase(trainer(discriminator=nn.Linear(2, 2)), folder, phase=1)
     assert "left out" not in capsys.readouterr().err

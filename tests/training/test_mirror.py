@@ -39,7 +39,9 @@ def make(run, step, inputs=INPUTS, latest=True):
     for name in ("ema.safetensors", "state.json"):
         (folder / name).write_bytes(f"{name} of step {step}".encode() * 100)
     digests = {file.name: sha256(file) for file in folder.iterdir()}
-    (folder / "meta.json").write_text(json.dumps({"format_version": 2, "step": step, "inputs": inputs, "sha256": digests}))
+    (folder / "meta.json").write_text(
+        json.dumps({"format_version": 2, "step": step, "inputs": inputs, "sha256": digests})
+    )
     if latest:
         (run / "checkpoints" / "latest").write_text(folder.name + "\n")
     return folder
@@ -132,7 +134,9 @@ def test_an_older_one_here_is_replaced_and_a_newer_one_here_is_copied(url, tmp_p
     verify(cut)
     newer = make(run, 12)
     assert mirror.newest(run) == newer
-    assert there(url) == ["latentae.json", "latest", "step-00000008", "step-00000012"], "a copy that failed is caught up on"
+    assert there(url) == ["latentae.json", "latest", "step-00000008", "step-00000012"], (
+        "a copy that failed is caught up on"
+    )
 
 
 def test_another_recipe_is_refused_and_the_key_is_named(url, tmp_path):
@@ -154,7 +158,9 @@ def test_another_recipe_is_refused_and_the_key_is_named(url, tmp_path):
 
 
 @pytest.mark.parametrize("from_call", [0, 1])
-def test_a_copy_that_fails_is_said_and_counted_and_never_taken_for_whole(from_call, url, tmp_path, capsys, monkeypatch):
+def test_a_copy_that_fails_is_said_and_counted_and_never_taken_for_whole(
+    from_call, url, tmp_path, capsys, monkeypatch
+):
     mirror = Mirror(url, INPUTS, keep=1)
     old = make(tmp_path / "run", 4)
     with monkeypatch.context() as broken:
@@ -168,7 +174,10 @@ def test_a_copy_that_fails_is_said_and_counted_and_never_taken_for_whole(from_ca
             assert mirror.failures == failures
             line = capsys.readouterr().err
             assert f"WARNING: {new.name} was not copied: could not copy" in line
-            assert f"connection reset half way) in 3 tries; check the address and your access; the run goes on with {new}" in line
+            assert (
+                f"connection reset half way) in 3 tries; check the address and your access; the run goes on with {new}"
+                in line
+            )
             assert f"({failures} not copied so far)" in line
             assert line.count("\n") == 1
     found = Mirror(url, INPUTS, keep=1).newest(tmp_path / "other")
@@ -202,7 +211,11 @@ def test_a_small_file_is_whole_or_not_there(name, url, tmp_path, monkeypatch):
     after = Mirror(url, INPUTS, keep=2)
     after.claim()
     found = after.newest(tmp_path / "other")
-    assert (found and content(found)) == {"latentae.json": None, "meta.json": content(old), "latest": content(new)}[name]
+    assert (found and content(found)) == {
+        "latentae.json": None,
+        "meta.json": content(old),
+        "latest": content(new),
+    }[name]
 
 
 def test_a_half_written_copy_under_the_same_name_is_written_anew(url, tmp_path, monkeypatch):
@@ -241,7 +254,9 @@ def test_a_damaged_copy_is_not_taken_and_the_older_one_is(damage, url, tmp_path,
     fs, root = fsspec.core.url_to_fs(url)
     path = f"{root}/{new.name}/"
     if damage == "flipped":
-        fs.pipe_file(path + "ema.safetensors", bytes(byte ^ 1 for byte in fs.cat_file(path + "ema.safetensors")))
+        fs.pipe_file(
+            path + "ema.safetensors", bytes(byte ^ 1 for byte in fs.cat_file(path + "ema.safetensors"))
+        )
     elif damage == "no list":
         fs.pipe_file(path + "meta.json", b'{"inputs": ')
     else:
@@ -258,7 +273,9 @@ def test_neither_an_old_list_nor_an_old_name_hides_or_invents_a_copy(url, tmp_pa
         new = make(tmp_path / "run", step)
         mirror.push(new)
     fs, root = fsspec.core.url_to_fs(url)
-    stale = [f"{root}/{name}" for name in ("latest", "step-00000004", "step-00000008")]  # as it was before the last checkpoint
+    stale = [
+        f"{root}/{name}" for name in ("latest", "step-00000004", "step-00000008")
+    ]  # as it was before the last checkpoint
     sabotage.replace("ls", lambda plain: lambda path, detail=True, **kwargs: list(stale))
     assert mirror.newest(tmp_path / "a") is not None
     assert content(find_checkpoint(tmp_path / "a")) == content(new), "known by name"
@@ -284,7 +301,9 @@ def test_copies_that_can_not_be_removed_are_said_and_stop_nothing(url, tmp_path,
 def test_at_the_start_an_address_that_fails_is_an_error(url, tmp_path, sabotage):
     mirror = Mirror(url, INPUTS, keep=1)
     sabotage.replace("pipe_file", denied)
-    with pytest.raises(OutputError, match=r"could not write latentae.json at .*403 Forbidden\) in 1 tries; check the address"):
+    with pytest.raises(
+        OutputError, match=r"could not write latentae.json at .*403 Forbidden\) in 1 tries; check the address"
+    ):
         mirror.claim()
     sabotage.replace("cat_file", denied)
     with pytest.raises(OutputError, match="could not list the checkpoints"):
@@ -330,12 +349,16 @@ def test_a_run_whose_disk_is_lost_goes_on_from_its_copies(small, whole_run, tmp_
         broken.setattr(Trainer, "update", _interrupted_at(5))
         latentae.train(small(checkpoint_url=url), tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "lost")
-    with pytest.raises(OutputError, match=r"holds checkpoints of another run: recipe\.seed is 0 there and 1 here"):
+    with pytest.raises(
+        OutputError, match=r"holds checkpoints of another run: recipe\.seed is 0 there and 1 here"
+    ):
         latentae.train(small(checkpoint_url=url, seed=1), tmp_path / "other")
     capsys.readouterr()
     latentae.train(small(checkpoint_url=url), tmp_path / "run")
     assert f"fetching {url}/step-00000004" in capsys.readouterr().err
-    last, expected = (find_checkpoint(run) / "autoencoder.safetensors" for run in (tmp_path / "run", whole_run))
+    last, expected = (
+        find_checkpoint(run) / "autoencoder.safetensors" for run in (tmp_path / "run", whole_run)
+    )
     assert last.read_bytes() == expected.read_bytes()
     assert there(url) == ["latentae.json", "latest", "step-00000004", "step-00000006"]
     # a finished run makes up for a copy that failed

@@ -15,7 +15,9 @@ SIDES = st.integers(1, 12)
 @settings(deadline=None, max_examples=40)
 @given(SIDES, SIDES, st.integers(1, 3), st.integers(0, 2**31))
 def test_singular_values_become_about_one_and_vectors_stay(rows, columns, count, seed):
-    matrices = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrices = torch.randn(
+        count, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     found = orthogonalized(matrices)
     in_their_basis = u.mT @ found @ vh.mT
@@ -43,7 +45,9 @@ def plain(weight, gradients, lr, momentum, decay):
 def test_steps_equal_the_rule(shape):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
-    gradients = [[torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(4)]
+    gradients = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(4)
+    ]
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]
     optimizer = Muon(parameters, lr=0.02, momentum=0.9, weight_decay=0.1)
     for step in gradients:
@@ -59,7 +63,10 @@ def test_it_is_torchs_muon_for_matrices():
     """torch's works in bf16, so only about."""
     start, gradient = torch.randn(32, 48, generator=torch.Generator().manual_seed(1)), torch.randn(32, 48)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizers = (
+        Muon([ours], lr=0.1),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    )
     for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
         parameter.grad = gradient.clone()
         optimizer.step()

@@ -26,7 +26,12 @@ def test_a_network_that_begins_late_warms_up_from_there():
     assert learning_rate_scale(o, 1099, 5000, start=1000) == 1.0
 
 
-@given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(0, 2000), st.sampled_from(["cosine", "constant"]))
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 10_000),
+    st.integers(0, 2000),
+    st.sampled_from(["cosine", "constant"]),
+)
 def test_scale_stays_between_zero_and_one(seen, images, warmup, schedule):
     o = OptimizerOptions(warmup_images=warmup, schedule=schedule)
     assert 0 <= learning_rate_scale(o, seen, images) <= 1
@@ -38,7 +43,9 @@ def test_the_trunk_has_a_rate_of_its_own_and_every_weight_one_optimizer(preset, 
     model = build(preset_config(preset))
     optimizers = autoencoder_optimizers(model, [], OptimizerOptions(name=name, lr=1e-2, trunk_lr_ratio=0.1))
     found = {key: [p for group in o.param_groups for p in group["params"]] for key, o in optimizers.items()}
-    assert sorted(id(p) for parameters in found.values() for p in parameters) == sorted(map(id, model.parameters()))
+    assert sorted(id(p) for parameters in found.values() for p in parameters) == sorted(
+        map(id, model.parameters())
+    )
     trunk = {id(p) for key, p in model.named_parameters() if key in trunk_names(model)}
     assert {id(p) for p in found["autoencoder-trunk"]} == trunk
     rates = {key: o.param_groups[0]["lr"] for key, o in optimizers.items()}
@@ -50,4 +57,6 @@ def test_a_part_that_is_all_trunk_or_a_rate_that_is_not_lower_needs_no_second_op
     assert list(autoencoder_optimizers(model, [], OptimizerOptions())) == ["autoencoder"]
     model.requires_grad_(False)
     model.decoder.conv_out.requires_grad_(True)
-    assert list(autoencoder_optimizers(model, [], OptimizerOptions(trunk_lr_ratio=0.1))) == ["autoencoder-trunk"]
+    assert list(autoencoder_optimizers(model, [], OptimizerOptions(trunk_lr_ratio=0.1))) == [
+        "autoencoder-trunk"
+    ]

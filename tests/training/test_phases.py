@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from latentae.errors import RecipeError
-from latentae.training.plan import config, describe_phases
+from latentae.training.config import config, describe_phases
 from latentae.training.recipe import Recipe, load_recipe
 
 TWO = """
@@ -39,7 +39,12 @@ def test_each_phase_is_the_recipe_with_its_own_values(two):
     assert recipe.images == 150
     first, second = recipe.phase_recipes()
     assert (first.images, first.batch_size, first.data.resolution, first.model.train) == (100, 8, 32, "all")
-    assert (second.images, second.batch_size, second.data.resolution, second.model.train) == (50, 4, 64, "decoder")
+    assert (second.images, second.batch_size, second.data.resolution, second.model.train) == (
+        50,
+        4,
+        64,
+        "decoder",
+    )
     assert (first.description, second.description) == ("small", "phase 2")
     assert first.seed != second.seed, "the same crops in the same order would come again"
     assert first.loss.adversarial.weight == 0
@@ -63,9 +68,15 @@ def test_an_option_of_one_phase_can_be_replaced(two):
         ({"phases.2.images": 10}, "there is no phase 2; it has 2, counted from 0"),
         ({"phases.0.optimizer.lrr": 1}, "did you mean optimizer.lr?"),
         ({"phases": [{"images": 5, "sed": 1}]}, "phases.0.sed can't differ between phases"),
-        ({"phases": [{"images": 5, "model": {"preset": "kl-f4"}}]}, "phases.0.model.preset can't differ between phases"),
+        (
+            {"phases": [{"images": 5, "model": {"preset": "kl-f4"}}]},
+            "phases.0.model.preset can't differ between phases",
+        ),
         ({"phases": [{"name": "x"}]}, "phases.0.images is None, expected how many images it sees"),
-        ({"phases": [{"images": 5, "loss": {"l3": 1}}]}, "phases.0: unknown key loss.l3; did you mean loss.l"),
+        (
+            {"phases": [{"images": 5, "loss": {"l3": 1}}]},
+            "phases.0: unknown key loss.l3; did you mean loss.l",
+        ),
         ({"phases": [{"images": 5, "batch_size": 0}]}, "phases.0: batch_size is 0"),
         ({"phases": [3]}, "phases.0 is 3, expected a table"),
         ({"phases.0.loss.alignment.weight": 0.1, "phases.0.model.train": "decoder"}, "moves the encoder"),
@@ -87,8 +98,18 @@ def test_the_shape_of_given_weights_needs_them():
 
 def test_identity_leaves_out_what_does_not_decide_the_weights(two):
     base = load_recipe(two)
-    same = {"compile": True, "gradient_accumulation": 2, "model.gradient_checkpointing": True, "failure.max_rollbacks": 9}
-    same |= {"checkpoint_url": "memory://x", "data.workers": 3, "log.wandb": "project", "log.validation_images": 3}
+    same = {
+        "compile": True,
+        "gradient_accumulation": 2,
+        "model.gradient_checkpointing": True,
+        "failure.max_rollbacks": 9,
+    }
+    same |= {
+        "checkpoint_url": "memory://x",
+        "data.workers": 3,
+        "log.wandb": "project",
+        "log.validation_images": 3,
+    }
     same |= {"checkpoint_every_images": 7}
     assert load_recipe(two, same).identity() == base.identity()
     for other in ({"seed": 1}, {"phases.1.images": 51}, {"loss.l1": 2}, {"model.latent_noise": 1.0}):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentae.errors import LatentAEError, RecipeError
-from latentae.training.plan import config
+from latentae.training.config import config
 from latentae.training.recipe import load_recipe, recipe_options, shipped_recipes
 
 
@@ -64,11 +64,22 @@ def test_a_recipe_that_is_not_there(name, message, tmp_path, monkeypatch):
 
 def test_options_come_as_text_nested_or_dotted_with_dash_or_underscore():
     a = load_recipe(
-        "tiny-cpu", {"optimizer.lr": "2e-4", "batch-size": "8", "model.block_out_channels": "[16, 32, 64]", "data.flip": "false"}
+        "tiny-cpu",
+        {
+            "optimizer.lr": "2e-4",
+            "batch-size": "8",
+            "model.block_out_channels": "[16, 32, 64]",
+            "data.flip": "false",
+        },
     )
     b = load_recipe(
         "tiny-cpu",
-        {"optimizer": {"lr": 2e-4}, "batch_size": 8, "model": {"block_out_channels": (16, 32, 64)}, "data": {"flip": False}},
+        {
+            "optimizer": {"lr": 2e-4},
+            "batch_size": 8,
+            "model": {"block_out_channels": (16, 32, 64)},
+            "data": {"flip": False},
+        },
     )
     assert a.optimizer.lr == 2e-4
     assert a.batch_size == 8

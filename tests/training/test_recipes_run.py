@@ -29,7 +29,10 @@ def narrow(name, folder):
         options |= {"model.init_from": str(folder), "model.norm_num_groups": 4}
     elif isinstance(recipe.autoencoder_config(), AutoencoderDCConfig):
         config = recipe.autoencoder_config()  # a head of its attention has 32 channels
-        options |= {"model.latent_channels": 4, "model.block_out_channels": [32] * len(config.encoder_block_out_channels)}
+        options |= {
+            "model.latent_channels": 4,
+            "model.block_out_channels": [32] * len(config.encoder_block_out_channels),
+        }
     else:
         options["model.norm_num_groups"] = 4
         options["model.block_out_channels"] = [8] * len(recipe.autoencoder_config().block_out_channels)
@@ -44,7 +47,9 @@ def named(phase):
     """The terms that a recipe asks for, as its log has them."""
     loss = phase.loss
     asked = {name: getattr(loss, name) for name in ("l1", "l2", "wavelet", "bce", "spectrum")}
-    asked |= {name: getattr(loss, name).weight for name in ("classifier", "alignment", "sparsity", "contractive")}
+    asked |= {
+        name: getattr(loss, name).weight for name in ("classifier", "alignment", "sparsity", "contractive")
+    }
     asked |= {"perceptual": loss.perceptual.net != "none", "downscaled": loss.equivariance.downscaled}
     asked |= dict.fromkeys(("adversarial", "discriminator"), loss.adversarial.weight)
     return [name for name, weight in asked.items() if weight]
@@ -56,8 +61,14 @@ def test_a_recipe_takes_a_step_in_every_phase(name, tmp_path, accelerator):
         trainer = Trainer(phase, accelerator)
         before = {k: v.clone() for k, v in trainer.raw_autoencoder.state_dict().items()}
         channels = phase.data.channels
-        assert channels == trainer.raw_autoencoder.config.in_channels == trainer.raw_autoencoder.config.out_channels
-        images = torch.randint(0, 256, (2, channels, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        assert (
+            channels
+            == trainer.raw_autoencoder.config.in_channels
+            == trainer.raw_autoencoder.config.out_channels
+        )
+        images = torch.randint(
+            0, 256, (2, channels, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
         terms = trainer.update([images], report=True)
         assert all(math.isfinite(value) for value in terms.values()), terms
         assert trainer.state.skipped == 0

@@ -39,12 +39,19 @@ def phased(small):
     """Two phases: one whose discriminator begins in the middle, and one where it plays all the time."""
 
     def make(**overrides):
-        values = small(**{"data.validation": "auto", "data.validation_fraction": 0.3, **overrides}).model_dump(mode="json")
+        values = small(
+            **{"data.validation": "auto", "data.validation_fraction": 0.3, **overrides}
+        ).model_dump(mode="json")
         del values["images"]
         values["loss"]["adversarial"] |= {"weight": 0.5, "adaptive": True, "channels": 4, "layers": 1}
         phases = [
             {"name": "whole", "images": 100_000, "loss": {"adversarial": {"start_images": 60_000}}},
-            {"name": "head", "images": 50_000, "model": {"train": "decoder-head"}, "data": {"resolution": 40}},
+            {
+                "name": "head",
+                "images": 50_000,
+                "model": {"train": "decoder-head"},
+                "data": {"resolution": 40},
+            },
         ]
         return Recipe(**{**values, "phases": phases})
 
@@ -54,7 +61,9 @@ def phased(small):
 def listing(folder):
     """Every entry of a folder with what a write would change."""
     stats = {path: path.lstat() for path in [folder, *folder.rglob("*")]}
-    return {path: (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for path, stat in stats.items()}
+    return {
+        path: (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for path, stat in stats.items()
+    }
 
 
 @pytest.fixture
@@ -84,10 +93,20 @@ def test_a_dry_run_measures_every_part_and_writes_nothing(phased, own, tmp_path,
         assert 0.1 < part.memory_gb < 32
         assert part.skipped == 0
     assert result.validation_seconds > 0
-    assert result.seconds == pytest.approx(sum(part.seconds for part in result.parts) + result.validation_seconds)
+    assert result.seconds == pytest.approx(
+        sum(part.seconds for part in result.parts) + result.validation_seconds
+    )
     assert 100_000 < result.checkpoint_bytes < 10_000_000
     printed = capsys.readouterr()
-    for wanted in ("0 whole", "0 whole + GAN", "1 head + GAN", "60,000", "the whole recipe:", "a checkpoint:", "1 process, CPU"):
+    for wanted in (
+        "0 whole",
+        "0 whole + GAN",
+        "1 head + GAN",
+        "60,000",
+        "the whole recipe:",
+        "a checkpoint:",
+        "1 process, CPU",
+    ):
         assert wanted in printed.out
     assert "dry run: 0 whole, 60,000 images" in printed.err
 
@@ -103,7 +122,9 @@ def test_neither_a_folder_of_indexes_nor_one_of_images_gets_new_files(data, smal
     if data == "images":
         for number in range(20):
             (tmp_path / "photos" / f"album {number % 3}").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "photos" / f"album {number % 3}" / f"{number}.png")
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(
+                tmp_path / "photos" / f"album {number % 3}" / f"{number}.png"
+            )
         recipe = small(**{"data.shards": str(tmp_path / "photos")})
     else:
         (tmp_path / "indexes").mkdir()
@@ -124,7 +145,9 @@ def staged(monkeypatch):
         def __init__(self, recipe, accelerator):
             self.recipe, self.accelerator = recipe, accelerator
             self.state = types.SimpleNamespace(skipped=0, step=0)
-            self.adversarial = recipe.loss.adversarial.weight > 0 and recipe.loss.adversarial.start_images == 0
+            self.adversarial = (
+                recipe.loss.adversarial.weight > 0 and recipe.loss.adversarial.start_images == 0
+            )
             self.saved = {name: torch.nn.Linear(recipe.data.resolution, 2) for name in ("autoencoder", "ema")}
             self.optimizers = {}
 
@@ -158,18 +181,29 @@ def staged(monkeypatch):
 
 
 def test_phases_are_summed_with_their_shares(staged, phased):
-    result = rehearse(phased(**{"log.validation_images": 10, "log.validation_every_images": 30_000}), seconds=5)
+    result = rehearse(
+        phased(**{"log.validation_images": 10, "log.validation_every_images": 30_000}), seconds=5
+    )
     assert [part.seconds_a_step for part in result.parts] == [1.0, 3.0, 3.0]
     assert [part.images_per_second for part in result.parts] == pytest.approx([4, 4 / 3, 4 / 3])
     assert [part.data_wait for part in result.parts] == pytest.approx([0.25, 0.25 / 3, 0.25 / 3])
-    assert result.validation_seconds == pytest.approx((4 + 2) * 10 * 3 / 2)  # begun ones count; two images take 3 s
-    assert result.seconds == pytest.approx(60_000 / 4 + 40_000 / 4 * 3 + 50_000 / 4 * 3 + result.validation_seconds)
+    assert result.validation_seconds == pytest.approx(
+        (4 + 2) * 10 * 3 / 2
+    )  # begun ones count; two images take 3 s
+    assert result.seconds == pytest.approx(
+        60_000 / 4 + 40_000 / 4 * 3 + 50_000 / 4 * 3 + result.validation_seconds
+    )
     assert result.checkpoint_bytes == 2 * (40 * 2 + 2) * 4, "of the phase that has the largest"
 
 
 @pytest.mark.parametrize(
     ("weight", "start", "expected"),
-    [(0.0, 0, [(False, 24)]), (1.0, 0, [(True, 24)]), (1.0, 20, [(False, 20), (True, 4)]), (1.0, 24, [(False, 24)])],
+    [
+        (0.0, 0, [(False, 24)]),
+        (1.0, 0, [(True, 24)]),
+        (1.0, 20, [(False, 20), (True, 4)]),
+        (1.0, 24, [(False, 24)]),
+    ],
 )
 def test_a_phase_is_parted_where_the_discriminator_begins(staged, small, weight, start, expected):
     recipe = small(**{"loss.adversarial.weight": weight, "loss.adversarial.start_images": start})
@@ -220,12 +254,16 @@ def test_too_little_memory_names_the_phase(phased, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
     monkeypatch.setattr(rehearsal.Trainer, "update", full)
-    with pytest.raises(TrainingError, match=r"^phase 0 whole does not fit the GPU's memory; raise gradient_accumulation.*$"):
+    with pytest.raises(
+        TrainingError, match=r"^phase 0 whole does not fit the GPU's memory; raise gradient_accumulation.*$"
+    ):
         rehearse(phased(), seconds=0)
 
 
 def test_a_signal_ends_it_and_leaves_nothing(small, monkeypatch):
-    monkeypatch.setattr(rehearsal.Trainer, "update", lambda trainer, parts: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        rehearsal.Trainer, "update", lambda trainer, parts: os.kill(os.getpid(), signal.SIGTERM)
+    )
     with pytest.raises(Interrupted, match="SIGTERM in the dry run"):
         rehearse(small(), seconds=60)
 
@@ -239,7 +277,9 @@ def dry_run(recipe, folder, temporary):
 
 def test_two_processes_measure_together_and_print_once(small, own, tmp_path, tmp_path_factory):
     (tmp_path / "work").mkdir()
-    recipe = small(**{"data.shards": str(own / "first"), "loss.adversarial.weight": 1.0, "loss.adversarial.channels": 4})
+    recipe = small(
+        **{"data.shards": str(own / "first"), "loss.adversarial.weight": 1.0, "loss.adversarial.channels": 4}
+    )
     (tmp_path / "recipe.toml").write_text(recipe.toml())
     before, other = listing(tmp_path), tmp_path_factory.mktemp("other")
     arguments = tmp_path / "recipe.toml", tmp_path / "work", other

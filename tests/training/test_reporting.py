@@ -37,7 +37,9 @@ def test_a_line_holds_step_images_and_every_value(recipe, tmp_path):
             {"step": 1, "images": 8, "loss/total": 0.5, "loss/kl": None, "validation/psnr": None}
         ]
         log.event(2, 16, "warning", "ein „Umlaut“: ü")
-    assert lines(tmp_path / "events.jsonl") == [{"step": 2, "images": 16, "kind": "warning", "message": "ein „Umlaut“: ü"}]
+    assert lines(tmp_path / "events.jsonl") == [
+        {"step": 2, "images": 16, "kind": "warning", "message": "ein „Umlaut“: ü"}
+    ]
     assert not (tmp_path / "tensorboard").exists()
 
 
@@ -49,7 +51,9 @@ def test_a_resumed_run_drops_the_lines_of_the_earlier_try(recipe, tmp_path):
             log.event(step, 8 * step, "warning", f"at {step}")
     for name in ("metrics.jsonl", "events.jsonl"):
         with (tmp_path / name).open("a") as file:
-            file.write('[1]\n{"images": 3}\n{"step": 2, "ima')  # no lines of ours, and one cut short by a kill
+            file.write(
+                '[1]\n{"images": 3}\n{"step": 2, "ima'
+            )  # no lines of ours, and one cut short by a kill
     with MetricsLog(tmp_path, 3, PLAIN, recipe) as log:
         assert [line["step"] for line in log.kept] == [1, 2, 3]
         log.write(4, 32, {"loss/total": 4.5})
@@ -63,14 +67,20 @@ def test_a_full_disk_is_one_line(recipe, tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with (
         MetricsLog(tmp_path, 0, PLAIN, recipe) as log,
-        pytest.raises(OutputError, match=r"metrics\.jsonl: No space left.*free the space.*the same command resumes"),
+        pytest.raises(
+            OutputError, match=r"metrics\.jsonl: No space left.*free the space.*the same command resumes"
+        ),
     ):
         log.write(1, 8, {"loss/total": 1.0})
 
 
 def test_half_a_line_is_an_error(recipe, tmp_path, monkeypatch):
     log = MetricsLog(tmp_path, 0, PLAIN, recipe)
-    monkeypatch.setattr(Path, "open", lambda *rest, **more: contextlib.nullcontext(types.SimpleNamespace(write=lambda data: 3)))
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda *rest, **more: contextlib.nullcontext(types.SimpleNamespace(write=lambda data: 3)),
+    )
     with pytest.raises(OutputError, match="a part of a line only"):
         log.write(1, 8, {"loss/total": 1.0})
 
@@ -88,7 +98,12 @@ def test_tensorboard_shows_each_point_once(recipe, tmp_path):
         log.write(4, 32, {"loss/total": 40.0})
     found = events.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert [(e.step, e.value) for e in found.Scalars("loss/total")] == [(8, 1.0), (16, 2.0), (24, 30.0), (32, 40.0)]
+    assert [(e.step, e.value) for e in found.Scalars("loss/total")] == [
+        (8, 1.0),
+        (16, 2.0),
+        (24, 30.0),
+        (32, 40.0),
+    ]
 
 
 class StandIn(types.ModuleType):
@@ -144,7 +159,9 @@ def test_weights_and_biases_goes_on_with_the_same_run(recipe, tmp_path, wandb):
 
 
 def test_weights_and_biases_that_does_not_start_is_one_line(recipe, tmp_path, wandb):
-    with pytest.raises(OutputError, match=r"api_key not configured \(no-tty\)\); run `wandb login`, set WANDB_MODE=offline"):
+    with pytest.raises(
+        OutputError, match=r"api_key not configured \(no-tty\)\); run `wandb login`, set WANDB_MODE=offline"
+    ):
         MetricsLog(tmp_path, 0, LogOptions(tensorboard=False, wandb="closed"), recipe)
 
 
@@ -153,14 +170,21 @@ def test_a_missing_package_is_said_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"log.wandb is 'mine'.*latentae\[wandb\]"):
         check_wandb(LogOptions(wandb="mine"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(origin=None))  # a folder of logs
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: types.SimpleNamespace(origin=None)
+    )  # a folder of logs
     with pytest.raises(MissingDependencyError):
         check_wandb(LogOptions(wandb="mine"))
 
 
 def test_the_real_package_works_offline(recipe, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    for name, value in {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": tmp_path / "c", "CACHE_DIR": tmp_path / "d"}.items():
+    for name, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "CONFIG_DIR": tmp_path / "c",
+        "CACHE_DIR": tmp_path / "d",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     options = LogOptions(tensorboard=False, wandb="mine")
     check_wandb(options)
@@ -170,7 +194,9 @@ def test_the_real_package_works_offline(recipe, tmp_path, monkeypatch):
             log.picture(8 * step, Image.fromarray(np.zeros((4, 6, 3), np.uint8)))
     found = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(found) == 2
-    assert {folder.name.rpartition("-")[2] for folder in found} == {(tmp_path / "wandb_id.txt").read_text().strip()}
+    assert {folder.name.rpartition("-")[2] for folder in found} == {
+        (tmp_path / "wandb_id.txt").read_text().strip()
+    }
 
 
 def test_devices_in_words():

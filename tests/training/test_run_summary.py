@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentae.errors import TrainingError
-from latentae.evaluation.images import write_png
+from latentae.pages.images import write_png
 from latentae.training.summary import write_summary
 
 VOID = {"meta", "img", "link", "br"}
@@ -44,7 +44,14 @@ class Page(HTMLParser):
 
 
 def report(images, **more):
-    values = {"loss/total": 1 / images, "lr": 1e-3, "img_per_s": 10.0, "data_wait": 0.01, "memory_gb": 0.5, "phase": 0}
+    values = {
+        "loss/total": 1 / images,
+        "lr": 1e-3,
+        "img_per_s": 10.0,
+        "data_wait": 0.01,
+        "memory_gb": 0.5,
+        "phase": 0,
+    }
     return {"step": images // 8, "images": images, **values, "time": 1000.0 + images, **more}
 
 
@@ -66,7 +73,10 @@ def run(tmp_path, small):
         (folder / "latentae.json").write_text(json.dumps({"latentae": "1.2.3", "finished": finished}))
         (folder / "recipe.toml").write_text((recipe or small(images=1600)).toml())
         for images in grids:
-            write_png(folder / "samples" / f"{images:09}.png", torch.full((3, 8, 16), images % 256, dtype=torch.uint8))
+            write_png(
+                folder / "samples" / f"{images:09}.png",
+                torch.full((3, 8, 16), images % 256, dtype=torch.uint8),
+            )
         return folder
 
     return make
@@ -104,9 +114,18 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
     recipe = type(small())(**{**small().model_dump(mode="json", exclude={"images"}), "phases": phases})
     lines = [report(8 * i) for i in range(1, 121)]
     for line in lines[50:]:
-        line |= {f"discriminator/{name}_{end}": 0.5 for name in ("logits", "accuracy") for end in ("real", "fake")}
-        line |= {"gradient_norm/autoencoder": 1.0, "adversarial/ratio": 2.0, "something/new": 3.0, "skipped_steps": 1}
-    events = [event(8 * i, "warning", f"trouble <{i}>") for i in range(100)] + [event(900, "rollback", "back to image 800")]
+        line |= {
+            f"discriminator/{name}_{end}": 0.5 for name in ("logits", "accuracy") for end in ("real", "fake")
+        }
+        line |= {
+            "gradient_norm/autoencoder": 1.0,
+            "adversarial/ratio": 2.0,
+            "something/new": 3.0,
+            "skipped_steps": 1,
+        }
+    events = [event(8 * i, "warning", f"trouble <{i}>") for i in range(100)] + [
+        event(900, "rollback", "back to image 800")
+    ]
     folder = run(lines, events, recipe=recipe)
     (folder / "bad_samples.jsonl").write_text("{}\n{}\n")
     found = Page(write_summary(folder))
@@ -118,7 +137,13 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
     assert "The last 60 of 101" in found.text
     assert "Dashed: D, the discriminator begins to play; 1, head only begins." in found.text
     assert "phase 2 never reached: 800 images" in found.text
-    for title in ("Logits", "Share judged rightly", "Adaptive ratio: adversarial", "Gradient norm: autoencoder", "New"):
+    for title in (
+        "Logits",
+        "Share judged rightly",
+        "Adaptive ratio: adversarial",
+        "Gradient norm: autoencoder",
+        "New",
+    ):
         assert title in found.text
     assert "real fake" in found.text, "both in one chart"
     assert "Nothing was measured on held-out images" in found.text

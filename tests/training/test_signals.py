@@ -18,7 +18,9 @@ def send(number):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)], ids=lambda x: str(int(x))
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)],
+    ids=lambda x: str(int(x)),
 )
 def test_a_signal_sets_the_flag_and_decides_the_exit_code(number, code, capsys):
     before = signal.getsignal(number)

@@ -43,19 +43,35 @@ NOISE = keyed_normal((4, 8, 8, 8), 0, 0, 0)  # of the posterior, in the first st
 
 
 def modules(trainer: Trainer) -> dict[str, torch.nn.Module]:
-    found = {"autoencoder": trainer.raw_autoencoder, "objective": trainer.objective, "corruption": trainer.corruption}
-    return found if trainer.raw_discriminator is None else {**found, "discriminator": trainer.raw_discriminator}
+    found = {
+        "autoencoder": trainer.raw_autoencoder,
+        "objective": trainer.objective,
+        "corruption": trainer.corruption,
+    }
+    return (
+        found if trainer.raw_discriminator is None else {**found, "discriminator": trainer.raw_discriminator}
+    )
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
-    return {f"{part}.{name}": p for part, module in modules(trainer).items() for name, p in module.named_parameters()}
+    return {
+        f"{part}.{name}": p
+        for part, module in modules(trainer).items()
+        for name, p in module.named_parameters()
+    }
 
 
-def naive_gradients(trainer: Trainer, loss: torch.Tensor, judged: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def naive_gradients(
+    trainer: Trainer, loss: torch.Tensor, judged: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Of a loss of the autoencoder, and of one of the discriminator: neither trains the other's network."""
     found = {}
     for total, of_judge in ((loss, False), (judged, True)):
-        named = {n: p for n, p in parameters(trainer).items() if n.startswith("discriminator") == of_judge and p.requires_grad}
+        named = {
+            n: p
+            for n, p in parameters(trainer).items()
+            if n.startswith("discriminator") == of_judge and p.requires_grad
+        }
         if total is not None:
             gradients = torch.autograd.grad(total, [*named.values()], allow_unused=True, retain_graph=True)
             found |= {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
@@ -81,10 +97,14 @@ def update(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
 def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-9) -> None:
     assert got.keys() == expected.keys()
     for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, expected[name], rtol=rtol, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-@pytest.mark.parametrize(("kind", "network"), [("hinge", "unet"), ("vanilla", "patch"), ("non-saturating", "unet")])
+@pytest.mark.parametrize(
+    ("kind", "network"), [("hinge", "unet"), ("vanilla", "patch"), ("non-saturating", "unet")]
+)
 def test_constant_weights_equal_the_naive_formula(kind, network, in_fp64):
     weights = {"loss.l1": 1.0, "loss.l2": 0.7, "loss.kl": 1e-3}
     game = {**ADVERSARIAL, "loss.adversarial.loss": kind, "loss.adversarial.discriminator": network}
@@ -113,7 +133,13 @@ def naive_ratio(reference, other, weight, limit=math.inf):
 @pytest.mark.parametrize(("limit", "learned"), [(1e4, True), (0.05, False)])
 def test_the_adaptive_weight_equals_the_naive_formula(limit, learned, in_fp64):
     adaptive = {"loss.adversarial.adaptive": True, "loss.adversarial.max_ratio": limit}
-    weights = {"loss.kl": 1e-3, "loss.l1": 1.0, "loss.l2": 0.0, "loss.learn_logvar": learned, "loss.initial_logvar": 0.4}
+    weights = {
+        "loss.kl": 1e-3,
+        "loss.l1": 1.0,
+        "loss.l2": 0.0,
+        "loss.learn_logvar": learned,
+        "loss.initial_logvar": 0.4,
+    }
     trainer = in_fp64(**ADVERSARIAL, **adaptive, **weights)
     model, judge = trainer.raw_autoencoder, trainer.raw_discriminator
     s = trainer.objective.logvar if learned else torch.tensor(0.4, dtype=torch.float64)
@@ -138,7 +164,9 @@ def test_the_alignment_equals_the_naive_formula(part, in_fp64):
     image = (out.reconstruction - X).square().mean()
     alignment = trainer.objective.alignment_terms(out.latent, X).total
     ratio = naive_ratio(image, alignment, model.encoder.conv_out.weight)
-    expected = naive_gradients(trainer, image + 0.1 * ratio * alignment + 1e-3 * out.posterior.kl().mean() / X[0].numel())
+    expected = naive_gradients(
+        trainer, image + 0.1 * ratio * alignment + 1e-3 * out.posterior.kl().mean() / X[0].numel()
+    )
     terms, got = update(trainer)
     assert_equal(got, expected, rtol=1e-7)
     assert terms["alignment/ratio"].item() == pytest.approx(ratio.item(), rel=1e-7)
@@ -167,7 +195,9 @@ def test_r1_equals_the_naive_formula_and_comes_lazily(in_fp64):
     loss = discriminator_loss("hinge", judge(real), judge(fake)).mean()
     for gamma, x in ((2.0, real.clone().requires_grad_()), (0.6, fake.clone().requires_grad_())):
         (g,) = torch.autograd.grad(sum(m.sum() for m in judge(x)), x, create_graph=True)
-        loss = loss + 4 * gamma / 2 * g.square().sum() / len(x)  # Mescheder et al. 2018, eq. 9, as often as every fourth step
+        loss = loss + 4 * gamma / 2 * g.square().sum() / len(
+            x
+        )  # Mescheder et al. 2018, eq. 9, as often as every fourth step
     assert_equal(got, naive_gradients(trainer, loss.new_zeros((), requires_grad=True), loss))
     assert "loss/r1" not in trainer.adversary.backward(real, fake, 1, True, step=9)
 
@@ -180,16 +210,22 @@ def test_the_discriminator_rests_until_its_start(small, accelerator):
         assert "loss/discriminator" not in terms
     assert all(torch.equal(a, b) for a, b in zip(start, trainer.raw_discriminator.parameters(), strict=True))
     assert "loss/discriminator" in trainer.update([images()])
-    assert not all(torch.equal(a, b) for a, b in zip(start, trainer.raw_discriminator.parameters(), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(start, trainer.raw_discriminator.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("part", ["decoder", "decoder-head"])
 def test_training_the_decoder_leaves_the_latent_bitwise(part, small, accelerator):
     trainer = Trainer(
-        small(**ADVERSARIAL, **{"model.train": part, "optimizer.lr": 1e-2, "optimizer.weight_decay": 0.1}), accelerator
+        small(**ADVERSARIAL, **{"model.train": part, "optimizer.lr": 1e-2, "optimizer.weight_decay": 0.1}),
+        accelerator,
     )
     x = images().float() / 127.5 - 1
-    before, picture = trainer.raw_autoencoder.encode(x), trainer.raw_autoencoder(x, sample_posterior=False).reconstruction
+    before, picture = (
+        trainer.raw_autoencoder.encode(x),
+        trainer.raw_autoencoder(x, sample_posterior=False).reconstruction,
+    )
     for _ in range(3):
         trainer.update([images()])
     after = trainer.raw_autoencoder.encode(x)
@@ -211,7 +247,10 @@ def test_latent_noise_is_what_the_decoder_gets(in_fp64):
     transform = trainer.corruption.latent_path((8, 8, 8), draws()).latent
     assert transform is not None
     z = torch.ones(4, 8, 8, 8, dtype=torch.float64)
-    noise, share = keyed_normal((4, 8, 8, 8), 0, 0, 0, "latent noise"), keyed_uniform(4, 0, 0, 0, "latent noise share")
+    noise, share = (
+        keyed_normal((4, 8, 8, 8), 0, 0, 0, "latent noise"),
+        keyed_uniform(4, 0, 0, 0, "latent noise share"),
+    )
     t = share.view(4, 1, 1, 1).double()
     torch.testing.assert_close(transform(z), (1 - t) * z + t * 3 * noise.double())
     assert not torch.allclose(noise, NOISE), "not the noise of the posterior again"
@@ -249,7 +288,9 @@ def test_equivariance_compares_with_the_transformed_image_in_both_networks(in_fp
     out = model(X, noise=keyed_normal((4, 8, 8, 8), 0, step, 0), latent_transform=path.latent)
     target = path.target(X)
     assert out.reconstruction.shape == target.shape
-    naive = (out.reconstruction - target).square().mean() + trainer.recipe.loss.kl * out.posterior.kl().mean() / X[0].numel()
+    naive = (
+        out.reconstruction - target
+    ).square().mean() + trainer.recipe.loss.kl * out.posterior.kl().mean() / X[0].numel()
     naive = naive + 0.3 * generator_loss("hinge", judge(out.reconstruction)).mean()
     judged = discriminator_loss("hinge", judge(target), judge(out.reconstruction.detach())).mean()
     expected = naive_gradients(trainer, naive, judged)
@@ -257,13 +298,23 @@ def test_equivariance_compares_with_the_transformed_image_in_both_networks(in_fp
 
 
 def test_a_smaller_latent_is_decoded_in_the_same_pass(in_fp64):
-    options = {"loss.equivariance.downscaled": 0.25, "loss.equivariance.factors": [2], "loss.l2": 1.0, "loss.learn_logvar": True}
+    options = {
+        "loss.equivariance.downscaled": 0.25,
+        "loss.equivariance.factors": [2],
+        "loss.l2": 1.0,
+        "loss.learn_logvar": True,
+    }
     trainer = in_fp64(**options)
     model, s = trainer.raw_autoencoder, trainer.objective.logvar
     path = trainer.corruption.latent_path((8, 8, 8), draws())
     out = model(X, noise=NOISE, also_decode=path.smaller)
-    losses = [(out.reconstruction - X).square().mean(), 0.25 * (out.also - path.smaller_target(X)).square().mean()]
-    naive = sum(losses) / s.exp() + 1.25 * s + trainer.recipe.loss.kl * out.posterior.kl().mean() / X[0].numel()
+    losses = [
+        (out.reconstruction - X).square().mean(),
+        0.25 * (out.also - path.smaller_target(X)).square().mean(),
+    ]
+    naive = (
+        sum(losses) / s.exp() + 1.25 * s + trainer.recipe.loss.kl * out.posterior.kl().mean() / X[0].numel()
+    )
     expected = naive_gradients(trainer, naive)
     calls = []
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -294,9 +345,15 @@ def test_penalties_on_the_latent_equal_the_naive_formulas(in_fp64):
         energy = energy + pulled.square().sum() / 2 / 4
     rho = out.posterior.mean.sigmoid().mean((0, 2, 3))
     sparse = (0.05 * torch.log(0.05 / rho) + 0.95 * torch.log(0.95 / (1 - rho))).mean()
-    kl = 0.5 * (out.posterior.mean.square() + out.posterior.logvar.exp() - 1 - out.posterior.logvar).sum((2, 3)).mean(0)
+    kl = 0.5 * (out.posterior.mean.square() + out.posterior.logvar.exp() - 1 - out.posterior.logvar).sum(
+        (2, 3)
+    ).mean(0)
     naive = (out.reconstruction - X).square().mean() + 0.3 * sparse + 0.2 * energy / X[0].numel()
-    naive = naive + 1e-3 * kl.clamp_min(0.02 * 64).sum() / X[0].numel() + 0.1 * spectrum_matching(out.latent, X).mean()
+    naive = (
+        naive
+        + 1e-3 * kl.clamp_min(0.02 * 64).sum() / X[0].numel()
+        + 0.1 * spectrum_matching(out.latent, X).mean()
+    )
     expected = naive_gradients(trainer, naive)
     terms, got = update(trainer)
     assert_equal(got, expected, rtol=1e-8)
@@ -305,7 +362,10 @@ def test_penalties_on_the_latent_equal_the_naive_formulas(in_fp64):
 
 
 def test_a_plain_code_is_not_sampled_and_its_variance_stays(small, accelerator):
-    trainer = Trainer(small(**{"model.bottleneck": "deterministic", "loss.kl": 0.0, "model.initial_logvar": 0.0}), accelerator)
+    trainer = Trainer(
+        small(**{"model.bottleneck": "deterministic", "loss.kl": 0.0, "model.initial_logvar": 0.0}),
+        accelerator,
+    )
     for _ in range(3):
         trainer.update([images()])
     posterior = trainer.raw_autoencoder.encode(images().float() / 127.5 - 1)
@@ -314,12 +374,20 @@ def test_a_plain_code_is_not_sampled_and_its_variance_stays(small, accelerator):
 
 
 def test_a_reported_step_has_the_norm_of_every_term_and_the_same_weights(small, accelerator):
-    options = {**ADVERSARIAL, "loss.adversarial.adaptive": True, "loss.l1": 1.0, "loss.perceptual.net": "efficientnet-lite0"}
+    options = {
+        **ADVERSARIAL,
+        "loss.adversarial.adaptive": True,
+        "loss.l1": 1.0,
+        "loss.perceptual.net": "efficientnet-lite0",
+    }
     plain, told = Trainer(small(**options), accelerator), Trainer(small(**options), accelerator)
     a, b = plain.update([images()]), told.update([images()], report=True)
     names = {"l1", "l2", "perceptual", "kl", "adversarial", "autoencoder", "discriminator"}
     assert {name.removeprefix("gradient_norm/") for name in b if name.startswith("gradient_norm/")} == names
-    assert {n for n in a if n.startswith("gradient_norm/")} == {"gradient_norm/autoencoder", "gradient_norm/discriminator"}
+    assert {n for n in a if n.startswith("gradient_norm/")} == {
+        "gradient_norm/autoencoder",
+        "gradient_norm/discriminator",
+    }
     assert b["gradient_norm/l1"].item() == pytest.approx(1 / math.sqrt(4 * 3 * 32 * 32), rel=1e-5)
     for p, q in zip(plain.raw_autoencoder.parameters(), told.raw_autoencoder.parameters(), strict=True):
         assert torch.equal(p, q)

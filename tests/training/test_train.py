@@ -40,7 +40,12 @@ def lines(run):
 
 
 def test_a_run_folder_has_everything_and_says_when_it_is_finished(small, tmp_path, capsys):
-    validated = {"data.validation": "auto", "data.validation_fraction": 0.2, "log.tensorboard": True, "log.summary": True}
+    validated = {
+        "data.validation": "auto",
+        "data.validation_fraction": 0.2,
+        "log.tensorboard": True,
+        "log.summary": True,
+    }
     run = latentae.train(small(**validated), tmp_path / "run")
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoints", "events.jsonl", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "summary.html", "tensorboard",
@@ -147,7 +152,17 @@ def test_two_processes_go_on_with_the_run_of_one(small, tmp_path):
     recipe, run = tmp_path / "recipe.toml", tmp_path / "run"
     recipe.write_text(small(**options).toml())
     processes = Processes(
-        tmp_path, command_line, "train", str(recipe), "--output", str(run), "--resume", str(begun), "--data.workers", "1", count=2
+        tmp_path,
+        command_line,
+        "train",
+        str(recipe),
+        "--output",
+        str(run),
+        "--resume",
+        str(begun),
+        "--data.workers",
+        "1",
+        count=2,
     )
     assert processes.wait() == [0, 0], processes.output() + processes.output(1)
     said = processes.output()
@@ -173,8 +188,20 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
                        "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
     # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process whatever the number
-    command = [sys.executable, "-m", *start, "-m", "latentae", "train", str(recipe), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        *start,
+        "-m",
+        "latentae",
+        "train",
+        str(recipe),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stderr
     assert done.stderr.count("model: ") == 1
@@ -184,7 +211,9 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
 def test_an_error_of_the_first_process_ends_all(small, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(small(**{"data.shards": str(tmp_path / "nowhere")}).toml())
-    processes = Processes(tmp_path, command_line, "train", str(recipe), "--output", str(tmp_path / "run"), count=2)
+    processes = Processes(
+        tmp_path, command_line, "train", str(recipe), "--output", str(tmp_path / "run"), count=2
+    )
     assert processes.wait() == [1, 1]
     assert "latentae: error: no shard" in processes.output()
 
@@ -226,7 +255,9 @@ def test_phases_follow_each_other_on_the_same_weights(phased_run):
     last = AutoencoderKL.from_pretrained(phased_run, weights="raw")
     for name, value in last.state_dict().items():
         same = torch.equal(value, first.state_dict()[name])
-        assert same == name.startswith(("encoder", "quant_conv")), f"the second phase trains the decoder alone: {name}"
+        assert same == name.startswith(("encoder", "quant_conv")), (
+            f"the second phase trains the decoder alone: {name}"
+        )
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])
@@ -244,9 +275,15 @@ def test_training_begins_with_given_weights(small, whole_run, tmp_path):
     recipe = small(images=8, **{"model.preset": "init", "model.train": "decoder", "loss.kl": 0.0})
     tuned = latentae.train(recipe, tmp_path / "tuned", init_from=exported)
     a, b = AutoencoderKL.from_pretrained(whole_run), AutoencoderKL.from_pretrained(tuned)
-    changed = {name.split(".")[0] for name, value in a.state_dict().items() if not torch.equal(value, b.state_dict()[name])}
+    changed = {
+        name.split(".")[0]
+        for name, value in a.state_dict().items()
+        if not torch.equal(value, b.state_dict()[name])
+    }
     assert changed == {"post_quant_conv", "decoder"}
-    with pytest.raises(OutputError, match="init_fingerprint"):  # the same command with other weights is another job
+    with pytest.raises(
+        OutputError, match="init_fingerprint"
+    ):  # the same command with other weights is another job
         AutoencoderKL.from_pretrained(tuned).save_pretrained(exported)
         latentae.train(recipe, tmp_path / "tuned", init_from=exported)
 

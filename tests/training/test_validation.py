@@ -9,7 +9,7 @@ import torch
 
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float, to_uint8
-from latentae.evaluation.metrics import psnr
+from latentae.measures.metrics import psnr
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.training.ema import Ema
 from latentae.training.validation import LARGEST_BATCH, Validation, held_out_batches
@@ -45,7 +45,9 @@ def test_the_averaged_weights_are_measured(trainer):
     averaged = AutoencoderKL(trainer.raw_autoencoder.config)
     averaged.load_state_dict(trainer.ema.state_dict())
     with torch.no_grad():
-        made = [to_uint8(averaged(to_float(b.images), sample_posterior=False).reconstruction) for b in batches]
+        made = [
+            to_uint8(averaged(to_float(b.images), sample_posterior=False).reconstruction) for b in batches
+        ]
     expected = torch.cat([psnr(b.images, m) for b, m in zip(batches, made, strict=True)]).mean().item()
     assert values["validation/psnr"] == pytest.approx(expected, abs=1e-4)
     assert 0 < values["validation/ssim"] < 1
@@ -88,7 +90,9 @@ def test_a_signal_ends_it_between_batches(trainer):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_gray_and_transparent_images_have_a_picture_too(trainer, monkeypatch, channels):
     trainer = trainer()
-    config = trainer.raw_autoencoder.config.model_copy(update={"in_channels": channels, "out_channels": channels})
+    config = trainer.raw_autoencoder.config.model_copy(
+        update={"in_channels": channels, "out_channels": channels}
+    )
     trainer.raw_autoencoder = AutoencoderKL(config)
     trainer.ema = Ema(trainer.raw_autoencoder, 0)
     _, picture = Validation([batch(2, channels)]).run(trainer)
@@ -106,5 +110,8 @@ def test_batches_are_small_however_large_the_training_batch_is(small):
 def test_no_held_out_images_are_said(small, capsys):
     assert held_out_batches(small(**{"data.validation": "none"}).data, 4, 8) == []
     assert capsys.readouterr().err == ""
-    assert held_out_batches(small(**{"data.validation": "auto", "data.validation_fraction": 1e-9}).data, 4, 8) == []
+    assert (
+        held_out_batches(small(**{"data.validation": "auto", "data.validation_fraction": 1e-9}).data, 4, 8)
+        == []
+    )
     assert "held-out slice is empty" in capsys.readouterr().err

@@ -61,4 +61,6 @@ def mean_std(dataset: LatentDataset, index: int) -> np.ndarray:
 def labels_json(dataset: LatentDataset, names: Iterable[str] | None = None) -> bytes:
     """`dataset.json`: path and label of every sample."""
     names = names or map(name_of, range(len(dataset)))
-    return json.dumps({"labels": [[name, int(label)] for name, label in zip(names, dataset.labels, strict=True)]}).encode()
+    return json.dumps(
+        {"labels": [[name, int(label)] for name, label in zip(names, dataset.labels, strict=True)]}
+    ).encode()

@@ -58,7 +58,9 @@ def check_names(out: str | Path, samples: Iterable[tuple[str, str]], model: str 
         OutputError: as `check_file_names`.
     """
     longest = f"_00000x00000_{model}.npz"
-    check_file_names(out, ((f"{unescape_key(key)}{longest}", f"sample {key!r} of {shard}") for key, shard in samples))
+    check_file_names(
+        out, ((f"{unescape_key(key)}{longest}", f"sample {key!r} of {shard}") for key, shard in samples)
+    )
 
 
 def target(options: dict[str, Any]) -> str:
@@ -94,6 +96,8 @@ def crop_ltrb(bucket: tuple[int, int], image: tuple[int, int]) -> tuple[float, f
     Not where the image was cut: it is how Stability AI's preprocessing put it, of which the trainer reads left and top.
     """
     ratio = image[0] / image[1]
-    wide, high = (bucket[1] * ratio, bucket[1]) if bucket[0] / bucket[1] > ratio else (bucket[0], bucket[0] / ratio)
+    wide, high = (
+        (bucket[1] * ratio, bucket[1]) if bucket[0] / bucket[1] > ratio else (bucket[0], bucket[0] / ratio)
+    )
     left, top = (bucket[0] - wide) // 2, (bucket[1] - high) // 2
     return left, top, left + wide, top + high

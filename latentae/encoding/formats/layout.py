@@ -14,13 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.order import derive_seed
+from latentae.data.epoch_order import derive_seed
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import DataError, OutputError
 from latentae.files import write_advice
 from latentae.progress import Progress
 
-__all__ = ["Layout", "draw", "npy", "npz", "remove_staging", "require_flips", "require_labels", "require_one_size"]
+__all__ = [
+    "Layout",
+    "draw",
+    "npy",
+    "npz",
+    "remove_staging",
+    "require_flips",
+    "require_labels",
+    "require_one_size",
+]
 
 _STAGING = "layout.incomplete"  # a name that Job.open and readers of the folder pass over
 _DONE, _BUILT = "done", "all"
@@ -116,7 +125,9 @@ def _flush() -> None:
 def draw(dataset: LatentDataset, index: int, seed: int, *, flip: bool = False) -> Tensor:
     """A sample z = mean + sigma * eps [z, h, w] fp32, raw, with eps keyed by (seed, index, flip)."""
     latent = dataset.posterior(index, flip=flip)
-    generator = torch.Generator().manual_seed(derive_seed("format", seed, index, int(flip)) >> 1)  # torch takes 63 bits
+    generator = torch.Generator().manual_seed(
+        derive_seed("format", seed, index, int(flip)) >> 1
+    )  # torch takes 63 bits
     return latent.sample(generator)
 
 
@@ -141,14 +152,18 @@ def require_one_size(dataset: LatentDataset, name: str) -> tuple[int, int]:
     sizes = sorted({(int(height), int(width)) for height, width in np.unique(dataset.sizes, axis=0)})
     if len(sizes) != 1:
         found = ", ".join(f"{height}x{width}" for height, width in sizes[:4]) or "no latents"
-        raise OutputError(f"{name} takes latents of one size, found {found}; encode with --resolution and without --buckets")
+        raise OutputError(
+            f"{name} takes latents of one size, found {found}; encode with --resolution and without --buckets"
+        )
     return sizes[0]
 
 
 def require_flips(dataset: LatentDataset, name: str) -> None:
     """OutputError where the mirrored images were not encoded."""
     if not dataset.flips:
-        raise OutputError(f"{name} reads latents of mirrored images too, and none are stored; encode again with --flip")
+        raise OutputError(
+            f"{name} reads latents of mirrored images too, and none are stored; encode again with --flip"
+        )
 
 
 def require_labels(dataset: LatentDataset, name: str) -> None:

@@ -39,14 +39,18 @@ def target(options: dict[str, Any]) -> str:
 def build(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> None:
     """Write everything. A shard of more samples than a file holds becomes several files."""
     ranges = dataset.shard_ranges
-    number = dict(zip((rows.start for rows in ranges), accumulate(map(_files, ranges), initial=0), strict=False))
+    number = dict(
+        zip((rows.start for rows in ranges), accumulate(map(_files, ranges), initial=0), strict=False)
+    )
     for rows in layout.shards():
         for part in range(_files(rows)):
             chosen = rows[part * FILE_SAMPLES : (part + 1) * FILE_SAMPLES]
             rank, shard = divmod(number[rows.start] + part, 1000)  # three digits keep names in order
             tensors = {
                 "latents": torch.stack([draw(dataset, index, options["seed"]) for index in chosen]),
-                "latents_flip": torch.stack([draw(dataset, index, options["seed"], flip=True) for index in chosen]),
+                "latents_flip": torch.stack(
+                    [draw(dataset, index, options["seed"], flip=True) for index in chosen]
+                ),
                 "labels": torch.from_numpy(dataset.labels[chosen.start : chosen.stop].copy()),
             }
             layout.put(f"latents_rank{rank:02}_shard{shard:03}.safetensors", save(tensors))

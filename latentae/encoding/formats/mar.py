@@ -43,7 +43,10 @@ def build(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> No
     """Write everything."""
     for rows in layout.shards():
         for index in rows:
-            arrays = {"moments": _moments(dataset, index, False), "moments_flip": _moments(dataset, index, True)}
+            arrays = {
+                "moments": _moments(dataset, index, False),
+                "moments_flip": _moments(dataset, index, True),
+            }
             layout.put(f"{dataset.labels[index]:05}/{index:08}.npz", npz(arrays))
 
 

@@ -29,7 +29,9 @@ def check(dataset: LatentDataset, options: dict[str, Any]) -> None:
     require_one_size(dataset, "repa")
     require_labels(dataset, "repa")
     if dataset.meta(0)[JSON_MEMBER]["source"] not in dataset.members(0):
-        raise OutputError("repa reads the images too, and they were not kept; encode again with --keep-images")
+        raise OutputError(
+            "repa reads the images too, and they were not kept; encode again with --keep-images"
+        )
 
 
 def target(options: dict[str, Any]) -> str:
@@ -44,7 +46,9 @@ def build(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> No
         for index in rows:
             extension, name = dataset.meta(index)[JSON_MEMBER]["source"], name_of(index, STEM)
             name_in_shard = f"{dataset.keys[index]}.{extension}"
-            image = decode_image(dataset.members(index)[extension], name_in_shard, max_pixels=None, short=max(size))
+            image = decode_image(
+                dataset.members(index)[extension], name_in_shard, max_pixels=None, short=max(size)
+            )
             layout.put(f"images/{_png(name)}", encode_png(crop_to_bucket(image, size)))
             layout.put(f"vae-sd/{name}", npy(mean_std(dataset, index)))
     names = [name_of(index, STEM) for index in range(len(dataset))]

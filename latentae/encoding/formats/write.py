@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from latentae.data.order import whole_seed
+from latentae.data.epoch_order import whole_seed
 from latentae.encoding.formats.layout import Layout, remove_staging
 from latentae.encoding.latents import LatentDataset
 from latentae.encoding.store import Store
@@ -48,12 +48,16 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
     module = importlib.import_module(f"latentae.encoding.formats.{format}")
     options = _resolve(format, module.OPTIONS, options)
     if not Store.open(out).is_local:
-        raise OutputError(f"{Store.open(out).shown} is not a local folder; {format} reads files, write them to a local folder")
+        raise OutputError(
+            f"{Store.open(out).shown} is not a local folder; {format} reads files, write them to a local folder"
+        )
     dataset, out = LatentDataset(latents), Path(out)
     module.check(dataset, options)
     if format == "kohya":  # the only one whose files are named after samples
         shards = zip(dataset.shards, dataset.shard_ranges, strict=True)
-        module.check_names(out, ((dataset.keys[index], shard) for shard, rows in shards for index in rows), options["model"])
+        module.check_names(
+            out, ((dataset.keys[index], shard) for shard, rows in shards for index in rows), options["model"]
+        )
     verb, inputs = f"encode --format {format}", {"latents": dataset.digest, **options}
     Job.open(out, verb, inputs)
     with alone(out):  # two tasks may end at the same time

@@ -17,11 +17,11 @@ from latentae.errors import RecipeError
 from latentae.evaluation.diffusability.flow import EVALUATIONS, Fitted, draw, fit_flow
 from latentae.evaluation.diffusability.interpolated import NEIGHBOURS, draw_neighbours, halfway
 from latentae.evaluation.diffusability.latents import LATENTS, Latents, Whitening, collect
-from latentae.evaluation.extractors import Extractor, as_rgb
-from latentae.evaluation.frechet import Moments, SplitMoments, frechet_distance
-from latentae.evaluation.images import image_grid
+from latentae.measures.extractors import Extractor, as_rgb
+from latentae.measures.frechet import Moments, SplitMoments, frechet_distance
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics
+from latentae.pages.images import image_grid
 from latentae.progress import Progress
 
 __all__ = ["BATCH", "LIMITS", "SAMPLES", "STEPS", "DiffusabilityResult", "diffusability"]
@@ -98,7 +98,9 @@ def diffusability(
     whitening = Whitening.of(statistics)
     images = collect(model, batches, extractor, device=device, limit=limit, progress=progress)
     if len(images) < 2:
-        return DiffusabilityResult({"missing": f"found {len(images)} images, a Frechet distance needs 2 or more"})
+        return DiffusabilityResult(
+            {"missing": f"found {len(images)} images, a Frechet distance needs 2 or more"}
+        )
     assert images.features is not None
     originals = SplitMoments.of(images.keys, images.features)
     job = _Job(model, extractor, whitening, originals.whole, device)
@@ -115,7 +117,9 @@ def diffusability(
         "limits": LIMITS,
     }
     pictures = {"samples": grid, "interpolated": strip}
-    return DiffusabilityResult(result, {name: picture for name, picture in pictures.items() if picture is not None})
+    return DiffusabilityResult(
+        result, {name: picture for name, picture in pictures.items() if picture is not None}
+    )
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ def _interpolated(
 ) -> tuple[dict[str, Any], Tensor | None]:
     references, source = images, "the same images"
     if neighbours is not None:
-        references = collect(job.model, neighbours, device=job.device, limit=limit, purpose="neighbours", progress=progress)
+        references = collect(
+            job.model, neighbours, device=job.device, limit=limit, purpose="neighbours", progress=progress
+        )
         source = "training images"
         if not len(references):
             return {"missing": "there are no training images to find neighbours in"}, None
@@ -168,17 +174,31 @@ def _interpolated(
     with Progress("decoding between neighbours", len(images), quiet=not progress) as bar:
         value = job.frechet(between(bar))
     count = min(NEIGHBOURS, len(references) - (not itself))
-    result: dict[str, Any] = {"frechet": value, "neighbours": count, "from": source, "references": len(references)}
+    result: dict[str, Any] = {
+        "frechet": value,
+        "neighbours": count,
+        "from": source,
+        "references": len(references),
+    }
     if value is None:
         return {**result, "missing": "a latent half way decoded to no finite image"}, None
     first, last = ends(0, _COLUMNS)
     rows = [job.decode(whitened) for whitened in (first, halfway(first, last), last)]
     complete = all(row is not None for row in rows)
-    return result, image_grid([_shown(row) for row in rows if row is not None], columns=_COLUMNS) if complete else None
+    return result, image_grid(
+        [_shown(row) for row in rows if row is not None], columns=_COLUMNS
+    ) if complete else None
 
 
 def _flows(
-    job: _Job, images: Latents, seeds: list[int], steps: int, batch: int, samples: int, seed: int, progress: bool
+    job: _Job,
+    images: Latents,
+    seeds: list[int],
+    steps: int,
+    batch: int,
+    samples: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[dict[str, Any], Tensor | None]:
     """All flows, one after the other; progress counts passes of one latent through the network, a step being three of each."""
     work = len(seeds) * (3 * steps * batch + EVALUATIONS * samples)
@@ -193,7 +213,13 @@ def _flows(
                 bar.advance(3 * batch, f"{name}, loss {loss:.3f}")
 
             fitted = fit_flow(
-                images, job.whitening, steps=steps, batch=batch, seed=_own(seed, own), device=job.device, advance=learned
+                images,
+                job.whitening,
+                steps=steps,
+                batch=batch,
+                seed=_own(seed, own),
+                device=job.device,
+                advance=learned,
             )
             fits.append(fitted)
             parts = _samples(job, fitted, samples, _own(seed, own), [] if number else shown, bar)
@@ -221,7 +247,9 @@ def _flows(
     return result, image_grid([shown], columns=_COLUMNS) if shown else None
 
 
-def _samples(job: _Job, fitted: Fitted, count: int, seed: int, shown: list[Tensor], bar: Progress) -> Iterator[Tensor | None]:
+def _samples(
+    job: _Job, fitted: Fitted, count: int, seed: int, shown: list[Tensor], bar: Progress
+) -> Iterator[Tensor | None]:
     """Decoded samples in parts, the first of them also into `shown`; None where the flow diverged."""
     if fitted.diverged:
         yield None

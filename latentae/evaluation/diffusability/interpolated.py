@@ -23,7 +23,13 @@ _DIGITS = 6  # of a cosine; fp32 leaves the seventh to chance
 
 
 def draw_neighbours(
-    images: Latents, references: Latents, whitening: Whitening, *, itself: bool, count: int = NEIGHBOURS, seed: int = 0
+    images: Latents,
+    references: Latents,
+    whitening: Whitening,
+    *,
+    itself: bool,
+    count: int = NEIGHBOURS,
+    seed: int = 0,
 ) -> list[int]:
     """For each latent the position of one of its `count` nearest references.
 
@@ -36,7 +42,9 @@ def draw_neighbours(
         seed: of the draw, which depends on the key of each image besides.
     """
     chosen = []
-    for row, candidates in enumerate(nearest(images.means, references.means, whitening, itself=itself, count=count)):
+    for row, candidates in enumerate(
+        nearest(images.means, references.means, whitening, itself=itself, count=count)
+    ):
         candidates.sort()  # a draw that followed the order of cosines would change with their last bits
         own = whitening.whiten(images.means[row])
         near = whitening.whiten(torch.stack([references.means[position] for position in candidates]))
@@ -60,7 +68,9 @@ def nearest(
         best = torch.empty(len(queries), 0)
         positions = torch.empty(len(queries), 0, dtype=torch.long)
         for first in range(0, len(references), AT_A_TIME):
-            block = (queries @ _directions(references[first : first + AT_A_TIME], whitening).T).round(decimals=_DIGITS)
+            block = (queries @ _directions(references[first : first + AT_A_TIME], whitening).T).round(
+                decimals=_DIGITS
+            )
             columns = torch.arange(first, first + block.shape[1])
             if not itself:
                 block[torch.arange(start, start + len(queries))[:, None] == columns] = -torch.inf

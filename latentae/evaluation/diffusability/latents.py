@@ -15,7 +15,7 @@ from latentae.data.loader import Batch
 from latentae.data.transforms import to_float
 from latentae.errors import DataError, ModelError
 from latentae.evaluation.diffusability.keyed import digest
-from latentae.evaluation.extractors import Extractor
+from latentae.measures.extractors import Extractor
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.progress import Progress
@@ -44,11 +44,16 @@ class Whitening:
     def of(cls, statistics: LatentStatistics) -> Whitening:
         """By the statistics of sampled latents; DataError where they have seen none."""
         if not statistics.count:
-            raise DataError("the latent statistics have seen no latent; give those of the images that are looked at")
+            raise DataError(
+                "the latent statistics have seen no latent; give those of the images that are looked at"
+            )
         summary = statistics.summary()
         std = np.array(summary["latents_std"])
         std = np.where(std > 0, std, 1.0)
-        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (summary["latents_mean"], std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32)[:, None, None]
+            for values in (summary["latents_mean"], std)
+        )
         return cls(mean, std)
 
     def whiten(self, z: Tensor) -> Tensor:
@@ -122,7 +127,9 @@ def collect(
         for batch in batches:
             size = size or tuple(batch.images.shape[1:])
             if tuple(batch.images.shape[1:]) != size:
-                raise DataError(f"found images of {tuple(batch.images.shape[1:])} after {size}; give images of one size")
+                raise DataError(
+                    f"found images of {tuple(batch.images.shape[1:])} after {size}; give images of one size"
+                )
             kept = _capacity(model, size, limit)
             orders = [(-digest("kept", key), key, seen + row) for row, key in enumerate(batch.keys)]
             rows = [row for row, order in enumerate(orders) if len(heap) < kept or order > heap[0].order]
@@ -146,12 +153,18 @@ def _capacity(model: Autoencoder, size: tuple[int, ...], limit: int) -> int:
 
 
 def _encode(
-    model: Autoencoder, batch: Batch, rows: list[int], extractor: Extractor | None, device: torch.device | None
+    model: Autoencoder,
+    batch: Batch,
+    rows: list[int],
+    extractor: Extractor | None,
+    device: torch.device | None,
 ) -> list[tuple[Tensor, ...]]:
     """Columns of means, standard deviations and, with an extractor, features of some rows of a batch, each row's in memory of its own."""
     images = batch.images[rows].to(device)
     posterior = model.encode(to_float(images))
-    finite = torch.isfinite(posterior.mean).flatten(1).all(1) & torch.isfinite(posterior.std).flatten(1).all(1)
+    finite = torch.isfinite(posterior.mean).flatten(1).all(1) & torch.isfinite(posterior.std).flatten(1).all(
+        1
+    )
     if not finite.all():
         key = batch.keys[rows[int((~finite).nonzero()[0])]]
         raise ModelError(

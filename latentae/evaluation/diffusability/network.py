@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentae.data.order import whole_seed
+from latentae.data.epoch_order import whole_seed
 
 __all__ = ["DEPTH", "HEADS", "TOKENS", "WIDTH", "TinyTransformer", "patch_side"]
 
@@ -76,7 +76,13 @@ class TinyTransformer(nn.Module):
         """[B, z, h, w] -> tokens [B, n, z p p]."""
         (rows, columns), p = self.grid, self.patch
         z = F.pad(z, (0, columns * p - z.shape[3], 0, rows * p - z.shape[2]))
-        return z.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return (
+            z.unflatten(3, (columns, p))
+            .unflatten(2, (rows, p))
+            .permute(0, 2, 4, 1, 3, 5)
+            .flatten(3)
+            .flatten(1, 2)
+        )
 
     def _join(self, tokens: Tensor) -> Tensor:
         """The inverse of `_cut`."""
@@ -92,12 +98,16 @@ class _Block(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
         self.queries, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH)
+        )
         self.modulation = _zeroed(nn.Linear(WIDTH, 6 * WIDTH))
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Tokens [B, n, width], condition [B, width] -> tokens."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[:, None].chunk(
+            6, dim=-1
+        )
         tokens = tokens + gate * self._attend(self.norms[0](tokens) * (1 + scale) + shift)
         return tokens + gate_mlp * self.mlp(self.norms[1](tokens) * (1 + scale_mlp) + shift_mlp)
 

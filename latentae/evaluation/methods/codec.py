@@ -113,7 +113,9 @@ class ImageCodec(ABC):
             "bytes": [float(len(file.data)) if file else math.nan for file in files],
             "quality": [float(file.quality) if file else math.nan for file in files],
         }
-        return Made(restored.to(images.device), numbers, frozenset(i for i, file in enumerate(files) if file is None))
+        return Made(
+            restored.to(images.device), numbers, frozenset(i for i, file in enumerate(files) if file is None)
+        )
 
     def _highest_quality(self, image: Tensor, variant: str, budget: int) -> tuple[int, bytes] | None:
         low, high, best = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latentae.errors import DataError
 from latentae.evaluation.methods.projection import Projection
-from latentae.evaluation.ranking import rank
+from latentae.measures.ranking import rank
 from latentae.models.pca import PATCH_ORIGIN, PatchBasis, image_patches
 
 __all__ = ["BlockDCT", "Dct", "DctVariances", "fit_dct"]
@@ -56,7 +56,9 @@ class DctVariances:
             ImageError: a side that `block` does not divide.
         """
         channels = images.shape[1]
-        blocks = (image_patches(images, self.block).flatten(0, 1) - PATCH_ORIGIN).unflatten(1, (channels, self.block, self.block))
+        blocks = (image_patches(images, self.block).flatten(0, 1) - PATCH_ORIGIN).unflatten(
+            1, (channels, self.block, self.block)
+        )
         cosines, colours = _cosines(self.block).to(blocks), _colours(channels).to(blocks)
         found = torch.einsum("kc,nchw->nkhw", colours, cosines @ blocks @ cosines.T)
         total, squares = found.sum(0), found.square().sum(0)
@@ -80,13 +82,21 @@ class DctVariances:
             DataError: no block was counted.
         """
         if self._total is None or self._squares is None or not self.count:
-            raise DataError("the DCT was given 0 blocks and can't tell which coefficients vary; give it images")
+            raise DataError(
+                "the DCT was given 0 blocks and can't tell which coefficients vary; give it images"
+            )
         mean = self._total / self.count
         squares = self._squares / self.count
         variances, channels = (squares - mean.square()).clamp(min=0).flatten(), len(mean)
         # A coefficient sums 2 f + C products, and its square is summed over all blocks; long sums err as a random walk does.
-        rounding = torch.finfo(torch.float64).eps * (2 * self.block + channels + self.count**0.5) * float(squares.max())
-        kept = torch.tensor(list(itertools.islice(rank(-variances, relative=0.0, absolute=rounding), components)))
+        rounding = (
+            torch.finfo(torch.float64).eps
+            * (2 * self.block + channels + self.count**0.5)
+            * float(squares.max())
+        )
+        kept = torch.tensor(
+            list(itertools.islice(rank(-variances, relative=0.0, absolute=rounding), components))
+        )
         cosines, colours = _cosines(self.block).to(mean), _colours(channels).to(mean)
         mean_block = torch.einsum("kc,khw->chw", colours, cosines.T @ mean @ cosines)
         colour, rest = kept // self.block**2, kept % self.block**2

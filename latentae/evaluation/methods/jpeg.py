@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from PIL import ImageFile
 from torch import Tensor
 
-from latentae.evaluation.images import pil_image
 from latentae.evaluation.methods.codec import ImageCodec
+from latentae.pages.images import pil_image
 
 __all__ = ["Jpeg"]
 

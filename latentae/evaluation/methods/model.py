@@ -35,6 +35,8 @@ class ModelMethod:
         mode = self.model.encode(to_float(images)).mode()
         decoded = self.model.decode(mode)
         finite = (torch.isfinite(mode).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)).tolist()
-        sizes = [float(len(compress_latent(z))) if fine else math.nan for z, fine in zip(mode, finite, strict=True)]
+        sizes = [
+            float(len(compress_latent(z))) if fine else math.nan for z, fine in zip(mode, finite, strict=True)
+        ]
         missing = frozenset(row for row, fine in enumerate(finite) if not fine)
         return Made(to_uint8(decoded.nan_to_num()), {"bytes": sizes}, missing)

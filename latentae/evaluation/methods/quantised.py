@@ -50,7 +50,11 @@ def compress_latent(latent: Tensor, bits: int = 8) -> bytes:
     channels = latent.detach().cpu().float().flatten(1).numpy()
     low = channels.min(1, keepdims=True)
     step = ((channels.max(1, keepdims=True).astype(np.float64) - low) / levels).astype(np.float32)
-    codes = np.rint((channels.astype(np.float64) - low) / np.where(step > 0, step, 1)).clip(0, levels).astype(np.uint8)
+    codes = (
+        np.rint((channels.astype(np.float64) - low) / np.where(step > 0, step, 1))
+        .clip(0, levels)
+        .astype(np.uint8)
+    )
     return np.concatenate([low, step], axis=1).astype("<f4").tobytes() + _deflate(codes.tobytes(), bits)
 
 

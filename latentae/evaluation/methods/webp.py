@@ -11,8 +11,8 @@ import io
 from PIL import features
 from torch import Tensor
 
-from latentae.evaluation.images import pil_image
 from latentae.evaluation.methods.codec import ImageCodec
+from latentae.pages.images import pil_image
 
 __all__ = ["WebP"]
 
@@ -32,7 +32,9 @@ class WebP(ImageCodec):
         """Why images of so many channels can't be coded, as one clause; empty where they can."""
         if not features.check("webp"):
             return "the Pillow installed here was built without WebP; install its own wheel"
-        return "" if channels in (1, 3, 4) else f"WebP has images of 1, 3 or 4 channels, these have {channels}"
+        return (
+            "" if channels in (1, 3, 4) else f"WebP has images of 1, 3 or 4 channels, these have {channels}"
+        )
 
     def variants(self, channels: int) -> tuple[str, ...]:
         """What becomes of alpha, where there is any."""
@@ -44,5 +46,7 @@ class WebP(ImageCodec):
         if picture.mode == "L":
             picture = picture.convert("RGB")
         alpha = quality if variant == LOSSY_ALPHA else 100
-        picture.save(file, self.format, quality=quality, method=METHOD, lossless=False, exact=True, alpha_quality=alpha)
+        picture.save(
+            file, self.format, quality=quality, method=METHOD, lossless=False, exact=True, alpha_quality=alpha
+        )
         return file.getvalue()

@@ -44,7 +44,11 @@ class AutoencoderDC(Autoencoder):
             return self
         with torch.device("meta"):
             plain = AutoencoderDC(self.config.model_copy(update={"bottleneck": "deterministic"}))
-        state = {name: value for name, value in self.state_dict(keep_vars=True).items() if not name.startswith(HEAD)}
+        state = {
+            name: value
+            for name, value in self.state_dict(keep_vars=True).items()
+            if not name.startswith(HEAD)
+        }
         plain.load_state_dict(state, assign=True)
         return plain.train(self.training)
 

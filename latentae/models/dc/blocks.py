@@ -65,7 +65,9 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
 
 
 def normalization(kind: str, channels: int) -> nn.Module:
@@ -86,7 +88,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
         h = ACTIVATIONS[self.act](convolve(self.conv1, x))
-        return add(self.norm(convolve(self.conv2, h)), x, overwrite=is_plain(self.norm, RMSNorm, FrozenBatchNorm))
+        return add(
+            self.norm(convolve(self.conv2, h)), x, overwrite=is_plain(self.norm, RMSNorm, FrozenBatchNorm)
+        )
 
 
 class Projection(nn.Module):
@@ -142,11 +146,15 @@ def linear_attention(qkv: Tensor, head: int) -> Tensor:
     """[B, heads * 3 * head, H, W], q, k and v of each head one after the other -> [B, H, W, heads * head], in at least fp32."""
     batch, channels, height, width = qkv.shape
     rows = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).movedim(1, -1)
-    rows = rows.reshape(batch, height * width, channels // (3 * head), 3 * head).transpose(1, 2)  # [B, heads, HW, 3 head]
+    rows = rows.reshape(batch, height * width, channels // (3 * head), 3 * head).transpose(
+        1, 2
+    )  # [B, heads, HW, 3 head]
     q, k, v = rows.chunk(3, dim=-1)
     q, k = F.relu(q), F.relu(k)
     total = q @ k.sum(dim=2).unsqueeze(-1)  # [B, heads, HW, 1]
-    mixed = (q @ (k.transpose(-1, -2) @ v)) / total.clamp(min=_SPARE)  # ONNX's optimizer takes so small a number, added, for zero
+    mixed = (q @ (k.transpose(-1, -2) @ v)) / total.clamp(
+        min=_SPARE
+    )  # ONNX's optimizer takes so small a number, added, for zero
     return mixed.transpose(1, 2).reshape(batch, height, width, channels // 3)
 
 
@@ -204,7 +212,11 @@ class Down(nn.Module):
         h = h if self.strided else F.pixel_unshuffle(h, 2)
         if not self.shortcut:
             return h
-        return add(h, grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels), overwrite=is_plain(self.conv, nn.Conv2d))
+        return add(
+            h,
+            grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels),
+            overwrite=is_plain(self.conv, nn.Conv2d),
+        )
 
 
 class Up(nn.Module):
@@ -227,7 +239,11 @@ class Up(nn.Module):
         h = self.from_conv(self.conv(self.to_conv(x)))
         if not self.shortcut:
             return h
-        return add(h, F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2), overwrite=is_plain(self.conv, nn.Conv2d))
+        return add(
+            h,
+            F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2),
+            overwrite=is_plain(self.conv, nn.Conv2d),
+        )
 
     def to_conv(self, x: Tensor) -> Tensor:
         """What the convolution reads."""
@@ -265,6 +281,11 @@ def normalize_activate(norm: nn.Module, x: Tensor, act: str) -> Tensor:
 
 def add(branch: Tensor, skip: Tensor, *, overwrite: bool) -> Tensor:
     """Add a branch to its skip; `overwrite`: it comes from a plain layer, so nobody else has its memory."""
-    if not overwrite or torch.is_grad_enabled() or torch.compiler.is_exporting() or branch.dtype != skip.dtype:
+    if (
+        not overwrite
+        or torch.is_grad_enabled()
+        or torch.compiler.is_exporting()
+        or branch.dtype != skip.dtype
+    ):
         return branch + skip
     return branch.add_(skip)  # fresh memory costs a CPU more than the addition

@@ -26,7 +26,9 @@ __all__ = ["DCDecoder", "DCEncoder"]
 
 
 def _block(kind: str, width: int, windows: tuple[int, ...], head: int, norm: str, act: str) -> nn.Module:
-    return ResidualBlock(width, norm, act) if kind == "ResBlock" else AttentionBlock(width, head, windows, norm)
+    return (
+        ResidualBlock(width, norm, act) if kind == "ResBlock" else AttentionBlock(width, head, windows, norm)
+    )
 
 
 def _run(step: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
@@ -71,20 +73,26 @@ class DCEncoder(nn.Module):
                 blocks.append(Down(width, widths[level + 1], strided))
             self.down_blocks.append(nn.Sequential(*blocks))
         self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
-        self.conv_out_logvar = nn.Conv2d(widths[-1], z, 3, padding=1) if config.bottleneck == "gaussian" else None
+        self.conv_out_logvar = (
+            nn.Conv2d(widths[-1], z, 3, padding=1) if config.bottleneck == "gaussian" else None
+        )
         if self.conv_out_logvar is not None:  # the same spread everywhere, until something is learned of it
             nn.init.zeros_(self.conv_out_logvar.weight)
             nn.init.zeros_(self.conv_out_logvar.bias)  # pyright: ignore[reportArgumentType]
         self.latent_channels, self.out_shortcut = z, config.encoder_out_shortcut
 
-    def forward(self, x: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, keep_features: bool = False, checkpointing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, C, H, W] -> [B, z or 2z, H/f, W/f]; with `keep_features` also the input of the last convolution, detached."""
         h = _run(self.conv_in, x, False)
         for level in self.down_blocks:
             h = _run_level(level, h, checkpointing)
         mean = self.conv_out(h)
         if self.out_shortcut:
-            mean = add(mean, grouped_mean(h, self.latent_channels), overwrite=is_plain(self.conv_out, nn.Conv2d))
+            mean = add(
+                mean, grouped_mean(h, self.latent_channels), overwrite=is_plain(self.conv_out, nn.Conv2d)
+            )
         moments = mean if self.conv_out_logvar is None else torch.cat([mean, self.conv_out_logvar(h)], dim=1)
         return (moments, h.detach()) if keep_features else moments
 
@@ -103,11 +111,15 @@ class DCDecoder(nn.Module):
         levels, head = config.side("decoder"), config.attention_head_dim
         interpolate = config.upsample_block_type == "interpolate"
         widths, (first, *_) = config.decoder_block_out_channels, levels
-        norms, acts = (per_level(names, len(levels)) for names in (config.decoder_norm_types, config.decoder_act_fns))
+        norms, acts = (
+            per_level(names, len(levels)) for names in (config.decoder_norm_types, config.decoder_act_fns)
+        )
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
         for level, (kind, width, layers, windows) in enumerate(levels):
-            blocks = [_block(kind, width, windows, head, norms[level], acts[level].lower()) for _ in range(layers)]
+            blocks = [
+                _block(kind, width, windows, head, norms[level], acts[level].lower()) for _ in range(layers)
+            ]
             if layers and level < len(levels) - 1:
                 blocks.insert(0, Up(widths[level + 1], width, interpolate))
             self.up_blocks.append(nn.Sequential(*blocks))
@@ -120,7 +132,9 @@ class DCDecoder(nn.Module):
             self.conv_out = Up(width, config.in_channels, interpolate, shortcut=False)
         self.width, self.in_shortcut = widths[-1], config.decoder_in_shortcut
 
-    def forward(self, z: Tensor, keep_features: bool = False, checkpointing: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, keep_features: bool = False, checkpointing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, z, h, w] -> [B, C, f*h, f*w]; with `keep_features` also the input of the last normalization, detached."""
         h = _run(self.conv_in, z, False)
         if self.in_shortcut:

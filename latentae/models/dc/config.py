@@ -30,30 +30,53 @@ class AutoencoderDCConfig(AutoencoderConfig):
     in_channels: int = Field(default=3, ge=1, description="Image channels in and out.")
     latent_channels: int = Field(default=32, ge=1, description="Channels of the latent, z.")
     attention_head_dim: int = Field(default=32, ge=1, description="Channels of an attention head.")
-    encoder_block_types: str | tuple[str, ...] = Field(default="ResBlock", description="Kind of block, of all levels or each.")
-    decoder_block_types: str | tuple[str, ...] = Field(default="ResBlock", description="The same of the decoder.")
+    encoder_block_types: str | tuple[str, ...] = Field(
+        default="ResBlock", description="Kind of block, of all levels or each."
+    )
+    decoder_block_types: str | tuple[str, ...] = Field(
+        default="ResBlock", description="The same of the decoder."
+    )
     encoder_block_out_channels: tuple[int, ...] = Field(
         default=(128, 256, 512, 512, 1024, 1024), min_length=1, description="Channels of each level."
     )
     decoder_block_out_channels: tuple[int, ...] = Field(
         default=(128, 256, 512, 512, 1024, 1024), min_length=1, description="The same of the decoder."
     )
-    encoder_layers_per_block: tuple[int, ...] = Field(default=(2, 2, 2, 3, 3, 3), description="Blocks of each level.")
-    decoder_layers_per_block: tuple[int, ...] = Field(default=(3, 3, 3, 3, 3, 3), description="The same of the decoder.")
+    encoder_layers_per_block: tuple[int, ...] = Field(
+        default=(2, 2, 2, 3, 3, 3), description="Blocks of each level."
+    )
+    decoder_layers_per_block: tuple[int, ...] = Field(
+        default=(3, 3, 3, 3, 3, 3), description="The same of the decoder."
+    )
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = Field(
-        default=((), (), (), (5,), (5,), (5,)), description="Windows through which attention also looks, in each level."
+        default=((), (), (), (5,), (5,), (5,)),
+        description="Windows through which attention also looks, in each level.",
     )
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = Field(
         default=((), (), (), (5,), (5,), (5,)), description="The same of the decoder."
     )
-    upsample_block_type: str = Field(default="pixel_shuffle", description="How the decoder doubles: or 'interpolate'.")
-    downsample_block_type: str = Field(default="pixel_unshuffle", description="How the encoder halves: or 'conv'.")
-    decoder_norm_types: str | tuple[str, ...] = Field(default="rms_norm", description="Norm of the decoder's blocks.")
-    decoder_act_fns: str | tuple[str, ...] = Field(default="silu", description="Activation of the decoder's residual blocks.")
-    encoder_out_shortcut: bool = Field(default=True, description="Averages of channels are added to the latent.")
-    decoder_in_shortcut: bool = Field(default=True, description="The latent, repeated, is added to the decoder's first map.")
+    upsample_block_type: str = Field(
+        default="pixel_shuffle", description="How the decoder doubles: or 'interpolate'."
+    )
+    downsample_block_type: str = Field(
+        default="pixel_unshuffle", description="How the encoder halves: or 'conv'."
+    )
+    decoder_norm_types: str | tuple[str, ...] = Field(
+        default="rms_norm", description="Norm of the decoder's blocks."
+    )
+    decoder_act_fns: str | tuple[str, ...] = Field(
+        default="silu", description="Activation of the decoder's residual blocks."
+    )
+    encoder_out_shortcut: bool = Field(
+        default=True, description="Averages of channels are added to the latent."
+    )
+    decoder_in_shortcut: bool = Field(
+        default=True, description="The latent, repeated, is added to the decoder's first map."
+    )
     decoder_conv_act_fn: str = Field(default="relu", description="Activation before the last convolution.")
-    scaling_factor: float = Field(default=1.0, gt=0, description="Latents are multiplied by it for a diffusion model.")
+    scaling_factor: float = Field(
+        default=1.0, gt=0, description="Latents are multiplied by it for a diffusion model."
+    )
 
     bottleneck: Literal["deterministic", "gaussian"] = Field(
         default="deterministic",
@@ -77,8 +100,16 @@ class AutoencoderDCConfig(AutoencoderConfig):
         _check_names("decoder_norm_types", self.decoder_norm_types, levels, NORMS)
         _check_names("decoder_act_fns", self.decoder_act_fns, levels, ACTS, fold=True)
         _check_names("decoder_conv_act_fn", self.decoder_conv_act_fn, levels, ACTS, fold=True)
-        _check_names("downsample_block_type", self.downsample_block_type, levels, ("pixel_unshuffle", "conv"), fold=True)
-        _check_names("upsample_block_type", self.upsample_block_type, levels, ("pixel_shuffle", "interpolate"))
+        _check_names(
+            "downsample_block_type",
+            self.downsample_block_type,
+            levels,
+            ("pixel_unshuffle", "conv"),
+            fold=True,
+        )
+        _check_names(
+            "upsample_block_type", self.upsample_block_type, levels, ("pixel_shuffle", "interpolate")
+        )
         return self
 
     @property
@@ -134,11 +165,18 @@ class AutoencoderDCConfig(AutoencoderConfig):
 
     def _check_widths(self, side: str) -> None:
         """Averages and repetitions of channels come out even."""
-        widths, layers = getattr(self, f"{side}_block_out_channels"), getattr(self, f"{side}_layers_per_block")
+        widths, layers = (
+            getattr(self, f"{side}_block_out_channels"),
+            getattr(self, f"{side}_layers_per_block"),
+        )
         for level in range(0 if layers[0] else 1, len(widths) - 1):
             fine, coarse = widths[level : level + 2]
-            if 4 * fine % coarse:  # four pixels become one: their values are averaged to so many, or repeated from so many
-                raise ValueError(f"{side}_block_out_channels goes from {fine} to {coarse}, which does not divide 4 x {fine}")
+            if (
+                4 * fine % coarse
+            ):  # four pixels become one: their values are averaged to so many, or repeated from so many
+                raise ValueError(
+                    f"{side}_block_out_channels goes from {fine} to {coarse}, which does not divide 4 x {fine}"
+                )
         unshuffled = side == "encoder" and self.downsample_block_type == "pixel_unshuffle"
         if unshuffled and any(width % 4 for width in widths[1:]):
             raise ValueError(
@@ -157,10 +195,14 @@ def per_level(value: str | tuple[str, ...], levels: int) -> tuple[str, ...]:
     return (value,) * levels if isinstance(value, str) else value[:levels]
 
 
-def _check_names(key: str, value: str | tuple[str, ...], levels: int, known: tuple[str, ...], fold: bool = False) -> None:
+def _check_names(
+    key: str, value: str | tuple[str, ...], levels: int, known: tuple[str, ...], fold: bool = False
+) -> None:
     names = per_level(value, levels)
     if len(names) < levels:
-        raise ValueError(f"{key} has {len(names)} levels, the model {levels}; give one of each per level, or one name for all")
+        raise ValueError(
+            f"{key} has {len(names)} levels, the model {levels}; give one of each per level, or one name for all"
+        )
     for name in names:
         if (name.lower() if fold else name) not in known:
             raise ValueError(f"{key} has {name!r}; this family knows {', '.join(known)}")
@@ -190,8 +232,12 @@ def _family(
 DC_PRESETS: dict[str, dict[str, Any]] = {
     "dc-f8": _family((128, 256, 512, 512), 16, 1, ((2, 2, 2, 3), (3, 3, 3, 3))),
     "dc-f16": _family((128, 256, 512, 512, 1024), 32, 2, ((2, 2, 2, 3, 3), (3, 3, 3, 3, 3))),
-    "dc-f32-z32": _family((128, 256, 512, 512, 1024, 1024), 32, 3, ((0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)), ()),
-    "dc-f64-z128": _family((128, 256, 512, 512, 1024, 1024, 2048), 128, 4, ((0, 4, 8, 2, 2, 2, 2), (0, 5, 10, 2, 2, 2, 2)), ()),
+    "dc-f32-z32": _family(
+        (128, 256, 512, 512, 1024, 1024), 32, 3, ((0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)), ()
+    ),
+    "dc-f64-z128": _family(
+        (128, 256, 512, 512, 1024, 1024, 2048), 128, 4, ((0, 4, 8, 2, 2, 2, 2), (0, 5, 10, 2, 2, 2, 2)), ()
+    ),
     "dc-tiny": {**_family((24, 48, 96, 192), 16, 0, ((1, 1, 1, 0), (1, 1, 1, 0))), "sample_size": 64},
 }
 
@@ -211,5 +257,7 @@ def dc_values(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
             values[f"{side}_block_out_channels"] = widths
         if layers is not None:
             before = values[f"{side}_layers_per_block"]
-            values[f"{side}_layers_per_block"] = tuple(layers * (n > 0) for n in before) if isinstance(layers, int) else layers
+            values[f"{side}_layers_per_block"] = (
+                tuple(layers * (n > 0) for n in before) if isinstance(layers, int) else layers
+            )
     return values

@@ -58,7 +58,11 @@ class _Stage:
         """Input channels that the shortcut adds to `places`."""
         if not self.repeats:
             return set()
-        return {(self.phases * place + phase) // self.repeats for place in self.places for phase in range(self.phases)}
+        return {
+            (self.phases * place + phase) // self.repeats
+            for place in self.places
+            for phase in range(self.phases)
+        }
 
 
 def narrowest(channels: int, size: int) -> int:
@@ -87,7 +91,9 @@ def _stages(decoder: DCDecoder, members: Tensor) -> list[_Stage]:
     ups = [step for level in reversed(decoder.up_blocks) for step in level if isinstance(step, Up)]  # pyright: ignore
     first = decoder.width // decoder.conv_in.in_channels if decoder.in_shortcut else 0
     shapes = [(decoder.conv_in, decoder.width, 1, first)]
-    shapes += [(up.conv, up.out_channels, 4, 4 * up.out_channels // up.conv.in_channels * up.shortcut) for up in ups]
+    shapes += [
+        (up.conv, up.out_channels, 4, 4 * up.out_channels // up.conv.in_channels * up.shortcut) for up in ups
+    ]
     stages = []
     for number, (conv, width, phases, repeats) in enumerate(shapes):
         size = members.shape[-1] >> number
@@ -128,7 +134,9 @@ def _write(stage: _Stage, frame: Tensor, places: list[int], quiet: set[int], spa
     weight[:, ignored] = 0.0
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
-    outputs = torch.tensor([phases * c + phase for c in sorted({*stage.places, *spare}) for phase in range(phases)])
+    outputs = torch.tensor(
+        [phases * c + phase for c in sorted({*stage.places, *spare}) for phase in range(phases)]
+    )
     weight[outputs[:, None], places] = 0.0
     if stage.repeats:
         weight[outputs, outputs // stage.repeats] = 0.0
@@ -162,7 +170,9 @@ def _start_output(decoder: DCDecoder, stage: _Stage, sample: PatchSample) -> Non
     norm.weight[constant] = 0.0
     conv = decoder.conv_out.conv if isinstance(decoder.conv_out, Up) else decoder.conv_out
     conv.weight[:, [*stage.places, constant]] = 0.0
-    for number in range(numbers):  # the order of a patch's numbers is that of the channels that `pixel_shuffle` reads
+    for number in range(
+        numbers
+    ):  # the order of a patch's numbers is that of the channels that `pixel_shuffle` reads
         conv.weight[number, stage.places[number], 1, 1] = 1 / SIGNAL
         conv.weight[number, stage.places[numbers + number], 1, 1] = -1 / SIGNAL
     assert conv.bias is not None

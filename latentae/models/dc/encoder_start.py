@@ -25,7 +25,9 @@ FLOOR = 0.1
 """Of the mean variance, added to each before whitening: what is faint is not amplified into bf16's rounding."""
 
 
-def start_encoder(encoder: DCEncoder, components: Tensor, spread: Tensor, offset: Tensor, sample: PatchSample) -> Tensor:
+def start_encoder(
+    encoder: DCEncoder, components: Tensor, spread: Tensor, offset: Tensor, sample: PatchSample
+) -> Tensor:
     """Make the latent `components` [z, C, f, f] of the patch about the mean colour plus `offset` [C, f, f].
 
     An error of a component weighs as much as its `spread` [z], the size of what it draws.
@@ -77,7 +79,9 @@ class _EncoderStart:
     def last(self, encoder: DCEncoder, numbers: Tensor, offset: Tensor) -> Tensor:
         """Set the convolution that gives the latent; returns what that is."""
         if self.lossless:
-            rows = torch.linalg.lstsq(numbers.flatten(1).T, self.components.flatten(1).T, driver="gelsd").solution.T
+            rows = torch.linalg.lstsq(
+                numbers.flatten(1).T, self.components.flatten(1).T, driver="gelsd"
+            ).solution.T
         else:
             rows = self._predicting(numbers)
         _set_centre(encoder.conv_out, rows - _group_means(rows) if encoder.out_shortcut else rows)
@@ -104,7 +108,9 @@ class _EncoderStart:
         if len(values) > count:
             self.lossless = False
             best = self._best(numbers, vectors.T / values.sqrt()[:, None], count)
-            return GAIN * moments.diagonal().mean().sqrt() * best  # what the shortcut adds has the size of the input
+            return (
+                GAIN * moments.diagonal().mean().sqrt() * best
+            )  # what the shortcut adds has the size of the input
         whitened = vectors.T / (values + FLOOR * values.mean()).sqrt()[:, None]
         mixtures = self._random(count - len(whitened), len(whitened))
         return torch.cat([whitened, mixtures / mixtures.norm(dim=1, keepdim=True) @ whitened])

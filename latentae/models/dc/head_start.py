@@ -54,7 +54,9 @@ def check_head_start(config: AutoencoderDCConfig) -> None:
 
 
 @torch.no_grad()
-def start_at_pca(model: AutoencoderDC, pca: PatchBasis, images: Tensor | Sequence[Tensor], *, whiten: bool = True) -> None:
+def start_at_pca(
+    model: AutoencoderDC, pca: PatchBasis, images: Tensor | Sequence[Tensor], *, whiten: bool = True
+) -> None:
     """Set the weights so that latents are the principal components of f x f patches, and decoding them is PCA's reconstruction.
 
     All weights of the trunk are replaced; residual branches keep random weights and end in a normalization that gives zero. A posterior's
@@ -77,7 +79,11 @@ def start_at_pca(model: AutoencoderDC, pca: PatchBasis, images: Tensor | Sequenc
     sample = PatchSample([images] if isinstance(images, Tensor) else images)
     shape = (pca.channels, pca.patch, pca.patch)
     basis = pca.basis.double().T.reshape(-1, *shape)
-    spread = pca.variances.double().sqrt().clamp(min=SMALLEST_SPREAD) / 127.5 if whiten else torch.ones(len(basis)).double()
+    spread = (
+        pca.variances.double().sqrt().clamp(min=SMALLEST_SPREAD) / 127.5
+        if whiten
+        else torch.ones(len(basis)).double()
+    )
     offset = (pca.mean.double() / 127.5 - 1).reshape(shape) - sample.colour[:, None, None]
     wanted = basis / spread[:, None, None, None]
     latent = start_encoder(model.encoder, wanted, spread, offset, sample)

@@ -46,7 +46,9 @@ class PatchSample:
             held = patches @ flat.T
             products += held.T @ held
             total += held.T @ patches
-        return (torch.linalg.pinv(products, hermitian=True) @ total).reshape(numbers.shape)  # a number may be constant
+        return (torch.linalg.pinv(products, hermitian=True) @ total).reshape(
+            numbers.shape
+        )  # a number may be constant
 
     def _patches(self, size: int, wanted: int) -> Iterator[Tensor]:
         """About `wanted` patches, spread evenly over the images: fp64 [n, C * size * size] at a time."""
@@ -72,4 +74,6 @@ def parts(numbers: Tensor, f: int) -> Tensor:
     """[m, C, F, F] -> [m, (F / f)^2, C, f, f]: squares of f pixels, row by row, which is `pixel_shuffle`'s order where there are four."""
     m, channels, size, _ = numbers.shape
     n = size // f
-    return numbers.reshape(m, channels, n, f, n, f).permute(0, 2, 4, 1, 3, 5).reshape(m, n * n, channels, f, f)
+    return (
+        numbers.reshape(m, channels, n, f, n, f).permute(0, 2, 4, 1, 3, 5).reshape(m, n * n, channels, f, f)
+    )

@@ -66,7 +66,9 @@ class Map:
         moments: of the rows written since the map was made or restarted.
     """
 
-    def __init__(self, shape: tuple[int, int, int], scale: int, dtype: torch.dtype, file: IO[bytes] | None) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], scale: int, dtype: torch.dtype, file: IO[bytes] | None
+    ) -> None:
         self.height, self.width, self.channels = shape
         self.scale, self.dtype, self.moments = scale, dtype, Moments(self.channels)
         self._file = file
@@ -106,7 +108,9 @@ class Map:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise OutputError("the disk of the scratch folder is full; pass scratch=FOLDER on a larger one") from error
+            raise OutputError(
+                "the disk of the scratch folder is full; pass scratch=FOLDER on a larger one"
+            ) from error
 
     def add(self, top: int, left: int, part: Tensor) -> None:
         """Add [1, C, h, w] onto what is there; the moments stay as they are."""
@@ -117,7 +121,9 @@ class Map:
 
     def part(self, top: int, left: int, height: int, width: int) -> Tensor:
         """[1, C, height, width] of a box."""
-        return self.rows(top, top + height)[..., left : left + width].contiguous(memory_format=torch.channels_last)
+        return self.rows(top, top + height)[..., left : left + width].contiguous(
+            memory_format=torch.channels_last
+        )
 
     def whole(self, like: Tensor) -> Tensor:
         """[1, C, height, width], on the device of `like`; it stays when the map is closed."""
@@ -171,7 +177,12 @@ class Store:
         Raises:
             OutputError: the scratch folder can't be written to or has too little space.
         """
-        made = Map((height, width, channels), scale, self._dtype, self._open(height * width * channels * self._dtype.itemsize))
+        made = Map(
+            (height, width, channels),
+            scale,
+            self._dtype,
+            self._open(height * width * channels * self._dtype.itemsize),
+        )
         self._maps.append(made)
         return made
 
@@ -187,7 +198,9 @@ class Store:
                 )
             return tempfile.TemporaryFile(dir=self._folder)  # Map.close closes it
         except OSError as error:
-            raise OutputError(f"can't write to the scratch folder {self._folder}: {error.strerror}; pass another one") from error
+            raise OutputError(
+                f"can't write to the scratch folder {self._folder}: {error.strerror}; pass another one"
+            ) from error
 
     def close(self) -> None:
         """Give back what all maps hold."""

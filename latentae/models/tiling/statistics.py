@@ -98,7 +98,9 @@ def _place(length: int, size: int, cells: int, index: int, offset: float, unit: 
 class _Pooled:
     """Normalizations of one sample: by the moments of all samples so far and this one."""
 
-    def __init__(self, moments: dict[nn.GroupNorm, Moments], boxes: list[Box], weights: Tensor, source: Source) -> None:
+    def __init__(
+        self, moments: dict[nn.GroupNorm, Moments], boxes: list[Box], weights: Tensor, source: Source
+    ) -> None:
         self._moments, self._weights = moments, weights.tolist()
         self._inside = [_margins(box, source) for box in boxes]
         self._height = boxes[0][2]

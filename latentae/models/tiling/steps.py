@@ -69,7 +69,18 @@ class Residual:
 
 
 Step = Convolution | Residual | Attention
-_KINDS = (Encoder, Decoder, DownLevel, UpLevel, MidBlock, ResnetBlock, Attention, Downsample, Upsample, nn.GroupNorm)
+_KINDS = (
+    Encoder,
+    Decoder,
+    DownLevel,
+    UpLevel,
+    MidBlock,
+    ResnetBlock,
+    Attention,
+    Downsample,
+    Upsample,
+    nn.GroupNorm,
+)
 
 
 def check_layers(model: AutoencoderKL) -> None:
@@ -81,7 +92,9 @@ def check_layers(model: AutoencoderKL) -> None:
     for name, module in model.named_modules():
         reason = _obstacle(module) if name else None
         if reason is not None:
-            raise ModelError(f"tiling can't split this model: {name} {reason}; merge or remove it, or run untiled")
+            raise ModelError(
+                f"tiling can't split this model: {name} {reason}; merge or remove it, or run untiled"
+            )
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -101,7 +114,9 @@ def encoder_steps(model: AutoencoderKL) -> list[Step]:
     steps: list[Step] = [Convolution(encoder.conv_in)]
     for level in encoder.down_blocks:
         steps += _level(level)  # pyright: ignore[reportArgumentType]
-    steps += _blocks([encoder.mid_block.resnets[0], *encoder.mid_block.attentions, encoder.mid_block.resnets[1]])
+    steps += _blocks(
+        [encoder.mid_block.resnets[0], *encoder.mid_block.attentions, encoder.mid_block.resnets[1]]
+    )
     steps.append(Convolution(encoder.conv_out, encoder.conv_norm_out))
     return steps if model.quant_conv is None else [*steps, Convolution(model.quant_conv)]
 
@@ -111,7 +126,9 @@ def decoder_steps(model: AutoencoderKL) -> list[Step]:
     decoder: Decoder = model.decoder
     steps: list[Step] = [] if model.post_quant_conv is None else [Convolution(model.post_quant_conv)]
     steps.append(Convolution(decoder.conv_in))
-    steps += _blocks([decoder.mid_block.resnets[0], *decoder.mid_block.attentions, decoder.mid_block.resnets[1]])
+    steps += _blocks(
+        [decoder.mid_block.resnets[0], *decoder.mid_block.attentions, decoder.mid_block.resnets[1]]
+    )
     for level in decoder.up_blocks:
         steps += _level(level)  # pyright: ignore[reportArgumentType]
     return [*steps, Convolution(decoder.conv_out, decoder.conv_norm_out)]
@@ -210,7 +227,9 @@ def _convolution(step: Convolution, x: Tensor, norms: Norms) -> Tensor:
 
 def activate(x: Tensor, affine: Affine, silu: bool = True) -> Tensor:
     """silu(scale x + shift) in a new tensor; half precision is widened on the way."""
-    scale, shift = (value.to(torch.promote_types(x.dtype, torch.float32)).view(1, -1, 1, 1) for value in affine)
+    scale, shift = (
+        value.to(torch.promote_types(x.dtype, torch.float32)).view(1, -1, 1, 1) for value in affine
+    )
     y = torch.addcmul(shift, x.to(scale.dtype), scale)
     return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
 

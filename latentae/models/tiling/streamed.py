@@ -60,7 +60,9 @@ def _residual(step: Residual, x: Map, maps: Store, area: int) -> Map:
     return out
 
 
-def _pass(step: Convolution, x: Map, out: Map, area: int, skip: tuple[Map, torch.nn.Conv2d | None] | None = None) -> None:
+def _pass(
+    step: Convolution, x: Map, out: Map, area: int, skip: tuple[Map, torch.nn.Conv2d | None] | None = None
+) -> None:
     known = None if step.norm is None else affine(step.norm, x.moments.mean, x.moments.variance)
     device = step.conv.weight.device
     for start, stop in out.strips(area):
@@ -78,7 +80,9 @@ def _needed(step: Convolution, start: int, stop: int, height: int) -> tuple[int,
     """Rows [first, last) of the input that rows [start, stop) of the output need, and how many output rows too many come first."""
     if step.conv.kernel_size == (1, 1):
         return start, stop, 0
-    if step.kind == "down":  # windows of three rows from every second one; the zeros below the last are padding
+    if (
+        step.kind == "down"
+    ):  # windows of three rows from every second one; the zeros below the last are padding
         return 2 * start, min(2 * stop + 1, height), 0
     low, high = (start // 2, (stop + 1) // 2) if step.kind == "up" else (start, stop)
     first, last = max(low - 1, 0), min(high + 1, height)
@@ -93,7 +97,9 @@ def _attend(attention: Attention, x: Map, maps: Store, area: int, keys: int | No
     size = -(-x.height // stride), -(-x.width // stride)
     k, v = (maps.new(*size, x.channels, x.scale * stride) for _ in range(2))
     for start, stop in k.strips(area):
-        part = x.rows(start * stride, min((stop - 1) * stride + 1, x.height))[:, :, ::stride, ::stride].to(device)
+        part = x.rows(start * stride, min((stop - 1) * stride + 1, x.height))[:, :, ::stride, ::stride].to(
+            device
+        )
         tokens = _tokens(activate(part, known, silu=False))
         for layer, target in ((attention.to_k, k), (attention.to_v, v)):
             target.put(start, _image(layer(tokens), part.shape[-1]))

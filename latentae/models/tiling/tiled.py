@@ -66,17 +66,25 @@ class Tiled:
         scratch: str | Path | None = None,
     ) -> None:
         if not isinstance(model, AutoencoderKL):
-            raise ModelError(f"tiling is made for AutoencoderKL, this is a {type(model).__name__}; run it untiled")
+            raise ModelError(
+                f"tiling is made for AutoencoderKL, this is a {type(model).__name__}; run it untiled"
+            )
         f = model.config.downsampling
         if mode not in MODES:
             raise RecipeError(f"tiling mode is {mode!r}, expected {' or '.join(MODES)}")
         if tile < 4 * f or tile % f:
-            raise RecipeError(f"tile is {tile} pixels, expected a multiple of {f} and at least {4 * f} for a model of f = {f}")
+            raise RecipeError(
+                f"tile is {tile} pixels, expected a multiple of {f} and at least {4 * f} for a model of f = {f}"
+            )
         if not 0 <= overlap < 0.5:
-            raise RecipeError(f"overlap is {overlap}, expected a share of the tile's side from 0 to below 0.5")
+            raise RecipeError(
+                f"overlap is {overlap}, expected a share of the tile's side from 0 to below 0.5"
+            )
         check_layers(model)
         self.model, self.mode, self.tile, self.overlap = model, mode, tile, overlap
-        self._scratch = Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) if mode == "exact" else None
+        self._scratch = (
+            Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) if mode == "exact" else None
+        )
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -125,7 +133,9 @@ class Tiled:
         out = maps.new(height // scale, width // scale, channels, scale).clear(self.tile**2)
 
         def cut(top: int, left: int, high: int, wide: int) -> Tensor:
-            return image[:, :, top : top + high, left : left + wide].contiguous(memory_format=torch.channels_last)
+            return image[:, :, top : top + high, left : left + wide].contiguous(
+                memory_format=torch.channels_last
+            )
 
         source = Source(cut, image, height, width, scale)
         blend(fine, source, out.add, self._norms(fine, source), self._tiles(scale), scale)

@@ -11,7 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float
-from latentae.evaluation.extractors import Extractor
+from latentae.measures.extractors import Extractor
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics, merge
 from latentae.models.posterior import DiagonalGaussian
@@ -22,7 +22,9 @@ class Patches(Autoencoder):
 
     def __init__(self, channels: int = 3, logvar: float = -30.0) -> None:
         super().__init__()
-        self.config = SimpleNamespace(downsampling=4, latent_channels=16 * channels, in_channels=channels, out_channels=channels)
+        self.config = SimpleNamespace(
+            downsampling=4, latent_channels=16 * channels, in_channels=channels, out_channels=channels
+        )
         self.logvar, self.offset, self.broken = logvar, 0.0, False
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, None]:

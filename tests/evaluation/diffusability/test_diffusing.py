@@ -10,7 +10,7 @@ from latentae.data.transforms import to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.evaluation.diffusability import diffusability
 from latentae.evaluation.diffusability.diffusing import DiffusabilityResult
-from latentae.evaluation.frechet import Moments, frechet_distance
+from latentae.measures.frechet import Moments, frechet_distance
 
 
 def run(count=40, model=None, size=8, channels=3, images=None, **arguments) -> DiffusabilityResult:
@@ -43,7 +43,9 @@ def test_the_result_is_plain_json_and_says_what_was_done():
     result = json.loads(json.dumps(found.result, allow_nan=False))
     assert {"extractor": "FD-moods", "images": 40, "seen": 40}.items() <= result.items()
     assert "ranking aid" in result["limits"]
-    assert {"neighbours": 10, "from": "the same images", "references": 40}.items() <= result["interpolated"].items()
+    assert {"neighbours": 10, "from": "the same images", "references": 40}.items() <= result[
+        "interpolated"
+    ].items()
     flow = result["flow"]
     assert 1e6 < flow["parameters"] < 3e6
     expected = {"patch": 1, "tokens": 16, "steps": 2, "batch": 8, "samples": 16, "seeds": [0, 4]}

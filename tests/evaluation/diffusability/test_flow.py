@@ -20,7 +20,13 @@ def stripes(count: int) -> Latents:
     """Latents that are one number in all places, which differs from image to image."""
     values = torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     means = tuple(values.expand(count, 2, 4, 4).clone())
-    return Latents(tuple(map(str, range(count))), means, tuple(torch.full_like(mean, 1e-3) for mean in means), None, count)
+    return Latents(
+        tuple(map(str, range(count))),
+        means,
+        tuple(torch.full_like(mean, 1e-3) for mean in means),
+        None,
+        count,
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -46,7 +52,9 @@ def test_a_new_network_maps_each_patch_of_any_size_to_itself(channels, height, w
     assert torch.equal(z.grad[0].abs().sum(0) > 0, inside)
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 8), (16, 32, 32), (4, 64, 64), (128, 16, 16), (192, 8, 8), (32, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 8), (16, 32, 32), (4, 64, 64), (128, 16, 16), (192, 8, 8), (32, 4, 4)]
+)
 def test_the_network_has_1_to_3_million_parameters_whatever_the_latent(shape):
     with torch.device("meta"):
         network = TinyTransformer(shape)
@@ -103,7 +111,9 @@ def test_everything_is_a_function_of_the_seed_also_within_inference_mode():
     samples = draw(first.network, 6, seed=5)
     assert torch.equal(samples, draw(again.network, 6, seed=5))
     assert not torch.equal(samples, draw(first.network, 6, seed=6))
-    torch.testing.assert_close(draw(first.network, 6, seed=5, batch=4), samples, rtol=1e-4, atol=1e-5)  # for any batch
+    torch.testing.assert_close(
+        draw(first.network, 6, seed=5, batch=4), samples, rtol=1e-4, atol=1e-5
+    )  # for any batch
     torch.testing.assert_close(draw(first.network, 2, seed=5, start=3), samples[3:5], rtol=1e-4, atol=1e-5)
 
 
@@ -121,4 +131,6 @@ def test_training_samples_the_posterior_at_evenly_spread_times(std, expected):
     means = tuple(torch.zeros(4, 2, 16, 16))
     latents = Latents(tuple("abcd"), means, tuple(torch.full_like(mean, std) for mean in means), None, 4)
     loss = fit_flow(latents, WHITE, steps=1, batch=64, seed=0).loss
-    assert loss == pytest.approx(expected, rel=0.02)  # four standard errors of the draws; times at random would have 8 %
+    assert loss == pytest.approx(
+        expected, rel=0.02
+    )  # four standard errors of the draws; times at random would have 8 %

@@ -19,15 +19,27 @@ def latents(count: int, seed: int = 0) -> Latents:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(2, 30), st.integers(1, 30), st.integers(1, 12), st.integers(1, 9), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(2, 30),
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_the_nearest_are_those_of_the_whole_table_of_cosines(queries, references, count, block, itself, seed):
     a = latents(queries, seed)
     b = latents(references, seed + 100) if itself else a
-    whitening = Whitening(torch.tensor([0.5, -1.0, 0.0])[:, None, None], torch.tensor([1.0, 2.0, 0.5])[:, None, None])
+    whitening = Whitening(
+        torch.tensor([0.5, -1.0, 0.0])[:, None, None], torch.tensor([1.0, 2.0, 0.5])[:, None, None]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpolated, "AT_A_TIME", block)
         found = nearest(a.means, b.means, whitening, itself=itself, count=count)
-    x, y = ((torch.stack(each.means) - whitening.mean).div(whitening.std).flatten(1).double().numpy() for each in (a, b))
+    x, y = (
+        (torch.stack(each.means) - whitening.mean).div(whitening.std).flatten(1).double().numpy()
+        for each in (a, b)
+    )
     cosines = (x @ y.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(y, axis=1)
     if not itself:
         np.fill_diagonal(cosines, -np.inf)
@@ -51,7 +63,9 @@ def test_neighbours_are_drawn_by_the_softmax_of_minus_the_mean_squared_differenc
     distances = [(mean - own.means[0]).double().square().mean().item() for mean in references.means]
     expected = np.exp(-np.array(distances)) / np.exp(-np.array(distances)).sum()
     drawn = [draw_neighbours(own, references, PLAIN, itself=True, seed=seed)[0] for seed in range(1000)]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 1000, expected, atol=0.065)  # four standard errors
+    np.testing.assert_allclose(
+        np.bincount(drawn, minlength=3) / 1000, expected, atol=0.065
+    )  # four standard errors
 
 
 def test_equally_near_neighbours_are_chosen_by_their_position_not_by_rounding():
@@ -73,8 +87,12 @@ def test_half_way_on_the_sphere():
     a, b = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 2, 2, dtype=torch.float64)
     x, y = (z / z.flatten(1).norm(dim=1)[:, None, None, None] for z in (a, b))
     middle = halfway(x, y).flatten(1)
-    torch.testing.assert_close(middle.norm(dim=1), torch.ones(5, dtype=torch.float64))  # it stays on the sphere
-    torch.testing.assert_close((middle * x.flatten(1)).sum(1), (middle * y.flatten(1)).sum(1))  # at the same angle to both
+    torch.testing.assert_close(
+        middle.norm(dim=1), torch.ones(5, dtype=torch.float64)
+    )  # it stays on the sphere
+    torch.testing.assert_close(
+        (middle * x.flatten(1)).sum(1), (middle * y.flatten(1)).sum(1)
+    )  # at the same angle to both
     for row in range(5):  # Shoemake's formula for vectors of any length
         cosine = torch.nn.functional.cosine_similarity(a[row].flatten(), b[row].flatten(), dim=0)
         angle = cosine.acos()

@@ -47,7 +47,9 @@ def test_memory_is_bounded_in_numbers_too(monkeypatch):
     monkeypatch.setattr(latents, "LATENTS", 3)
     kept = collect(Patches(), batches(moods(9), 4), progress=False)
     assert len(kept) == 3
-    assert all(mean.untyped_storage().nbytes() == mean.nbytes for mean in kept.means)  # a row does not hold its batch
+    assert all(
+        mean.untyped_storage().nbytes() == mean.nbytes for mean in kept.means
+    )  # a row does not hold its batch
 
 
 def test_other_sizes_and_diverged_models_are_errors():

@@ -28,7 +28,10 @@ def test_a_file_is_never_above_its_budget_and_decodes_to_what_it_says(
     image = channels_of(smooth_images(1, 32, seed), channels)[0]
     found = codec.within(image, budget)
     if found is None:
-        assert all(len(codec.encode(image, codec.qualities[0], variant)) > budget for variant in codec.variants(channels))
+        assert all(
+            len(codec.encode(image, codec.qualities[0], variant)) > budget
+            for variant in codec.variants(channels)
+        )
         return
     assert len(found.data) <= budget
     assert found.data == codec.encode(image, found.quality, found.variant)

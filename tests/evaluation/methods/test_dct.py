@@ -31,13 +31,17 @@ def coefficients(images: Tensor, block: int) -> np.ndarray:
 
 
 def training_error(basis: Tensor, mean: Tensor, images: Tensor, block: int) -> float:
-    tokens = torch.nn.functional.unfold(images.double(), block, stride=block).transpose(1, 2).flatten(0, 1) - mean
+    tokens = (
+        torch.nn.functional.unfold(images.double(), block, stride=block).transpose(1, 2).flatten(0, 1) - mean
+    )
     return float((tokens - tokens @ basis @ basis.T).square().sum(1).mean())
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([1, 3, 4]), st.sampled_from([1, 2, 4, 8]), st.integers(1, 20), st.integers(0, 3))
-def test_the_coefficients_of_largest_variance_are_kept(smooth_images, channels: int, block: int, kept: int, seed: int):
+def test_the_coefficients_of_largest_variance_are_kept(
+    smooth_images, channels: int, block: int, kept: int, seed: int
+):
     images = channels_of(smooth_images(6, 16, seed), channels)
     kept = min(kept, channels * block**2)
     dct = fit_dct(images, block, kept)
@@ -95,9 +99,13 @@ def test_equal_variances_keep_luma_and_low_frequencies():
     assert torch.equal(dct.reconstruct(flat), flat)
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
     basis = fit_dct(torch.cat([images, images.transpose(2, 3)]), 8, 64).basis
-    frequencies = pytest.importorskip("scipy.fft").dctn(basis.T.reshape(64, 8, 8).numpy(), axes=(1, 2), norm="ortho")
+    frequencies = pytest.importorskip("scipy.fft").dctn(
+        basis.T.reshape(64, 8, 8).numpy(), axes=(1, 2), norm="ortho"
+    )
     order = np.abs(frequencies).reshape(64, 64).argmax(axis=1).tolist()
-    assert all(order.index(8 * low + high) < order.index(8 * high + low) for high in range(8) for low in range(high))
+    assert all(
+        order.index(8 * low + high) < order.index(8 * high + low) for high in range(8) for low in range(high)
+    )
 
 
 def test_what_it_can_not_take_is_refused(smooth_images):

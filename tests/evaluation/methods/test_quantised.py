@@ -16,7 +16,9 @@ from latentae.evaluation.methods.quantised import compress_latent, decompress_la
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-1e4, 1e4), st.floats(0, 1e4), st.integers(1, 5), st.integers(1, 9), st.integers(2, 8))
-def test_a_quantised_latent_is_within_half_a_step(mean: float, spread: float, channels: int, side: int, bits: int):
+def test_a_quantised_latent_is_within_half_a_step(
+    mean: float, spread: float, channels: int, side: int, bits: int
+):
     latent = mean + spread * torch.randn(channels, side, side + 1, generator=torch.Generator().manual_seed(0))
     decoded = decompress_latent(compress_latent(latent, bits), latent.shape)
     step = (latent.amax((1, 2), keepdim=True) - latent.amin((1, 2), keepdim=True)) / (2**bits - 1)
@@ -43,7 +45,13 @@ def test_the_stream_is_ranges_and_deflated_codes_as_written(bits: int):
 def test_bytes_of_a_latent_are_those_of_codes_and_ranges():
     noise = torch.rand(4, 64, 64)  # 16,384 codes of nearly 8 bits each
     assert 16384 * 0.95 < len(compress_latent(noise)) < 16384 + 4 * 8 + 64
-    for bits in (2, 3, 4, 5, 6):  # codes equally likely, but for the two at the ends: no coder can do better than the bits
+    for bits in (
+        2,
+        3,
+        4,
+        5,
+        6,
+    ):  # codes equally likely, but for the two at the ends: no coder can do better than the bits
         assert 0.9 < 8 * (len(compress_latent(noise, bits)) - 32) / noise.numel() / bits < 1.15
     constant = torch.full((4, 32, 32), 1.25)
     assert len(compress_latent(constant)) < 100

@@ -12,8 +12,12 @@ from latentae.evaluation.methods.webp import WebP
 def test_files_are_pillows(smooth_images, quality: int):
     rgb = smooth_images(1, 40)
     gray, clear = channels_of(rgb, 1)[0], channels_of(rgb, 4)[0]
-    assert WebP().encode(rgb[0], quality, "") == pillow_file(rgb[0], "WEBP", quality=quality, method=4, exact=True)
-    assert WebP().encode(gray, quality, "") == pillow_file(gray, "WEBP", mode="RGB", quality=quality, method=4, exact=True)
+    assert WebP().encode(rgb[0], quality, "") == pillow_file(
+        rgb[0], "WEBP", quality=quality, method=4, exact=True
+    )
+    assert WebP().encode(gray, quality, "") == pillow_file(
+        gray, "WEBP", mode="RGB", quality=quality, method=4, exact=True
+    )
     for variant, alpha in (("exact alpha", 100), ("lossy alpha", quality)):
         theirs = pillow_file(clear, "WEBP", quality=quality, method=4, exact=True, alpha_quality=alpha)
         assert WebP().encode(clear, quality, variant) == theirs
@@ -36,7 +40,9 @@ def test_colours_under_transparent_pixels_are_kept(smooth_images):
     opaque = WebP().decode(WebP().encode(image[:3], 100, ""), 3)
     assert torch.equal(restored[:3], opaque)
     opaque = torch.cat([image[:3], torch.full((1, 32, 32), 255, dtype=torch.uint8)])
-    assert torch.equal(WebP().decode(WebP().encode(opaque, 50, "exact alpha"), 4)[3], opaque[3])  # the file then has no alpha
+    assert torch.equal(
+        WebP().decode(WebP().encode(opaque, 50, "exact alpha"), 4)[3], opaque[3]
+    )  # the file then has no alpha
 
 
 def test_a_pillow_without_webp_says_so(monkeypatch):

