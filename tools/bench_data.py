@@ -40,13 +40,13 @@ from torch import Tensor
 
 from latentae.data import pixels
 from latentae.data.decode import decode_image
-from latentae.data.epoch_order import derive_seed
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
 from latentae.data.photos import HELD_OUT, TRAINING, photo_file
 from latentae.data.shard_index import load_index
 from latentae.data.transforms import random_crop_flip
 from latentae.errors import MissingDependencyError
+from latentae.keyed import derive_seed
 
 SHORT, LONG = 512, (512, 683, 768)  # pixels; images take the long sides in turn
 QUALITY = 90

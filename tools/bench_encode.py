@@ -49,11 +49,13 @@ from latentae.data.shard_index import load_index
 from latentae.data.transforms import resize_and_center_crop
 from latentae.encoding.encode import conclude, prepare
 from latentae.encoding.encoders import ModelEncoder
+from latentae.encoding.options import EncodeOptions
 from latentae.encoding.shard import encode_shards
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import preset
 from latentae.models.pretrained import load_model, resolve_model
+from latentae.options import parse
 
 OURS, BASELINE = "latentae encode", "DataLoader + diffusers"
 Call = Callable[[], object]
@@ -209,7 +211,15 @@ def stages(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
     outs = iter(range(repeats))
 
     def without_encoding() -> None:
-        work = prepare(setting.model, setting.shards, folder / f"stub-{next(outs)}", **options_of(setting))
+        work = prepare(
+            parse(
+                EncodeOptions,
+                setting.model,
+                setting.shards,
+                folder / f"stub-{next(outs)}",
+                **options_of(setting),
+            )
+        )
         shards = [(shard.source, shard.name) for shard in work.pending]
         for _ in encode_shards(shards, work.store, lambda images: (mean, logvar), work.settings):
             continue

@@ -11,70 +11,22 @@ batches: a process owns lanes. To stop and go on takes the epoch and the step, n
 
 from __future__ import annotations
 
-import hashlib
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import SupportsIndex
 
 import numpy as np
 
-from latentae.data.options import MAX_SEED
-from latentae.errors import RecipeError
+from latentae.keyed import derive_seed, whole_seed
 
 __all__ = [
     "SLICE_SAMPLES",
     "EpochOrder",
     "Run",
-    "derive_seed",
     "lane_share",
-    "plain_word",
-    "run_seed",
-    "whole_seed",
 ]
 
 SLICE_SAMPLES = 64  # one read of some megabytes; B lanes of it are the reach of the shuffle
-
-
-def whole_seed(seed: SupportsIndex) -> int:
-    """A seed as a plain int: 3 for `3`, `np.int64(3)` and `torch.tensor(3)`.
-
-    Raises:
-        RecipeError: anything but a whole number, such as 3.0 or a torch.Generator.
-    """
-    try:
-        return operator.index(seed)
-    except (TypeError, ValueError):
-        advice = "its initial_seed()" if hasattr(seed, "initial_seed") else "3"
-        raise RecipeError(
-            f"seed is {seed!r}, expected a whole number; give an int such as {advice}"
-        ) from None
-
-
-def run_seed(seed: SupportsIndex) -> int:
-    """A seed that a training takes, as a plain int: generators of torch and NumPy begin from it, too.
-
-    Raises:
-        RecipeError: no whole number from 0 to MAX_SEED.
-    """
-    plain = whole_seed(seed)
-    if not 0 <= plain <= MAX_SEED:
-        raise RecipeError(f"seed is {plain}, expected a whole number from 0 to {MAX_SEED}; give another one")
-    return plain
-
-
-def plain_word(word: SupportsIndex | str) -> int | str:
-    """The plain form in which a word of a key is hashed: equal numbers and equal texts give one word, of any type."""
-    return str(word) if isinstance(word, str) else whole_seed(word)
-
-
-def derive_seed(*words: SupportsIndex | str) -> int:
-    """A 64-bit seed for these words, the same on every machine and run."""
-    text = repr(tuple(map(plain_word, words)))
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
-    )
 
 
 def lane_share(lanes: range, part: int, parts: int) -> range:

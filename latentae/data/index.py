@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from latentae.data.options import IndexOptions
 from latentae.data.scanning import scan
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import IndexFiles, ShardEntry, ShardIndex, entry_of, write_manifest
@@ -20,6 +21,7 @@ from latentae.data.tables import SampleTable, open_table
 from latentae.data.tars import DamagedTar, Problem
 from latentae.errors import OutputError, ShardError
 from latentae.files import abandoned, write_text
+from latentae.options import verb
 from latentae.progress import Progress, say
 
 __all__ = ["DAMAGED", "Finding", "IndexSummary", "index"]
@@ -81,23 +83,12 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 or what == LEFT_OUT else f"{count} {what}s"
 
 
-def index(
-    shards: str | Path | Sequence[str | Path],
-    out: str | Path | None = None,
-    *,
-    workers: int | None = None,
-    verify: bool = False,
-) -> IndexSummary:
+@verb(IndexOptions)
+def index(options: IndexOptions) -> IndexSummary:
     """Index shards: where each sample lies, the size of its image, and the SHA-256 of every shard.
 
     Writes `NAME.tar.index` for each shard, whole or not at all, so that a run that was stopped goes on with those that are missing.
     With `out`, also `index.json` (the manifest of all) and `damaged.jsonl` (what is damaged or left out).
-
-    Args:
-        shards: as for `expand_shards`: a folder, file, glob, brace pattern or URL.
-        out: folder for the indexes; None is beside each shard. Remote shards need a folder.
-        workers: shards read at the same time; None is one for each core, at least 4 for remote shards.
-        verify: read also shards that have an index, and compare their SHA-256; one that differs is reported and left as it is.
 
     Returns:
         What was found. Damage is no error: the undamaged shards are indexed all the same.
@@ -106,18 +97,18 @@ def index(
         ShardError: no shards, or one that can't be reached.
         OutputError: an index can't be written.
     """
-    if workers is not None and workers < 1:
-        raise OutputError(f"workers is {workers}, expected 1 or more")
-    paths = tuple(expand_shards(shards))
+    if options.workers is not None and options.workers < 1:
+        raise OutputError(f"workers is {options.workers}, expected 1 or more")
+    paths = tuple(expand_shards(options.shards))
     remote = next((path for path in paths if is_remote(path)), None)
-    if remote and out is None:
+    if remote and options.out is None:
         raise OutputError(
             f"the index of {shown(remote)} can't be written beside it; name a folder: latentae index SHARDS OUT"
         )
-    files = IndexFiles(paths, None if out is None else Path(out))
+    files = IndexFiles(paths, None if options.out is None else Path(options.out))
     _remove_leftovers(files)
-    run = _Run(files, verify)
-    threads = workers or max(os.cpu_count() or 1, 4 if remote else 1)
+    run = _Run(files, options.verify)
+    threads = options.workers or max(os.cpu_count() or 1, 4 if remote else 1)
     with (
         Progress("indexing", total=len(paths), unit="shards") as progress,
         ThreadPoolExecutor(threads) as pool,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import MAX_PIXELS, Sample, decode_sample
-from latentae.data.epoch_order import EpochOrder, derive_seed, lane_share, whole_seed
+from latentae.data.epoch_order import EpochOrder, lane_share
 from latentae.data.options import DataOptions
 from latentae.data.selection import Selection, is_held_out
 from latentae.data.shard_files import RawSample, expand_shards, read_shard
@@ -25,6 +25,7 @@ from latentae.data.shard_index import ShardIndex, load_index, read_samples
 from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
 from latentae.data.workers import end_workers, leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError
+from latentae.keyed import derive_seed, whole_seed
 from latentae.progress import say
 
 __all__ = [

@@ -7,10 +7,19 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentae.data.headers import MAX_PIXELS
+from latentae.keyed import Seed
+from latentae.options import KW_ONLY, Device, Inputs, PathLike, Weights, argument, option, table
 
-__all__ = ["MAX_SEED", "DataOptions"]
-
-MAX_SEED = 2**63 - 1  # torch's generators take 64 bits, and a training also begins one from the seed plus one
+__all__ = [
+    "IMAGES",
+    "MODEL",
+    "SHARDS",
+    "DataOptions",
+    "ImageOptions",
+    "IndexOptions",
+    "OrderOptions",
+    "ShardsOptions",
+]
 
 
 class DataOptions(BaseModel):
@@ -113,3 +122,96 @@ class DataOptions(BaseModel):
         from latentae.data.buckets import default_buckets
 
         return tuple(default_buckets(self.resolution, self.bucket_step, self.bucket_max_ratio))
+
+
+MODEL = "Run, checkpoint, exported folder, file of weights, or owner/name on the Hub."
+SHARDS = "Folder, file, glob, brace pattern ({000..099}.tar) or URL of image shards."
+IMAGES = "Folder of images, image files, or shards (folder, file, glob, brace pattern or URL)."
+
+
+@table
+class ImageOptions:
+    """Options of every verb that runs a model on images."""
+
+    _: KW_ONLY
+    weights: Weights = option("Weights of a run.", default="ema")
+    device: Device = option("auto, cpu, cuda or cuda:N.", default="auto")
+    max_pixels: int = option(
+        "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels.",
+        default=MAX_PIXELS,
+        ge=1,
+        identity="changed",
+    )
+
+
+@table
+class ShardsOptions:
+    """Pack images into WebDataset shards. Run the same command again to resume."""
+
+    images: PathLike = argument(
+        "Folder of images, searched recursively; a Hugging Face dataset: its folder, or hf://NAME:SPLIT; or images of installed "
+        "packages: sklearn:digits, sklearn:binary-digits or skimage:photos, or these with :held-out."
+    )
+    out: PathLike = argument("Folder for the shards.")
+    _: KW_ONLY
+    shard_size: int | None = option(
+        "Maximum samples per shard. By default 16 to 1000, chosen so that there are at least 8 shards.",
+        default=None,
+    )
+    max_shard_mb: float = option("Maximum MB per shard, of the image files before resizing.", default=1000.0)
+    resize: int | None = option(
+        "Shrink images to this short side in pixels. By default files are copied unchanged.", default=None
+    )
+    quality: int | None = option(
+        "JPEG quality of shrunk images, 1 to 100. By default they are PNGs.", default=None
+    )
+    skip_bad: bool = option(
+        "Skip unreadable images and list them in bad_samples.jsonl. By default they stop the run.",
+        default=False,
+    )
+    workers: int | None = option(
+        "Threads that read images; defaults to one per core, at most 16.", default=None
+    )
+    max_pixels: int = option(
+        "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels.",
+        default=MAX_PIXELS,
+        ge=1,
+    )
+
+
+@table
+class IndexOptions:
+    """Index shards for training: sample offsets, image sizes, SHA-256. Lists damaged shards and fails if there are any."""
+
+    shards: Inputs = argument(SHARDS)
+    out: PathLike | None = argument(
+        "Folder for the indexes; defaults to the folder of each shard.", default=None, metavar="[OUT]"
+    )
+    _: KW_ONLY
+    workers: int | None = option(
+        "Shards read in parallel; defaults to one per core, at least 4 for remote shards.", default=None
+    )
+    verify: bool = option("Also read shards that have an index, and compare their SHA-256.", default=False)
+
+
+@table
+class OrderOptions:
+    """Print the training order, `step<TAB>key`, without reading images."""
+
+    shards: Inputs = argument(SHARDS)
+    _: KW_ONLY
+    seed: Seed = option("Random seed of the run.", default=0)
+    epoch: int = option("Epoch, from 0.", default=0)
+    global_batch: int = option("Samples per step over all ranks.", default=16)
+    world_size: int = option("Number of ranks.", default=1)
+    rank: int = option("Rank whose samples are listed, from 0.", default=0)
+    workers: int = option("Data workers per rank; they do not change the order.", default=0)
+    start: int = option("First step, absolute within the epoch.", default=0)
+    limit: int | None = option("Maximum number of steps.", default=None)
+    pad: bool = option("Fill the last batch from the next epoch.", default=False)
+    held_out: float = option(
+        "Share of the samples held out by key; training holds out 0.02 by default.", default=0.0
+    )
+    index: PathLike | None = option(
+        "Folder of the shards' indexes; defaults to the folder of the shards.", default=None
+    )

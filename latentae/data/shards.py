@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 
 from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder, escape_key
-from latentae.data.headers import MAX_PIXELS
 from latentae.data.hf_dataset import ImageDataset, is_dataset
+from latentae.data.options import ShardsOptions
 from latentae.data.packing import BAD_SAMPLES, ImageSource, Members, Packer, fill_tar
 from latentae.data.shard_index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan_shard, write_index
 from latentae.data.shrinking import encode_png
 from latentae.errors import DataError, ImageError, OutputError
 from latentae.files import abandoned, atomic_file, read_json
 from latentae.jobs import RECORD, Job
+from latentae.options import verb
 from latentae.progress import say
 
 __all__ = ["BAD_SAMPLES", "default_shard_size", "encode_png", "shards", "write_shards"]
@@ -40,18 +41,8 @@ def default_shard_size(count: int) -> int:
     return min(max(-(-count // 8), 16), 1000)
 
 
-def shards(
-    images: str | Path,
-    out: str | Path,
-    *,
-    shard_size: int | None = None,
-    max_shard_mb: float = 1000.0,
-    resize: int | None = None,
-    quality: int | None = None,
-    skip_bad: bool = False,
-    workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> ShardIndex:
+@verb(ShardsOptions)
+def shards(options: ShardsOptions) -> ShardIndex:
     """Pack images into WebDataset shards `OUT/000000.tar ...`, each with its index, and a manifest `index.json`.
 
     From a folder, the files are copied as they are, with a `.txt`, `.json`, `.cls` or `.caption` of the same name if there is one. A
@@ -61,32 +52,21 @@ def shards(
     Every image is decoded once to be sure that it can be. A run that was stopped, in whatever way, goes on with the shards that
     are missing, and ends with the same bytes. Other files in `out` are left alone.
 
-    Args:
-        images: folder of images, searched with its subfolders (hidden files and `out` are passed over); a folder that
-            `save_to_disk` of the package datasets made; `hf://NAME` or `hf://NAME:SPLIT`, which that package loads; or built-in
-            images: `sklearn:digits`, `sklearn:binary-digits` or `skimage:photos`, each with `:held-out` for its other split.
-        out: folder for the shards.
-        shard_size: at most so many samples in a shard; None is what `default_shard_size` says.
-        max_shard_mb: and at most so many MB of image files (before resizing), unless one image alone is larger.
-        resize: shrink images whose short side is longer than so many pixels, by antialiased bicubic; others stay as they are.
-        quality: of the JPEGs that shrunk images become, 1 to 100; None makes PNGs.
-        skip_bad: leave unreadable images out and list them in `bad_samples.jsonl`, rather than stop at the first.
-        workers: threads that read and check images; None is one for each core, up to 16.
-        max_pixels: refuse images of more pixels by their header; docs/images.md has the memory that large ones take.
-
     Raises:
         DataError: no such images, none at all, or two files with the same key.
         ImageError: an image can't be read (without `skip_bad`), or none can.
         MissingDependencyError: a dataset without the package datasets, or built-in images without the package that holds them.
         OutputError: the output can't be written, or holds shards of something else.
     """
-    out = Path(out)
-    _check(shard_size, max_shard_mb, resize, quality, workers)
-    source = _source(images, out)
+    out = Path(options.out)
+    _check(options.shard_size, options.max_shard_mb, options.resize, options.quality, options.workers)
+    source = _source(options.images, out)
     count = len(source.sizes)
-    shard_size = shard_size or default_shard_size(count)
+    shard_size = options.shard_size or default_shard_size(count)
     groups = _split(
-        ((number, size) for number, size in enumerate(source.sizes)), shard_size, max_shard_mb * 1e6
+        ((number, size) for number, size in enumerate(source.sizes)),
+        shard_size,
+        options.max_shard_mb * 1e6,
     )
     plan = [(out / f"{number:06}.tar", range(group[0], group[-1] + 1)) for number, group in enumerate(groups)]
     inputs = {
@@ -94,9 +74,9 @@ def shards(
         "files": count,
         "listing": source.listing,
         "shard_size": shard_size,
-        "max_shard_mb": float(max_shard_mb),
-        "resize": resize,
-        "quality": quality,
+        "max_shard_mb": float(options.max_shard_mb),
+        "resize": options.resize,
+        "quality": options.quality,
     }  # without `skip_bad` and `max_pixels`, so that a run that stopped at a bad or large image can resume
     job = _ShardsJob.claim(out, inputs)
     if job.state == "finished":
@@ -104,10 +84,14 @@ def shards(
         say(f"{out} is finished: these images are already in shards{_bad(count - index.samples, out)}")
         return index
     _remove_leftovers(out)
-    threads = workers or min(os.cpu_count() or 1, 16)
-    entries = Packer(source, out, resize, quality, skip_bad, threads, max_pixels).run(plan)
+    threads = options.workers or min(os.cpu_count() or 1, 16)
+    entries = Packer(
+        source, out, options.resize, options.quality, options.skip_bad, threads, options.max_pixels
+    ).run(plan)
     if not any(entry.samples for entry in entries):
-        raise ImageError(f"none of the {count} images of {images} can be read; see {out / BAD_SAMPLES}")
+        raise ImageError(
+            f"none of the {count} images of {options.images} can be read; see {out / BAD_SAMPLES}"
+        )
     for entry in entries:
         if not entry.samples:  # every image of this shard was bad
             Path(entry.path).unlink()

@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import Sample
-from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.loader import BadSample, Batch, decode_for_training
 from latentae.data.options import DataOptions
 from latentae.data.reading import READ_EXTENSIONS
@@ -25,6 +24,7 @@ from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
 from latentae.data.workers import end_workers, leave_signals_to_parent, share
 from latentae.errors import DataError, ImageError, LatentAEError, ShardError
+from latentae.keyed import derive_seed, whole_seed
 from latentae.progress import say
 
 __all__ = ["StreamLoader", "streams"]

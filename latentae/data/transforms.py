@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentae.data.epoch_order import whole_seed
 from latentae.data.options import DataOptions
 from latentae.errors import ImageError
+from latentae.keyed import whole_seed
 
 __all__ = [
     "augment",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from latentae.data.epoch_order import derive_seed
+from latentae import keyed
 from latentae.encoding.latents import LatentDataset
 
 __all__ = ["SizeBatches"]
@@ -44,8 +44,7 @@ class SizeBatches(Sampler[list[int]]):
         return sum((len(group) + extra) // self._batch_size for group in self._groups)
 
     def __iter__(self) -> Iterator[list[int]]:
-        seed = derive_seed("latent batches", self._dataset.seed, self._dataset.epoch)
-        generator = torch.Generator().manual_seed(seed >> 1)  # torch takes 63 bits
+        generator = keyed.generator("latent batches", self._dataset.seed, self._dataset.epoch)
         batches = []
         for group in self._groups:
             mixed = group[torch.randperm(len(group), generator=generator)] if self._shuffle else group

@@ -15,6 +15,7 @@ from latentae.data.tars import Sample
 from latentae.data.transforms import crop_to_bucket, to_uint8
 from latentae.device import choose_device
 from latentae.encoding.contents import ShardContents, shard_contents
+from latentae.encoding.options import DecodeOptions
 from latentae.encoding.plan import read_sidecars
 from latentae.encoding.sidecar import SUFFIX
 from latentae.encoding.store import Store
@@ -23,6 +24,7 @@ from latentae.errors import DataError, ImageError, ModelError
 from latentae.measures.metrics import psnr
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model, resolve_model
+from latentae.options import verb
 from latentae.pages.images import image_grid, write_png
 from latentae.progress import say
 
@@ -31,26 +33,11 @@ __all__ = ["decode"]
 SOME = 8  # samples shown where no keys are given
 
 
-def decode(
-    out: str | Path,
-    keys: Sequence[str] | None = None,
-    *,
-    model: str | Path | None = None,
-    weights: str = "ema",
-    device: str = "auto",
-    file: str | Path = "grid.png",
-) -> dict[str, Any]:
+@verb(DecodeOptions)
+def decode(options: DecodeOptions) -> dict[str, Any]:
     """Decode latents and write the images as one PNG: a column a sample, the original on top where images were kept.
 
     Below the decoded posterior mean stands that of the mirrored image, where it was stored.
-
-    Args:
-        out: output folder or URL of encode, finished or not.
-        keys: samples to show, in that order, of a key that several shards have all of them; none shows the first eight samples.
-        model: the model that the latents are of; where not given, the one that was encoded with, if it is still where it was.
-        weights: "ema" or "raw" weights of a run.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        file: the PNG to write; an existing one is replaced.
 
     Returns:
         `file`, `keys` as shown ("KEY of SHARD" where a key is shown more than once), and `psnr` (dB by these, of samples whose image
@@ -61,11 +48,11 @@ def decode(
         ModelError: the model is gone, or is another one than that of the latents.
         DataError: a key is not there, or its shard is damaged.
     """
-    if Path(file).suffix.lower() != ".png":
-        raise ImageError(f"the picture is written as PNG, got {file}; give a name that ends in .png")
-    store, record = open_output(out)
-    network = _load(record, model, weights, device, store.shown)
-    found = _find(store, list(dict.fromkeys(keys or ())), network.config.in_channels)
+    if Path(options.file).suffix.lower() != ".png":
+        raise ImageError(f"the picture is written as PNG, got {options.file}; give a name that ends in .png")
+    store, record = open_output(options.out)
+    network = _load(record, options.model, options.weights, options.device, store.shown)
+    found = _find(store, list(dict.fromkeys(options.keys or ())), network.config.in_channels)
     times = Counter(key for key, _, _ in found)
     shown = [key if times[key] == 1 else f"{key} of {shard}" for key, shard, _ in found]
     samples = [tensors for _, _, tensors in found]
@@ -85,9 +72,9 @@ def decode(
     for key, count in times.items():
         if count > 1:
             say(f"decode: {count} shards have a sample {key}; all are shown, in the order of their shards")
-    write_png(file, image_grid([[_rgb(image) for image in row] for row in rows]))
-    say(f"decode: {len(shown)} samples of {store.shown} in {file}")
-    return {"file": str(file), "keys": shown, "psnr": ratios}
+    write_png(options.file, image_grid([[_rgb(image) for image in row] for row in rows]))
+    say(f"decode: {len(shown)} samples of {store.shown} in {options.file}")
+    return {"file": str(options.file), "keys": shown, "psnr": ratios}
 
 
 def _load(

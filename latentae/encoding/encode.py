@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentae.data.headers import MAX_PIXELS
 from latentae.data.options import DataOptions
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardEntry, ShardIndex, load_index
 from latentae.data.sources import is_remote, name_of, sizes_of
 from latentae.device import choose_device
 from latentae.encoding.encoders import Encoder, ModelEncoder, build_encoder
+from latentae.encoding.options import EncodeOptions
 from latentae.encoding.pipeline import default_workers
 from latentae.encoding.places import has_label
 from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers
-from latentae.encoding.shard import DTYPES, UNREADABLE, ShardSettings, encode_shards
+from latentae.encoding.shard import UNREADABLE, ShardSettings, encode_shards
 from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import ImageError, ModelError, RecipeError
@@ -35,6 +35,7 @@ from latentae.files import json_bytes
 from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.models.pretrained import ModelSource, resolve_model
+from latentae.options import identity, verb
 from latentae.progress import Progress, say
 
 __all__ = ["ModelEncoder", "Work", "conclude", "encode", "prepare"]
@@ -68,55 +69,9 @@ class Work:
     max_bad_share: float
 
 
-def encode(
-    model: str | Path,
-    shards: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    dtype: str = "bf16",
-    compute_dtype: str = "auto",
-    flip: bool = False,
-    resolution: int | None = None,
-    buckets: str = "none",
-    batch_size: int = 16,
-    keep_images: bool = False,
-    packed: bool = False,
-    workers: int | None = None,
-    max_bad_share: float = 0.01,
-    task_id: int | None = None,
-    num_tasks: int | None = None,
-    weights: str = "ema",
-    device: str = "auto",
-    format: str = "latentae",
-    engine: str = "local",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(EncodeOptions)
+def encode(options: EncodeOptions) -> dict[str, Any]:
     """Encode image shards to latent shards; running the same command again goes on where it stopped, or says it is done.
-
-    Args:
-        model: run folder, checkpoint, exported folder or safetensors file.
-        shards: folder, tar, glob, brace pattern or URL, or several.
-        out: folder or URL for the latents; shards keep their names, and their folders below the deepest one they share.
-        dtype: stored type of mean and logvar: bf16, fp16 or fp32. The posterior is computed in fp32.
-        compute_dtype: what the network computes in: fp32, bf16 (autocast), or auto: bf16 on CUDA, fp32 elsewhere.
-        flip: store the posterior of the mirrored image too, as `mean_flip` and `logvar_flip`. Statistics are of the image as it is.
-        resolution: side in pixels of the encoded centre square; the one the model was trained at if not given.
-        buckets: "auto" encodes each image at the nearest of several aspect ratios, about resolution^2 pixels each (the buckets
-            of training, with its default step and largest ratio); "none" at the square.
-        batch_size: images at once; another one may change the last bits. Halved when memory runs out.
-        keep_images: copy the images into the latent shards too.
-        packed: stack the latents of a shard beside it, in one file for each image size, rather than one file for each sample.
-        workers: threads that decode; one on a CPU, and one for each core beside a GPU, if not given. The output does not depend on it.
-        max_bad_share: images that can't be read are left out and recorded; above this share of all the job fails at its end.
-        task_id: which share of the shards to encode, from 0.
-        num_tasks: how many shares there are. Where neither is given, they are RANK and WORLD_SIZE (accelerate launch, torchrun),
-            else those of a SLURM array, else 0 and 1.
-        weights: "ema" or "raw" weights of a run.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        format: "latentae", or the trainer whose layout to write into OUT/FORMAT from latents that are then in OUT/latents; mirrored
-            latents and images are kept for those that need them.
-        engine: "local", or "ray" to spread the shards over a Ray cluster.
-        max_pixels: skip images of more pixels by their header, and record them; docs/images.md has the memory that large ones take.
 
     Returns:
         A summary: `out`, `shards`, `samples`, `skipped`, `finished`. While other tasks have shards to do, `finished` is False and
@@ -128,160 +83,104 @@ def encode(
         ModelError: no such model, or one that takes no images.
         OutputError: `out` can't be written or holds another job, such as that of another model, resolution or dtype.
     """
-    if engine not in ENGINES:
-        raise RecipeError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}")
-    _check_format(format, out, buckets, model, weights, shards)
-    work = prepare(
-        model,
-        shards,
-        out if format == "latentae" else Path(out) / "latents",
-        dtype=dtype,
-        compute_dtype=compute_dtype,
-        flip=flip or format in NEED_FLIPS,
-        resolution=resolution,
-        buckets=buckets,
-        batch_size=batch_size,
-        keep_images=keep_images or format in NEED_IMAGES,
-        packed=packed,
-        workers=workers,
-        max_bad_share=max_bad_share,
-        task_id=task_id,
-        num_tasks=num_tasks,
-        weights=weights,
-        device=device,
-        max_pixels=max_pixels,
+    folder, layout = Path(options.out), options.format
+    if layout == "latentae":
+        return _encode(options)
+    _check_format(options)
+    latents = replace(
+        options,
+        out=folder / "latents",
+        flip=options.flip or layout in NEED_FLIPS,
+        keep_images=options.keep_images or layout in NEED_IMAGES,
     )
-    if work.pending and engine == "ray":
+    summary = _encode(latents)
+    if not summary["finished"]:
+        return summary
+    from latentae.encoding import formats
+
+    return {**summary, "out": str(formats.write(layout, folder / "latents", folder / layout))}
+
+
+def _encode(options: EncodeOptions) -> dict[str, Any]:
+    work = prepare(options)
+    if work.pending and options.engine == "ray":
         from latentae.encoding import ray_engine
 
         ray_engine.run(work)
     elif work.pending:
         _run(work)
-    summary = conclude(work)
-    if format == "latentae" or not summary["finished"]:
-        return summary
-    from latentae.encoding import formats
-
-    return {**summary, "out": str(formats.write(format, Path(out) / "latents", Path(out) / format))}
+    return conclude(work)
 
 
-def _check_format(
-    format: str,
-    out: str | Path,
-    buckets: str,
-    model: str | Path,
-    weights: str,
-    shards: str | Path | Sequence[str | Path],
-) -> None:
+def _check_format(options: EncodeOptions) -> None:
     """Refuse before the work what the writer of a layout would refuse after it."""
-    if format == "latentae":
-        return
-    from latentae.encoding.formats import FORMATS
-
-    if format not in FORMATS:
-        raise RecipeError(f"format is {format!r}, expected one of latentae, {', '.join(FORMATS)}")
-    if is_remote(str(out)):
+    layout, shards = options.format, options.shards
+    if is_remote(str(options.out)):
         raise RecipeError(
-            f"format {format} is written to a local folder, not to a URL; copy it there afterwards"
+            f"format {layout} is written to a local folder, not to a URL; copy it there afterwards"
         )
-    if buckets != "none" and format not in TAKE_BUCKETS:
+    if options.buckets != "none" and layout not in TAKE_BUCKETS:
         raise RecipeError(
-            f"format {format} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}"
+            f"format {layout} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}"
         )
-    if format in NEED_LABELS and not has_label(expand_shards(shards)):
+    if layout in NEED_LABELS and not has_label(expand_shards(shards)):
         raise RecipeError(
-            f"format {format} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
+            f"format {layout} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
             'or a `json` with a whole number as "label"'
         )
-    if format != "kohya":
+    if layout != "kohya":
         return
-    if (factor := resolve_model(model, weights).config.downsampling) != 8:
+    if (factor := resolve_model(options.model, options.weights).config.downsampling) != 8:
         raise RecipeError(
-            f"kohya reads latents of 8 pixels, but {model} downsamples by {factor}; choose another model or format"
+            f"kohya reads latents of 8 pixels, but {options.model} downsamples by {factor}; choose another model or format"
         )
     index = _index(expand_shards(shards))
     if index.sources:  # of remote shards without an index, keys are known once they have been read
         from latentae.encoding.formats import kohya
 
-        kohya.check_names(Path(out) / format, index.names())
+        kohya.check_names(Path(options.out) / layout, index.names())
 
 
-def prepare(
-    model: str | Path,
-    shards: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    dtype: str = "bf16",
-    compute_dtype: str = "auto",
-    flip: bool = False,
-    resolution: int | None = None,
-    buckets: str = "none",
-    batch_size: int = 16,
-    keep_images: bool = False,
-    packed: bool = False,
-    workers: int | None = None,
-    max_bad_share: float = 0.01,
-    task_id: int | None = None,
-    num_tasks: int | None = None,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> Work:
-    """Check the options of `encode`, claim the output, and find out what is left to do."""
-    for name, value, allowed in (
-        ("dtype", dtype, DTYPES),
-        ("compute dtype", compute_dtype, COMPUTE),
-        ("buckets", buckets, ("none", "auto")),
-    ):
-        if value not in allowed:
-            raise RecipeError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-    if batch_size < 1 or (workers is not None and workers < 0) or not 0 <= max_bad_share <= 1:
-        raise RecipeError(
-            f"batch size is {batch_size}, workers {workers}, max bad share {max_bad_share}; expected at least 1, 0 or more, and 0 to 1"
-        )
-    task, tasks = resolve_task(task_id, num_tasks)
-    source = resolve_model(model, weights)
-    side = _resolution(source, resolution)
-    sizes = _bucket_sizes(side, buckets, source.config.downsampling)
-    where = choose_device(device)
-    store = Store.open(out)
-    index = _index(expand_shards(shards))
+def prepare(options: EncodeOptions) -> Work:
+    """Claim the output of `encode` and find out what is left to do."""
+    task, tasks = resolve_task(options.task_id, options.num_tasks)
+    source = resolve_model(options.model, options.weights)
+    side = _resolution(source, options.resolution)
+    sizes = _bucket_sizes(side, options.buckets, source.config.downsampling)
+    where = choose_device(options.device)
+    store = Store.open(options.out)
+    index = _index(expand_shards(options.shards))
     plan = plan_shards(index)
 
-    identity = {
+    about = {
         "model": source.fingerprint,
         "resolution": side,
         "buckets": [list(size) for size in sizes] or "none",
         "preprocessing": PREPROCESSING,
-        "compute": _compute(compute_dtype, where),
-        "dtype": dtype,
-        "flip": flip,
-        "packed": packed,
-        "keep_images": keep_images,
+        "compute": _compute(options.compute_dtype, where),
+        **identity(options),
     }
-    if max_pixels != MAX_PIXELS:  # outputs of before it was an option have the same fingerprint
-        identity["max_pixels"] = max_pixels
-    fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, about]).encode()).hexdigest()
     settings = ShardSettings(
         side,
-        dtype,
-        batch_size,
-        keep_images,
+        options.dtype,
+        options.batch_size,
+        options.keep_images,
         source.config.latent_channels,
         fingerprint,
-        flip=flip,
-        packed=packed,
+        flip=options.flip,
+        packed=options.packed,
         buckets=sizes,
-        workers=default_workers(where) if workers is None else workers,
+        workers=default_workers(where) if options.workers is None else options.workers,
         in_channels=source.config.in_channels,
         pin=where.type == "cuda",
-        max_pixels=max_pixels,
+        max_pixels=options.max_pixels,
     )
     inputs = {
-        **identity,
+        **about,
         "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)},
     }
-    job = store.claim("encode", inputs, {"model_path": str(Path(model).absolute())})
+    job = store.claim("encode", inputs, {"model_path": str(Path(options.model).absolute())})
     mine = plan[task::tasks]
     return Work(
         job,
@@ -295,9 +194,9 @@ def prepare(
         ],
         settings,
         source,
-        partial(build_encoder, source.weights_file, device, identity["compute"]),
+        partial(build_encoder, source.weights_file, options.device, about["compute"]),
         f"task {task} of {tasks}" if tasks > 1 else "",
-        max_bad_share,
+        options.max_bad_share,
     )
 
 

@@ -24,7 +24,6 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.sources import read_range
 from latentae.data.tars import Reader, group, walk
 from latentae.encoding.places import (
@@ -41,6 +40,7 @@ from latentae.encoding.places import (
 from latentae.encoding.sidecar import STATISTICS, SUFFIX, Sidecar, fits, parse_sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import DataError, OutputError, ShardError
+from latentae.keyed import derive_seed, whole_seed
 
 __all__ = ["Latent", "LatentDataset", "LatentSample", "decode_latent"]
 

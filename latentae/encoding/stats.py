@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+from latentae.encoding.options import StatsOptions
 from latentae.encoding.plan import read_sidecars
 from latentae.encoding.sidecar import SUFFIX
 from latentae.encoding.verify import open_output
 from latentae.errors import OutputError
 from latentae.models.latent_statistics import LatentStatistics
+from latentae.options import verb
 
 __all__ = ["stats", "stats_table"]
 
 
-def stats(out: str | Path) -> dict[str, Any]:
+@verb(StatsOptions)
+def stats(options: StatsOptions) -> dict[str, Any]:
     """The statistics of all latents in an output of `encode`, from the sidecars alone; of those so far if it is not finished.
-
-    Args:
-        out: output folder or URL.
 
     Returns:
         `out`, `finished`, `shards` (done), `planned` (shards in all, null where not known), `dtype`, `skipped` (number by reason), and
@@ -28,7 +27,7 @@ def stats(out: str | Path) -> dict[str, Any]:
     Raises:
         OutputError: `out` is no output of encode, can't be read, or its shards are of different models.
     """
-    store, record = open_output(out)
+    store, record = open_output(options.out)
     sizes = store.sizes()
     names = sorted(name.removesuffix(SUFFIX) for name in sizes if name.endswith(SUFFIX))
     total: LatentStatistics | None = None

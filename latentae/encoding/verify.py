@@ -11,11 +11,13 @@ from typing import Any
 
 from latentae.data.shard_files import expand_shards
 from latentae.encoding.checks import deep_problems, input_problems, sidecar_problems, why_not_done
+from latentae.encoding.options import VerifyOptions
 from latentae.encoding.plan import output_names, read_sidecars
 from latentae.encoding.sidecar import STATISTICS, SUFFIX, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import OutputError
 from latentae.models.latent_statistics import LatentStatistics, merge
+from latentae.options import verb
 from latentae.progress import Progress
 
 __all__ = ["Fault", "VerifyReport", "open_output", "verify"]
@@ -70,37 +72,25 @@ def open_output(out: str | Path) -> tuple[Store, dict[str, Any]]:
     return store, record
 
 
-def verify(
-    out: str | Path,
-    deep: bool = False,
-    *,
-    shards: str | Path | Sequence[str | Path] | None = None,
-    forget: bool = True,
-) -> VerifyReport:
+@verb(VerifyOptions)
+def verify(options: VerifyOptions) -> VerifyReport:
     """Check an output of `encode`, and let the same encode command repair what is damaged.
 
     Every shard must have a valid sidecar, all of one job, and the sizes it says; none may be missing; and `statistics.json` must be
     what the sidecars add up to. `deep` reads everything: hashes, tars, the members of each sample, type, shape and values of each
     tensor, and computes the statistics again. Run it while nothing is encoding into `out`.
 
-    Args:
-        out: output folder or URL, finished or not.
-        deep: read every byte.
-        shards: the input shards, to compare with: names and sizes, with `deep` also hashes and keys.
-        forget: remove the sidecars of damaged shards and record that the job is not finished, so that readers refuse the output
-            until the same encode command has made these shards again.
-
     Raises:
         OutputError: `out` is no output of encode, or can't be read.
         ShardError: `shards` names none, or they can't be read.
     """
-    store, record = open_output(out)
+    store, record = open_output(options.out)
     sizes = store.sizes()
-    sources = _sources(shards)
+    sources = _sources(options.shards)
     names = sorted(
         {name.removesuffix(SUFFIX) for name in sizes if name.endswith((SUFFIX, ".tar"))} | set(sources)
     )
-    report = VerifyReport(store.shown, deep, shards=len(names))
+    report = VerifyReport(store.shown, options.deep, shards=len(names))
     good: Counter[str] = (
         Counter()
     )  # samples and bytes are counted by job until it is known which one most shards are of
@@ -114,7 +104,7 @@ def verify(
             if sidecar is None:
                 problems = [why_not_done(store, name, sizes)]
             else:
-                problems = list(_problems(store, record, sidecar, sources.get(name), deep))
+                problems = list(_problems(store, record, sidecar, sources.get(name), options.deep))
                 jobs.setdefault(sidecar.fingerprint, []).append(name)
                 parts.append(LatentStatistics.from_json(sidecar.statistics))
                 skipped += sum(len(keys) for keys in sidecar.skipped.values())
@@ -138,7 +128,7 @@ def verify(
         Fault("", problem)
         for problem in _whole_problems(store, record, names, sources, parts, skipped, usual)
     ]
-    if forget and damaged:
+    if options.forget and damaged:
         _forget(store, record, [name for name in sorted(set(damaged)) if sidecar_name(name) in sizes], report)
     return report
 

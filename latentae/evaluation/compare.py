@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import OutputError, RecipeError
+from latentae.evaluation.options import CompareOptions
 from latentae.evaluation.subjects import Subject, read_subjects
 from latentae.files import write_text
 from latentae.measures.ranking import SAME
 from latentae.measures.scores import HIGHER_IS_BETTER, Scores, interval_text, metric_label, paired
+from latentae.options import verb
 from latentae.progress import say
 from latentae.version import __version__
 
@@ -26,15 +28,12 @@ DATA_OF_VALIDATION = (
 SEED = 0  # of the bootstrap
 
 
-def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> dict[str, Any]:
+@verb(CompareOptions)
+def compare(options: CompareOptions) -> dict[str, Any]:
     """Put runs and evaluations side by side: recipes, curves, validation, speed, and metrics with paired intervals.
 
     A run may still be training. An evaluation of one of the runs is shown with it. Values that can't be compared (other images, another
     perceptual network) are shown, but none is called the best.
-
-    Args:
-        runs: two or more folders that `train` or `evaluate` made.
-        out: the page, a name that ends in .html; an older one is replaced. In a folder, `compare.html`.
 
     Returns:
         The numbers on the page: `subjects` (what is compared), `recipes` (the keys that differ), `validation`, `training` (speed and
@@ -47,10 +46,10 @@ def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> dic
     """
     from latentae.evaluation.compare_page import write_compare_page
 
-    page = Path(out) / "compare.html" if Path(out).is_dir() else Path(out)
+    page = Path(options.out) / "compare.html" if Path(options.out).is_dir() else Path(options.out)
     if page.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"the page is written as HTML, got {out}; give a name that ends in .html")
-    paths = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+        raise OutputError(f"the page is written as HTML, got {options.out}; give a name that ends in .html")
+    paths = [Path(run) for run in ([options.runs] if isinstance(options.runs, str | Path) else options.runs)]
     if len(paths) < 2:
         raise RecipeError(
             f"compare takes two or more folders of runs or evaluations, got {len(paths)}; name another one"

@@ -11,22 +11,23 @@ import io
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentae.data.epoch_order import run_seed
-from latentae.data.headers import MAX_PIXELS
 from latentae.errors import RecipeError
 from latentae.evaluation.finish import finish
 from latentae.evaluation.measure import MODEL, load_images, measure
 from latentae.evaluation.measurement import Measurement
+from latentae.evaluation.options import EvaluateOptions
 from latentae.evaluation.setting import Setting, prepare
 from latentae.evaluation.showing import Shown
 from latentae.evaluation.work import PartsFolder, samples_at
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job, resolve_task
+from latentae.keyed import run_seed
 from latentae.measures.scores import print_table
+from latentae.options import verb
 from latentae.pages.images import write_png
 from latentae.progress import Progress, say
 
@@ -35,48 +36,12 @@ __all__ = ["evaluate"]
 METRICS, CSV, REPORT, EXAMPLES, PARTS = "metrics.json", "per_image.csv", "report.html", "examples", "parts"
 
 
-def evaluate(
-    model: str | Path,
-    shards: str | Path | Sequence[str | Path],
-    *,
-    compare: Sequence[str | Path] | None = None,
-    out: str | Path | None = None,
-    resolution: int | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    perceptual: str = "auto",
-    frechet: str = "auto",
-    details: bool = True,
-    diffusability: bool = False,
-    pca_shards: str | Path | Sequence[str | Path] | None = None,
-    seed: int = 0,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Measure reconstruction, the latent space and the baselines on images in shards.
 
     Started by torchrun, accelerate or a SLURM array, each process takes its share of the images; the one that finds all of them measured
     writes the report. The same command goes on where it stopped.
-
-    Args:
-        model: run folder, checkpoint, exported folder, or any image autoencoder in a diffusers folder.
-        shards: held-out images, as a folder, a file, a glob or a brace pattern.
-        compare: other models, measured on the same images; of any kind that `model` may be.
-        out: folder for metrics.json, per_image.csv, report.html and example pictures; without it a table is printed.
-        resolution: side in pixels after resize and centre crop; the model's own when not given.
-        batch_size: images at a time; changes speed and memory only.
-        limit: at most that many images, spread evenly over the shards.
-        perceptual: "auto" (the best whose weights are on this machine), "vgg", "alex", "squeeze", "efficientnet-lite0" or "none".
-        frechet: features for the Frechet distance: "auto" (Inception where its weights are on this machine, else EfficientNet-Lite0),
-            "inception", "none", or any backbone of timm.
-        details: whether to look closer at a few images: disturbed latents, half precision, rate and distortion.
-        diffusability: also interpolate latents and train tiny flows on them, see docs/diffusability.md; takes minutes.
-        pca_shards: images to fit PCA and the DCT on; the training shards recorded with the model when not given.
-        seed: of the bootstrap, of noise, and of what is trained.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: leave out images of more pixels by their header, and name them.
 
     Returns:
         What metrics.json holds; empty where other processes are still at it.
@@ -86,34 +51,34 @@ def evaluate(
             inputs were checked, and metrics.json is written last.
     """
     task, tasks = resolve_task(None, None)
-    if out is None and tasks > 1:
+    if options.out is None and tasks > 1:
         raise RecipeError(f"{tasks} processes share this evaluation through a folder; give one with --out")
     setting = prepare(
-        model,
-        shards,
-        compare=compare or (),
-        resolution=resolution,
-        batch_size=batch_size,
-        limit=limit,
-        perceptual=perceptual,
-        frechet=frechet,
-        details=details,
-        diffusability=diffusability,
-        pca_shards=pca_shards,
-        seed=run_seed(seed),
-        weights=weights,
-        device=device,
-        max_pixels=max_pixels,
+        options.model,
+        options.shards,
+        compare=options.compare or (),
+        resolution=options.resolution,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        perceptual=options.perceptual,
+        frechet=options.frechet,
+        details=options.details,
+        diffusability=options.diffusability,
+        pca_shards=options.pca_shards,
+        seed=run_seed(options.seed),
+        weights=options.weights,
+        device=options.device,
+        max_pixels=options.max_pixels,
     )
-    if out is None:
+    if options.out is None:
         with tempfile.TemporaryDirectory(prefix="latentae-") as temporary:
             result, _, _ = finish(setting, _measured(setting, Path(temporary), 0, 1))
         print_table(result)
         return result
-    job = Job.open(out, "evaluate", setting.inputs())
+    job = Job.open(options.out, "evaluate", setting.inputs())
     if job.state == "finished":
-        say(f"{out} already holds this evaluation; see {Path(out) / REPORT}")
-        return read_json(Path(out) / METRICS)
+        say(f"{options.out} already holds this evaluation; see {Path(options.out) / REPORT}")
+        return read_json(Path(options.out) / METRICS)
     parts = _measured(setting, job.folder / PARTS, task, tasks)
     return _conclude(setting, job, parts)
 

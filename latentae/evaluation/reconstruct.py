@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentae.data.decode import MAX_PIXELS, read_image
+from latentae.data.decode import read_image
 from latentae.data.headers import image_size
 from latentae.data.transforms import pad_to_multiple, resize_and_center_crop, to_float, to_uint8
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError
+from latentae.evaluation.options import ReconstructOptions
 from latentae.measures.metrics import psnr
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
+from latentae.options import verb
 from latentae.pages.images import image_grid, write_png
 from latentae.progress import Progress, say
 
@@ -27,27 +29,9 @@ LONGEST_SIDE = (
 )
 
 
-def reconstruct(
-    model: str | Path,
-    images: Sequence[str | Path],
-    *,
-    out: str | Path = "grid.png",
-    resolution: int | None = None,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> Path:
+@verb(ReconstructOptions)
+def reconstruct(options: ReconstructOptions) -> Path:
     """Write originals over their reconstructions (posterior mean) as one PNG and print the PSNR of each.
-
-    Args:
-        model: run folder, checkpoint or exported folder.
-        images: image files.
-        out: the PNG to write; an existing one is replaced.
-        resolution: resize the short side to it and crop the centre; without it every image keeps its own size, padded by
-            reflection for the model and cropped back, and is reduced where its longer side exceeds 1024 pixels.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         `out`.
@@ -56,31 +40,31 @@ def reconstruct(
         ImageError: no image, or one that is missing or unreadable.
         ModelError: the model can't be loaded, is not RGB, or gives NaN.
     """
-    if not images:
+    if not options.images:
         raise ImageError("no images given; name one or more image files")
-    if Path(out).suffix.lower() != ".png":
-        raise ImageError(f"the picture is written as PNG, got {out}; give a name that ends in .png")
-    where = choose_device(device)
-    network, source = load_model(model, weights, where)
+    if Path(options.out).suffix.lower() != ".png":
+        raise ImageError(f"the picture is written as PNG, got {options.out}; give a name that ends in .png")
+    where = choose_device(options.device)
+    network, source = load_model(options.model, options.weights, where)
     factor = source.config.downsampling
     if source.config.in_channels != 3 or source.config.out_channels != 3:
         raise ModelError(
             f"the model has {source.config.in_channels} channels in and {source.config.out_channels} out, expected RGB"
         )
-    if resolution is not None and (resolution < 1 or resolution % factor):
-        raise ImageError(f"resolution is {resolution}, this model needs a multiple of {factor}")
-    originals = [_prepare(Path(path), resolution, max_pixels) for path in images]
+    if options.resolution is not None and (options.resolution < 1 or options.resolution % factor):
+        raise ImageError(f"resolution is {options.resolution}, this model needs a multiple of {factor}")
+    originals = [_prepare(Path(path), options.resolution, options.max_pixels) for path in options.images]
     with Progress("reconstructing", len(originals)) as progress:
         results = []
-        for path, original in zip(images, originals, strict=True):
+        for path, original in zip(options.images, originals, strict=True):
             results.append(_reconstruct(network, original, Path(path), where))
             progress.advance()
-    write_png(out, image_grid([originals, results], columns=_columns(originals)))
-    for path, original, result in zip(images, originals, results, strict=True):
+    write_png(options.out, image_grid([originals, results], columns=_columns(originals)))
+    for path, original, result in zip(options.images, originals, results, strict=True):
         height, width = original.shape[1:]
         print(f"{path}: {float(psnr(result[None], original[None])):.2f} dB PSNR at {width} x {height}")
-    say(f"wrote {out}: originals over reconstructions")
-    return Path(out)
+    say(f"wrote {options.out}: originals over reconstructions")
+    return Path(options.out)
 
 
 def _prepare(path: Path, resolution: int | None, max_pixels: int) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
-from latentae.data.epoch_order import whole_seed
 from latentae.encoding.batches import SizeBatches
 from latentae.encoding.latents import LatentDataset
+from latentae.keyed import whole_seed
 
 __all__ = ["LatentTransformer", "flow_loss", "sample", "train"]
 

@@ -6,17 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentae.data.epoch_order import run_seed
 from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.encoding.encode import encode
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import RecipeError
 from latentae.evaluation.evaluate import evaluate
 from latentae.examples.diffusers_check import DiffusersCheck, decode_in_diffusers
+from latentae.examples.options import QuickstartOptions
 from latentae.examples.quickstart_page import write_quickstart_page
 from latentae.exporting.export import export
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
+from latentae.options import verb
 from latentae.progress import say
 from latentae.training.init import init
 from latentae.training.recipe import Recipe, load_recipe
@@ -34,19 +35,12 @@ HELD_OUT_TILE = 128  # side by side: every pixel is judged once
 PLAN, START = "plan.json", "step-0"
 
 
-def quickstart(
-    out: str | Path = "quickstart", *, minutes: float = 6.0, images: int | None = None, seed: int = 0
-) -> Path:
+@verb(QuickstartOptions)
+def quickstart(options: QuickstartOptions) -> Path:
     """Run the main job on photos that ship with scikit-image and scikit-learn; run again, it goes on where it stopped.
 
     The speed is measured first; the number of images that fits into `minutes` is then fixed and recorded, so that nothing that
     follows depends on the clock.
-
-    Args:
-        out: folder for everything: shards, the model at its start, run, evaluation, latents, export, report.html.
-        minutes: minutes of training.
-        images: images to train on, instead of minutes.
-        seed: of the run.
 
     Returns:
         The report, `out/report.html`.
@@ -56,20 +50,27 @@ def quickstart(
         OutputError: `out` holds something else.
         MissingDependencyError: an optional package is missing; `pip install 'latentae[quickstart]'` has them all.
     """
-    if (images is not None and images < 1) or not 0 < minutes < 1e5:
-        raise RecipeError(f"minutes is {minutes} and images is {images}; give a positive number")
-    seed = run_seed(seed)
+    if (options.images is not None and options.images < 1) or not 0 < options.minutes < 1e5:
+        raise RecipeError(
+            f"minutes is {options.minutes} and images is {options.images}; give a positive number"
+        )
     job = Job.open(
-        out, "quickstart", {"minutes": minutes if images is None else None, "images": images, "seed": seed}
+        options.out,
+        "quickstart",
+        {
+            "minutes": options.minutes if options.images is None else None,
+            "images": options.images,
+            "seed": options.seed,
+        },
     )
     report = job.folder / "report.html"
     if job.state == "finished":
-        say(f"the quickstart in {out} is finished; open {report}")
+        say(f"the quickstart in {options.out} is finished; open {report}")
         return report
     home, clock = job.folder, Stopwatch()
     _make_shards(home)
     clock.lap("photos to shards")
-    recipe = _planned(home, minutes, images, seed)
+    recipe = _planned(home, options.minutes, options.images, options.seed)
     clock.lap("measuring the speed")
     start = home / START
     init(recipe, str(recipe.data.shards), start)

@@ -11,11 +11,9 @@ OUT/ config.json, diffusion_pytorch_model[.fp16].safetensors   diffusers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentae.data.headers import MAX_PIXELS
 from latentae.device import choose_device
 from latentae.errors import OutputError
 from latentae.exporting.building import ExportPlan, build
@@ -24,11 +22,13 @@ from latentae.exporting.figures import data_request
 from latentae.exporting.formats import check_format
 from latentae.exporting.kinds import check_kind, exportable
 from latentae.exporting.measured import read_latents, read_metrics
+from latentae.exporting.options import ExportOptions
 from latentae.exporting.push import check_repository, push
 from latentae.exporting.scaling import check_scaling
 from latentae.files import sha256, staged_folder, write_text
 from latentae.jobs import RECORD, Job
 from latentae.models.pretrained import resolve_model
+from latentae.options import verb
 from latentae.progress import say
 
 __all__ = ["export"]
@@ -36,53 +36,11 @@ __all__ = ["export"]
 CARD = "README.md"
 
 
-def export(
-    model: str | Path,
-    out: str | Path,
-    *,
-    format: str = "diffusers",
-    fold_normalization: bool = False,
-    variant: str | None = None,
-    scaling_factor: float | None = None,
-    shift_factor: float | None = None,
-    statistics: str | Path | None = None,
-    metrics: Mapping[str, Any] | str | Path | None = None,
-    data: str | Path | Sequence[str | Path] | None = None,
-    images: int = 256,
-    resolution: int | Sequence[int] | None = None,
-    batch_size: int = 8,
-    perceptual: str = "auto",
-    push_to_hub: str | None = None,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(ExportOptions)
+def export(options: ExportOptions) -> dict[str, Any]:
     """Write a model as a component that others load; the folder appears whole or not at all.
 
     An AutoencoderDC has no posterior in diffusers: what is written, and measured, has the mean for its latent.
-
-    Args:
-        model: run folder, checkpoint, exported folder, file of weights or owner/name on the Hub.
-        out: folder to make; the same export again says it is done.
-        format: "diffusers", "ldm" (one file under LDM's names, of an AutoencoderKL; the log says which programs load it), "onnx",
-            "pt2" (AOTInductor), or "all" of them that the model can have, with what a further training needs.
-        fold_normalization: normalise latents by channel inside the weights, so that scaling is 1 and shift 0; needs statistics or data.
-        variant: "fp16" or "bf16": write the diffusers weights once more in half precision.
-        scaling_factor: what a diffusion model multiplies latents by; measured or the config's if not given.
-        shift_factor: what is subtracted before; measured or the config's if not given.
-        statistics: output folder of `encode` or `evaluate` (or the JSON file in it), for measured factors; goes before `data`.
-        metrics: what the card says of quality: what `evaluate` returned or wrote, or name -> number; a run's last validation if neither
-            this nor data is given.
-        data: shards to measure on: quality, latents, previews, half precision and tiling.
-        images: at most so many of them, the first in shard order.
-        resolution: image side in pixels to measure at, or several: quality at each, latents, previews and half precision at the
-            first. The model's own if not given.
-        batch_size: images at a time when measuring.
-        perceptual: distance to measure, as for `evaluate`.
-        push_to_hub: "owner/name" of a repository on the Hugging Face Hub to upload the folder to; made if it is not there.
-        weights: "ema" or "raw" weights of a run.
-        device: where to measure, and what a "pt2" package is compiled for: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         A summary: `out`, `format`, `scaling_factor`, `shift_factor`, `files`, and `repository` (an address) if it was uploaded.
@@ -94,40 +52,54 @@ def export(
         MissingDependencyError: a format needs a package that is not installed.
         DataError: `data` can't be read.
     """
-    check_format(format, variant)
+    check_format(options.format, options.variant)
     check_scaling(
-        scaling_factor, shift_factor, fold_normalization, statistics is not None or data is not None
+        options.scaling_factor,
+        options.shift_factor,
+        options.fold_normalization,
+        options.statistics is not None or options.data is not None,
     )
-    check_repository(push_to_hub)
-    source, where = resolve_model(model, weights), choose_device(device)
-    config = exportable(source.config, str(model))
-    check_kind(config, format, fold_normalization, shift_factor)
-    sizes = [resolution] if isinstance(resolution, int) else resolution
-    options = {
+    check_repository(options.push_to_hub)
+    source, where = resolve_model(options.model, options.weights), choose_device(options.device)
+    config = exportable(source.config, str(options.model))
+    check_kind(config, options.format, options.fold_normalization, options.shift_factor)
+    sizes = [options.resolution] if isinstance(options.resolution, int) else options.resolution
+    measuring = {
         "resolutions": sizes,
-        "images": images,
-        "batch_size": batch_size,
-        "perceptual": perceptual,
-        "max_pixels": max_pixels,
+        "images": options.images,
+        "batch_size": options.batch_size,
+        "perceptual": options.perceptual,
+        "max_pixels": options.max_pixels,
     }
     plan = ExportPlan(
         source=source,
         config=config,
-        weights=weights,
-        format=format,
-        variant=variant,
-        fold=fold_normalization,
-        factors={"scaling_factor": scaling_factor, "shift_factor": shift_factor},
+        weights=options.weights,
+        format=options.format,
+        variant=options.variant,
+        fold=options.fold_normalization,
+        factors={"scaling_factor": options.scaling_factor, "shift_factor": options.shift_factor},
         latents=None
-        if statistics is None
-        else read_latents(statistics, source.fingerprint, source.config.latent_channels),
-        metrics=read_metrics(metrics, source.fingerprint),
-        request=None if data is None else data_request(source, data, **options, device=where),
+        if options.statistics is None
+        else read_latents(options.statistics, source.fingerprint, source.config.latent_channels),
+        metrics=read_metrics(options.metrics, source.fingerprint),
+        request=None
+        if options.data is None
+        else data_request(source, options.data, **measuring, device=where),
         device=where,
     )
-    record = _finished(Path(out), plan) or _make(Path(out), plan)
-    summary = {"out": str(out), "format": format, **record["scaling"], "files": record["files"]}
-    return summary if push_to_hub is None else {**summary, "repository": push(Path(out), CARD, push_to_hub)}
+    record = _finished(Path(options.out), plan) or _make(Path(options.out), plan)
+    summary = {
+        "out": str(options.out),
+        "format": options.format,
+        **record["scaling"],
+        "files": record["files"],
+    }
+    return (
+        summary
+        if options.push_to_hub is None
+        else {**summary, "repository": push(Path(options.out), CARD, options.push_to_hub)}
+    )
 
 
 def _finished(out: Path, plan: ExportPlan) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import derive_seed, whole_seed
+from latentae import keyed
 from latentae.data.headers import MAX_PIXELS
 from latentae.data.transforms import pad_to_multiple, to_float
 from latentae.device import choose_device
@@ -24,6 +24,7 @@ from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.inference.images import ImageLike, check_output, each_image, present, read
 from latentae.inference.latents import Latents
 from latentae.inference.normalization import Normalization
+from latentae.keyed import whole_seed
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
@@ -256,9 +257,7 @@ def _together(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
 
 def _noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
     """Drawn on the CPU, so that a seed means the same everywhere."""
-    generator = torch.Generator().manual_seed(
-        derive_seed("pipeline noise", seed, number) >> 1
-    )  # torch takes 63 bits
+    generator = keyed.generator("pipeline noise", seed, number)
     return torch.randn(tuple(shape), generator=generator)
 
 

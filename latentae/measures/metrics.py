@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import whole_seed
 from latentae.errors import ImageError
+from latentae.keyed import whole_seed
 
 __all__ = ["Interval", "bootstrap_mean", "psnr", "ssim"]
 

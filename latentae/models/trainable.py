@@ -68,9 +68,8 @@ def _modules(model: AutoencoderKL, part: Part) -> Iterator[nn.Module | None]:
 
 def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
     encoder, decoder = model.encoder, model.decoder
-    down, up = (
-        [level for level in levels if len(level)] for levels in (encoder.down_blocks, decoder.up_blocks)
-    )  # pyright: ignore
+    levels = (encoder.down_blocks, decoder.up_blocks)
+    down, up = ([level for level in blocks if len(level)] for blocks in levels)  # pyright: ignore
     if part in ("all", "encoder"):
         yield encoder
     if part in ("all", "decoder"):

@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import derive_seed, whole_seed
-from latentae.data.headers import MAX_PIXELS
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
+from latentae.keyed import derive_seed
 from latentae.measures.perceptual_distance import Distance, choose_distance
 from latentae.measures.ranking import SAME, rank
+from latentae.options import verb
 from latentae.pages.images import image_grid, write_png
 from latentae.progress import Progress, say
-from latentae.tasks.inputs import Images, InputSpec, Labels, open_images, read_labels
+from latentae.tasks.inputs import Images, Labels, open_images, read_labels
 from latentae.tasks.network import Batch, Network, batches
 from latentae.tasks.normality import Gaussian, GaussianFit, auroc, conformal_threshold, error_map
+from latentae.tasks.options import AnomalyOptions
 from latentae.tasks.parts import Parts
 from latentae.tasks.pictures import enlarge, heat_picture, rgb
 
@@ -43,47 +44,13 @@ _COMBINED = ("error", "peak", "latent")
 _BRIGHT = 2.0  # times the threshold of the peak is the brightest colour of a heat map
 
 
-def anomaly(
-    model: str | Path,
-    normal: InputSpec,
-    inputs: InputSpec,
-    out: str | Path,
-    *,
-    quantile: float = 0.95,
-    score: str = "error",
-    perceptual: str = "none",
-    labels: str | Path = "auto",
-    heat_maps: int = 32,
-    seed: int = 0,
-    resolution: int | None = None,
-    batch_size: int = 16,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(AnomalyOptions)
+def anomaly(options: AnomalyOptions) -> dict[str, Any]:
     """Score how unlike normal images each image is, with a threshold that `quantile` of normal images stay below.
 
     OUT gets scores.csv (a row an image, in their order), heat/ (image, reconstruction and error of those that score highest) and
     summary.json. Where both the normal images and the inputs have labels, an image whose label no normal one has is an anomaly,
     and the summary has the area under the ROC curve of each score. `latentae.tasks.normality` defines the scores.
-
-    Args:
-        model: run folder, checkpoint or exported folder; best trained on normal images alone.
-        normal: normal images that the model was not trained on: a folder, files or shards.
-        inputs: the images to score, likewise.
-        out: output folder.
-        quantile: share of further normal images that the threshold lets pass, or more: 0 to 1.
-        score: which decides: "error", "peak", "latent", "perceptual", or "combined" (error, peak and latent). The table has them all.
-        perceptual: network of a further score: "auto", "vgg", "alex", "squeeze", "efficientnet-lite0" or "none". It needs 3
-            channels and a resolution.
-        labels: as of `features`.
-        heat_maps: how many pictures to write at most.
-        seed: of which half of the normal images is which.
-        resolution: side of the centre square of each image; each image's own shape, 1024 pixels at most, when not given.
-        batch_size: images at a time; changes speed and memory only.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -91,47 +58,47 @@ def anomaly(
     Raises:
         LatentAEError: the model, the images, an option or the output folder can't be used, or there are too few normal images.
     """
-    if not 0 < quantile < 1 or score not in SCORES or heat_maps < 0:
+    if not 0 < options.quantile < 1 or options.score not in SCORES or options.heat_maps < 0:
         raise RecipeError(
-            f"quantile is {quantile:g}, score {score!r} and heat_maps {heat_maps}; expected 0 < quantile < 1, one of {', '.join(SCORES)}, "
+            f"quantile is {options.quantile:g}, score {options.score!r} and heat_maps {options.heat_maps}; "
+            f"expected 0 < quantile < 1, one of {', '.join(SCORES)}, "
             "and 0 or more"
         )
-    seed = whole_seed(seed)
-    network = Network(model, weights, device, reconstructs=True)
-    network.check(resolution, batch_size)
-    distance = _perceptual(perceptual, network, resolution, score)
+    network = Network(options.model, options.weights, options.device, reconstructs=True)
+    network.check(options.resolution, options.batch_size)
+    distance = _perceptual(options.perceptual, network, options.resolution, options.score)
     normals, images = (
-        open_images(normal, "normal images", max_pixels),
-        open_images(inputs, max_pixels=max_pixels),
+        open_images(options.normal, "normal images", options.max_pixels),
+        open_images(options.inputs, max_pixels=options.max_pixels),
     )
-    label_of, label_kind = read_labels(labels)
+    label_of, label_kind = read_labels(options.labels)
     facts = {
         "model": network.fingerprint,
         "normal": normals.digest,
         "inputs": images.digest,
         "labels": label_kind,
     }
-    options = {
-        "quantile": quantile,
-        "score": score,
+    choices = {
+        "quantile": options.quantile,
+        "score": options.score,
         "perceptual": distance.name,
-        "heat_maps": heat_maps,
-        "seed": seed,
+        "heat_maps": options.heat_maps,
+        "seed": options.seed,
     }
-    job = Job.open(out, "anomaly", {**facts, **options, "resolution": resolution})
+    job = Job.open(options.out, "anomaly", {**facts, **choices, "resolution": options.resolution})
     if job.state == "finished":
-        say(f"{out} already holds these scores; see {job.folder / SUMMARY}")
+        say(f"{options.out} already holds these scores; see {job.folder / SUMMARY}")
         return read_json(job.folder / SUMMARY)
-    work = _Detection(network, label_of, distance, resolution, batch_size)
-    normality = work.normality(normals, job.folder / NORMAL, seed, quantile)
+    work = _Detection(network, label_of, distance, options.resolution, options.batch_size)
+    normality = work.normality(normals, job.folder / NORMAL, options.seed, options.quantile)
     parts = Parts(job.folder, images.count, PART)
     with Progress("anomaly: scoring", images.count) as progress:
         for part, numbers in parts.todo(progress):
-            parts.done(part, work.score(images, numbers, normality, score, progress))
+            parts.done(part, work.score(images, numbers, normality, options.score, progress))
     columns = ["key", "label", "score", "anomalous", *normality.units, "combined"]
     parts.write_table(job.folder / TABLE, columns)
-    result = _summary(parts, normality, score, quantile)
-    work.draw(images, _highest(parts, heat_maps), normality, job.folder / HEAT)
+    result = _summary(parts, normality, options.score, options.quantile)
+    work.draw(images, _highest(parts, options.heat_maps), normality, job.folder / HEAT)
     write_json(job.folder / SUMMARY, result)
     job.finish(images=images.count)
     parts.clear()

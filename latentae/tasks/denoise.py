@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import derive_seed, whole_seed
+from latentae import keyed
 from latentae.data.file_names import check_file_names
-from latentae.data.headers import MAX_PIXELS
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import RecipeError
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.measures.metrics import bootstrap_mean, psnr
 from latentae.models.corruptions import add_noise
+from latentae.options import verb
 from latentae.pages.images import image_grid, write_png
 from latentae.progress import Progress, say
-from latentae.tasks.inputs import Images, InputSpec, Item, open_images, read_labels
+from latentae.tasks.inputs import Images, Item, open_images, read_labels
 from latentae.tasks.network import Batch, Network, batches
+from latentae.tasks.options import DenoiseOptions
 from latentae.tasks.parts import Parts
 from latentae.tasks.pictures import enlarge, rgb
 
@@ -35,35 +36,12 @@ PART, WRITERS = 256, 8
 _SHOWN = 8  # examples
 
 
-def denoise(
-    model: str | Path,
-    inputs: InputSpec,
-    out: str | Path,
-    *,
-    noise: float = 0.0,
-    seed: int = 0,
-    resolution: int | None = None,
-    batch_size: int = 16,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(DenoiseOptions)
+def denoise(options: DenoiseOptions) -> dict[str, Any]:
     """Write what the model makes of noisy images, or of clean ones to which Gaussian noise is added to see what it is worth.
 
     OUT gets images/KEY.png (8 bits), examples.png and summary.json; with noise also noisy/KEY.png and psnr.csv, with the PSNR of each image
     before and after. The model sees what noisy/ holds: noise rounded to 8 bits and cut off at black and white, as a file has it.
-
-    Args:
-        model: run folder, checkpoint or exported folder; one trained with `corruption.noise`, or any with a small latent.
-        inputs: folder of images, image files or shards.
-        out: output folder.
-        noise: standard deviation of the noise to add, on the scale of [-1, 1]; 0 takes the images as they are.
-        seed: of the noise, which depends on this and the image's key alone.
-        resolution: side of the centre square of each image; each image's own shape, 1024 pixels at most, when not given.
-        batch_size: images at a time; changes speed and memory only.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -71,41 +49,46 @@ def denoise(
     Raises:
         LatentAEError: the model, the images, an option or the output folder can't be used.
     """
-    if not 0 <= noise < math.inf:
+    if not 0 <= options.noise < math.inf:
         raise RecipeError(
-            f"noise is {noise:g}, expected a standard deviation of 0 or more on the scale of [-1, 1]"
+            f"noise is {options.noise:g}, expected a standard deviation of 0 or more on the scale of [-1, 1]"
         )
-    seed = whole_seed(seed)
-    network = Network(model, weights, device, reconstructs=True)
-    network.check(resolution, batch_size)
-    images = open_images(inputs, max_pixels=max_pixels)
-    check_file_names(Path(out) / IMAGES, ((f"{key}.png", f"image {name}") for key, name in images.names()))
+    network = Network(options.model, options.weights, options.device, reconstructs=True)
+    network.check(options.resolution, options.batch_size)
+    images = open_images(options.inputs, max_pixels=options.max_pixels)
+    check_file_names(
+        Path(options.out) / IMAGES, ((f"{key}.png", f"image {name}") for key, name in images.names())
+    )
     facts = {
         "model": network.fingerprint,
         "inputs": images.digest,
-        "noise": noise,
-        "seed": seed,
-        "resolution": resolution,
+        "noise": options.noise,
+        "seed": options.seed,
+        "resolution": options.resolution,
     }
-    job = Job.open(out, "denoise", facts)
+    job = Job.open(options.out, "denoise", facts)
     if job.state == "finished":
-        say(f"{out} already holds these images; see {job.folder / EXAMPLES}")
+        say(f"{options.out} already holds these images; see {job.folder / EXAMPLES}")
         return read_json(job.folder / SUMMARY)
-    work = _Denoising(network, images, job.folder, noise, seed, resolution, batch_size)
+    work = _Denoising(
+        network, images, job.folder, options.noise, options.seed, options.resolution, options.batch_size
+    )
     parts = Parts(job.folder, images.count, PART)
     with Progress("denoise", images.count) as progress:
         for part, numbers in parts.todo(progress):
             parts.done(part, work.make(numbers, progress))
     work.draw_examples()
-    result: dict[str, Any] = {"images": images.count, "noise": noise, "seed": seed}
-    if noise:
+    result: dict[str, Any] = {"images": images.count, "noise": options.noise, "seed": options.seed}
+    if options.noise:
         parts.write_table(job.folder / TABLE, ["key", "before", "after"])
         result |= _gain(parts)
     write_json(job.folder / SUMMARY, result)
     job.finish(images=images.count)
     parts.clear()
     gain = (
-        f", PSNR {_decibels(result['before'])} before and {_decibels(result['after'])} after" if noise else ""
+        f", PSNR {_decibels(result['before'])} before and {_decibels(result['after'])} after"
+        if options.noise
+        else ""
     )
     say(f"denoise: {images.count} images in {job.folder / IMAGES}{gain}")
     return result
@@ -174,9 +157,7 @@ class _Denoising:
 
 def _normal(seed: int, item: Item) -> Tensor:
     """Standard normal numbers of an image, the same on every device and in every batch."""
-    generator = torch.Generator().manual_seed(
-        derive_seed("denoise", seed, item.key) >> 1
-    )  # torch takes 63 bits
+    generator = keyed.generator("denoise", seed, item.key)
     return torch.randn(item.image.shape, generator=generator)
 
 

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentae.data.headers import MAX_PIXELS
 from latentae.errors import ImageError, RecipeError
 from latentae.files import atomic_file, read_json, write_json
 from latentae.jobs import Job
 from latentae.measures.latents.probe import probe_report
+from latentae.options import verb
 from latentae.progress import Progress, say
-from latentae.tasks.inputs import Images, InputSpec, Labels, open_images, read_labels
+from latentae.tasks.inputs import Images, Labels, open_images, read_labels
 from latentae.tasks.network import Network, batches
+from latentae.tasks.options import FeaturesOptions
 from latentae.tasks.parts import Parts
 
 __all__ = ["FORMATS", "POOLS", "features", "pool_latents"]
@@ -30,38 +31,12 @@ PART = {"mean": 16384, "moments": 16384, "spatial": 1024}  # images of a file
 PROBE_NUMBERS = 1 << 25  # features times images that a probe is fitted on at most: 256 MB
 
 
-def features(
-    model: str | Path,
-    inputs: InputSpec,
-    out: str | Path,
-    *,
-    pool: str = "mean",
-    format: str = "safetensors",
-    labels: str | Path = "auto",
-    resolution: int | None = None,
-    batch_size: int = 16,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(FeaturesOptions)
+def features(options: FeaturesOptions) -> dict[str, Any]:
     """Write the features of images, and where images have labels, how well a linear classifier tells them apart by these.
 
     OUT gets features-00000.safetensors, ... (or .npz) with the tensor `features`, fp32 [n, d] or [n, z, h, w]; index.csv, which names
     file and row of each key and its label; and summary.json, with the report of the probe. Latents are raw posterior means.
-
-    Args:
-        model: run folder, checkpoint or exported folder.
-        inputs: folder of images, image files or shards.
-        out: output folder.
-        pool: "mean" of the latent over all places, [z]; "moments", mean and standard deviation, [2z]; or "spatial", the latent itself.
-        format: "safetensors" or "npz".
-        labels: "auto" (`.cls` beside the image or in the shard), "folder" (the first folder of a key), "none", or a CSV file with
-            the columns key and label.
-        resolution: side of the centre square of each image; each image's own shape, 1024 pixels at most, when not given.
-        batch_size: images at a time; changes speed and memory only.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: refuse images of more pixels by their header.
 
     Returns:
         What summary.json holds.
@@ -70,35 +45,47 @@ def features(
         LatentAEError: the model, the inputs, an option or the output folder can't be used.
         ImageError: with "spatial", images of different sizes.
     """
-    if pool not in POOLS or format not in FORMATS:
+    if options.pool not in POOLS or options.format not in FORMATS:
         raise RecipeError(
-            f"pool is {pool!r} and format {format!r}; expected one of {', '.join(POOLS)}, and of {', '.join(FORMATS)}"
+            f"pool is {options.pool!r} and format {options.format!r}; expected one of {', '.join(POOLS)}, and of {', '.join(FORMATS)}"
         )
-    network = Network(model, weights, device)
-    network.check(resolution, batch_size)
-    images, (label_of, label_kind) = open_images(inputs, max_pixels=max_pixels), read_labels(labels)
+    network = Network(options.model, options.weights, options.device)
+    network.check(options.resolution, options.batch_size)
+    images, (label_of, label_kind) = (
+        open_images(options.inputs, max_pixels=options.max_pixels),
+        read_labels(options.labels),
+    )
     facts = {
         "model": network.fingerprint,
         "inputs": images.digest,
-        "pool": pool,
-        "format": format,
+        "pool": options.pool,
+        "format": options.format,
         "labels": label_kind,
     }
-    job = Job.open(out, "features", {**facts, "resolution": resolution})
+    job = Job.open(options.out, "features", {**facts, "resolution": options.resolution})
     if job.state == "finished":
-        say(f"{out} already holds these features; see {job.folder / SUMMARY}")
+        say(f"{options.out} already holds these features; see {job.folder / SUMMARY}")
         return read_json(job.folder / SUMMARY)
-    work = _Extraction(network, images, label_of, job.folder, pool, format, resolution, batch_size)
-    parts = Parts(job.folder, images.count, PART[pool])
+    work = _Extraction(
+        network,
+        images,
+        label_of,
+        job.folder,
+        options.pool,
+        options.format,
+        options.resolution,
+        options.batch_size,
+    )
+    parts = Parts(job.folder, images.count, PART[options.pool])
     with Progress("features", images.count) as progress:
         for part, numbers in parts.todo(progress):
             parts.done(part, work.make(part, numbers, progress))
     parts.write_table(job.folder / INDEX, ["key", "label", "file", "row"])
-    result = {"images": images.count, "pool": pool, **work.probe(parts)}
+    result = {"images": images.count, "pool": options.pool, **work.probe(parts)}
     write_json(job.folder / SUMMARY, result)
     job.finish(images=images.count)
     parts.clear()
-    say(f"features: {images.count} images in {out}, {_told(result['probe'])}")
+    say(f"features: {images.count} images in {options.out}, {_told(result['probe'])}")
     return result
 
 

@@ -8,38 +8,27 @@ from typing import Any
 
 from torch import Tensor
 
-from latentae.data.epoch_order import whole_seed
-from latentae.data.headers import MAX_PIXELS
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.jobs import RECORD, Job
 from latentae.measures.training_data import recorded_recipe
+from latentae.options import verb
 from latentae.pages.images import image_grid
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import InputSpec, open_images, read_labels
 from latentae.tasks.latent_gaussian import fit_latent_gaussian
 from latentae.tasks.network import Network, batches
+from latentae.tasks.options import SampleOptions
 from latentae.tasks.pictures import check_png, enlarge, rgb, write_noted_png
-from latentae.training.keyed import keyed_normal
+from latentae.training.draws import keyed_normal
 
 __all__ = ["sample"]
 
 WEAK_KL = 1e-3  # kl-f8's 1e-6 leaves latents of any shape; with 1e-3 they are about standard normal
 
 
-def sample(
-    model: str | Path,
-    out: str | Path = "samples.png",
-    *,
-    count: int = 16,
-    seed: int = 0,
-    latents: InputSpec | None = None,
-    resolution: int | None = None,
-    batch_size: int = 16,
-    weights: str = "ema",
-    device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, Any]:
+@verb(SampleOptions)
+def sample(options: SampleOptions) -> dict[str, Any]:
     """Decode random latents to a picture.
 
     Without `latents` they are drawn from the prior N(0, I), which means something only where the model was trained towards it; a
@@ -47,47 +36,41 @@ def sample(
     numbers of a latent together up to 2048, beyond that of the channels of each place by itself. The PNG says which in its text
     chunk "latentae".
 
-    Args:
-        model: run folder, checkpoint or exported folder.
-        out: the PNG to write; an existing one is replaced.
-        count: pictures.
-        seed: of the latents; the first pictures are the same whatever `count` is.
-        latents: an output folder of `encode` of this model, or images (a folder, files or shards), which are then encoded.
-        resolution: side of the pictures; the model's own when not given. Of an output of `encode` it is that of the latents.
-        batch_size: images at a time.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        max_pixels: refuse images of more pixels by their header.
-
     Returns:
         `file`, and how it was made, which the PNG says, too.
 
     Raises:
         LatentAEError: the model, the latents or an option can't be used.
     """
-    file = check_png(out)
-    if count < 1:
-        raise RecipeError(f"count is {count}, expected 1 or more")
-    seed = whole_seed(seed)
-    network = Network(model, weights, device)
-    size = network.source.resolution if resolution is None else resolution
-    network.check(size, batch_size)
-    note: dict[str, Any] = {"task": "sample", "count": count, "seed": seed, "model": network.fingerprint}
-    if latents is None:
+    file = check_png(options.out)
+    if options.count < 1:
+        raise RecipeError(f"count is {options.count}, expected 1 or more")
+    network = Network(options.model, options.weights, options.device)
+    size = network.source.resolution if options.resolution is None else options.resolution
+    network.check(size, options.batch_size)
+    note: dict[str, Any] = {
+        "task": "sample",
+        "count": options.count,
+        "seed": options.seed,
+        "model": network.fingerprint,
+    }
+    if options.latents is None:
         note |= {"distribution": "prior N(0, I)", **_prior_note(network)}
         side = size // network.downsampling
-        drawn = _noise(count, (network.config.latent_channels, side, side), seed)
+        drawn = _noise(options.count, (network.config.latent_channels, side, side), options.seed)
     else:
         gaussian = fit_latent_gaussian(
-            _posteriors(network, latents, size, resolution, batch_size, max_pixels)
+            _posteriors(
+                network, options.latents, size, options.resolution, options.batch_size, options.max_pixels
+            )
         )
         kind = "whole latents" if gaussian.whole else "the channels of each place"
         note |= {"distribution": f"Gaussian fitted to {kind}", "fitted_on": gaussian.latents}
-        drawn = gaussian.color(_noise(count, gaussian.shape, seed))
-    images = network.decode(drawn, batch_size)
+        drawn = gaussian.color(_noise(options.count, gaussian.shape, options.seed))
+    images = network.decode(drawn, options.batch_size)
     write_noted_png(file, image_grid([[enlarge(rgb(image)) for image in images]]), note)
     say(
-        f"sample: {count} pictures from {'the ' if latents is None else 'a '}{note['distribution']} in {file}"
+        f"sample: {options.count} pictures from {'the ' if options.latents is None else 'a '}{note['distribution']} in {file}"
     )
     return {"file": str(file), **note}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
+from latentae.options import recipe_verb
+from latentae.training.options import ConfigOptions
 from latentae.training.recipe import Recipe, load_recipe
 
 __all__ = ["config", "describe_phases", "describe_weights"]
@@ -57,7 +56,8 @@ def _schedule(recipe: Recipe) -> str:
     return warm + ("constant" if o.schedule == "constant" else f"cosine down to {o.lr * o.final_lr_ratio:g}")
 
 
-def config(recipe: str | Path, **overrides: Any) -> str:
+@recipe_verb(ConfigOptions)
+def config(options: ConfigOptions) -> str:
     """The resolved recipe as TOML text, with what it amounts to as comments at its head.
 
     A nested option is a nested mapping: `config("kl-f8", optimizer={"lr": 2e-4})`. The text is a recipe itself.
@@ -65,6 +65,6 @@ def config(recipe: str | Path, **overrides: Any) -> str:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(options.recipe, options.overrides)
     head = "".join(f"# {line}\n" for line in describe_phases(resolved))
     return f"{head}\n{resolved.toml()}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentae.losses.equivariance import EQ_SCALES, Transform, downscale, draw_transform
 from latentae.models import corruptions
 from latentae.models.config import AutoencoderConfig
-from latentae.training.keyed import Draws
+from latentae.training.draws import Draws
 from latentae.training.recipe import Recipe
 
 __all__ = ["Corruption", "Given", "LatentPath"]

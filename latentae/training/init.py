@@ -15,8 +15,10 @@ from latentae.errors import RecipeError
 from latentae.files import write_json
 from latentae.jobs import Job
 from latentae.models.dc.autoencoder import AutoencoderDC
+from latentae.options import recipe_verb
 from latentae.progress import say
 from latentae.training.head_start import HeadStart, fit_head_start, mean_psnr
+from latentae.training.options import InitOptions
 from latentae.training.preparation import job_inputs, make_shards
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.validation import held_out_batches
@@ -26,18 +28,11 @@ __all__ = ["init"]
 REPORT = "head_start.json"
 
 
-def init(
-    recipe: str | Path | Recipe, shards: str | Path, out: str | Path, **overrides: Any
-) -> dict[str, Any]:
+@recipe_verb(InitOptions)
+def init(options: InitOptions) -> dict[str, Any]:
     """Write the recipe's autoencoder as it is before its first step if it starts at PCA of the shards' images.
 
     The folder loads wherever a MODEL does, in diffusers too, and as `model.init_from` of any recipe of the same shape.
-
-    Args:
-        recipe: a shipped recipe's name, a TOML path, or a Recipe; its model is an AutoencoderDC.
-        shards: training shards, or a folder of images, of which shards are made beside `out`.
-        out: folder to make.
-        **overrides: options of the recipe, as for `train`.
 
     Returns:
         What is in `out`/head_start.json: `patches` and `crops` that PCA was fitted on, `explained` (share of the variance) and, where there
@@ -46,16 +41,20 @@ def init(
     Raises:
         RecipeError, DataError, ModelError, OutputError: one line each.
     """
-    overrides = {**overrides, "data.shards": str(shards), "model.initialization": "pca"}
-    resolved = load_recipe(recipe, overrides)
+    overrides = {
+        **options.overrides,
+        "data.shards": str(options.shards),
+        "model.initialization": "pca",
+    }
+    resolved = load_recipe(options.recipe, overrides)
     if resolved.model.init_from is not None:
         raise RecipeError(
             f"the recipe begins with the weights of {resolved.model.init_from}; leave model.init_from out to begin at PCA"
         )
-    resolved = make_shards(resolved, Path(out))
-    job = Job.open(out, "init", job_inputs(resolved))
+    resolved = make_shards(resolved, Path(options.out))
+    job = Job.open(options.out, "init", job_inputs(resolved))
     if job.state == "finished":
-        say(f"{out} is finished; nothing to do")
+        say(f"{options.out} is finished; nothing to do")
         return Job.read(job.folder)["summary"]
     head_start = fit_head_start(resolved)
     say(str(head_start))
@@ -64,7 +63,7 @@ def init(
     model.save_pretrained(job.folder)
     write_json(job.folder / REPORT, report)
     job.finish(summary=report)
-    say(f"wrote {out}")
+    say(f"wrote {options.out}")
     return report
 
 

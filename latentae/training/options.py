@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentae.options import KW_ONLY, PathLike, argument, option, table
 
 __all__ = [
     "CorruptionOptions",
@@ -230,3 +233,48 @@ class FailureOptions(BaseModel):
     max_rollbacks: int = Field(
         default=3, ge=0, description="Returns to the last checkpoint before the run stops."
     )
+
+
+_RECIPE = "Name of a shipped recipe, or path of a .toml file."
+
+
+@table
+class TrainOptions:
+    """Train an autoencoder. Run the same command again to resume."""
+
+    recipe: Any = argument(_RECIPE)
+    output: PathLike | None = argument(
+        "Run folder; only a dry run does without.", default=None, name="output o"
+    )
+    _: KW_ONLY
+    resume: PathLike = option(
+        "auto (resume this run), never, or a run or checkpoint to continue in a new folder.", default="auto"
+    )
+    init_from: PathLike | None = option(
+        "Initial weights: a run, checkpoint, diffusers folder, or safetensors or LDM file.", default=None
+    )
+    dry_run: bool = option(
+        "Take a few real steps of every phase, print speed, memory and total time, write nothing.",
+        default=False,
+    )
+    overrides: Mapping[str, Any] = option("Options of the recipe.", default={})
+
+
+@table
+class ConfigOptions:
+    """Print a recipe with every option resolved, as TOML, and a summary of each phase."""
+
+    recipe: Any = argument(_RECIPE)
+    _: KW_ONLY
+    overrides: Mapping[str, Any] = option("Options of the recipe.", default={})
+
+
+@table
+class InitOptions:
+    """Write the PCA start of an AutoencoderDC as a model, without training."""
+
+    recipe: Any = argument(_RECIPE)
+    shards: PathLike = argument("Training shards, or a folder of images.")
+    out: PathLike = argument("Folder to write.")
+    _: KW_ONLY
+    overrides: Mapping[str, Any] = option("Options of the recipe.", default={})

@@ -14,8 +14,9 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from latentae.data.options import MAX_SEED, DataOptions
+from latentae.data.options import DataOptions
 from latentae.errors import RecipeError
+from latentae.keyed import MAX_SEED
 from latentae.losses.options import LossOptions
 from latentae.models.config import LINEAR, AutoencoderConfig, AutoencoderDCConfig, preset_config, preset_kind
 from latentae.training.options import (

@@ -23,8 +23,8 @@ from latentae.models.base import AutoencoderOutput
 from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.training.adversary import Adversary, reduction, wide
 from latentae.training.corruption import Corruption
+from latentae.training.draws import Draws, keyed_normal
 from latentae.training.ema import Ema
-from latentae.training.keyed import Draws, keyed_normal
 from latentae.training.launch import agree
 from latentae.training.networks import build_autoencoder, build_discriminator
 from latentae.training.optim import autoencoder_optimizers, learning_rate_scale, set_learning_rate

@@ -6,12 +6,13 @@ import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 from latentae.data.shards import BAD_SAMPLES
 from latentae.errors import Interrupted, OutputError, RecipeError, TrainingError
 from latentae.files import INCOMPLETE, write_text
 from latentae.jobs import RECORD, Job
+from latentae.options import recipe_verb
 from latentae.progress import Progress, say
 from latentae.training.checkpoint import find_checkpoint, read_state, save_checkpoint
 from latentae.training.claim import Claim, FolderPlace
@@ -20,6 +21,7 @@ from latentae.training.head_start import take_head_start
 from latentae.training.launch import build_accelerator, close_accelerator, in_contact, on_main
 from latentae.training.loop import PhaseLoop
 from latentae.training.mirror import Mirror, UrlPlace
+from latentae.training.options import TrainOptions
 from latentae.training.preparation import build_loader, build_validation, check_sizes, job_inputs, make_shards
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.recovery import restore
@@ -34,69 +36,29 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
-@overload
-def train(
-    recipe: str | Path | Recipe,
-    output: str | Path,
-    *,
-    resume: str | Path = ...,
-    init_from: str | Path | None = ...,
-    dry_run: Literal[False] = ...,
-    **overrides: Any,
-) -> Path: ...
+@recipe_verb(TrainOptions)
+def train(options: TrainOptions) -> Path:
+    """Train an autoencoder. Run it again to resume.
 
-
-@overload
-def train(
-    recipe: str | Path | Recipe,
-    output: str | Path | None = ...,
-    *,
-    resume: str | Path = ...,
-    init_from: str | Path | None = ...,
-    dry_run: bool = ...,
-    **overrides: Any,
-) -> Path | None: ...
-
-
-def train(
-    recipe: str | Path | Recipe,
-    output: str | Path | None = None,
-    *,
-    resume: str | Path = "auto",
-    init_from: str | Path | None = None,
-    dry_run: bool = False,
-    **overrides: Any,
-) -> Path | None:
-    """Train an autoencoder; run again, it goes on where it stopped.
-
-    Args:
-        recipe: a shipped recipe's name, a TOML path, or a Recipe.
-        output: the run folder; only a dry run does without.
-        resume: "auto" (go on if `output` holds this run), "never" (refuse a folder that holds a run), or the path of a run or
-            checkpoint to go on from in a new folder.
-        init_from: weights to begin a new run with: a run, checkpoint, diffusers folder, or a safetensors or LDM file (the recipe's
-            `model.init_from`).
-        dry_run: take a few real steps of every phase, print speed, memory and total time, and write nothing.
-        **overrides: options of the recipe: `images=1000`, `data={"shards": "photos"}`, `**{"optimizer.lr": 1e-3}`.
+    Options of the recipe are keywords: `images=1000`, `data={"shards": "photos"}`, `**{"optimizer.lr": 1e-3}`.
 
     Returns:
-        The run folder; None after a dry run.
+        The run folder.
 
     Raises:
         RecipeError, DataError, OutputError, ModelError, WeightsError, TrainingError: one line each, nothing half-written.
         Interrupted: stopped by a signal, after the state was saved.
     """
-    if init_from is not None:
-        overrides["model.init_from"] = str(init_from)
-    resolved = load_recipe(recipe, overrides)
-    if dry_run:
+    initial = {} if options.init_from is None else {"model.init_from": str(options.init_from)}
+    resolved = load_recipe(options.recipe, {**options.overrides, **initial})
+    if options.dry_run:
         from latentae.training.rehearsal import rehearse
 
         rehearse(resolved)
-        return None
-    if output is None:
+        return Path(options.output or "")
+    if options.output is None:
         raise RecipeError("no run folder: give --output FOLDER (or --dry-run to write nothing)")
-    return _train(resolved, Path(output), resume)
+    return _train(resolved, Path(options.output), options.resume)
 
 
 def _train(resolved: Recipe, run: Path, resume: str | Path) -> Path:

@@ -71,10 +71,10 @@ def test_the_command_prints_one_line_a_sample_and_counts_the_tail(folder, capsys
         for step, key in latentae.order(folder, seed=3, epoch=1, global_batch=8, start=2, limit=2)
     ]
     assert [row.split("\t")[0] for row in rows] == ["2"] * 8 + ["3"] * 8
-    assert tail.strip() == "epoch 1 has 8 steps; 3 samples of its tail are left out"
+    assert tail.strip() == "epoch 1 has 8 steps; last 3 samples skipped (incomplete batch)"
     padded, tail = lines("--pad")
     assert len(padded) == 72
-    assert "epoch 0 has 9 steps; 0 samples" in tail
+    assert "epoch 0 has 9 steps; last 0 samples" in tail
 
 
 @pytest.mark.parametrize(

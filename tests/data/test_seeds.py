@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import latentae
-from latentae.data.epoch_order import derive_seed, whole_seed
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
 from latentae.data.order import order
@@ -20,8 +19,9 @@ from latentae.errors import RecipeError
 from latentae.evaluation.diffusability.keyed import digest, uniform
 from latentae.evaluation.diffusability.network import TinyTransformer
 from latentae.examples.diffusion import sample as diffuse
+from latentae.keyed import derive_seed, whole_seed
 from latentae.measures.metrics import bootstrap_mean
-from latentae.training.keyed import keyed_normal, keyed_uniform
+from latentae.training.draws import keyed_normal, keyed_uniform
 from latentae.training.recipe import load_recipe
 
 SAME = [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])]

@@ -18,7 +18,9 @@ import torch
 from latentae.encoding import ray_engine
 from latentae.encoding.encode import conclude, prepare
 from latentae.encoding.encoders import Encoder
+from latentae.encoding.options import EncodeOptions
 from latentae.errors import ModelError
+from latentae.options import parse
 
 
 class Mortal:
@@ -51,6 +53,6 @@ if __name__ == "__main__":
         logging_level="ERROR",
         object_store_memory=100 << 20,
     )
-    work = prepare(model, shards, out, dtype="fp32", batch_size=4, device="cpu")
+    work = prepare(parse(EncodeOptions, model, shards, out, dtype="fp32", batch_size=4, device="cpu"))
     ray_engine.run(replace(work, make_encoder=partial(mortal, work.make_encoder, how, mark)))
     print(conclude(work)["finished"])

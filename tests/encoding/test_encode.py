@@ -401,9 +401,9 @@ def test_a_disk_that_is_full_is_one_clear_line_and_nothing_is_lost(
     ("options", "error", "message"),
     [
         ({"dtype": "int8"}, RecipeError, "expected one of bf16, fp16, fp32"),
-        ({"batch_size": 0}, RecipeError, "batch size is 0"),
-        ({"workers": -1}, RecipeError, "workers -1"),
-        ({"max_bad_share": 2}, RecipeError, "max bad share 2"),
+        ({"batch_size": 0}, RecipeError, "batch_size is 0"),
+        ({"workers": -1}, RecipeError, "workers is -1"),
+        ({"max_bad_share": 2}, RecipeError, "max_bad_share is 2"),
         ({"compute_dtype": "fp16"}, RecipeError, "expected one of auto, fp32, bf16"),
         ({"buckets": "some"}, RecipeError, "expected one of none, auto"),
         ({"buckets": "auto"}, DataError, "no buckets for resolution 32"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 import latentae
-from latentae.data.epoch_order import run_seed
-from latentae.data.options import MAX_SEED
 from latentae.errors import RecipeError
+from latentae.keyed import MAX_SEED, run_seed
 from latentae.training.recipe import load_recipe
 
 

@@ -18,7 +18,7 @@ from latentae.models.config import AutoencoderKLConfig
 from latentae.models.linear import LinearAutoencoder
 from latentae.tasks.latent_gaussian import fit_latent_gaussian
 from latentae.tasks.pictures import NOTE, heat_picture
-from latentae.training.keyed import keyed_normal
+from latentae.training.draws import keyed_normal
 
 
 def _pixels(file):

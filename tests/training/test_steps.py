@@ -11,7 +11,7 @@ from latentae.data.transforms import to_float
 from latentae.losses.adversarial import discriminator_loss, generator_loss, twice_differentiable
 from latentae.losses.spectrum import spectrum_matching
 from latentae.training import steps
-from latentae.training.keyed import Draws, keyed_normal, keyed_uniform
+from latentae.training.draws import Draws, keyed_normal, keyed_uniform
 from latentae.training.steps import Trainer
 
 ADVERSARIAL = {"loss.adversarial.weight": 0.3, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}

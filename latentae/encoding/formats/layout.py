@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import derive_seed
+from latentae import keyed
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import DataError, OutputError
 from latentae.files import write_advice
@@ -125,9 +124,7 @@ def _flush() -> None:
 def draw(dataset: LatentDataset, index: int, seed: int, *, flip: bool = False) -> Tensor:
     """A sample z = mean + sigma * eps [z, h, w] fp32, raw, with eps keyed by (seed, index, flip)."""
     latent = dataset.posterior(index, flip=flip)
-    generator = torch.Generator().manual_seed(
-        derive_seed("format", seed, index, int(flip)) >> 1
-    )  # torch takes 63 bits
+    generator = keyed.generator("format", seed, index, int(flip))
     return latent.sample(generator)
 
 

@@ -6,13 +6,13 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from latentae.data.epoch_order import whole_seed
 from latentae.encoding.formats.layout import Layout, remove_staging
 from latentae.encoding.latents import LatentDataset
 from latentae.encoding.store import Store
 from latentae.errors import OutputError, RecipeError
 from latentae.files import alone
 from latentae.jobs import Job
+from latentae.keyed import whole_seed
 from latentae.progress import say
 
 __all__ = ["FORMATS", "write"]

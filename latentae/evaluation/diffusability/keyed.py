@@ -9,7 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import plain_word
+from latentae.keyed import plain_word
 
 __all__ = ["digest", "generator", "normal", "uniform"]
 

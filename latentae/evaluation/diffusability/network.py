@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentae.data.epoch_order import whole_seed
+from latentae.keyed import whole_seed
 
 __all__ = ["DEPTH", "HEADS", "TOKENS", "WIDTH", "TinyTransformer", "patch_side"]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import derive_seed, whole_seed
+from latentae import keyed
+from latentae.keyed import whole_seed
 from latentae.measures.latents.coding import Coder, finite_mean, reconstruction_psnr
 
 __all__ = ["NOISES", "sensitivity"]
@@ -50,7 +51,5 @@ def sensitivity(
 
 
 def _noise(shape: Sequence[int], key: str, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(
-        derive_seed("sensitivity", whole_seed(seed), key) >> 1
-    )  # torch takes 63 bits
+    generator = keyed.generator("sensitivity", whole_seed(seed), key)
     return torch.randn(tuple(shape), generator=generator)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentae.data.epoch_order import derive_seed, whole_seed
+from latentae.keyed import derive_seed, whole_seed
 
 __all__ = ["Draws", "keyed_normal", "keyed_uniform"]
 

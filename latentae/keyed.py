@@ -1,0 +1,76 @@
+"""Random numbers as functions of a key: of seed and purpose, never of a generator's state or the process that draws them."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from typing import TYPE_CHECKING, Annotated, Any, SupportsIndex
+
+from pydantic import BeforeValidator
+
+from latentae.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MAX_SEED", "AnySeed", "Seed", "derive_seed", "generator", "plain_word", "run_seed", "whole_seed"]
+
+MAX_SEED = 2**63 - 1  # torch's generators take 64 bits, and a training also begins one from the seed plus one
+
+
+def whole_seed(seed: SupportsIndex) -> int:
+    """A seed as a plain int: 3 for `3`, `np.int64(3)` and `torch.tensor(3)`.
+
+    Raises:
+        RecipeError: anything but a whole number, such as 3.0 or a torch.Generator.
+    """
+    try:
+        return operator.index(seed)
+    except (TypeError, ValueError):
+        advice = "its initial_seed()" if hasattr(seed, "initial_seed") else "3"
+        raise RecipeError(
+            f"seed is {seed!r}, expected a whole number; give an int such as {advice}"
+        ) from None
+
+
+def run_seed(seed: SupportsIndex) -> int:
+    """A seed that a training takes, as a plain int: generators of torch and NumPy begin from it, too.
+
+    Raises:
+        RecipeError: no whole number from 0 to MAX_SEED.
+    """
+    plain = whole_seed(seed)
+    if not 0 <= plain <= MAX_SEED:
+        raise RecipeError(f"seed is {plain}, expected a whole number from 0 to {MAX_SEED}; give another one")
+    return plain
+
+
+def plain_word(word: SupportsIndex | str) -> int | str:
+    """The plain form in which a word of a key is hashed: equal numbers and equal texts give one word, of any type."""
+    return str(word) if isinstance(word, str) else whole_seed(word)
+
+
+def derive_seed(*words: SupportsIndex | str) -> int:
+    """A 64-bit seed for these words, the same on every machine and run."""
+    text = repr(tuple(map(plain_word, words)))
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
+    )
+
+
+def generator(*words: SupportsIndex | str) -> torch.Generator:
+    """A generator on the CPU, seeded by all words."""
+
+    return torch.Generator().manual_seed(derive_seed(*words) >> 1)  # torch takes 63 bits
+
+
+def _number(seed: Any) -> Any:
+    """A seed on the command line is text."""
+    text = seed.strip() if isinstance(seed, str) else ""
+    return int(text) if text.lstrip("+-").isdecimal() else seed
+
+
+AnySeed = Annotated[int, BeforeValidator(lambda seed: whole_seed(_number(seed)))]
+"""A whole number, of any type."""
+Seed = Annotated[int, BeforeValidator(lambda seed: run_seed(_number(seed)))]
+"""A whole number from 0 to MAX_SEED, of any type."""
