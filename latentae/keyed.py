@@ -60,8 +60,9 @@ def derive_seed(*words: SupportsIndex | str) -> int:
 
 def generator(*words: SupportsIndex | str) -> torch.Generator:
     """A generator on the CPU, seeded by all words."""
+    from torch import Generator  # an import of this module loads no torch
 
-    return torch.Generator().manual_seed(derive_seed(*words) >> 1)  # torch takes 63 bits
+    return Generator().manual_seed(derive_seed(*words) >> 1)  # torch takes 63 bits
 
 
 def _number(seed: Any) -> Any:
