@@ -33,6 +33,7 @@ __all__ = [
     "ShardError",
     "TrainingError",
     "WeightsError",
+    "first_line",
     "some",
 ]
 
@@ -108,3 +109,9 @@ def some(names: Collection[str], most: int = 4) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, or the error's type if there is none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

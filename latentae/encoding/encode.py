@@ -30,7 +30,7 @@ from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shard
 from latentae.encoding.shard import UNREADABLE, ShardSettings, encode_shards
 from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
 from latentae.encoding.store import Store
-from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.errors import ImageError, RecipeError
 from latentae.files import json_bytes
 from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
@@ -334,13 +334,7 @@ def _check_share(total: _Total, limit: float) -> None:
 
 def _resolution(source: ModelSource, resolution: int | None) -> int:
     """The side to encode at, once it is sure that the model can."""
-    side, factor = source.resolution if resolution is None else resolution, source.config.downsampling
-    if source.config.in_channels not in (1, 3, 4):
-        raise ModelError(
-            f"{source.path} takes {source.config.in_channels}-channel images; encode reads images of 1, 3 or 4 channels"
-        )
-    if side < factor or side % factor:
-        raise ImageError(
-            f"resolution is {side}, expected a multiple of the model's downsampling factor {factor}"
-        )
+    side = source.resolution if resolution is None else resolution
+    source.check_channels(decodes=False)
+    source.check_side(side)
     return side

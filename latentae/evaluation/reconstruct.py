@@ -46,13 +46,12 @@ def reconstruct(options: ReconstructOptions) -> Path:
         raise ImageError(f"the picture is written as PNG, got {options.out}; give a name that ends in .png")
     where = choose_device(options.device)
     network, source = load_model(options.model, options.weights, where)
-    factor = source.config.downsampling
     if source.config.in_channels != 3 or source.config.out_channels != 3:
         raise ModelError(
             f"the model has {source.config.in_channels} channels in and {source.config.out_channels} out, expected RGB"
         )
-    if options.resolution is not None and (options.resolution < 1 or options.resolution % factor):
-        raise ImageError(f"resolution is {options.resolution}, this model needs a multiple of {factor}")
+    if options.resolution is not None:
+        source.check_side(options.resolution)
     originals = [_prepare(Path(path), options.resolution, options.max_pixels) for path in options.images]
     with Progress("reconstructing", len(originals)) as progress:
         results = []

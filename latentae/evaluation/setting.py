@@ -16,7 +16,7 @@ from latentae.data.loader import Batch
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.device import choose_device
-from latentae.errors import DataError, ImageError, ModelError, RecipeError
+from latentae.errors import DataError, ModelError, RecipeError
 from latentae.evaluation.measure import MODEL, QUANTISED, Instruments
 from latentae.evaluation.methods.base import Method
 from latentae.evaluation.methods.dct import BlockDCT, Dct, DctVariances
@@ -241,15 +241,9 @@ def prepare(
 
 
 def _resolution(source: ModelSource, asked: int | None) -> int:
-    factor, config = source.config.downsampling, source.config
     size = source.resolution if asked is None else asked
-    if size < 1 or size % factor:
-        nearest = max(round(size / factor), 1) * factor
-        raise ImageError(f"resolution is {size}, this model needs a multiple of {factor}; use {nearest}")
-    if config.in_channels != config.out_channels or config.in_channels not in (1, 3, 4):
-        raise ModelError(
-            f"the model has {config.in_channels} channels in and {config.out_channels} out; evaluation takes 1, 3 or 4, as many in as out"
-        )
+    source.check_side(size)
+    source.check_channels()
     return size
 
 
@@ -269,10 +263,7 @@ def _load_compared(
                 f"{path} has {config.in_channels} channels in and {config.out_channels} out, the model it is compared with "
                 f"{source.config.in_channels} and {source.config.out_channels}; compare models of the same images"
             )
-        if size % config.downsampling:
-            raise ImageError(
-                f"resolution is {size}, {path} needs a multiple of {config.downsampling}; give one that suits all models"
-            )
+        other.check_side(size)
         label = Path(path).name or str(path)
         name = _free(re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.").lower() or "model", taken)
         found.append(

@@ -21,7 +21,7 @@ from latentae.data.loader import Batch, image_batches
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.data.transforms import to_float, to_uint8
-from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.errors import ModelError, RecipeError
 from latentae.exporting.measured import MeasuredLatents
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.metrics import TAPS, psnr, ssim
@@ -143,21 +143,16 @@ def data_request(
         ModelError: a model of other than 1, 3 or 4 channels, the same in and out.
         ShardError: no shards, or damaged ones.
     """
-    config, f = source.config, source.config.downsampling
     if batch_size < 1 or images < 1:
         raise RecipeError(f"batch_size is {batch_size} and images is {images}; both must be at least 1")
-    if config.in_channels != config.out_channels or config.in_channels not in (1, 3, 4):
-        raise ModelError(
-            f"the model has {config.in_channels} channels in and {config.out_channels} out; figures are measured on images of 1, 3 or 4"
-        )
+    source.check_channels()
     sizes = tuple(resolutions or (source.resolution,))
     for size in sizes:
-        if size < 1 or size % f:
-            raise ImageError(
-                f"resolution is {size}, this model needs a multiple of {f}; use {max(round(size / f), 1) * f}"
-            )
+        source.check_side(size)
     index = load_index(expand_shards(shards))
-    return DataRequest(index, sizes, images, config.in_channels, batch_size, perceptual, device, max_pixels)
+    return DataRequest(
+        index, sizes, images, source.config.in_channels, batch_size, perceptual, device, max_pixels
+    )
 
 
 @torch.inference_mode()

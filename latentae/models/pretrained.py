@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentae.errors import ModelError, some
+from latentae.errors import ImageError, ModelError, some
 from latentae.files import atomic_file, read_json, sha256, write_json
 from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
@@ -116,6 +116,31 @@ class ModelSource:
     resolution: int
     fingerprint: str
     metrics_log: Path | None = None
+
+    def check_side(self, side: int) -> None:
+        """Check that the model takes square images of `side` pixels.
+
+        Raises:
+            ImageError: `side` is not a positive multiple of f.
+        """
+        f = self.config.downsampling
+        if side < 1 or side % f:
+            use = max(round(side / f), 1) * f
+            raise ImageError(f"resolution is {side}, {self.path} needs a multiple of {f}; use {use}")
+
+    def check_channels(self, *, decodes: bool = True) -> None:
+        """Check that image files have the model's channels: 1, 3 or 4, and as many out as in if it `decodes`.
+
+        Raises:
+            ModelError: other channels.
+        """
+        found, out = self.config.in_channels, self.config.out_channels
+        if found not in (1, 3, 4):
+            raise ModelError(
+                f"{self.path} takes {found} channels, image files have 1, 3 or 4; call the model on tensors"
+            )
+        if decodes and out != found:
+            raise ModelError(f"{self.path} has {found} channels in and {out} out, expected the same number")
 
 
 def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentae.data.transforms import pad_to_multiple, to_float, to_uint8
 from latentae.device import choose_device
-from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.errors import ModelError, RecipeError
 from latentae.models.base import Autoencoder
 from latentae.models.posterior import DiagonalGaussian
 from latentae.models.pretrained import load_model, resolve_model
@@ -55,14 +55,7 @@ class Network:
         self.source, self.device = resolve_model(model, weights), choose_device(device)
         self.config = self.source.config
         self.channels, self.downsampling = self.config.in_channels, self.config.downsampling
-        if self.channels not in (1, 3, 4):
-            raise ModelError(
-                f"the model has {self.channels} channels in, image files have 1, 3 or 4; encode tensors by hand"
-            )
-        if reconstructs and self.config.out_channels != self.channels:
-            raise ModelError(
-                f"the model has {self.channels} channels in and {self.config.out_channels} out; this task needs as many out as in"
-            )
+        self.source.check_channels(decodes=reconstructs)
         self._named = (model, weights)
 
     @cached_property
@@ -82,11 +75,8 @@ class Network:
             ImageError: a resolution that the downsampling does not divide.
             RecipeError: a batch size below 1.
         """
-        f = self.downsampling
-        if resolution is not None and (resolution < 1 or resolution % f):
-            raise ImageError(
-                f"resolution is {resolution}, this model needs a multiple of {f}; use {max(round(resolution / f), 1) * f}"
-            )
+        if resolution is not None:
+            self.source.check_side(resolution)
         if batch_size < 1:
             raise RecipeError(f"batch_size is {batch_size}, expected 1 or more")
 

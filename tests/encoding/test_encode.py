@@ -409,7 +409,7 @@ def test_a_disk_that_is_full_is_one_clear_line_and_nothing_is_lost(
         ({"buckets": "auto"}, DataError, "no buckets for resolution 32"),
         ({"engine": "steam"}, RecipeError, "expected one of local, ray"),
         ({"format": "tape"}, RecipeError, "expected one of latentae, "),
-        ({"resolution": 34}, ImageError, "multiple of the model's downsampling factor 4"),
+        ({"resolution": 34}, ImageError, "multiple of 4; use 32"),
         ({"task_id": 1}, RecipeError, "give both or neither"),
         ({"task_id": 3, "num_tasks": 3}, RecipeError, "expected 0 to 2"),
         ({"device": "abacus"}, RecipeError, "abacus"),
