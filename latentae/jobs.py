@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentae.errors import OutputError, RecipeError
+from latentae.file_names import RECORD
 from latentae.files import json_bytes, write_json
 from latentae.version import __version__
 
-__all__ = ["FORMAT_VERSION", "RECORD", "Job", "RemoteJob", "resolve_task", "task_from_environment"]
+__all__ = ["FORMAT_VERSION", "Job", "RemoteJob", "resolve_task", "task_from_environment"]
 
 FORMAT_VERSION = 1
-RECORD = "latentae.json"
 
 State = Literal["new", "resumed", "finished"]
 

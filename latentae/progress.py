@@ -8,7 +8,7 @@ import time
 from functools import cache
 from types import TracebackType
 
-__all__ = ["Progress", "note", "say"]
+__all__ = ["Progress", "duration", "note", "say"]
 
 _active: Progress | None = None
 
@@ -120,15 +120,20 @@ class Progress:
             f"{self.speed:.3g} {self.unit}/s",
         ]
         if finished:
-            parts.append(f"done in {_clock(time.monotonic() - self._start)}")
+            parts.append(f"done in {duration(time.monotonic() - self._start)}")
         elif self.total and self.speed > 0:
-            parts.append(f"{_clock((self.total - self.done) / self.speed)} left")
+            parts.append(f"{duration((self.total - self.done) / self.speed)} left")
         if self._note:
             parts.append(self._note)
         say(f"{self.description}: {', '.join(parts)}")
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def duration(seconds: float) -> str:
+    """`2 d 4 h`, `3 h 05 min`, `12 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, round(seconds / 3600) // 24
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if days:
+        return f"{days} d {round(seconds / 3600) % 24} h"
+    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min"

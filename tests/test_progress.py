@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import re
 
-from latentae.progress import Progress, say
+import pytest
+
+from latentae.progress import Progress, duration, say
 
 
 def test_a_non_terminal_gets_plain_lines_with_speed_and_time_left(capsys):
@@ -10,7 +12,7 @@ def test_a_non_terminal_gets_plain_lines_with_speed_and_time_left(capsys):
         progress.advance(25, note="psnr 20")
         say("a line between")
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"encoding: 25/100 img, [\d.e+]+ img/s, \d+:\d\d left, psnr 20", lines[0])
+    assert re.fullmatch(r"encoding: 25/100 img, [\d.e+]+ img/s, \d+ s left, psnr 20", lines[0])
     assert lines[1] == "a line between"
     assert "done in" in lines[2]
 
@@ -47,3 +49,19 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "training" in error
     assert "hello" in error
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (3570, "1 h 00 min"),
+        (11100, "3 h 05 min"),
+        (86400, "1 d 0 h"),
+        (2e5, "2 d 8 h"),
+    ],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words

@@ -18,12 +18,12 @@ from latentae.data.decode import MAX_PIXELS, decode_image, image_extension
 from latentae.data.shard_index import IndexFiles, ShardEntry, entry_of, scan_shard
 from latentae.data.shrinking import shrink
 from latentae.errors import ImageError, Interrupted
+from latentae.file_names import BAD_SAMPLES
 from latentae.files import atomic_file, write_text
 from latentae.progress import Progress
 
-__all__ = ["BAD_SAMPLES", "ImageSource", "Members", "Packer", "fill_tar"]
+__all__ = ["ImageSource", "Members", "Packer", "fill_tar"]
 
-BAD_SAMPLES = "bad_samples.jsonl"
 
 Members = Mapping[str, str | bytes]  # "__key__" -> str, extension -> bytes
 

@@ -16,16 +16,17 @@ from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder, escape_key
 from latentae.data.hf_dataset import ImageDataset, is_dataset
 from latentae.data.options import ShardsOptions
-from latentae.data.packing import BAD_SAMPLES, ImageSource, Members, Packer, fill_tar
+from latentae.data.packing import ImageSource, Members, Packer, fill_tar
 from latentae.data.shard_index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan_shard, write_index
 from latentae.data.shrinking import encode_png
 from latentae.errors import DataError, ImageError, OutputError
+from latentae.file_names import BAD_SAMPLES, RECORD
 from latentae.files import abandoned, atomic_file, read_json
-from latentae.jobs import RECORD, Job
+from latentae.jobs import Job
 from latentae.options import verb
 from latentae.progress import say
 
-__all__ = ["BAD_SAMPLES", "default_shard_size", "encode_png", "shards", "write_shards"]
+__all__ = ["default_shard_size", "encode_png", "shards", "write_shards"]
 
 _T = TypeVar("_T")
 _OURS = re.compile(

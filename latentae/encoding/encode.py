@@ -28,9 +28,10 @@ from latentae.encoding.pipeline import default_workers
 from latentae.encoding.places import has_label
 from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers
 from latentae.encoding.shard import UNREADABLE, ShardSettings, encode_shards
-from latentae.encoding.sidecar import FORMAT_VERSION, STATISTICS, Sidecar, sidecar_name
+from latentae.encoding.sidecar import FORMAT_VERSION, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import ImageError, RecipeError
+from latentae.file_names import STATISTICS
 from latentae.files import json_bytes
 from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics

@@ -37,9 +37,10 @@ from latentae.encoding.places import (
     label_of,
     scan_places,
 )
-from latentae.encoding.sidecar import STATISTICS, SUFFIX, Sidecar, fits, parse_sidecar, sidecar_name
+from latentae.encoding.sidecar import SUFFIX, Sidecar, fits, parse_sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import DataError, OutputError, ShardError
+from latentae.file_names import STATISTICS
 from latentae.keyed import derive_seed, whole_seed
 
 __all__ = ["Latent", "LatentDataset", "LatentSample", "decode_latent"]

@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, TypeVar
 from latentae.data.sources import read_range, shown
 from latentae.encoding.store import Store
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
+from latentae.file_names import RECORD
 from latentae.files import INCOMPLETE, sha256, write_advice
-from latentae.jobs import RECORD, RemoteJob
+from latentae.jobs import RemoteJob
 
 __all__ = ["RemoteStore"]
 

@@ -19,7 +19,6 @@ from latentae.models.latent_statistics import LatentStatistics
 
 __all__ = [
     "FORMAT_VERSION",
-    "STATISTICS",
     "SUFFIX",
     "PackedFile",
     "ShardFile",
@@ -37,7 +36,6 @@ __all__ = [
 FORMAT_VERSION = 2  # 1 had neither packed files nor flips
 SUFFIX = ".done.json"
 DIGEST = "digest"  # of a sidecar, in itself
-STATISTICS = "statistics.json"  # in an output folder: the statistics of all its shards
 
 
 class ShardFile(BaseModel):

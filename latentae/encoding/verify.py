@@ -13,9 +13,10 @@ from latentae.data.shard_files import expand_shards
 from latentae.encoding.checks import deep_problems, input_problems, sidecar_problems, why_not_done
 from latentae.encoding.options import VerifyOptions
 from latentae.encoding.plan import output_names, read_sidecars
-from latentae.encoding.sidecar import STATISTICS, SUFFIX, Sidecar, sidecar_name
+from latentae.encoding.sidecar import SUFFIX, Sidecar, sidecar_name
 from latentae.encoding.store import Store
 from latentae.errors import OutputError
+from latentae.file_names import STATISTICS
 from latentae.models.latent_statistics import LatentStatistics, merge
 from latentae.options import verb
 from latentae.progress import Progress

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentae.evaluation.subjects import METRICS, RECIPE, Subject
+from latentae.evaluation.subjects import Subject
+from latentae.file_names import METRICS, METRICS_LOG, RECIPE, REPORT, SUMMARY
 from latentae.measures.scores import DIGITS, NAMES, UNITS, interval_text
-from latentae.models.pretrained import METRICS_LOG
 from latentae.pages.charts import MARKERS, Curve, Key, line_plot
 from latentae.pages.pictures import LARGEST, read_png, shown
 from latentae.pages.report import (
@@ -28,6 +28,7 @@ from latentae.pages.report import (
     build_report,
 )
 from latentae.pages.words import DASH, absent, number
+from latentae.progress import duration
 
 __all__ = ["write_compare_page"]
 
@@ -40,8 +41,8 @@ MACHINERY = {
 SHARES = ("data_wait", "validation/ssim")
 SAMPLES = "samples"
 FILES = (
-    ("summary.html", "summary"),
-    ("report.html", "report"),
+    (SUMMARY, "summary"),
+    (REPORT, "report"),
     (METRICS_LOG, "log"),
     (RECIPE, "recipe"),
     (METRICS, "metrics"),
@@ -158,18 +159,10 @@ def _speed(speed: Mapping[str, float | None] | None) -> list[tuple[str, str]]:
     return [
         (number(speed["images_per_second"], ".3g"), "" if memory is None else f"{memory:.3g} GB"),
         (
-            DASH if seconds is None else _duration(seconds),
-            "" if wall is None else f"{_duration(wall)} by the clock",
+            DASH if seconds is None else duration(seconds),
+            "" if wall is None else f"{duration(wall)} by the clock",
         ),
     ]
-
-
-def _duration(seconds: float) -> str:
-    """`3 h 05 min`, `12 min` or `40 s`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _recipes(result: Mapping[str, Any]) -> Iterator[Block]:

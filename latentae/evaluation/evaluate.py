@@ -23,6 +23,7 @@ from latentae.evaluation.options import EvaluateOptions
 from latentae.evaluation.setting import Setting, prepare
 from latentae.evaluation.showing import Shown
 from latentae.evaluation.work import PartsFolder, samples_at
+from latentae.file_names import METRICS, PER_IMAGE, REPORT
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job, resolve_task
 from latentae.keyed import run_seed
@@ -33,7 +34,7 @@ from latentae.progress import Progress, say
 
 __all__ = ["evaluate"]
 
-METRICS, CSV, REPORT, EXAMPLES, PARTS = "metrics.json", "per_image.csv", "report.html", "examples", "parts"
+EXAMPLES, PARTS = "examples", "parts"
 
 
 @verb(EvaluateOptions)
@@ -144,7 +145,7 @@ def _write(
         result["examples"].append({"kind": example.kind, "key": example.key, "files": files, "psnr": values})
     for name, picture in shown.pictures.items():
         write_png(folder / name, picture)
-    write_text(folder / CSV, _csv(measurement))
+    write_text(folder / PER_IMAGE, _csv(measurement))
     write_evaluation_report(folder, result, setting.source.metrics_log)
     write_json(folder / METRICS, result)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentae.evaluation.latent_sections import diffusability_sections, latent_sections
+from latentae.file_names import METRICS, PER_IMAGE, REPORT
 from latentae.files import write_text
 from latentae.measures.ranking import rank
 from latentae.measures.scores import HIGHER_IS_BETTER, interval_text, methods, metric_label
@@ -51,8 +52,8 @@ def write_evaluation_report(
     subtitle = f"{name} on {count(data['images'], 'image')} at {side} x {side} pixels"
     files = Links(
         [
-            ("all numbers (metrics.json)", "metrics.json"),
-            ("one row per image (per_image.csv)", "per_image.csv"),
+            (f"all numbers ({METRICS})", METRICS),
+            (f"one row per image ({PER_IMAGE})", PER_IMAGE),
         ]
     )
     sections = [
@@ -63,7 +64,7 @@ def write_evaluation_report(
     ]
     footer = f"Made by latentae {result['latentae']}. This page needs no network; keep it beside its files for the links to work."
     write_text(
-        Path(folder) / "report.html",
+        Path(folder) / REPORT,
         build_report("How good is this autoencoder?", subtitle, sections, footer),
     )
 

@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import DataError
+from latentae.file_names import EVENTS_LOG, METRICS, METRICS_LOG, PER_IMAGE, RECIPE, RECORD
 from latentae.files import read_json
-from latentae.jobs import RECORD
-from latentae.models.pretrained import METRICS_LOG
 from latentae.pages.curves import Series, read_log
 
-__all__ = ["EVENTS", "METRICS", "RECIPE", "ROWS", "Subject", "read_subjects"]
-
-RECIPE, EVENTS = "recipe.toml", "events.jsonl"
-METRICS, ROWS = "metrics.json", "per_image.csv"
+__all__ = ["Subject", "read_subjects"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(path: Path, name: str) -> Subject:
     if (path / METRICS).is_file():
         evaluation = _evaluation(path / METRICS)
-        return Subject(name, evaluated=path, evaluation=evaluation, rows=dict(_rows(path / ROWS)))
+        return Subject(name, evaluated=path, evaluation=evaluation, rows=dict(_rows(path / PER_IMAGE)))
     if not _is_run(path):
         raise DataError(_refusal(path))
     record: dict[str, Any] = {}
@@ -127,7 +123,7 @@ def _read(path: Path, name: str) -> Subject:
         recipe=_recipe(path / RECIPE),
         series=series,
         record=known,
-        ran_on=_ran_on(path / EVENTS),
+        ran_on=_ran_on(path / EVENTS_LOG),
     )
 
 

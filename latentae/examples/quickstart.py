@@ -15,6 +15,7 @@ from latentae.examples.diffusers_check import DiffusersCheck, decode_in_diffuser
 from latentae.examples.options import QuickstartOptions
 from latentae.examples.quickstart_page import write_quickstart_page
 from latentae.exporting.export import export
+from latentae.file_names import REPORT
 from latentae.files import read_json, write_json
 from latentae.jobs import Job
 from latentae.options import verb
@@ -63,7 +64,7 @@ def quickstart(options: QuickstartOptions) -> Path:
             "seed": options.seed,
         },
     )
-    report = job.folder / "report.html"
+    report = job.folder / REPORT
     if job.state == "finished":
         say(f"the quickstart in {options.out} is finished; open {report}")
         return report

@@ -9,6 +9,7 @@ from typing import Any
 from latentae.data.photos import HELD_OUT, TRAINING
 from latentae.evaluation.evaluation_page import detail_sections, evaluation_sections, training_sections
 from latentae.examples.diffusers_check import DiffusersCheck
+from latentae.file_names import METRICS_LOG, REPORT
 from latentae.files import write_text
 from latentae.measures.scores import interval_text, metric_label
 from latentae.pages.images import write_png
@@ -49,7 +50,7 @@ def write_quickstart_page(
     sections = [
         _story_section(evaluation, result, recipe.autoencoder_config().downsampling),
         *evaluation_sections(evaluation, result),
-        *training_sections(out / "run" / "metrics.jsonl"),
+        *training_sections(out / "run" / METRICS_LOG),
         _diffusers_section(check),
         _line_section(recipe, laps),
         *detail_sections(result),
@@ -60,9 +61,7 @@ def write_quickstart_page(
         f"trained on {recipe.images:,} crops of {len(TRAINING)} photos, judged on {len(HELD_OUT)} others"
     )
     footer = f"Made by latentae {__version__}. This page needs no network; keep it beside its folders for the links to work."
-    write_text(
-        out / "report.html", build_report("From photos to a diffusers component", subtitle, sections, footer)
-    )
+    write_text(out / REPORT, build_report("From photos to a diffusers component", subtitle, sections, footer))
 
 
 def _story_section(evaluation: Path, result: Mapping[str, Any], factor: int) -> Section:

@@ -25,8 +25,9 @@ from latentae.exporting.measured import read_latents, read_metrics
 from latentae.exporting.options import ExportOptions
 from latentae.exporting.push import check_repository, push
 from latentae.exporting.scaling import check_scaling
+from latentae.file_names import RECORD
 from latentae.files import sha256, staged_folder, write_text
-from latentae.jobs import RECORD, Job
+from latentae.jobs import Job
 from latentae.models.pretrained import resolve_model
 from latentae.options import verb
 from latentae.progress import say

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import ModelError, RecipeError
+from latentae.file_names import METRICS, STATISTICS
 from latentae.files import read_json
 from latentae.models.pretrained import META, ModelSource
 
 __all__ = ["MeasuredLatents", "metric_text", "read_latents", "read_metrics", "read_validation"]
 
 _PREFIX = "validation/"
-STATISTICS, METRICS = "statistics.json", "metrics.json"
 LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from latentae.device import choose_device
-from latentae.errors import MissingDependencyError, ModelError
+from latentae.errors import MissingDependencyError, ModelError, first_line
 from latentae.exporting.graphs import coder_graphs, coder_programs, largest_difference
 from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.files import atomic_file
@@ -78,8 +78,7 @@ def _build(program: ExportedProgram, path: Path, config: ExportableConfig) -> Ca
         cause = error.inner_exception
         if not isinstance(cause, (CppCompileError, InvalidCxxCompiler)):
             raise
-        reason = str(cause).strip().splitlines()[0]
         raise MissingDependencyError(
-            f"AOTInductor could not compile ({reason}); install g++ or clang++ or set CXX to one"
+            f"AOTInductor could not compile ({first_line(cause)}); install g++ or clang++ or set CXX to one"
         ) from error
     return aoti_load_package(str(path))

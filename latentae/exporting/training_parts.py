@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import ModelError
+from latentae.file_names import DISCRIMINATOR, RECIPE
 from latentae.files import read_json, write_json
 from latentae.models.pretrained import META, TRAINING, ModelSource, read_tensors
 
 __all__ = ["copy_training_parts"]
 
 PARTS = {
-    "discriminator.safetensors": "the network trained against",
+    DISCRIMINATOR: "the network trained against",
     "objective.safetensors": "what the losses learned",
     "lecam.safetensors": "LeCAM's running means of the logits",
 }
-RECIPE, NOTE = "recipe.toml", "training.json"
+NOTE = "training.json"
 _PATHS = ("weights", "backbone_weights")  # of perceptual networks: files of the machine that trained
 
 

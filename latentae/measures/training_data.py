@@ -15,6 +15,7 @@ from latentae.data.loader import Batch, image_batches, is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.errors import ShardError
+from latentae.file_names import RECIPE
 from latentae.models.pretrained import ModelSource
 from latentae.progress import Progress
 
@@ -25,8 +26,6 @@ __all__ = [
     "recorded_training_data",
     "training_images",
 ]
-
-RECIPE = "recipe.toml"
 
 
 @dataclass(frozen=True)

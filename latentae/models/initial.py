@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from latentae.errors import some
+from latentae.file_names import DISCRIMINATOR
 from latentae.models.architectures import build
 from latentae.models.config import AutoencoderConfig
 from latentae.models.ldm import discriminator_from_ldm, ldm_prefix
 from latentae.models.pretrained import TRAINING, ModelSource, fitting_state, read_tensors, resolve_model
 
 __all__ = ["InitialWeights", "load_discriminator", "load_initial"]
-
-DISCRIMINATOR = "discriminator.safetensors"
 
 
 @dataclass(frozen=True)

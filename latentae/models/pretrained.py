@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentae.errors import ImageError, ModelError, some
+from latentae.file_names import METRICS_LOG, RECORD
 from latentae.files import atomic_file, read_json, sha256, write_json
 from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
@@ -46,7 +47,6 @@ __all__ = [
     "LATEST",
     "LDM_WEIGHTS",
     "META",
-    "METRICS_LOG",
     "TRAINING",
     "WEIGHTS",
     "ModelSource",
@@ -63,9 +63,8 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-CHECKPOINTS, LATEST, META, METRICS_LOG = "checkpoints", "latest", "meta.json", "metrics.jsonl"
+CHECKPOINTS, LATEST, META = "checkpoints", "latest", "meta.json"
 LDM_WEIGHTS, TRAINING = "vae.ldm.safetensors", "training"  # of an exported folder
-PROVENANCE = "latentae.json"
 CHECKPOINT_WEIGHTS = {"ema": "ema.safetensors", "raw": "autoencoder.safetensors"}
 
 _DIFFUSERS_MARK = "encoder.mid_block.resnets.0.conv1.weight"
@@ -84,7 +83,7 @@ _VARIANTS = 3  # of these, the first that is a variant
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 # What is fetched from the Hub, row by row, until there are weights.
 _HUB_FILES = (
-    (CONFIG, PROVENANCE, WEIGHTS, LDM_WEIGHTS),
+    (CONFIG, RECORD, WEIGHTS, LDM_WEIGHTS),
     (f"{WEIGHTS}.index.json", f"{_STEM}-*.safetensors"),
     (f"{_STEM}.bin", f"{_STEM}.bin.index.json", f"{_STEM}-*.bin"),
     (f"{_STEM}.*.safetensors", f"{_STEM}.*index*.json"),
@@ -244,10 +243,10 @@ def _source(
     resolution = size if isinstance(size, int) else min(size)
     if kind in ("run", "checkpoint"):
         resolution = int(read_json(weights_file.with_name(META)).get("resolution", resolution))
-    elif kind == "folder" and (weights_file.with_name(PROVENANCE)).is_file():
+    elif kind == "folder" and (weights_file.with_name(RECORD)).is_file():
         # an export's sample_size is diffusers' tile size, not what the model was trained at
         resolution = int(
-            read_json(weights_file.with_name(PROVENANCE)).get("inputs", {}).get("resolution", resolution)
+            read_json(weights_file.with_name(RECORD)).get("inputs", {}).get("resolution", resolution)
         )
     return ModelSource(
         path, weights_file, config, kind, resolution, weights_fingerprint(weights_file, config), log

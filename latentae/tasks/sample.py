@@ -10,7 +10,8 @@ from torch import Tensor
 
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
-from latentae.jobs import RECORD, Job
+from latentae.file_names import RECORD
+from latentae.jobs import Job
 from latentae.measures.training_data import recorded_recipe
 from latentae.options import verb
 from latentae.pages.images import image_grid

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from latentae.errors import ModelError, TrainingError, some
+from latentae.file_names import RECIPE
 from latentae.files import read_json, sha256, staged_folder, write_json, write_text
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_weights, save_weights
@@ -117,7 +118,7 @@ def _write_parts(trainer: Trainer, folder: Path, data_state: dict[str, Any], inp
     (folder / OPTIMIZERS).write_bytes(optimizers.getbuffer())
     write_json(folder / CONFIG, trainer.raw_autoencoder.config.diffusers_dict())
     write_json(folder / STATE, {**asdict(trainer.state), "data": data_state})
-    write_text(folder / "recipe.toml", trainer.recipe.toml())
+    write_text(folder / RECIPE, trainer.recipe.toml())
     write_json(
         folder / META,
         {

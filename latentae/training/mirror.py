@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from latentae.data.sources import shown
 from latentae.errors import MissingDependencyError, OutputError
+from latentae.file_names import RECORD
 from latentae.files import read_json, staged_folder, write_text
-from latentae.jobs import RECORD, first_difference
+from latentae.jobs import first_difference
 from latentae.models.pretrained import CHECKPOINTS, LATEST, META
 from latentae.progress import say
 from latentae.training.checkpoint import check_meta, discard, find_checkpoint

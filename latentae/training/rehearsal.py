@@ -29,11 +29,11 @@ from latentae.data.shards import write_shards
 from latentae.data.sources import is_remote, name_of
 from latentae.data.streaming import StreamLoader
 from latentae.errors import RecipeError, TrainingError
-from latentae.progress import say
+from latentae.progress import duration, say
 from latentae.training.launch import agree, build_accelerator, close_accelerator, in_contact
 from latentae.training.preparation import build_loader, check_sizes
 from latentae.training.recipe import Recipe, load_recipe
-from latentae.training.reporting import check_wandb, devices, duration, peak_memory_gb
+from latentae.training.reporting import check_wandb, devices, peak_memory_gb
 from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer
 from latentae.training.validation import LARGEST_BATCH, Validation, held_out_batches

@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from latentae.errors import MissingDependencyError, OutputError
+from latentae.file_names import EVENTS_LOG, METRICS_LOG
 from latentae.files import write_advice, write_text
-from latentae.models.pretrained import METRICS_LOG
 from latentae.training.options import LogOptions
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["EVENTS_LOG", "MetricsLog", "check_wandb", "devices", "duration", "peak_memory_gb", "read_lines"]
+__all__ = ["MetricsLog", "check_wandb", "devices", "peak_memory_gb", "read_lines"]
 
-EVENTS_LOG = "events.jsonl"
 WANDB_ID = "wandb_id.txt"
 PICTURE = "validation/reconstructions"
 
@@ -201,17 +200,6 @@ def peak_memory_gb(device: torch.device) -> float:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def duration(seconds: float) -> str:
-    """`2 d 4 h`, `3 h 05 min`, `12 min` or `40 s`."""
-    minutes = round(seconds / 60)
-    hours, days = minutes // 60, round(seconds / 3600) // 24
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if days:
-        return f"{days} d {round(seconds / 3600) % 24} h"
-    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentae.data.shards import BAD_SAMPLES
 from latentae.errors import LatentAEError, TrainingError
+from latentae.file_names import BAD_SAMPLES, EVENTS_LOG, METRICS_LOG, RECIPE, RECORD, SUMMARY
 from latentae.files import read_json, write_text
-from latentae.jobs import RECORD
 from latentae.measures.scores import DIGITS, HIGHER_IS_BETTER
-from latentae.models.pretrained import METRICS_LOG
 from latentae.pages.curves import Series, chart, read_log
 from latentae.pages.pictures import read_png
 from latentae.pages.report import (
@@ -33,12 +31,13 @@ from latentae.pages.report import (
     Tiles,
     build_report,
 )
+from latentae.progress import duration
 from latentae.training.recipe import Recipe, load_recipe
-from latentae.training.reporting import EVENTS_LOG, duration, read_lines
+from latentae.training.reporting import read_lines
 
-__all__ = ["SUMMARY", "write_summary"]
+__all__ = ["write_summary"]
 
-SUMMARY, RECIPE, SAMPLES = "summary.html", "recipe.toml", "samples"
+SAMPLES = "samples"
 EVENTS_SHOWN = 60
 START = "start"  # the kind of event that says where a run begins or goes on; the others are trouble
 NOT_CURVES = ("step", "images", "time", "phase")

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentae.data.shards import BAD_SAMPLES
 from latentae.errors import Interrupted, OutputError, RecipeError, TrainingError
+from latentae.file_names import BAD_SAMPLES, RECIPE, RECORD
 from latentae.files import INCOMPLETE, write_text
-from latentae.jobs import RECORD, Job
+from latentae.jobs import Job
 from latentae.options import recipe_verb
 from latentae.progress import Progress, say
 from latentae.training.checkpoint import find_checkpoint, read_state, save_checkpoint
@@ -239,7 +239,7 @@ class _Run:
         on_main(self.accelerator, write)
 
     def _open_log(self, start: Path | None) -> MetricsLog:
-        write_text(self.folder / "recipe.toml", self.recipe.toml())
+        write_text(self.folder / RECIPE, self.recipe.toml())
         self._announce(start)
         state = self.trainer.state
         log = MetricsLog(self.folder, state.step, self.recipe.log, self.recipe)

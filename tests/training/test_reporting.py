@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentae.errors import MissingDependencyError, OutputError
 from latentae.training.options import LogOptions
-from latentae.training.reporting import MetricsLog, check_wandb, devices, duration, peak_memory_gb, read_lines
+from latentae.training.reporting import MetricsLog, check_wandb, devices, peak_memory_gb, read_lines
 
 PLAIN = LogOptions(tensorboard=False)
 
@@ -210,19 +210,3 @@ def test_peak_memory_is_that_of_this_process():
         assert 0.05 < before < 64
         torch.ones(1000, 1000, 50)  # 0.2 GB
         assert peak_memory_gb(torch.device("cpu")) >= before
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "0 s"),
-        (89.4, "89 s"),
-        (90, "2 min"),
-        (3570, "1 h 00 min"),
-        (11100, "3 h 05 min"),
-        (86400, "1 d 0 h"),
-        (2e5, "2 d 8 h"),
-    ],
-)
-def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
