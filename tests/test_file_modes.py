@@ -14,7 +14,7 @@ from PIL import Image
 import latentae
 from latentae.files import atomic_file, staged_folder
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.pretrained import save_weights
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

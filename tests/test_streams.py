@@ -88,7 +88,7 @@ def test_denoise_names_that_are_not_utf8(noise, shards, model, tmp_path):
 def test_a_bad_sample_whose_name_is_not_utf8_is_recorded(shards, tmp_path):
     """By encode, whose sidecars name what was skipped."""
     from latentae.models.autoencoder import AutoencoderKL
-    from latentae.models.config import preset
+    from latentae.models.presets import preset
 
     AutoencoderKL(preset("tiny", block_out_channels=(8, 8, 8), sample_size=16)).save_pretrained(
         tmp_path / "model"

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 Call = Callable[[], Tensor]
 WORST_ERROR = {

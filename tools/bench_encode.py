@@ -53,7 +53,7 @@ from latentae.encoding.options import EncodeOptions
 from latentae.encoding.shard import encode_shards
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.pretrained import load_model, resolve_model
 from latentae.options import parse
 

@@ -39,7 +39,7 @@ from latentae.evaluation.work import PartsFolder
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.metrics import psnr, ssim
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 Call = Callable[[], object]
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from latentae.data.decode import decode_image
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import PRESETS, preset
+from latentae.models.presets import PRESETS, preset
 from latentae.models.tiling import Tiled
 from latentae.models.tiling.blended import Tiles
 from latentae.models.tiling.statistics import samples

@@ -2,19 +2,102 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from latentae.models.base import Autoencoder
-from latentae.models.coders import Decoder, Encoder
+from latentae.models.blocks import Downsample, Level, MidBlock, Upsample, group_norm, recomputed, run_block
 from latentae.models.config import AutoencoderKLConfig
+from latentae.models.pending import Pending, convolve, normalize_convolve
 from latentae.models.posterior import DiagonalGaussian
 
-__all__ = ["AutoencoderKL"]
+__all__ = ["AutoencoderKL", "Coder", "Decoder", "Encoder"]
+
+
+class Coder(nn.Module, ABC):
+    """An encoder or decoder: convolution, chains of blocks, normalization, activation, convolution."""
+
+    conv_in: nn.Conv2d
+    mid_block: MidBlock
+    conv_norm_out: nn.GroupNorm
+    conv_out: nn.Conv2d
+
+    @abstractmethod
+    def chains(self) -> Sequence[nn.Module]:
+        """The chains of blocks in the order in which they run."""
+
+    def forward(
+        self, x: Tensor, keep_features: bool = False, checkpointing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C_in, H, W] -> [B, C_out, H', W'].
+
+        With `keep_features` it also returns the detached input of the last normalization.
+        """
+        h = convolve(self.conv_in, x)
+        for chain in self.chains():
+            h = run_block(chain, h, checkpointing)
+        if checkpointing and torch.is_grad_enabled():
+            total = Pending(h.value())
+            out = recomputed(lambda h: normalize_convolve(self.conv_norm_out, self.conv_out, h)[0], total)
+        else:
+            out, total = normalize_convolve(self.conv_norm_out, self.conv_out, h)
+        return (out.value(), total.value().detach()) if keep_features else out.value()
+
+
+def _levels(
+    types: Sequence[str],
+    widths: Sequence[int],
+    layers: int,
+    groups: int,
+    resample: type[Downsample | Upsample],
+) -> nn.ModuleList:
+    levels, last = nn.ModuleList(), len(widths) - 1
+    for index, (name, width) in enumerate(zip(types, widths, strict=True)):
+        before = widths[max(index - 1, 0)]
+        step = resample if index < last else None
+        levels.append(Level(before, width, layers, groups, name.startswith("Attn"), step))
+    return levels
+
+
+class Encoder(Coder):
+    """Image [B, C, H, W] -> moments before the 1x1 convolution, [B, 2z, H/f, W/f]."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = _levels(config.down_block_types, widths, layers, groups, Downsample)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = group_norm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def chains(self) -> Sequence[nn.Module]:
+        """Levels from fine to coarse, then the middle."""
+        return *self.down_blocks, self.mid_block
+
+
+class Decoder(Coder):
+    """Latent [B, z, h, w] -> image [B, C, f*h, f*w]."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = _levels(config.up_block_types, widths, config.layers_per_block + 1, groups, Upsample)
+        self.conv_norm_out = group_norm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def chains(self) -> Sequence[nn.Module]:
+        """The middle, then levels from coarse to fine."""
+        return self.mid_block, *self.up_blocks
 
 
 class AutoencoderKL(Autoencoder):
-    """The autoencoder of latent diffusion (Rombach et al. 2022), with exactly diffusers' state-dict keys."""
+    """The autoencoder of latent diffusion (Rombach et al. 2022), with diffusers' state-dict keys."""
 
     config: AutoencoderKLConfig
     encoder: Encoder
@@ -28,14 +111,12 @@ class AutoencoderKL(Autoencoder):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # the fast order, on CPUs and GPUs alike
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
-        self._check_image(x)
         moments, features = self._run(self.encoder, x, keep_features)
         return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments)), features
 
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        self._check_latent(z)
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self._run(self.decoder, z, keep_features)

@@ -1,4 +1,4 @@
-"""What every autoencoder is: image -> encoder -> diagonal Gaussian -> [latent transform] -> decoder -> reconstruction."""
+"""The pass that all autoencoders share: encode, sample the posterior, transform the latent, decode."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ __all__ = ["Autoencoder", "AutoencoderOutput"]
 
 @dataclass(frozen=True)
 class AutoencoderOutput:
-    """What one pass gives."""
+    """The result of one forward pass."""
 
     reconstruction: Tensor
     """[B, C, H, W] in about [-1, 1]."""
     posterior: DiagonalGaussian
     latent: Tensor
-    """[B, z, h, w], a sample of the posterior or its mean; with the encoder's graph."""
+    """[B, z, h, w], a sample of the posterior or its mean, with the encoder's graph."""
     decoded: Tensor
-    """[B, z, h, w], what the decoder was given."""
+    """[B, z, h, w], the decoder's input."""
     leaf: Tensor | None = None
-    """Where the decoder's graph ends if `cut_latent`: the decoder's backward pass leaves its gradient here, and
-    `latent.backward(leaf.grad)` goes on through the encoder. None where nothing in front of the latent learns."""
+    """Where the decoder's graph ends with `cut_latent`. The decoder's backward pass leaves its gradient here;
+    `latent.backward(leaf.grad)` continues through the encoder. None if nothing before the latent is trained."""
     decoder_features: Tensor | None = None
-    """Input of the decoder's last normalization, detached, if `keep_features`; for `last_layer.decoder_weight_gradient`."""
+    """With `keep_features`: the detached input of the decoder's last normalization."""
     encoder_features: Tensor | None = None
-    """The same of the encoder, for `last_layer.encoder_weight_gradient`."""
+    """With `keep_features`: the detached input of the encoder's last normalization."""
     also: Tensor | None = None
-    """What the decoder makes of `also_decode(latent)`."""
+    """The decoder's output for `also_decode(latent)`."""
 
 
 class Autoencoder(nn.Module, ABC):
     """An encoder, a Gaussian bottleneck and a decoder.
 
-    Images are float in [-1, 1], [B, C, H, W], with H and W multiples of `config.downsampling`. Latents are raw: scaling
-    belongs to the pipeline that uses them.
+    Images are float in [-1, 1], [B, C, H, W], with H and W multiples of `config.downsampling`. Latents are
+    unscaled: the pipeline that uses them scales them.
 
     Attributes:
         config: the shape.
-        gradient_checkpointing: whether training keeps the input of each block only and recomputes the rest. Outputs and gradients
-            stay the same. Models without blocks take no notice.
+        gradient_checkpointing: whether training stores only the input of each block and recomputes the rest.
+            Outputs and gradients stay the same. Models without blocks ignore it.
     """
 
     config: Any
@@ -65,6 +65,7 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             ImageError: wrong number of channels, or a side that f does not divide.
         """
+        self.check_image(x)
         return self._encode(x, False)[0]
 
     def decode(self, z: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             ModelError: wrong number of latent channels.
         """
+        self.check_latent(z)
         return self._decode(z, False)[0]
 
     def forward(
@@ -86,33 +88,37 @@ class Autoencoder(nn.Module, ABC):
         cut_latent: bool = False,
         keep_features: bool = False,
     ) -> AutoencoderOutput:
-        """Encode, sample (the mean when not `sample_posterior`) and decode.
+        """Encode, sample (or take the mean) and decode.
 
         Args:
             x: images [B, C, H, W] in [-1, 1].
-            noise: standard normal [B, z, H/f, W/f] for the sample; drawn from torch's generator when not given.
+            noise: standard normal [B, z, H/f, W/f] for the sample; torch's generator draws it by default.
             sample_posterior: whether to sample or take the mean.
-            latent_transform: [B, z, h, w] -> [B, z, h', w'], what is done to a latent before it is decoded (noise, a mask, a rotation).
-            also_decode: [B, z, h, w] -> [B, z, h', w']: decode this of the latent, too, within the same pass.
-            cut_latent: end the decoder's graph at a leaf, so that the gradient at the latent can be looked at, and changed, on its way.
-            keep_features: also return what the last normalizations read.
+            latent_transform: [B, z, h, w] -> [B, z, h', w'], applied to the latent before it is decoded
+                (noise, a mask, a rotation).
+            also_decode: [B, z, h, w] -> [B, z, h', w'], a second input of the decoder in the same pass.
+            cut_latent: end the decoder's graph at a leaf, so that the gradient at the latent can be read
+                and changed.
+            keep_features: also return the inputs of the last normalizations.
         """
+        self.check_image(x)
         posterior, encoder_features = self._encode(x, keep_features)
         latent = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
         leaf = latent.detach().requires_grad_() if cut_latent and latent.requires_grad else None
         given = latent if leaf is None else leaf
         decoded = (given if latent_transform is None else latent_transform(given)).to(x.dtype)
+        self.check_latent(decoded)
         reconstruction, decoder_features = self._decode(decoded, keep_features)
-        also = None if also_decode is None else self._decode(also_decode(given).to(x.dtype), False)[0]
+        also = None if also_decode is None else self.decode(also_decode(given).to(x.dtype))
         return AutoencoderOutput(
             reconstruction, posterior, latent, decoded, leaf, decoder_features, encoder_features, also
         )
 
     def compile_coders(self, **options: Any) -> None:
-        """`torch.compile` encoder and decoder in place, each for itself; state-dict keys stay as they are.
+        """`torch.compile` encoder and decoder in place, each by itself; state-dict keys stay the same.
 
-        One graph for both could not be differentiated in two pieces, as `cut_latent` needs. Second derivatives (R1 on the
-        reconstruction, Jacobian penalties) are beyond `torch.compile`: models that need them stay as they are.
+        One graph for both could not be differentiated in two parts, as `cut_latent` needs. `torch.compile`
+        has no second derivatives (R1 on the reconstruction, Jacobian penalties).
 
         Args:
             **options: of `torch.compile`.
@@ -120,10 +126,35 @@ class Autoencoder(nn.Module, ABC):
         self.encoder.compile(**options)
         self.decoder.compile(**options)
 
-    def _run(self, coder: nn.Module, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        """Output of the encoder or decoder, and the input of its last normalization, detached, if `keep_features`.
+    def check_image(self, x: Tensor) -> None:
+        """Check the shape of images.
 
-        A coder that a user has replaced or hooked sees a tensor only, where nothing more is wanted.
+        Raises:
+            ImageError: wrong number of channels, or a side that f does not divide.
+        """
+        f, channels = self.config.downsampling, self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ImageError(f"images have shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
+        height, width = x.shape[2:]
+        if height % f or width % f or not height or not width:
+            raise ImageError(
+                f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or resize it"
+            )
+
+    def check_latent(self, z: Tensor) -> None:
+        """Check the shape of latents.
+
+        Raises:
+            ModelError: wrong number of channels.
+        """
+        channels = self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels:
+            raise ModelError(f"latent has shape {tuple(z.shape)}, expected [B, {channels}, h, w]")
+
+    def _run(self, coder: nn.Module, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
+        """The output of encoder or decoder, and with `keep_features` the input of its last normalization.
+
+        Without extras a coder is called with one tensor, so that users can replace or hook it.
         """
         if not keep_features and not self.gradient_checkpointing:
             return coder(x), None
@@ -132,27 +163,11 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
-        """The posterior, and what the encoder's last normalization read, detached, if `keep_features` and there is one."""
+        """The posterior of checked images, and the encoder's features if `keep_features`."""
 
     @abstractmethod
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        """The images, and what the decoder's last normalization read."""
-
-    def _check_image(self, x: Tensor) -> None:
-        f, channels = self.config.downsampling, self.config.in_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ImageError(f"images have shape {tuple(x.shape)}, expected [B, {channels}, H, W]")
-        height, width = x.shape[2:]
-        if height % f or width % f or not height or not width:
-            raise ImageError(
-                f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or resize it first"
-            )
-
-    def _check_latent(self, z: Tensor) -> None:
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ModelError(
-                f"latent has shape {tuple(z.shape)}, expected [B, {self.config.latent_channels}, h, w]"
-            )
+        """The images of checked latents, and the decoder's features if `keep_features`."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, weights: str = "ema") -> Self:
@@ -160,7 +175,7 @@ class Autoencoder(nn.Module, ABC):
 
         Args:
             path: folder, file or `owner/name`.
-            weights: "ema" or "raw"; only runs and checkpoints hold both.
+            weights: "ema" or "raw"; only runs and checkpoints have both.
 
         Raises:
             ModelError: none of these, weights that do not fit the config, or a model of another class.
@@ -173,7 +188,7 @@ class Autoencoder(nn.Module, ABC):
         return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `diffusion_pytorch_model.safetensors`, which diffusers loads as they are where it has the class."""
+        """Write `config.json` and `diffusion_pytorch_model.safetensors`, which diffusers loads unchanged."""
         from latentae.models.pretrained import save_model
 
         save_model(self, folder, dtype)

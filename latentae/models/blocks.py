@@ -18,68 +18,81 @@ __all__ = [
     "Block",
     "Chain",
     "Downsample",
+    "Level",
     "MidBlock",
     "ResnetBlock",
     "Upsample",
     "group_norm",
-    "is_frozen",
     "recomputed",
     "run_block",
-    "run_chain",
 ]
 
 
 class Block(nn.Module, ABC):
-    """A block that takes and returns tensors, and in a chain of blocks hands on its last additions."""
+    """A block with a tensor as input and output. Inside a chain it leaves its last additions pending."""
 
     @abstractmethod
     def step(self, x: Pending) -> Pending:
-        """The block, its last additions pending."""
+        """Run the block; its last additions stay pending."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the block's output."""
         return self.step(Pending(x)).value()
 
 
-def run_block(block: nn.Module, x: Pending, checkpointing: bool) -> Pending:
-    """Run a block with the least memory that its gradient needs.
+class Chain(Block):
+    """Blocks in sequence. [B, C, H, W] -> the output of the last block."""
 
-    Frozen blocks with frozen input run as in inference: no graph, additions in place. With `checkpointing` the others keep their
-    input only (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks in the order in which they run."""
+
+    def step(self, x: Pending, checkpointing: bool = False) -> Pending:
+        """Run the blocks; the last additions stay pending. `checkpointing` stores only their inputs."""
+        for block in self.blocks():
+            x = run_block(block, x, checkpointing)
+        return x
+
+
+def run_block(block: nn.Module, x: Pending, checkpointing: bool = False) -> Pending:
+    """Run a block, or every block of a chain, with the least memory that its gradient needs.
+
+    A frozen block with frozen input runs as in inference: no graph, additions in place. With
+    `checkpointing` the other blocks keep only their input (Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost"). A block that is replaced or hooked is called as a module.
     """
-    step = _step_of(block)
+    own = type(block).forward is Block.forward and _is_quiet(block)
+    if own and isinstance(block, Chain):
+        return block.step(x, checkpointing)
+    step = block.step if own and isinstance(block, Block) else _called(block)
     if not torch.is_grad_enabled():
         return step(x)
-    if not any(t is not None and t.requires_grad for t in x) and is_frozen(block):
+    if not any(t is not None and t.requires_grad for t in x) and _is_frozen(block):
         with torch.no_grad():
             return step(x)
     return recomputed(step, x) if checkpointing else step(x)
 
 
-def is_frozen(block: nn.Module) -> bool:
-    """Whether nothing in a block learns. A hook may bring in a tensor that does, so hooked blocks are not frozen."""
-    return not any(p.requires_grad for p in block.parameters()) and all(
-        is_unhooked(module) for module in block.modules()
-    )
-
-
-def _step_of(block: nn.Module) -> Callable[[Pending], Pending]:
-    """The block's step, or a call of a block that is replaced or hooked."""
-    if isinstance(block, Block) and type(block).forward is Block.forward and _is_quiet(block):
-        return block.step
+def _called(block: nn.Module) -> Callable[[Pending], Pending]:
     return lambda x: Pending(block(x.value()))
 
 
 def _is_quiet(module: nn.Module) -> bool:
-    """Whether skipping a call goes unnoticed: no hooks, and no export, which names operators by the modules that are called."""
+    """Whether nothing depends on a call: no hooks, and no export, which names operators by module calls."""
     return is_unhooked(module) and not torch.compiler.is_exporting()
 
 
-def recomputed(step: Callable[[Pending], Pending], x: Pending) -> Pending:
-    """`step(x)`, run once more in the backward pass instead of remembered.
+def _is_frozen(block: nn.Module) -> bool:
+    """Whether nothing in a block is trained. A hook may add a tensor that is, so hooked blocks are not frozen."""
+    trained = any(parameter.requires_grad for parameter in block.parameters())
+    return not trained and all(is_unhooked(module) for module in block.modules())
 
-    Pending additions are made first: one sum is less to keep than its parts. Nothing here draws random numbers, so no state of a
-    generator is kept.
+
+def recomputed(step: Callable[[Pending], Pending], x: Pending) -> Pending:
+    """`step(x)`, run again in the backward pass instead of stored.
+
+    Pending additions are computed first, because one sum takes less memory than its parts. No block draws
+    random numbers, so no generator state is kept.
     """
 
     def plain(value: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,7 +107,7 @@ def group_norm(groups: int, channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(Block):
-    """Two norm-activation-convolution steps around a skip; a 1x1 convolution where the width changes."""
+    """Two norm-activation-convolution steps around a skip, with a 1x1 convolution if the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -126,7 +139,7 @@ class Attention(Block):
 
 
 class Downsample(Block):
-    """Halve height and width by a strided convolution, padded at the right and bottom only, as LDM does."""
+    """A strided convolution that halves height and width, padded at the right and bottom only, as in LDM."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -138,7 +151,7 @@ class Downsample(Block):
 
 
 class Upsample(Block):
-    """Double height and width: nearest neighbour, then a convolution."""
+    """Nearest-neighbor doubling of height and width, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -149,33 +162,8 @@ class Upsample(Block):
         return upsample_convolve(self.conv, x.value())
 
 
-class Chain(nn.Module, ABC):
-    """Blocks one after the other; what they hand on to each other is pending."""
-
-    @abstractmethod
-    def blocks(self) -> Iterator[nn.Module]:
-        """The blocks in the order in which they run."""
-
-    def step(self, x: Pending, checkpointing: bool = False) -> Pending:
-        """The blocks, the last additions pending. `checkpointing` keeps the input of each block only."""
-        for block in self.blocks():
-            x = run_block(block, x, checkpointing)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the output of the last block."""
-        return self.step(Pending(x)).value()
-
-
-def run_chain(chain: nn.Module, x: Pending, checkpointing: bool) -> Pending:
-    """Run a chain of blocks; one that is replaced or hooked is called as a single block."""
-    if isinstance(chain, Chain) and type(chain).forward is Chain.forward and _is_quiet(chain):
-        return chain.step(x, checkpointing)
-    return run_block(chain, x, checkpointing)
-
-
 class MidBlock(Chain):
-    """Residual block, attention (or none), residual block. [B, C, H, W] -> the same shape."""
+    """Residual block, optional attention, residual block. [B, C, H, W] -> the same shape."""
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
@@ -187,3 +175,44 @@ class MidBlock(Chain):
         yield self.resnets[0]
         yield from self.attentions
         yield self.resnets[1]
+
+
+class Level(Chain):
+    """Residual blocks at one resolution, each followed by optional attention, then a change of resolution.
+
+    [B, C_in, H, W] -> [B, C_out, H', W'].
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        layers: number of residual blocks.
+        groups: of every GroupNorm.
+        attention: whether attention follows each residual block.
+        resample: the last block, or None to keep the resolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: int,
+        groups: int,
+        attention: bool,
+        resample: type[Downsample | Upsample] | None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (layers - 1)
+        self.resnets = nn.ModuleList([ResnetBlock(width, out_channels, groups) for width in widths])
+        attentions = [Attention(out_channels, groups) for _ in range(layers * attention)]
+        self.attentions = nn.ModuleList(attentions)
+        # two names, as in diffusers' keys
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if resample is Downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if resample is Upsample else [])
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Residual blocks, each with its attention, then the change of resolution."""
+        for index, resnet in enumerate(self.resnets):
+            yield resnet
+            yield from self.attentions[index : index + 1]
+        yield from self.downsamplers
+        yield from self.upsamplers

@@ -1,35 +1,169 @@
-"""The shape of an autoencoder: diffusers' own config keys, and named presets."""
+"""Shapes of autoencoders: what a `config.json` holds, under diffusers' own keys where it has the class."""
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from latentae.errors import ModelError
-from latentae.models.base_config import AutoencoderConfig, read_config_values
-from latentae.models.dc.config import DC_PRESETS, AutoencoderDCConfig, dc_values
+from latentae.errors import ModelError, some
+from latentae.options import explain
+from latentae.progress import note
 
 __all__ = [
-    "LINEAR",
-    "PRESETS",
     "AutoencoderConfig",
     "AutoencoderDCConfig",
     "AutoencoderKLConfig",
+    "ChannelsIn",
+    "ChannelsOut",
+    "LatentChannels",
+    "Level",
     "LinearAutoencoderConfig",
-    "preset",
-    "preset_config",
-    "preset_kind",
-    "preset_names",
+    "SampleSize",
+    "ScalingFactor",
+    "ShiftFactor",
+    "check_values",
     "read_config",
     "read_config_values",
 ]
 
-LINEAR = "linear"  # the preset of the linear autoencoder
-_Config = TypeVar("_Config", bound="AutoencoderConfig")
+ChannelsIn = Annotated[int, Field(ge=1, description="Image channels in.")]
+ChannelsOut = Annotated[int, Field(ge=1, description="Image channels out.")]
+LatentChannels = Annotated[int, Field(ge=1, description="Channels of the latent, z.")]
+SampleSize = Annotated[
+    int | tuple[int, ...], Field(description="Image side in pixels of the model; diffusers' tile size.")
+]
+ScalingFactor = Annotated[float, Field(gt=0, description="Factor of latents for a diffusion model.")]
+ShiftFactor = Annotated[float, Field(description="Subtracted from latents before scaling.")]
 
-DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
+DOWN, UP = get_args(DownBlock), get_args(UpBlock)
+
+Config = TypeVar("Config", bound="AutoencoderConfig")
+
+
+class AutoencoderConfig(BaseModel, ABC):
+    """The shape of an autoencoder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    class_name: ClassVar[str]
+    """`_class_name` in config.json."""
+
+    if TYPE_CHECKING:  # fields of every subclass, each in its own order
+        in_channels: int
+        out_channels: int
+        latent_channels: int
+        sample_size: int | tuple[int, ...]
+        scaling_factor: float
+        shift_factor: float
+
+    @property
+    @abstractmethod
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along a side, f."""
+
+    @property
+    def image_side(self) -> int:
+        """`sample_size` as one number: the shorter side in pixels."""
+        return self.sample_size if isinstance(self.sample_size, int) else min(self.sample_size)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], path: str | Path) -> Self:
+        """Check the content of a `config.json`.
+
+        Keys that start with `_` are diffusers' notes and are ignored. Unknown keys with the value null
+        are logged and ignored: a newer diffusers writes them for options that are not used.
+
+        Raises:
+            ModelError: another class, or an unknown key or value; the message names `path`.
+        """
+        name = values.get("_class_name", cls.class_name)
+        if name != cls.class_name:
+            raise ModelError(f"{path} describes a {name}; this loader reads {cls.class_name}")
+        return check_values(cls, _known_values(values, cls.model_fields, cls.class_name, path), path)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read a diffusers `config.json`.
+
+        Raises:
+            ModelError: the file is missing, damaged or of another class, or has an unknown key or value.
+        """
+        return cls.from_values(read_config_values(path), path)
+
+    def diffusers_dict(self) -> dict[str, Any]:
+        """The values as plain JSON types, with the class name that diffusers looks up."""
+        values = self.model_dump(mode="json")
+        return {"_class_name": self.class_name, "_diffusers_version": "0.34.0", **values}
+
+
+def check_values(of: type[Config], values: Mapping[str, Any], source: str | Path) -> Config:
+    """A config from its values.
+
+    Raises:
+        ModelError: a value that is not allowed; the message begins with `source`.
+    """
+    try:
+        return of(**values)
+    except ValidationError as error:
+        raise ModelError(f"{source}: {explain(error, of.model_fields, list(of.model_fields))}") from error
+
+
+def _known_values(
+    values: Mapping[str, Any], known: Collection[str], name: str, path: str | Path
+) -> dict[str, Any]:
+    """The keys of a `config.json` that the class `name` has; unknown ones must be null."""
+    own = {key: value for key, value in values.items() if not key.startswith("_")}
+    new = {key: value for key, value in own.items() if key not in known}
+    used = [f"{key} = {json.dumps(value)}" for key, value in new.items() if value is not None]
+    if used:
+        version = values.get("_diffusers_version", "of unknown version")
+        raise ModelError(
+            f"{path} has {some(used)}, which {name} does not know here (written by diffusers {version}); update "
+            "latentae, or delete the key if its value is the default there"
+        )
+    if new:
+        note(f"{path}: ignored {some(new)}, unknown here and null")
+    return {key: value for key, value in own.items() if key in known}
+
+
+def read_config_values(path: str | Path) -> dict[str, Any]:
+    """The object in a `config.json`.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    advice = "a model folder needs a diffusers config.json"
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"could not read {path}: {error.strerror}; {advice}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); {advice}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds a {type(values).__name__}, expected an object with diffusers' keys")
+    return values
+
+
+def read_config(path: str | Path) -> AutoencoderConfig:
+    """The config in a `config.json`, of the class that it names; AutoencoderKL if it names none.
+
+    Raises:
+        ModelError: the file is missing, damaged or of an unknown class, or has an unknown key or value.
+    """
+    values = read_config_values(path)
+    name = values.get("_class_name", AutoencoderKLConfig.class_name)
+    classes = {
+        of.class_name: of for of in (AutoencoderKLConfig, AutoencoderDCConfig, LinearAutoencoderConfig)
+    }
+    if name not in classes:
+        raise ModelError(f"{path} describes a {name}; this loader reads {', '.join(classes)}")
+    return classes[name].from_values(values, path)
 
 
 class AutoencoderKLConfig(AutoencoderConfig):
@@ -37,12 +171,12 @@ class AutoencoderKLConfig(AutoencoderConfig):
 
     class_name = "AutoencoderKL"
 
-    in_channels: int = Field(default=3, ge=1, description="Image channels in.")
-    out_channels: int = Field(default=3, ge=1, description="Image channels out.")
-    down_block_types: tuple[str, ...] = Field(
+    in_channels: ChannelsIn = 3
+    out_channels: ChannelsOut = 3
+    down_block_types: tuple[DownBlock, ...] = Field(
         default=("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse."
     )
-    up_block_types: tuple[str, ...] = Field(
+    up_block_types: tuple[UpBlock, ...] = Field(
         default=("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine."
     )
     block_out_channels: tuple[int, ...] = Field(
@@ -51,27 +185,19 @@ class AutoencoderKLConfig(AutoencoderConfig):
     layers_per_block: int = Field(
         default=1, ge=1, description="Residual blocks per encoder level; a decoder level has one more."
     )
-    act_fn: str = Field(
-        default="silu",
-        pattern="^(silu|swish)$",
-        description="Activation; SiLU is the only one of this family.",
+    act_fn: Literal["silu", "swish"] = Field(
+        default="silu", description="Activation; this family has only SiLU."
     )
-    latent_channels: int = Field(default=4, ge=1, description="Channels of the latent, z.")
+    latent_channels: LatentChannels = 4
     norm_num_groups: int = Field(default=32, ge=1, description="Groups of every GroupNorm.")
-    sample_size: int | tuple[int, ...] = Field(
-        default=256, description="Image side in pixels the model was made for; diffusers' tile size."
-    )
-    scaling_factor: float = Field(
-        default=0.18215, gt=0, description="Latents are multiplied by it for a diffusion model."
-    )
-    shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
-    latents_mean: tuple[float, ...] | None = Field(
-        default=None, description="Per-channel mean of the latents."
-    )
+    sample_size: SampleSize = 256
+    scaling_factor: ScalingFactor = 0.18215
+    shift_factor: Annotated[ShiftFactor, BeforeValidator(lambda value: 0.0 if value is None else value)] = 0.0
+    latents_mean: tuple[float, ...] | None = Field(default=None, description="Mean of each latent channel.")
     latents_std: tuple[float, ...] | None = Field(
-        default=None, description="Per-channel standard deviation of the latents."
+        default=None, description="Standard deviation of each latent channel."
     )
-    force_upcast: bool = Field(
+    force_upcast: Annotated[bool, BeforeValidator(lambda value: True if value is None else value)] = Field(
         default=True, description="Pipelines run the model in fp32 even when the rest is fp16."
     )
     use_quant_conv: bool = Field(default=True, description="A 1x1 convolution after the encoder.")
@@ -80,34 +206,19 @@ class AutoencoderKLConfig(AutoencoderConfig):
         default=True, description="One attention layer in the middle of encoder and decoder."
     )
 
-    @field_validator("shift_factor", mode="before")
-    @classmethod
-    def _null_shift(cls, value: Any) -> Any:
-        return 0.0 if value is None else value
-
-    @field_validator("force_upcast", mode="before")
-    @classmethod
-    def _null_upcast(cls, value: Any) -> Any:
-        return True if value is None else value
-
     @model_validator(mode="after")
     def _consistent(self) -> AutoencoderKLConfig:
-        levels = len(self.block_out_channels)
-        if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
+        levels, down, up = map(len, (self.block_out_channels, self.down_block_types, self.up_block_types))
+        if down != levels or up != levels:
             raise ValueError(
-                f"block_out_channels has {levels} levels but down_block_types {len(self.down_block_types)} "
-                f"and up_block_types {len(self.up_block_types)}; give one of each per level"
+                f"block_out_channels has {levels} levels, down_block_types {down} and up_block_types {up}; "
+                "give one of each per level"
             )
-        for name in self.down_block_types:
-            if name not in DOWN:
-                raise ValueError(f"down_block_types has {name!r}; this family knows {' and '.join(DOWN)}")
-        for name in self.up_block_types:
-            if name not in UP:
-                raise ValueError(f"up_block_types has {name!r}; this family knows {' and '.join(UP)}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels has {channels}, which norm_num_groups {self.norm_num_groups} does not divide"
+                    f"block_out_channels has {channels}, expected a multiple of norm_num_groups "
+                    f"{self.norm_num_groups}"
                 )
         return self
 
@@ -118,39 +229,31 @@ class AutoencoderKLConfig(AutoencoderConfig):
 
 
 class LinearAutoencoderConfig(AutoencoderConfig):
-    """The shape of a linear autoencoder. diffusers has no such class; keys that it has elsewhere keep their names and meanings."""
+    """The shape of a linear autoencoder. diffusers has no such class; shared keys keep its names."""
 
     class_name = "LinearAutoencoder"
 
-    in_channels: int = Field(default=3, ge=1, description="Image channels in.")
-    out_channels: int = Field(default=3, ge=1, description="Image channels out.")
-    latent_channels: int = Field(
-        default=16, ge=1, description="Channels of the latent, z: components kept of each patch."
-    )
-    patch: int = Field(
-        default=8, ge=1, description="Side in pixels of the patch that becomes one latent pixel."
-    )
-    tied: bool = Field(
-        default=True, description="Encoder and decoder share one weight, the one the other's transpose."
-    )
-    sample_size: int | tuple[int, ...] = Field(
-        default=256, description="Image side in pixels the model was made for."
-    )
-    scaling_factor: float = Field(
-        default=1.0, gt=0, description="Latents are multiplied by it for a diffusion model."
-    )
-    shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
+    in_channels: ChannelsIn = 3
+    out_channels: ChannelsOut = 3
+    latent_channels: LatentChannels = 16
+    patch: int = Field(default=8, ge=1, description="Side in pixels of the patch behind one latent pixel.")
+    tied: bool = Field(default=True, description="The decoder's weight is the encoder's, transposed.")
+    sample_size: SampleSize = 256
+    scaling_factor: ScalingFactor = 1.0
+    shift_factor: ShiftFactor = 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearAutoencoderConfig:
         if self.tied and self.in_channels != self.out_channels:
             raise ValueError(
-                f"tied weights need as many channels out as in, not {self.in_channels} in and {self.out_channels} out; set tied = false"
+                f"in_channels is {self.in_channels} and out_channels {self.out_channels}, but tied weights need "
+                "equal ones; set tied = false"
             )
         numbers = min(self.in_channels, self.out_channels) * self.patch**2
         if self.latent_channels > numbers:
             raise ValueError(
-                f"latent_channels is {self.latent_channels}, but a patch of {self.patch} x {self.patch} has {numbers} numbers; keep fewer"
+                f"latent_channels is {self.latent_channels}, but a patch of {self.patch} x {self.patch} has "
+                f"{numbers} numbers; use at most that many"
             )
         return self
 
@@ -160,125 +263,175 @@ class LinearAutoencoderConfig(AutoencoderConfig):
         return self.patch
 
 
-def _family(
-    multipliers: tuple[int, ...], latent: int, attention: tuple[int, ...] = (), width: int = 128, **rest: Any
-) -> dict[str, Any]:
-    """Values of an LDM-style config; `attention` names the levels (0 is the finest) with attention after every residual block."""
-    levels = range(len(multipliers))
-    down = tuple(DOWN[level in attention] for level in levels)
-    up = tuple(UP[level in attention] for level in reversed(levels))
-    values = {
-        "block_out_channels": tuple(width * m for m in multipliers),
-        "down_block_types": down,
-        "up_block_types": up,
-        "latent_channels": latent,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-    }
-    return {**values, **rest}
-
-
-# LDM's model zoo (Rombach et al. 2022, table 8): base width 128; attention at side 16 (and 8) of a 256-pixel input.
-PRESETS: dict[str, dict[str, Any]] = {
-    "kl-f4": _family((1, 2, 4), latent=3),
-    "kl-f8": _family((1, 2, 4, 4), latent=4),
-    "kl-f8-z16": _family((1, 2, 4, 4), latent=16),
-    "kl-f16": _family((1, 1, 2, 2, 4), latent=16, attention=(4,)),
-    "kl-f16-z32": _family((1, 1, 2, 2, 4), latent=32, attention=(4,)),  # VA-VAE (Yao & Wang 2025)
-    "kl-f32": _family((1, 1, 2, 2, 4, 4), latent=64, attention=(4, 5)),
-    "tiny": _family(
-        (1, 2, 4),
-        latent=8,
-        width=16,
-        layers_per_block=1,
-        norm_num_groups=1,
-        mid_block_add_attention=False,
-        sample_size=64,
-    ),
-    "tiny-f8": _family(
-        (1, 2, 2, 4),
-        latent=16,
-        width=16,
-        layers_per_block=1,
-        norm_num_groups=1,
-        mid_block_add_attention=False,
-        sample_size=64,
-    ),
+SIDES = ("encoder", "decoder")
+DC_BLOCKS = ("ResBlock", "EfficientViTBlock")
+_ACTS = ("silu", "swish", "relu", "gelu", "mish")
+# The names that these keys know, in lower case where diffusers ignores the case.
+_DC_NAMES: dict[str, tuple[str, ...]] = {
+    "encoder_block_types": DC_BLOCKS,
+    "decoder_block_types": DC_BLOCKS,
+    "decoder_norm_types": ("rms_norm", "batch_norm"),
+    "decoder_act_fns": _ACTS,
+    "decoder_conv_act_fn": _ACTS,
+    "downsample_block_type": ("pixel_unshuffle", "conv"),
+    "upsample_block_type": ("pixel_shuffle", "interpolate"),
 }
+_ANY_CASE = ("decoder_act_fns", "decoder_conv_act_fn", "downsample_block_type")
+
+Names = str | tuple[str, ...]
+Counts = tuple[int, ...]
+BlockTypes = Annotated[Names, Field(description="Block type of every level, or of each.")]
+Widths = Annotated[Counts, Field(min_length=1, description="Channels of each level.")]
+Depths = Annotated[Counts, Field(description="Blocks of each level.")]
+Windows = Annotated[tuple[Counts, ...], Field(description="Extra attention windows of each level.")]
 
 
-def preset(name: str, **overrides: Any) -> AutoencoderKLConfig:
-    """A named config of the KL autoencoder with single keys replaced.
+class Level(NamedTuple):
+    """One level of an AutoencoderDC's encoder or decoder."""
 
-    Raises:
-        ModelError: unknown preset or a value that does not fit.
+    block: str
+    width: int
+    layers: int
+    windows: Counts
+
+
+class AutoencoderDCConfig(AutoencoderConfig):
+    """Every key of a diffusers AutoencoderDC `config.json`, with the same meaning and default, and two of ours.
+
+    Levels are counted from fine to coarse; `encoder_block_out_channels` gives their number. As in diffusers,
+    lists may be longer: the rest is ignored. The finest level may have no block: then the first layer halves
+    the image and the width of that level is ignored.
     """
-    if name not in PRESETS:
-        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return _checked(AutoencoderKLConfig, name, {**PRESETS[name], **overrides})
 
+    class_name = "AutoencoderDC"
 
-def preset_names() -> list[str]:
-    """The presets of all architectures."""
-    return [*PRESETS, *DC_PRESETS, LINEAR]
-
-
-def preset_kind(name: str) -> type[AutoencoderConfig]:
-    """The class of a preset's config.
-
-    Raises:
-        ModelError: unknown preset.
-    """
-    if name not in preset_names():
-        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(preset_names())}")
-    return (
-        AutoencoderDCConfig
-        if name in DC_PRESETS
-        else LinearAutoencoderConfig
-        if name == LINEAR
-        else AutoencoderKLConfig
+    in_channels: ChannelsIn = 3
+    latent_channels: LatentChannels = 32
+    attention_head_dim: int = Field(default=32, ge=1, description="Channels of an attention head.")
+    encoder_block_types: BlockTypes = "ResBlock"
+    decoder_block_types: BlockTypes = "ResBlock"
+    encoder_block_out_channels: Widths = (128, 256, 512, 512, 1024, 1024)
+    decoder_block_out_channels: Widths = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: Depths = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: Depths = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: Windows = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: Windows = ((), (), (), (5,), (5,), (5,))
+    upsample_block_type: str = Field(
+        default="pixel_shuffle", description="How the decoder doubles: 'pixel_shuffle' or 'interpolate'."
     )
-
-
-def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
-    """A named config of any architecture, with single keys replaced. One number of image channels given is that of both sides.
-
-    Raises:
-        ModelError: unknown preset or a value that does not fit.
-    """
-    if "in_channels" in overrides:
-        overrides.setdefault("out_channels", overrides["in_channels"])
-    kind = preset_kind(name)
-    if kind is LinearAutoencoderConfig:
-        return _checked(LinearAutoencoderConfig, name, overrides)
-    if kind is AutoencoderDCConfig:
-        return _checked(AutoencoderDCConfig, name, dc_values(name, overrides))
-    return preset(name, **overrides)
-
-
-def _checked(kind: type[_Config], name: str, values: dict[str, Any]) -> _Config:
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"model preset {name}: {where + ': ' if where else ''}{first['msg']}") from error
-
-
-def read_config(path: str | Path) -> AutoencoderConfig:
-    """The config in a `config.json`, of whichever class it names; AutoencoderKL where it names none.
-
-    Raises:
-        ModelError: the file is missing, damaged, of an unknown class, or has a key or value its class does not know.
-    """
-    values = read_config_values(path)
-    name = values.get("_class_name", AutoencoderKLConfig.class_name)
-    classes: tuple[type[AutoencoderConfig], ...] = (
-        AutoencoderKLConfig,
-        AutoencoderDCConfig,
-        LinearAutoencoderConfig,
+    downsample_block_type: str = Field(
+        default="pixel_unshuffle", description="How the encoder halves: 'pixel_unshuffle' or 'conv'."
     )
-    kinds = {kind.class_name: kind for kind in classes}
-    if name not in kinds:
-        raise ModelError(f"{path} describes a {name}; this loader reads {', '.join(kinds)}")
-    return kinds[name].from_values(values, path)
+    decoder_norm_types: Names = Field(default="rms_norm", description="Norm of the decoder's blocks.")
+    decoder_act_fns: Names = Field(default="silu", description="Activation of the decoder's blocks.")
+    encoder_out_shortcut: bool = Field(default=True, description="Add averaged channels to the latent.")
+    decoder_in_shortcut: bool = Field(default=True, description="Add the repeated latent to the first map.")
+    decoder_conv_act_fn: str = Field(default="relu", description="Activation before the last convolution.")
+    scaling_factor: ScalingFactor = 1.0
+
+    bottleneck: Literal["deterministic", "gaussian"] = Field(
+        default="deterministic", description="'gaussian' adds a head for the log-variance; exports drop it."
+    )
+    sample_size: SampleSize = 512  # config.json does not have it
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AutoencoderDCConfig:
+        levels, decoder = len(self.encoder_block_out_channels), len(self.decoder_block_out_channels)
+        if decoder != levels:
+            raise ValueError(
+                f"encoder_block_out_channels has {levels} levels but decoder_block_out_channels {decoder}; give "
+                "one of each per level"
+            )
+        for key, known in _DC_NAMES.items():
+            self._check_names(key, known)
+        for side in SIDES:
+            self._check_levels(side)
+            self._check_widths(side)
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along a side, f."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+    @property
+    def out_channels(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Image channels out: as many as in."""
+        return self.in_channels
+
+    @property
+    def shift_factor(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Always 0."""
+        return 0.0
+
+    def per_level(self, key: str) -> tuple[str, ...]:
+        """The names under a key, one per level, in lower case where diffusers ignores the case."""
+        levels, value = len(self.encoder_block_out_channels), getattr(self, key)
+        names = (value,) * levels if isinstance(value, str) else value[:levels]
+        return tuple(name.lower() for name in names) if key in _ANY_CASE else names
+
+    def side(self, name: str) -> list[Level]:
+        """The levels of the "encoder" or "decoder", from fine to coarse."""
+        keys = ("block_out_channels", "layers_per_block", "qkv_multiscales")
+        lists = (getattr(self, f"{name}_{key}") for key in keys)
+        return [Level(*level) for level in zip(self.per_level(f"{name}_block_types"), *lists, strict=False)]
+
+    def diffusers_dict(self) -> dict[str, Any]:
+        """The values as plain JSON types; of our own keys only a "gaussian" bottleneck, which has weights."""
+        values = super().diffusers_dict()
+        del values["sample_size"]
+        if self.bottleneck == "deterministic":
+            del values["bottleneck"]
+        return values
+
+    def _check_names(self, key: str, known: tuple[str, ...]) -> None:
+        names, levels = self.per_level(key), len(self.encoder_block_out_channels)
+        if len(names) < levels:
+            raise ValueError(
+                f"{key} has {len(names)} levels, the model {levels}; give one per level, or one name for all"
+            )
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{key} has {name!r}; this family knows {', '.join(known)}")
+
+    def _check_levels(self, side: str) -> None:
+        levels = len(self.encoder_block_out_channels)
+        for key in (f"{side}_layers_per_block", f"{side}_qkv_multiscales"):
+            if (found := len(getattr(self, key))) < levels:
+                raise ValueError(f"{key} has {found} levels, the model {levels}; give one per level")
+        for index, (block, width, layers, windows) in enumerate(self.side(side)):
+            inner = 0 < index < levels - 1 or levels == 1
+            if layers < 0 or (layers == 0 and inner):
+                raise ValueError(
+                    f"{side}_layers_per_block has {layers} at level {index}; only the finest and the coarsest of "
+                    "several may be empty"
+                )
+            if width < 1 or any(window < 1 or window % 2 == 0 for window in windows):
+                raise ValueError(
+                    f"{side} level {index} has {width} channels and windows {list(windows)}; windows are odd numbers"
+                )
+            head = self.attention_head_dim
+            if block == "EfficientViTBlock" and layers and width < head:
+                raise ValueError(
+                    f"{side} level {index} has {width} channels, attention_head_dim is {head}; a head needs as many"
+                )
+
+    def _check_widths(self, side: str) -> None:
+        """Check that shortcuts can average or repeat channels."""
+        key = f"{side}_block_out_channels"
+        widths: Counts = getattr(self, key)
+        first = 0 if getattr(self, f"{side}_layers_per_block")[0] else 1
+        for fine, coarse in zip(widths[first:], widths[first + 1 :], strict=False):
+            if 4 * fine % coarse:  # 2 x 2 pixels become the channels of one
+                raise ValueError(f"{key} goes from {fine} to {coarse}, which does not divide 4 x {fine}")
+        unshuffled = side == "encoder" and self.downsample_block_type == "pixel_unshuffle"
+        if unshuffled and any(width % 4 for width in widths[1:]):
+            raise ValueError(
+                f"{key} is {list(widths)}; all but the first must be multiples of 4 for 'pixel_unshuffle'"
+            )
+        shortcut = "encoder_out_shortcut" if side == "encoder" else "decoder_in_shortcut"
+        if getattr(self, shortcut) and widths[-1] % self.latent_channels:
+            raise ValueError(
+                f"{key} ends with {widths[-1]}, which latent_channels {self.latent_channels} does not divide; "
+                f"choose another, or set {shortcut} = false"
+            )

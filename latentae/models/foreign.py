@@ -21,7 +21,6 @@ from latentae.models.pretrained import CONFIG, ModelSource, folder_weights, load
 
 __all__ = ["ForeignAutoencoder", "ForeignConfig", "load_any_model"]
 
-LOGVAR = -30.0  # of a latent without a posterior: a standard deviation of 3e-7
 TRIAL = 128  # side of the image that tells the downsampling; every class of diffusers takes it
 
 
@@ -64,11 +63,9 @@ class ForeignAutoencoder(Autoencoder):
         self.config = config
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
-        self._check_image(x)
         return _posterior(self.module, x), None
 
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        self._check_latent(z)
         return _image(self.module, z), None
 
 
@@ -193,7 +190,7 @@ def _posterior(module: Any, x: Tensor) -> DiagonalGaussian:
             for value in (getattr(made, name, None) for name in ("latents", "latent"))
             if value is not None
         )
-    return DiagonalGaussian(torch.cat([mean, torch.full_like(mean, LOGVAR)], dim=1))
+    return DiagonalGaussian.of_mean(mean)
 
 
 def _image(module: Any, z: Tensor) -> Tensor:

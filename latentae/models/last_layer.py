@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from latentae.errors import ModelError
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.autoencoder import AutoencoderKL, Coder
 from latentae.models.base import Autoencoder
-from latentae.models.coders import Coder
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.pending import normalize_activate
 from latentae.models.posterior import DiagonalGaussian

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from latentae.errors import ModelError, some
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import DOWN, UP, AutoencoderKLConfig
+from latentae.models.config import DOWN, UP, AutoencoderKLConfig, check_values
 from latentae.models.weight_files import note_left_out, prefix_before, split_unknown
 from latentae.progress import note
 
@@ -225,12 +224,7 @@ def infer_config(tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
     scale = tensors.get(_SCALE)
     if scale is not None and scale.numel() == 1 and scale.is_floating_point():
         values["scaling_factor"] = float(scale)
-    try:
-        return AutoencoderKLConfig(**values)
-    except ValidationError as error:
-        raise ModelError(
-            f"the LDM file is of no known shape: {error.errors()[0]['msg']}; put its config.json beside it"
-        ) from error
+    return check_values(AutoencoderKLConfig, values, "the LDM file, whose config.json is missing,")
 
 
 def _count(found: Mapping[str, Tensor], pattern: str) -> int:

@@ -14,8 +14,6 @@ from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["LinearAutoencoder"]
 
-LOGVAR = -30.0  # the smallest a posterior has: a standard deviation of 3e-7
-
 
 class _PatchDecoder(nn.Module):
     """z -> images: each latent pixel becomes `weight`'s combination of patches, plus one constant patch.
@@ -107,10 +105,7 @@ class LinearAutoencoder(Autoencoder):
                 nn.init.orthogonal_(self.decoder.weight)
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
-        self._check_image(x)
-        mean = self.encoder(x)
-        return DiagonalGaussian(torch.cat([mean, torch.full_like(mean, LOGVAR)], dim=1)), None
+        return DiagonalGaussian.of_mean(self.encoder(x)), None
 
     def _decode(self, z: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        self._check_latent(z)
         return self.decoder(z, self.encoder.weight), None

@@ -18,7 +18,8 @@ from latentae.data.options import DataOptions
 from latentae.errors import RecipeError
 from latentae.keyed import MAX_SEED
 from latentae.losses.options import LossOptions
-from latentae.models.config import LINEAR, AutoencoderConfig, AutoencoderDCConfig, preset_config, preset_kind
+from latentae.models.config import AutoencoderConfig, AutoencoderDCConfig
+from latentae.models.presets import LINEAR, preset_config, preset_kind
 from latentae.training.options import (
     CorruptionOptions,
     EmaOptions,

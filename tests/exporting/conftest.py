@@ -17,7 +17,8 @@ from PIL import Image
 
 from latentae import AutoencoderKL, export
 from latentae.data.shards import shards
-from latentae.models.config import AutoencoderKLConfig, preset
+from latentae.models.config import AutoencoderKLConfig
+from latentae.models.presets import preset
 
 
 def write_photos(folder: Path, count: int, side: int) -> Path:

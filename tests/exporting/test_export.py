@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from latentae import AutoencoderKL, AutoencoderKLConfig, export
 from latentae.errors import ModelError, OutputError, RecipeError
 from latentae.files import read_json, write_json
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model
 
 FILES = {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "latentae.json"}

@@ -17,10 +17,11 @@ from latentae.errors import MissingDependencyError, ModelError, RecipeError
 from latentae.exporting.diffusers import write_diffusers
 from latentae.exporting.measured import MeasuredLatents
 from latentae.files import read_json, write_json, write_text
-from latentae.models.config import AutoencoderKLConfig, preset
+from latentae.models.config import AutoencoderKLConfig
 from latentae.models.discriminator import PatchDiscriminator
 from latentae.models.initial import load_initial
 from latentae.models.ldm import to_ldm
+from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model, save_weights
 
 NARROW = preset("kl-f8", block_out_channels=(32, 32, 32, 32), layers_per_block=1)

@@ -13,7 +13,7 @@ from latentae.data.loader import image_batches
 from latentae.data.transforms import to_float
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.tiling import Tiled
 
 SIDE = 64

@@ -11,7 +11,8 @@ from latentae import AutoencoderKL, export
 from latentae.errors import RecipeError
 from latentae.exporting.folding import fold_normalization
 from latentae.files import read_json, write_json
-from latentae.models.config import AutoencoderKLConfig, preset
+from latentae.models.config import AutoencoderKLConfig
+from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model
 
 MEAN, STD = [0.5, -1.5, 0.25, 3.0], [0.5, 2.0, 8.0, 0.125]

@@ -10,7 +10,7 @@ import pytest
 from latentae import export
 from latentae.exporting.ldm_file import ldm_notes, ldm_readers
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import PRESETS, preset
+from latentae.models.presets import PRESETS, preset
 
 F4, F8 = "kl-f4", "kl-f8"
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",)}

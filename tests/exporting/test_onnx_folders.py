@@ -12,7 +12,7 @@ from latentae import AutoencoderKL, AutoencoderKLConfig
 from latentae.errors import MissingDependencyError, ModelError
 from latentae.exporting import onnx_folders
 from latentae.exporting.onnx_folders import write_onnx
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 FILES = {f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")}
 NARROW = AutoencoderKLConfig(

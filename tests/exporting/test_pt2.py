@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from latentae import AutoencoderKL, AutoencoderKLConfig
 from latentae.errors import MissingDependencyError, ModelError, RecipeError
 from latentae.exporting.pt2 import write_pt2
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 NARROW = AutoencoderKLConfig(
     block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False

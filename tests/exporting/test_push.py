@@ -11,7 +11,7 @@ import pytest
 
 from latentae import AutoencoderKL, export
 from latentae.errors import OutputError, RecipeError
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 
 class FakeApi:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from latentae import cli
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from torch import nn
 from latentae.losses.adversarial import twice_differentiable
 from latentae.losses.contractive import frobenius, frobenius_exact, jacobian_energy
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 
 
 def small_net() -> nn.Module:

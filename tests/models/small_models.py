@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from latentae.models.base import Autoencoder
-from latentae.models.config import PRESETS, AutoencoderDCConfig, AutoencoderKLConfig, preset
+from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig
+from latentae.models.presets import PRESETS, preset
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 DC = {

@@ -10,7 +10,8 @@ from small_models import narrow, randomize_norms
 
 from latentae.errors import ImageError, ModelError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import PRESETS, AutoencoderKLConfig, preset
+from latentae.models.config import AutoencoderKLConfig
+from latentae.models.presets import PRESETS, preset
 
 diffusers = pytest.importorskip("diffusers")
 

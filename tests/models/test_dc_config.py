@@ -11,16 +11,9 @@ from small_models import DC
 
 from latentae.errors import ModelError
 from latentae.models.architectures import build
-from latentae.models.config import (
-    AutoencoderDCConfig,
-    AutoencoderKLConfig,
-    preset_config,
-    preset_kind,
-    preset_names,
-    read_config,
-)
+from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig, read_config
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.dc.config import DC_PRESETS
+from latentae.models.presets import DC_PRESETS, preset_config, preset_kind, preset_names
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -176,7 +169,7 @@ def test_configs_that_make_no_model_are_refused(changes, message, tmp_path):
 
 
 def test_other_options_are_refused_for_a_preset():
-    with pytest.raises(ModelError, match="model preset dc-f8: norm_num_groups"):
+    with pytest.raises(ModelError, match="model preset dc-f8: unknown option norm_num_groups"):
         preset_config("dc-f8", norm_num_groups=4)
     with pytest.raises(ModelError, match="out_channels"):
         preset_config("dc-f8", in_channels=3, out_channels=4)

@@ -7,8 +7,8 @@ import torch
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
 from latentae.models.foreign import ForeignAutoencoder, load_any_model
+from latentae.models.presets import preset
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from latentae.errors import ModelError
 from latentae.files import write_json, write_text
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
 from latentae.models.discriminator import PatchDiscriminator
 from latentae.models.initial import load_discriminator, load_initial
 from latentae.models.ldm import to_ldm
+from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model, save_weights
 
 CONFIG = preset("kl-f4", block_out_channels=(32, 32, 64), layers_per_block=1)

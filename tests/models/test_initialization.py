@@ -6,10 +6,11 @@ from small_models import dc_config, images_of, weights_that_do_not_learn
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import LinearAutoencoderConfig, preset
+from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
 from latentae.models.linear import LinearAutoencoder
+from latentae.models.presets import preset
 
 
 def model(name: str = "tiny") -> AutoencoderKL:

@@ -134,7 +134,7 @@ def test_other_channels_out_than_in_and_config_as_plain_json():
     assert model.subspace().shape == (16, 5)
     with pytest.raises(ValidationError, match="set tied = false"):
         LinearAutoencoderConfig(in_channels=4, out_channels=1, tied=True)
-    with pytest.raises(ValidationError, match="has 12 numbers; keep fewer"):
+    with pytest.raises(ValidationError, match="has 12 numbers; use at most"):
         LinearAutoencoderConfig(patch=2, latent_channels=13)
     config = LinearAutoencoderConfig(latent_channels=12, patch=16, tied=False)
     assert config.downsampling == 16

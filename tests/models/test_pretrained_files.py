@@ -17,9 +17,9 @@ from latentae import export
 from latentae.errors import ModelError
 from latentae.files import write_json
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
 from latentae.models.initial import load_initial
 from latentae.models.ldm import to_ldm
+from latentae.models.presets import preset
 
 CONFIG = preset("kl-f4", block_out_channels=(32, 32, 64), layers_per_block=1)
 

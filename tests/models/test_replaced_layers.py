@@ -15,9 +15,8 @@ import latentae
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.dc.config import AutoencoderDCConfig
 from latentae.models.tiling import Tiled
 
 diffusers = pytest.importorskip("diffusers")

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.tiling import Tiled, maps
 from latentae.models.tiling import tiled as tiled_module
 from latentae.models.tiling.blended import UNUSED
@@ -250,7 +250,7 @@ def test_a_scratch_folder_that_does_not_do_is_named(tmp_path, monkeypatch):
 MEMORY = """
 import sys, torch
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.tiling import Tiled
 
 def status(field):

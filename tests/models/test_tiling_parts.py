@@ -8,7 +8,7 @@ from torch import nn
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.blocks import Attention
-from latentae.models.config import preset
+from latentae.models.presets import preset
 from latentae.models.tiling import statistics, streamed
 from latentae.models.tiling.blended import Tiles, blend, weights
 from latentae.models.tiling.maps import Moments, affine, store

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentae.models.architectures import build
-from latentae.models.config import preset_config
+from latentae.models.presets import preset_config
 from latentae.models.trainable import trunk_names
 from latentae.training.optim import autoencoder_optimizers, learning_rate_scale
 from latentae.training.options import OptimizerOptions

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderDCConfig, preset
+from latentae.models.config import AutoencoderDCConfig
+from latentae.models.presets import preset
 from latentae.training.recipe import load_recipe, shipped_recipes
 from latentae.training.steps import Trainer
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from latentae.models.dc.autoencoder import DCDecoder
 from latentae.models.dc.blocks import ResidualBlock, Up
-from latentae.models.dc.coders import DCDecoder
 from latentae.models.dc.patches import PatchSample, parts
 
 __all__ = ["narrowest", "start_decoder"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from latentae.models.dc.autoencoder import DCEncoder
 from latentae.models.dc.blocks import Down
-from latentae.models.dc.coders import DCEncoder
 from latentae.models.dc.patches import PatchSample, blocks, parts
 
 __all__ = ["start_encoder"]

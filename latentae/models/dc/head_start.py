@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from latentae.errors import ModelError
+from latentae.models.config import AutoencoderDCConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.dc.config import AutoencoderDCConfig
 from latentae.models.dc.decoder_start import narrowest, start_decoder
 from latentae.models.dc.encoder_start import start_encoder
 from latentae.models.dc.patches import PatchSample

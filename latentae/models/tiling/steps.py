@@ -17,9 +17,8 @@ from latentae_kernels import conv3x3
 from torch import Tensor, nn
 
 from latentae.errors import ModelError
-from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.blocks import Attention, Downsample, MidBlock, ResnetBlock, Upsample
-from latentae.models.coders import Decoder, DownLevel, Encoder, Level, UpLevel
+from latentae.models.autoencoder import AutoencoderKL, Coder, Decoder, Encoder
+from latentae.models.blocks import Attention, Downsample, Level, MidBlock, ResnetBlock, Upsample
 from latentae.models.pending import upsample_convolve
 from latentae.models.plain import is_plain_conv, is_unhooked
 
@@ -72,8 +71,7 @@ Step = Convolution | Residual | Attention
 _KINDS = (
     Encoder,
     Decoder,
-    DownLevel,
-    UpLevel,
+    Level,
     MidBlock,
     ResnetBlock,
     Attention,
@@ -110,42 +108,20 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def encoder_steps(model: AutoencoderKL) -> list[Step]:
     """Image to moments."""
-    encoder: Encoder = model.encoder
-    steps: list[Step] = [Convolution(encoder.conv_in)]
-    for level in encoder.down_blocks:
-        steps += _level(level)  # pyright: ignore[reportArgumentType]
-    steps += _blocks(
-        [encoder.mid_block.resnets[0], *encoder.mid_block.attentions, encoder.mid_block.resnets[1]]
-    )
-    steps.append(Convolution(encoder.conv_out, encoder.conv_norm_out))
+    steps = _coder_steps(model.encoder)
     return steps if model.quant_conv is None else [*steps, Convolution(model.quant_conv)]
 
 
 def decoder_steps(model: AutoencoderKL) -> list[Step]:
     """Latent to image."""
-    decoder: Decoder = model.decoder
-    steps: list[Step] = [] if model.post_quant_conv is None else [Convolution(model.post_quant_conv)]
-    steps.append(Convolution(decoder.conv_in))
-    steps += _blocks(
-        [decoder.mid_block.resnets[0], *decoder.mid_block.attentions, decoder.mid_block.resnets[1]]
-    )
-    for level in decoder.up_blocks:
-        steps += _level(level)  # pyright: ignore[reportArgumentType]
-    return [*steps, Convolution(decoder.conv_out, decoder.conv_norm_out)]
+    steps = _coder_steps(model.decoder)
+    return steps if model.post_quant_conv is None else [Convolution(model.post_quant_conv), *steps]
 
 
-def _level(level: Level) -> list[Step]:
-    blocks: list[nn.Module] = []
-    for index, resnet in enumerate(level.resnets):
-        blocks.append(resnet)
-        if level.attentions:
-            blocks.append(level.attentions[index])
-    blocks += [*getattr(level, "downsamplers", ()), *getattr(level, "upsamplers", ())]
-    return _blocks(blocks)
-
-
-def _blocks(blocks: list[nn.Module]) -> list[Step]:
-    return [_block(block) for block in blocks]
+def _coder_steps(coder: Coder) -> list[Step]:
+    blocks = [block for chain in coder.chains() for block in chain.blocks()]  # pyright: ignore
+    last = Convolution(coder.conv_out, coder.conv_norm_out)
+    return [Convolution(coder.conv_in), *map(_block, blocks), last]
 
 
 def _block(block: nn.Module) -> Step:

@@ -94,7 +94,7 @@ class Tiled:
             ImageError: wrong number of channels, or a side that f does not divide.
             OutputError: the scratch folder can't be written to, or is too small.
         """
-        self.model._check_image(x)
+        self.model.check_image(x)
         if self._fits(x.shape[2] * x.shape[3]):
             return self.model.encode(x)
         check_layers(self.model)
@@ -108,7 +108,7 @@ class Tiled:
             ModelError: wrong number of latent channels.
             OutputError: the scratch folder can't be written to, or is too small.
         """
-        self.model._check_latent(z)
+        self.model.check_latent(z)
         if self._fits(z.shape[2] * z.shape[3] * self.model.config.downsampling**2):
             return self.model.decode(z)
         check_layers(self.model)

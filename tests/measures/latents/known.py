@@ -23,12 +23,10 @@ class Blocks(Autoencoder):
         self.gain = nn.Parameter(torch.ones(()))
 
     def _encode(self, x, keep_features):
-        self._check_image(x)
         mean = F.avg_pool2d(x, self.config.downsampling) * self.gain
         return DiagonalGaussian(torch.cat([mean, torch.full_like(mean, -30.0)], 1)), None
 
     def _decode(self, z, keep_features):
-        self._check_latent(z)
         return self.gain * F.interpolate(z, scale_factor=self.config.downsampling, mode="nearest"), None
 
 

@@ -14,9 +14,8 @@ from latentae import AutoencoderKL, AutoencoderKLConfig
 from latentae.errors import DataError, ImageError, ModelError
 from latentae.measures.latents import half
 from latentae.measures.latents.half import FP16_MAX, MARGIN, HalfAudit, HalfRun, audit_half
-from latentae.models.config import LinearAutoencoderConfig
+from latentae.models.config import AutoencoderDCConfig, LinearAutoencoderConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.dc.config import AutoencoderDCConfig
 from latentae.models.linear import LinearAutoencoder
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
