@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, SupportsIndex
 
 from pydantic import BeforeValidator
@@ -13,7 +14,18 @@ from latentae.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_SEED", "AnySeed", "Seed", "derive_seed", "generator", "plain_word", "run_seed", "whole_seed"]
+__all__ = [
+    "MAX_SEED",
+    "AnySeed",
+    "Seed",
+    "derive_seed",
+    "generator",
+    "keyed_normal",
+    "keyed_uniform",
+    "plain_word",
+    "run_seed",
+    "whole_seed",
+]
 
 MAX_SEED = 2**63 - 1  # torch's generators take 64 bits, and a training also begins one from the seed plus one
 
@@ -63,6 +75,44 @@ def generator(*words: SupportsIndex | str) -> torch.Generator:
     from torch import Generator  # an import of this module loads no torch
 
     return Generator().manual_seed(derive_seed(*words) >> 1)  # torch takes 63 bits
+
+
+def keyed_normal(
+    shape: Sequence[int], seed: SupportsIndex, step: int, first: int, purpose: str = "noise"
+) -> torch.Tensor:
+    """Standard normal noise [B, ...] on the CPU, each sample from a key of its own.
+
+    Args:
+        shape: of the noise.
+        seed: of the run.
+        step: of the run.
+        first: position of the first sample in the global batch.
+        purpose: what the numbers are for.
+    """
+    from torch import empty
+
+    noise = empty(tuple(shape))
+    for sample, own in zip(noise, _generators(shape[0], seed, step, first, purpose), strict=True):
+        sample.normal_(generator=own)
+    return noise
+
+
+def keyed_uniform(
+    count: int, seed: SupportsIndex, step: int, first: int, purpose: str, shape: Sequence[int] = ()
+) -> torch.Tensor:
+    """Numbers [count, *shape] in [0, 1) on the CPU, keyed as those of `keyed_normal`."""
+    from torch import rand, stack
+
+    return stack(
+        [rand(tuple(shape), generator=own) for own in _generators(count, seed, step, first, purpose)]
+    )
+
+
+def _generators(
+    count: int, seed: SupportsIndex, step: int, first: int, purpose: str
+) -> Iterator[torch.Generator]:
+    for position in range(first, first + count):
+        yield generator(purpose, seed, step, position)
 
 
 def _number(seed: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What a reconstruction and a latent are judged by. Losses return one value an image; the caller reduces."""
+"""Losses on reconstructions and latents. They return one value per image; `Objective` averages them."""

@@ -1,7 +1,7 @@
-"""Transforms that a latent and its image share, for losses that ask the decoder to commute with them.
+"""Transforms of a latent and its image, for losses that make the decoder commute with them.
 
-A side is rounded to whole latent pixels, and the image takes exactly `downsampling` times as many, so that what the decoder makes of a
-transformed latent and the transformed image always agree in size.
+A latent's sides are rounded to whole pixels, and the image's sides are `downsampling` times as long. So the decoded transformed latent
+and the transformed image always have the same size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentae.errors import ImageError
+from latentae.losses.reconstruction import wide
 
 __all__ = ["EQ_SCALES", "Transform", "downscale", "draw_transform"]
 
@@ -25,40 +26,39 @@ EQ_SCALES: tuple[float, ...] = tuple(i / 32 for i in range(8, 33))
 class Transform:
     """Bilinear scaling, then a rotation: tau of EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509).
 
-    The loss is the whole objective between D(tau.latent(z)) and tau.image(x, f). Scaling is antialiased, unlike in the authors' code:
-    below half the size plain interpolation skips pixels, and an image's detail would be noise in the target.
+    The loss is the complete objective between D(tau.latent(z)) and tau.image(x, f). Scaling is antialiased, unlike in the authors'
+    code: below half the size plain interpolation skips pixels, which would put noise into the target.
+
+    Attributes:
+        scale: factor of both sides, usually in (0, 1].
+        quarter_turns: rotations by 90 degrees, counter-clockwise.
     """
 
     scale: float
-    """Factor for both sides, in (0, 1] as a rule."""
     quarter_turns: int
-    """Rotations by 90 degrees, counter-clockwise."""
 
     def latent(self, z: Tensor) -> Tensor:
-        """[B, z, h, w] -> [B, z, h', w'], h' = round(scale h) and at least 1; a quarter turn exchanges the sides."""
-        return self._apply(z, 1)
+        """[B, z, h, w] -> [B, z, h', w'], h' = round(scale h) and at least 1; a quarter turn swaps the sides."""
+        return self.image(z, 1)
 
     def image(self, x: Tensor, downsampling: int) -> Tensor:
         """[B, C, H, W] -> [B, C, f h', f w'] for a latent that becomes h' x w'.
 
         Args:
             x: images.
-            downsampling: f, image pixels along a side of a latent pixel.
+            downsampling: f, image pixels per latent pixel along a side.
 
         Raises:
-            ImageError: a side that f does not divide.
+            ImageError: f does not divide a side.
         """
-        return self._apply(x, downsampling)
-
-    def _apply(self, x: Tensor, unit: int) -> Tensor:
-        return torch.rot90(_resize(x, self.scale, unit), self.quarter_turns, dims=(-2, -1))
+        return torch.rot90(_resize(x, self.scale, downsampling), self.quarter_turns, dims=(-2, -1))
 
 
 def draw_transform(uniforms: Sequence[float], scales: Sequence[float] = EQ_SCALES) -> Transform:
     """A scale and a rotation by 90, 180 or 270 degrees, all equally likely, as in EQ-VAE (which transforms every other batch).
 
     Args:
-        uniforms: two numbers in [0, 1), for the scale and for the rotation.
+        uniforms: two numbers in [0, 1), for scale and rotation.
         scales: to choose from.
     """
     scale, turns = uniforms
@@ -66,30 +66,28 @@ def draw_transform(uniforms: Sequence[float], scales: Sequence[float] = EQ_SCALE
 
 
 def downscale(x: Tensor, factor: float, downsampling: int = 1) -> Tensor:
-    """Antialiased bilinear shrinking, of a latent or, with its downsampling f, of an image to f times the latent's new sides.
+    """Antialiased bilinear shrinking of a latent, or of an image to f times the shrunk latent's sides.
 
-    For the term d(x_down, D(z_down)) of scale equivariance (Skorokhodov et al. 2025, arXiv 2502.14831), 2 to 4 times.
+    For the term d(x_down, D(z_down)) of scale equivariance (Skorokhodov et al. 2025, arXiv 2502.14831), with factors 2 to 4.
 
     Args:
         x: [B, C, H, W].
-        factor: how many times shorter the sides become.
-        downsampling: 1 for a latent; for an image, pixels along a side of a latent pixel.
+        factor: old side over new side.
+        downsampling: 1 for a latent; for an image, its pixels per latent pixel along a side.
 
     Raises:
-        ImageError: a side that `downsampling` does not divide.
+        ImageError: `downsampling` does not divide a side.
     """
     return _resize(x, 1.0 / factor, downsampling)
 
 
 def _resize(x: Tensor, scale: float, unit: int) -> Tensor:
-    """Scale sides to whole numbers of `unit` pixels; in at least fp32, half precision is not interpolated everywhere."""
+    """Scale sides to multiples of `unit` pixels, in at least fp32: half precision is not interpolated on every device."""
     height, width = x.shape[-2:]
     if height % unit or width % unit:
-        raise ImageError(
-            f"image is {height} x {width}, expected sides that are multiples of {unit}; crop, pad or resize it first"
-        )
+        found = f"image is {height} x {width}, expected sides that are multiples of {unit}"
+        raise ImageError(f"{found}; crop, pad or resize it first")
     size = [unit * max(1, round(scale * (side // unit))) for side in (height, width)]
     if size == [height, width]:
         return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
+    return F.interpolate(wide(x), size=size, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)

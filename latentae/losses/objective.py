@@ -1,7 +1,7 @@
-"""All losses of one recipe, as one thing to minimize.
+"""All losses of one recipe as one objective.
 
-A new regularizer of the latent is a file beside this one, a test, and a line in `regularizers.py`; a new pixel loss a function, a line of
-the test, one in `_PIXEL_LOSSES` and one in `LossOptions`. docs/add_a_loss.md goes through both.
+docs/add_a_loss.md shows how to add a regularizer of the latent (a module and a line in `regularizers.py`) and a pixel loss (a function
+and lines in `_PIXEL_LOSSES` and `LossOptions`).
 """
 
 from __future__ import annotations
@@ -16,25 +16,18 @@ from torch import Tensor, nn
 
 from latentae.losses import reconstruction, sparsity
 from latentae.losses.alignment import AlignmentLoss
-from latentae.losses.classifier import ClassifierDistance
 from latentae.losses.contractive import jacobian_energy
-from latentae.losses.gram import gram_distance
 from latentae.losses.latent import kl_free_bits, kl_per_element
 from latentae.losses.options import LossOptions
-from latentae.losses.perceptual import FrozenDistance, build_perceptual
+from latentae.losses.perceptual import ClassifierDistance, FrozenDistance, build_perceptual, gram_distance
 from latentae.losses.regularizers import REGULARIZERS, regularizer
-from latentae.losses.wavelet import wavelet
 from latentae.models.backbone import FrozenParts
 from latentae.models.base import AutoencoderOutput
 
 __all__ = ["LossTerms", "Objective"]
 
 _PIXEL_LOSSES = {
-    "l1": reconstruction.l1,
-    "l2": reconstruction.l2,
-    "charbonnier": reconstruction.charbonnier,
-    "wavelet": wavelet,
-    "bce": reconstruction.bce,
+    name: getattr(reconstruction, name) for name in ("l1", "l2", "charbonnier", "wavelet", "bce")
 }
 
 
@@ -43,8 +36,8 @@ class LossTerms:
     """Terms of a sum to minimize.
 
     Attributes:
-        weighted: what is added up, scalars with a graph.
-        scalars: the unweighted means that are worth a log line, detached scalars.
+        weighted: the terms of the sum, scalars with a graph.
+        scalars: unweighted means for the log, detached scalars.
     """
 
     weighted: dict[str, Tensor]
@@ -52,27 +45,27 @@ class LossTerms:
 
     @property
     def total(self) -> Tensor:
-        """The sum, a scalar with a graph; a plain zero where no term is weighted."""
+        """The sum, a scalar with a graph; zero without terms."""
         terms = list(self.weighted.values())
         return reduce(torch.add, terms) if terms else next(iter(self.scalars.values())).new_zeros(())
 
     def merged(self, other: LossTerms) -> LossTerms:
-        """Both together."""
+        """The terms of both."""
         return LossTerms(self.weighted | other.weighted, self.scalars | other.scalars)
 
 
 class Objective(FrozenParts):
-    """The image and latent losses of a recipe; the adversarial term belongs to the training step, which owns both networks.
+    """The image and latent losses of a recipe; the training step adds the adversarial loss and weights the alignment.
 
-    Its parameters are what the losses learn: the output log-variance and the projection of the alignment, if the recipe has them.
-    They are also all that state_dict() holds. Processes must reduce their gradients like those of the autoencoder.
+    Its parameters are the learned parts of losses: the output log-variance and the alignment's projection, if the recipe has them.
+    `state_dict()` has only these. Processes must average their gradients as they do for the autoencoder.
 
     Args:
         options: weights of the terms.
         latent_channels: channels z of the latent, for the alignment.
 
     Raises:
-        ModelError, WeightsError, MissingDependencyError: a frozen network can't be had.
+        ModelError, WeightsError, MissingDependencyError: a frozen network is missing.
     """
 
     def __init__(self, options: LossOptions, latent_channels: int) -> None:
@@ -87,30 +80,31 @@ class Objective(FrozenParts):
 
     @property
     def perceptual(self) -> FrozenDistance | None:
-        """The distance between deep features, where the recipe has one."""
+        """The distance between deep features, if the recipe has one."""
         distance = self.frozen.get("perceptual")
         return distance if isinstance(distance, FrozenDistance) else None
 
     @property
     def minimum_size(self) -> int:
-        """Shortest side of an image in pixels that every loss takes."""
+        """Shortest image side in pixels that every loss accepts."""
         parts = (self.perceptual, self.alignment.backbone if self.alignment else None)
         return max((part.minimum_size for part in parts if part is not None), default=1)
 
     def image_terms(self, x: Tensor, target: Tensor, where: Tensor | None = None) -> LossTerms:
         """Losses between reconstruction and target, [B, C, H, W] x 2 in [-1, 1], averaged over the batch.
 
-        Where `where`, [B, 1, H, W], is 0 the target stands in for the reconstruction, and pixel losses are means over the rest (as far as
-        they are sums over pixels: a wavelet's support crosses the border); 0 for an image without a rest.
+        Where `where`, [B, 1, H, W], is 0 the target replaces the reconstruction, and pixel losses are means over the other pixels (0
+        without any). Wavelets reach across the boundary.
 
-        With an output log-variance s every weighted term is divided by exp(s), and a learned s is a term itself (LDM's
-        `contperceptual` sums L / exp(s) + s over elements; here it is their mean). A constant s would add nothing to learn.
+        With an output log-variance s every weighted term is divided by exp(s), and a learned s is a term itself. LDM's
+        `contperceptual` sums L / exp(s) + s over elements; here it is their mean.
         """
         weights = {name: getattr(self.options, name) for name in _PIXEL_LOSSES}
-        share = None if where is None else where.flatten(1).mean(dim=1).clamp_min(1 / where[0].numel())
-        x = x if where is None else torch.where(where > 0, x, target)
+        if where is not None:
+            x = torch.where(where > 0, x, target)
         values = {name: loss(x, target) for name, loss in _PIXEL_LOSSES.items() if weights[name]}
-        if share is not None:
+        if where is not None:
+            share = where.flatten(1).mean(dim=1).clamp_min(1 / where[0].numel())
             values = {name: value / share for name, value in values.items()}
         if self.perceptual is not None:
             weights |= {"perceptual": self.options.perceptual.weight, "gram": self.options.perceptual.gram}
@@ -127,7 +121,7 @@ class Objective(FrozenParts):
         precision = math.exp(-self.options.initial_logvar) if self.logvar is None else torch.exp(-self.logvar)
         weighted = {name: weights[name] * value * precision for name, value in means.items()}
         if not weighted:
-            weighted["none"] = x.sum() * 0.0  # a graph, so that a purely adversarial recipe works too
+            weighted["none"] = x.sum() * 0.0  # a graph for purely adversarial recipes
         if self.logvar is not None:
             weighted["logvar"], scalars["logvar"] = self.logvar, self.logvar.detach()
         return LossTerms(weighted, scalars)
@@ -139,17 +133,16 @@ class Objective(FrozenParts):
 
         Args:
             output: of the autoencoder.
-            images: that it was made of, [B, C, H, W] in [-1, 1].
-            reduce: averages a detached tensor over processes; terms that are no means over images need the whole batch.
+            images: clean images [B, C, H, W] in [-1, 1].
+            reduce: averages a detached tensor over processes, for terms of batch statistics.
         """
         o, posterior = self.options, output.posterior
         kl = kl_per_element(posterior, images).mean()
         weighted: dict[str, Tensor] = {}
         scalars = {"kl": kl.detach()}
         if o.kl:
-            weighted["kl"] = o.kl * (
-                kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl
-            )
+            value = kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl
+            weighted["kl"] = o.kl * value
         if o.sparsity.weight:
             value, active = self._sparsity(posterior.mean, reduce)
             weighted["sparsity"] = o.sparsity.weight * value
@@ -169,24 +162,13 @@ class Objective(FrozenParts):
         return value, sparsity.active_fraction(mean.sigmoid(), 0.5).mean()
 
     def contractive_terms(self, output: AutoencoderOutput, images: Tensor, probes: Tensor) -> LossTerms:
-        """The squared Frobenius norm of the encoder's Jacobian over the number of image elements, averaged over the batch.
+        """Squared Frobenius norm of the encoder's Jacobian divided by the number of image elements, averaged over the batch.
 
         Args:
-            output: of the autoencoder, made inside `losses.adversarial.twice_differentiable()`.
-            images: that it was made of, [B, C, H, W]; they required a gradient.
+            output: of the autoencoder, computed inside `losses.adversarial.twice_differentiable()`.
+            images: the encoder's input [B, C, H, W], which requires a gradient.
             probes: standard normal [k, B, z, h, w].
         """
         value = (jacobian_energy(output.posterior.mean, images, probes) / images[0].numel()).mean()
-        return LossTerms(
-            {"contractive": self.options.contractive.weight * value}, {"contractive": value.detach()}
-        )
-
-    def alignment_terms(self, latent: Tensor, images: Tensor) -> LossTerms | None:
-        """Alignment of a latent [B, z, h, w] to the features of its images [B, 3, H, W] in [-1, 1], averaged over the batch.
-
-        Not multiplied by its weight: the training step does so, together with the adaptive ratio. None if not in the recipe.
-        """
-        if self.alignment is None:
-            return None
-        value = self.alignment(latent, images).mean()
-        return LossTerms({"alignment": value}, {"alignment": value.detach()})
+        weighted = self.options.contractive.weight * value
+        return LossTerms({"contractive": weighted}, {"contractive": value.detach()})

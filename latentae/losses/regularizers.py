@@ -1,8 +1,8 @@
-"""The regularizers of a latent: one line each.
+"""The table of latent regularizers, one line each.
 
-A line has the name of a module beside this one with a function of the same name, and what its weight does, in one sentence. The function
-is `(output: AutoencoderOutput, images [B, C, H, W] in [-1, 1]) -> [B]`. The line makes its weight an option of every recipe, `loss.NAME`,
-a curve of the log and one of the effective weights that a run prints. docs/add_a_loss.md goes through it.
+A line has a module's name in this package and one sentence on its weight. The module has a function of the same name,
+`(output: AutoencoderOutput, images [B, C, H, W] in [-1, 1]) -> [B]`. The line adds the option `loss.NAME` to every recipe, a curve to the
+log and an entry to the weights that a run prints. docs/add_a_loss.md walks through an example.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
     from latentae.models.base import AutoencoderOutput
 
-    Regularizer = Callable[[AutoencoderOutput, Tensor], Tensor]
-
 __all__ = ["REGULARIZERS", "regularizer"]
 
-# Names, not functions: reading a recipe does not load torch.
+# Names instead of functions, so that reading a recipe does not load torch.
 REGULARIZERS: dict[str, str] = {
     "spectrum": "Weight of the divergence between the spectra of the latent and of the small image.",
 }
 
 
-def regularizer(name: str) -> Regularizer:
+def regularizer(name: str) -> Callable[[AutoencoderOutput, Tensor], Tensor]:
     """The function of a line of `REGULARIZERS`."""
     return getattr(import_module(f"latentae.losses.{name}"), name)

@@ -1,4 +1,4 @@
-"""Matching of the spectrum of a latent to that of its image."""
+"""Spectrum matching: the latent's spatial spectrum is made like the image's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentae.losses.reconstruction import wide
 from latentae.models.base import AutoencoderOutput
 
 __all__ = ["dct2", "radial_log_spectrum", "spectrum", "spectrum_matching"]
@@ -16,31 +17,30 @@ _EPS = 1e-8
 
 
 def spectrum(output: AutoencoderOutput, images: Tensor) -> Tensor:
-    """`spectrum_matching` of the latent that is decoded and its images, [B]."""
+    """`spectrum_matching` of the latent and its images, [B]."""
     return spectrum_matching(output.latent, images)
 
 
 def spectrum_matching(latent: Tensor, images: Tensor, *, bins: int = 16, flattening: float = 0.0) -> Tensor:
-    """KL(p || q) of the normalized radial DCT log-spectra p of the image, shrunk to the latent's size, and q of the latent, -> [B].
+    """KL(p || q) between the normalized radial DCT log-spectra p of the shrunk image and q of the latent, -> [B].
 
-    Source: "encoding spectrum matching" of Ning et al. 2026, arXiv 2603.14645, read from the authors' code: sum_k p_k log(p_k / q_k) over
-    the bands k of `radial_log_spectrum`. Two readings are ours. The image is shrunk by antialiased bicubic interpolation, where the
-    code blurs by 1.2 pixels and then interpolates bicubically, which is right for f = 4 and aliases for f = 32. And radii are in
-    cycles a pixel along each side, which for square latents is the code's distance of indices. The image gets no gradient.
+    Source: "encoding spectrum matching" (Ning et al. 2026, arXiv 2603.14645) as in the authors' code: sum_k p_k log(p_k / q_k) over
+    the bands k of `radial_log_spectrum`. Two choices differ. The image is shrunk by antialiased bicubic interpolation; the code
+    blurs by 1.2 pixels first, which fits f = 4 and aliases at f = 32. And radii are in cycles per pixel along each side; for
+    square latents this equals the code's distance of indices. The image gets no gradient.
 
     Args:
-        latent: [B, z, h, w]; log(1 + power) in it is not free of scale, so latents of about unit spread are meant.
+        latent: [B, z, h, w], of about unit standard deviation: log(1 + power) depends on scale.
         images: [B, C, H, W] in [-1, 1].
         bins: bands between the lowest and the highest frequency.
-        flattening: delta; the image's power in band k = 1, 2, ... is multiplied by k^delta, which makes its power law less steep (the
-            authors' ESM-AE: 1, with a weight of 0.01).
+        flattening: delta; the image's power in band k = 1, 2, ... is multiplied by k^delta, which flattens its power law (the
+            authors' ESM-AE uses 1, with a weight of 0.01).
     """
     with torch.autocast(latent.device.type, enabled=False):  # powers span many orders of magnitude
-        z = latent.to(torch.promote_types(latent.dtype, torch.float32))
+        z, size = wide(latent), latent.shape[-2:]
         with torch.no_grad():
-            x = F.interpolate(
-                images.to(z.dtype), size=z.shape[-2:], mode="bicubic", align_corners=False, antialias=True
-            )
+            images = images.to(z.dtype)
+            x = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
             p = radial_log_spectrum(x, bins, flattening)
         q = radial_log_spectrum(z, bins)
         return (p * (torch.log(p + _EPS) - torch.log(q + _EPS))).sum(dim=1)
@@ -49,9 +49,9 @@ def spectrum_matching(latent: Tensor, images: Tensor, *, bins: int = 16, flatten
 def radial_log_spectrum(x: Tensor, bins: int = 16, flattening: float = 0.0) -> Tensor:
     """Share of each band of spatial frequency in log(1 + power), [B, C, H, W] -> [B, bins]; sums to 1.
 
-    Power is DCT(x)^2, averaged over channels and over the frequencies of a band, whose radius is sqrt(fy^2 + fx^2) with the highest
-    at 1. The mean of the image has no power, but its place counts in the average, as in the authors' code. Bands that a small image
-    has no frequency for are empty; where there is no power at all everything is zero.
+    Power is DCT(x)^2 averaged over channels and over the frequencies of a band. A frequency's radius is sqrt(fy^2 + fx^2), and the
+    highest is 1. The image's mean has no power, but it counts in the average, as in the authors' code. Bands without a frequency in a
+    small image are empty; an image without power gives zeros.
     """
     height, width = x.shape[-2:]
     power = dct2(x).square().mean(dim=1).flatten(1)  # [B, H W]
@@ -64,7 +64,7 @@ def radial_log_spectrum(x: Tensor, bins: int = 16, flattening: float = 0.0) -> T
 
 
 def dct2(x: Tensor) -> Tensor:
-    """Orthonormal two-dimensional DCT-II (Ahmed et al. 1974) of the last two dimensions, of any sizes, in the dtype of x."""
+    """Orthonormal two-dimensional DCT-II (Ahmed et al. 1974) of the last two dimensions, in the dtype of x."""
     return _dct_matrix(x.shape[-2], x) @ x @ _dct_matrix(x.shape[-1], x).T
 
 
@@ -78,9 +78,8 @@ def _dct_matrix(size: int, like: Tensor) -> Tensor:
 
 def _bands(height: int, width: int, bins: int, like: Tensor) -> Tensor:
     """1 where a frequency belongs to a band, [H W, bins]."""
-    y = torch.arange(height, dtype=torch.float64, device="cpu") / height
-    x = torch.arange(width, dtype=torch.float64, device="cpu") / width
+    y, x = (torch.arange(size, dtype=torch.float64, device="cpu") / size for size in (height, width))
     radius = torch.sqrt(y.view(-1, 1).square() + x.square()).flatten()
     share = radius / radius.max().clamp_min(_EPS)
-    band = (share * bins + 1e-9).floor().long().clamp_max(bins - 1)  # rounding must not part equal radii
+    band = (share * bins + 1e-9).floor().long().clamp_max(bins - 1)  # rounding must not split equal radii
     return F.one_hot(band, bins).to(like.device, like.dtype)

@@ -12,6 +12,7 @@ from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.file_names import RECORD
 from latentae.jobs import Job
+from latentae.keyed import keyed_normal
 from latentae.measures.training_data import recorded_recipe
 from latentae.options import verb
 from latentae.pages.images import image_grid
@@ -21,7 +22,6 @@ from latentae.tasks.latent_gaussian import fit_latent_gaussian
 from latentae.tasks.network import Network, batches
 from latentae.tasks.options import SampleOptions
 from latentae.tasks.pictures import check_png, enlarge, rgb, write_noted_png
-from latentae.training.draws import keyed_normal
 
 __all__ = ["sample"]
 

@@ -16,18 +16,14 @@ from latentae.losses.adversarial import (
     gradient_penalty,
     twice_differentiable,
 )
+from latentae.losses.reconstruction import wide
 from latentae.training.optim import adamw, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Adversary", "reduction", "wide"]
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision to fp32; losses and their gradients are computed in at least that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+__all__ = ["Adversary", "reduction"]
 
 
 def reduction(accelerator: Accelerator, model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:

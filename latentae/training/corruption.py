@@ -1,52 +1,83 @@
-"""What a recipe does to images before the encoder and to latents before the decoder, with the numbers of one step.
+"""Corruptions of images before the encoder and of latents before the decoder, and their random numbers.
 
-All numbers are functions of (seed, step, position in the global batch), or of (seed, step) where samples must agree, so they depend
-neither on the number of processes nor on how a batch is cut.
+Every number is a function of (purpose, seed, step, position in the global batch), or of (purpose, seed, step) where samples must agree.
+So numbers depend neither on the number of processes nor on gradient accumulation, and no generator's state is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
+from latentae.keyed import keyed_normal, keyed_uniform
 from latentae.losses.equivariance import EQ_SCALES, Transform, downscale, draw_transform
 from latentae.models import corruptions
 from latentae.models.config import AutoencoderConfig
-from latentae.training.draws import Draws
 from latentae.training.recipe import Recipe
 
-__all__ = ["Corruption", "Given", "LatentPath"]
+__all__ = ["Corruption", "Draws", "LatentPath"]
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the encoder is given."""
+class Draws:
+    """The random numbers of one part of a step.
 
-    images: Tensor
-    """[B, C, H, W]; with a graph to a learned fill."""
-    hidden: Tensor | None = None
-    """1 where the losses look, 0 elsewhere, [B, 1, H, W]; None is everywhere."""
+    Attributes:
+        seed: of the recipe.
+        step: steps of the run so far.
+        first: position of the part's first sample in the global batch.
+        count: samples of the part.
+        device: where numbers are used.
+    """
+
+    seed: int
+    step: int
+    first: int
+    count: int
+    device: torch.device
+
+    def normal(self, shape: Sequence[int], purpose: str) -> Tensor:
+        """Standard normal [count, *shape]."""
+        return keyed_normal((self.count, *shape), self.seed, self.step, self.first, purpose).to(self.device)
+
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform in [0, 1), [count, *shape]."""
+        return keyed_uniform(self.count, self.seed, self.step, self.first, purpose, shape).to(self.device)
+
+    def shared(self, purpose: str, count: int) -> list[float]:
+        """`count` numbers in [0, 1) that all samples of a step share: sizes must agree between parts and processes."""
+        return keyed_uniform(1, self.seed, self.step, 0, f"{purpose} of the step", (count,))[0].tolist()
+
+
+def _unchanged(images: Tensor) -> Tensor:
+    return images
 
 
 @dataclass(frozen=True)
 class LatentPath:
-    """What happens between encoder and decoder, and what the decoder's output is compared with."""
+    """Changes between encoder and decoder, and of the images that the decoder's output is compared with.
+
+    Attributes:
+        latent: [B, z, h, w] -> [B, z, h', w'], before the decoder; None changes nothing.
+        target: images [B, C, H, W] -> [B, C, H', W'].
+        smaller: the smaller latent to decode as well, if any.
+        smaller_target: images -> the target of the smaller latent.
+    """
 
     latent: Callable[[Tensor], Tensor] | None = None
-    """[B, z, h, w] -> [B, z, h', w'], before the decoder."""
-    target: Callable[[Tensor], Tensor] | None = None
-    """Images [B, C, H, W] -> [B, C, H', W']; None where they stay as they are."""
+    target: Callable[[Tensor], Tensor] = _unchanged
     smaller: Callable[[Tensor], Tensor] | None = None
-    """The smaller latent that is decoded, too."""
-    smaller_target: Callable[[Tensor], Tensor] | None = None
-    """Images -> what it is compared with."""
+    smaller_target: Callable[[Tensor], Tensor] = _unchanged
 
 
 class Corruption(nn.Module):
-    """The corruptions of a recipe; its parameters are the learned fills. They belong to no network, so the training step reduces them.
+    """The corruptions of a recipe.
+
+    Its parameters are the learned fills. They belong to no network, so the training step averages their gradients over processes.
 
     Args:
         recipe: of one phase.
@@ -63,42 +94,43 @@ class Corruption(nn.Module):
         self.config = config
         learned = self.options.mask[1] > 0 and self.options.mask_fill == "learned"
         self.fill = nn.Parameter(torch.zeros(config.in_channels)) if learned else None
-        self.latent_fill = (
-            nn.Parameter(torch.zeros(config.latent_channels)) if self.model.latent_mask else None
-        )
+        masked = self.model.latent_mask > 0
+        self.latent_fill = nn.Parameter(torch.zeros(config.latent_channels)) if masked else None
 
-    def images(self, images: Tensor, draws: Draws, phase_images: int) -> Given:
-        """Noise, blur and mask, in the order blur, noise, mask; nothing where the recipe has none.
+    def images(self, images: Tensor, draws: Draws, phase_images: int) -> tuple[Tensor, Tensor | None]:
+        """Blur, then add noise, then mask, as the recipe says.
 
         Args:
             images: [B, C, H, W] in [-1, 1].
             draws: numbers of this part.
             phase_images: images of the phase so far, for the ramp.
+
+        Returns:
+            The encoder's input, with a graph to a learned fill; and [B, 1, H, W], 1 where image losses count (None: everywhere).
         """
         o = self.options
         ramp = min(1.0, phase_images / o.ramp_images) if o.ramp_images else 1.0
         if o.blur[1]:
-            sigma = ramp * _between(
-                o.blur, replace(draws, device=torch.device("cpu")).uniform("blur")
-            )  # it sizes the filter
-            images = corruptions.blur(images, sigma)
+            on_cpu = replace(draws, device=torch.device("cpu"))  # sigma determines the filter's size
+            images = corruptions.blur(images, ramp * _between(o.blur, on_cpu.uniform("blur")))
         if o.noise[1]:
             std = ramp * _between(o.noise, draws.uniform("image noise level"))
             images = corruptions.add_noise(images, draws.normal(images.shape[1:], "image noise"), std)
-        if not o.mask[1]:
-            return Given(images)
-        grid = [-(-side // o.mask_patch) for side in images.shape[-2:]]
+        return self._mask(images, draws, ramp) if o.mask[1] else (images, None)
+
+    def _mask(self, images: Tensor, draws: Draws, ramp: float) -> tuple[Tensor, Tensor | None]:
+        o, (channels, height, width) = self.options, images.shape[1:]
+        grid = [-(-side // o.mask_patch) for side in (height, width)]
         ratio = ramp * _between(o.mask, draws.uniform("mask ratio"))
         mask = corruptions.patch_mask(draws.uniform("mask", grid), ratio)
-        fill = torch.zeros(images.shape[1], device=images.device) if self.fill is None else self.fill
-        whole = [side * o.mask_patch for side in grid]
-        # patches at the right and bottom edge may stick out of the image
-        padded = nn.functional.pad(images, (0, whole[1] - images.shape[3], 0, whole[0] - images.shape[2]))
-        given = corruptions.fill_masked(padded, mask, fill)[..., : images.shape[2], : images.shape[3]]
+        fill = torch.zeros(channels, device=images.device) if self.fill is None else self.fill
+        # patches may exceed the right and bottom edges
+        margin = (0, grid[1] * o.mask_patch - width, 0, grid[0] * o.mask_patch - height)
+        given = corruptions.fill_masked(nn.functional.pad(images, margin), mask, fill)[..., :height, :width]
         if o.mask_loss == "all":
-            return Given(given)
+            return given, None
         hidden = mask.repeat_interleave(o.mask_patch, 2).repeat_interleave(o.mask_patch, 3)
-        return Given(given, hidden[..., : images.shape[2], : images.shape[3]].to(images.dtype))
+        return given, hidden[..., :height, :width].to(images.dtype)
 
     def latent_path(self, shape: tuple[int, int, int], draws: Draws) -> LatentPath:
         """Channels, mask and noise of the latent, then the transform that it shares with its image.
@@ -107,17 +139,19 @@ class Corruption(nn.Module):
             shape: of a latent, (z, h, w).
             draws: numbers of this part.
         """
-        steps = self._latent_steps(shape, draws)
-        transform = self._transform(draws)
+        steps, transform = self._latent_steps(shape, draws), self._transform(draws)
+        f, o, path = self.config.downsampling, self.equivariance, {}
         if transform is not None:
             steps.append(transform.latent)
-        f, factor = self.config.downsampling, self._factor(draws)
-        return LatentPath(
-            (lambda latent: _through(steps, latent)) if steps else None,
-            None if transform is None else lambda images: transform.image(images, f),
-            None if factor is None else lambda latent: downscale(latent, factor),
-            None if factor is None else lambda images: downscale(images, factor, f),
-        )
+            path["target"] = lambda images: transform.image(images, f)
+        if steps:
+            path["latent"] = lambda latent: reduce(lambda value, step: step(value), steps, latent)
+        if o.downscaled:
+            (uniform,) = draws.shared("downscaled latent", 1)
+            factor = o.factors[int(uniform * len(o.factors))]
+            path["smaller"] = lambda latent: downscale(latent, factor)
+            path["smaller_target"] = lambda images: downscale(images, factor, f)
+        return LatentPath(**path)
 
     def _latent_steps(self, shape: tuple[int, int, int], draws: Draws) -> list[Callable[[Tensor], Tensor]]:
         o, steps = self.model, []
@@ -126,17 +160,13 @@ class Corruption(nn.Module):
             count = corruptions.nested_count(uniform, shape[0], o.nested_channels)
             steps.append(lambda latent: corruptions.keep_channels(latent, count))
         if self.latent_fill is not None:
-            fill, ratio = (
-                self.latent_fill,
-                corruptions.detok_ratio(draws.uniform("latent mask ratio"), o.latent_mask),
-            )
+            fill = self.latent_fill
+            ratio = corruptions.detok_ratio(draws.uniform("latent mask ratio"), o.latent_mask)
             mask = corruptions.patch_mask(draws.uniform("latent mask", shape[1:]), ratio)
             steps.append(lambda latent: corruptions.mask_latent(latent, mask, fill))
         if o.latent_noise:
-            noise, share = (
-                o.latent_noise * draws.normal(shape, "latent noise"),
-                draws.uniform("latent noise share"),
-            )
+            noise = o.latent_noise * draws.normal(shape, "latent noise")
+            share = draws.uniform("latent noise share")
             steps.append(lambda latent: corruptions.mix_noise(latent, noise, share))
         if o.decoder_noise:
             std = (o.decoder_noise * draws.normal((), "decoder noise level")).abs()
@@ -148,27 +178,14 @@ class Corruption(nn.Module):
         o = self.equivariance
         if not o.probability:
             return None
-        scales = [scale for scale in EQ_SCALES if scale >= o.smallest_scale] or [1.0]
         chance, *uniforms = draws.shared("equivariance", 3)
         if chance >= o.probability:
             return None
+        scales = [scale for scale in EQ_SCALES if scale >= o.smallest_scale] or [1.0]
         transform = draw_transform(uniforms, scales)
         return transform if o.quarter_turns else Transform(transform.scale, 0)
-
-    def _factor(self, draws: Draws) -> int | None:
-        o = self.equivariance
-        if not o.downscaled:
-            return None
-        (uniform,) = draws.shared("downscaled latent", 1)
-        return o.factors[int(uniform * len(o.factors))]
 
 
 def _between(limits: tuple[float, float], uniform: Tensor) -> Tensor:
     low, high = limits
     return low + (high - low) * uniform
-
-
-def _through(steps: list[Callable[[Tensor], Tensor]], latent: Tensor) -> Tensor:
-    for step in steps:
-        latent = step(latent)
-    return latent

@@ -21,9 +21,8 @@ from latentae.models.initialization import set_initial_logvar
 from latentae.models.pca import PATCHES_PER_COMPONENT, PatchPCA, fit_pca, image_patches, sketch_pca
 from latentae.progress import Progress, say
 from latentae.training.launch import on_main
-from latentae.training.networks import build_autoencoder
 from latentae.training.recipe import Recipe
-from latentae.training.steps import Trainer
+from latentae.training.steps import Trainer, build_autoencoder
 from latentae.training.validation import Validation
 
 __all__ = ["HeadStart", "fit_head_start", "mean_psnr", "take_head_start"]

@@ -19,9 +19,8 @@ from latentae.errors import RecipeError
 from latentae.evaluation.diffusability.keyed import digest, uniform
 from latentae.evaluation.diffusability.network import TinyTransformer
 from latentae.examples.diffusion import sample as diffuse
-from latentae.keyed import derive_seed, whole_seed
+from latentae.keyed import derive_seed, keyed_normal, keyed_uniform, whole_seed
 from latentae.measures.metrics import bootstrap_mean
-from latentae.training.draws import keyed_normal, keyed_uniform
 from latentae.training.recipe import load_recipe
 
 SAME = [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])]

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latentae.losses.gram import gram_distance
 from latentae.losses.objective import LossTerms, Objective
 from latentae.losses.options import LossOptions
-from latentae.losses.reconstruction import charbonnier, l1, l2
+from latentae.losses.perceptual import gram_distance
+from latentae.losses.reconstruction import charbonnier, l1, l2, wavelet
 from latentae.losses.sparsity import kl_sparsity
 from latentae.losses.spectrum import spectrum_matching
-from latentae.losses.wavelet import wavelet
 from latentae.models.posterior import DiagonalGaussian
 
 EVERYTHING = {
@@ -155,18 +154,6 @@ def test_weights_scale_the_latent_terms_only(values, weighted):
         torch.testing.assert_close(terms.weighted[name], weight * expected[name])
     torch.testing.assert_close(terms.scalars["kl"], expected["kl"])  # logged whether it is weighted or not
     assert ("active" in terms.scalars) == ("sparsity" in weighted)
-
-
-def test_alignment_comes_without_its_weight():
-    images, latent = pair(32)[0], torch.randn(2, 4, 4, 4)
-    assert objective(l1=1.0).alignment_terms(latent, images) is None
-    module = objective(alignment={"weight": 0.1, "backbone": "efficientnet-lite0"})
-    assert module.alignment is not None
-    terms = module.alignment_terms(latent, images)
-    assert terms is not None
-    torch.testing.assert_close(terms.total, module.alignment(latent, images).mean())
-    assert set(terms.weighted) == set(terms.scalars) == {"alignment"}
-    assert not terms.scalars["alignment"].requires_grad
 
 
 def test_only_what_is_learned_is_a_parameter_or_saved():

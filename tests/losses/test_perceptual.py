@@ -3,19 +3,26 @@ from __future__ import annotations
 import warnings
 from urllib.error import URLError
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from latentae_kernels import use_backend
+from safetensors.torch import save_file
 
 from latentae.data.decode import decode_image
 from latentae.data.photos import photo_file
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.errors import WeightsError
+from latentae.losses.options import ClassifierOptions
 from latentae.losses.perceptual import (
     LPIPS,
+    ClassifierDistance,
     EfficientNetDistance,
     build_perceptual,
+    gram_distance,
     perceptual_available,
 )
 
@@ -172,3 +179,68 @@ def test_a_wrong_or_damaged_weights_file_is_named(tmp_path, squeezenet):
     broken.write_bytes(squeezenet[1].read_bytes()[:1000])
     with pytest.raises(WeightsError, match="damaged"):
         LPIPS("squeeze", broken)
+
+
+def plain_gram(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """One image: per layer [N, h, w], the sums of Gatys et al. 2016 written out."""
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        n, m = x.shape[0], x.shape[1] * x.shape[2]
+        energy = sum(((x[i] * x[j]).sum() - (y[i] * y[j]).sum()) ** 2 for i in range(n) for j in range(n))
+        total += energy / (4 * n**2 * m**2) / len(a)
+    return total
+
+
+def test_gram_equals_the_published_sums_in_fp64():
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3, 4, 5), (2, 6, 2, 2)]
+    a, b = ([rng.normal(size=shape) for shape in shapes] for _ in range(2))
+    got = gram_distance([torch.tensor(x) for x in a], [torch.tensor(x) for x in b])
+    expected = [plain_gram([x[i] for x in a], [x[i] for x in b]) for i in range(2)]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+
+
+def test_gram_ignores_where_things_are():
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert gram_distance([x], [x.roll((2, 3), (2, 3))]).max() < 1e-24
+    assert gram_distance([x], [2 * x]).min() > 0.01
+
+
+def test_gram_half_precision_features_are_multiplied_in_fp32():
+    x, y = (torch.randn(1, 8, 16, 16).bfloat16() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gram_distance([x], [y])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), gram_distance([x.double()], [y.double()]), rtol=1e-4, atol=0)
+
+
+def test_the_classifier_equals_the_plain_formula_in_fp64(tmp_path):
+    network = timm.create_model("test_convnext").eval().double()
+    save_file(network.state_dict(), tmp_path / "convnext.safetensors")
+    loss = ClassifierDistance(
+        ClassifierOptions(
+            weight=0.1, backbone="test_convnext", weights=str(tmp_path / "convnext.safetensors")
+        )
+    ).double()
+    x, y = (torch.rand(2, 3, 40, 48, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    config = network.pretrained_cfg
+    mean, std = (torch.tensor(config[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std"))
+
+    def logits(image):
+        unit = F.interpolate(image / 2 + 0.5, size=config["input_size"][1:], mode="bilinear", antialias=True)
+        return network((unit - mean) / std)
+
+    with torch.no_grad():
+        expected = ((logits(x) - logits(y)) ** 2).mean(dim=1)
+    # the backbone keeps mean and std in fp32 until it is made double
+    torch.testing.assert_close(loss(x, y), expected, rtol=1e-6, atol=0)
+    assert not loss(x, x).any()
+
+
+def test_the_classifiers_gradient_reaches_the_image_and_nothing_is_learned():
+    loss = ClassifierDistance(ClassifierOptions(weight=0.1, backbone="efficientnet-lite0"))
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    x = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
+    loss(x, torch.zeros(1, 3, 32, 32)).sum().backward()
+    assert x.grad.abs().max() > 0

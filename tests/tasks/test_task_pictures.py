@@ -13,12 +13,12 @@ from PIL.PngImagePlugin import PngImageFile
 import latentae
 from latentae.data.shards import shards
 from latentae.errors import ImageError, ModelError, RecipeError
+from latentae.keyed import keyed_normal
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.linear import LinearAutoencoder
 from latentae.tasks.latent_gaussian import fit_latent_gaussian
 from latentae.tasks.pictures import NOTE, heat_picture
-from latentae.training.draws import keyed_normal
 
 
 def _pixels(file):

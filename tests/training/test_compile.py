@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import latentae
 from latentae.training.checkpoint import find_checkpoint
-from latentae.training.networks import build_autoencoder
+from latentae.training.steps import build_autoencoder
 
 CUT = {  # everything that reaches into the passes: ratios at both last layers, a discriminator
     "loss.adversarial.weight": 0.1,

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from latentae.errors import ModelError
-from latentae.training.networks import build_autoencoder
 from latentae.training.recipe import load_recipe
-from latentae.training.steps import Trainer
+from latentae.training.steps import Trainer, build_autoencoder
 
 GAN = {"loss.adversarial.weight": 0.1, "loss.adversarial.adaptive": True, "loss.adversarial.channels": 8}
 

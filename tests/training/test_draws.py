@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentae.training.draws import keyed_normal
+from latentae.keyed import keyed_normal
 
 
 @given(st.integers(1, 4), st.integers(1, 3))

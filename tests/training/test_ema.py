@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentae.training.ema import Ema
+from latentae.training.optim import Ema
 
 
 def test_a_weights_share_halves_in_its_half_life():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.training.muon import Muon, orthogonalized
+from latentae.training.optim import Muon, orthogonalized
 
 SIDES = st.integers(1, 12)
 

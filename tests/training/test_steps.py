@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from latentae.data.transforms import to_float
+from latentae.keyed import keyed_normal, keyed_uniform
 from latentae.losses.adversarial import discriminator_loss, generator_loss, twice_differentiable
 from latentae.losses.spectrum import spectrum_matching
 from latentae.training import steps
-from latentae.training.draws import Draws, keyed_normal, keyed_uniform
+from latentae.training.corruption import Draws
 from latentae.training.steps import Trainer
 
 ADVERSARIAL = {"loss.adversarial.weight": 0.3, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
@@ -162,7 +163,7 @@ def test_the_alignment_equals_the_naive_formula(part, in_fp64):
     model = trainer.raw_autoencoder
     out = model(X, noise=NOISE)
     image = (out.reconstruction - X).square().mean()
-    alignment = trainer.objective.alignment_terms(out.latent, X).total
+    alignment = trainer.objective.alignment(out.latent, X).mean()
     ratio = naive_ratio(image, alignment, model.encoder.conv_out.weight)
     expected = naive_gradients(
         trainer, image + 0.1 * ratio * alignment + 1e-3 * out.posterior.kl().mean() / X[0].numel()
@@ -261,12 +262,11 @@ def test_the_loss_is_against_the_clean_image_and_the_fill_learns(where, in_fp64)
     options = {"corruption.noise": [0.1, 0.5], "corruption.blur": [0.5, 2.0], "corruption.mask": [0.3, 0.6]}
     options |= {"corruption.mask_patch": 5, "corruption.mask_loss": where, "loss.l2": 1.0, "loss.l1": 0.5}
     trainer = in_fp64(**options)
-    given = trainer.corruption.images(X, draws(), 0)
-    assert not torch.equal(given.images, X)
-    out = trainer.raw_autoencoder(given.images, noise=NOISE)
+    given, hidden = trainer.corruption.images(X, draws(), 0)
+    assert not torch.equal(given, X)
+    out = trainer.raw_autoencoder(given, noise=NOISE)
     d = out.reconstruction - X
     if where == "hidden":
-        hidden = given.hidden
         assert set(hidden.unique().tolist()) == {0.0, 1.0}
         per_image = lambda v: (v * hidden).sum((1, 2, 3)) / (3 * hidden.sum((1, 2, 3)))  # noqa: E731
         naive = 0.5 * per_image(d.abs()).mean() + per_image(d.square()).mean()
@@ -295,6 +295,29 @@ def test_equivariance_compares_with_the_transformed_image_in_both_networks(in_fp
     judged = discriminator_loss("hinge", judge(target), judge(out.reconstruction.detach())).mean()
     expected = naive_gradients(trainer, naive, judged)
     assert_equal(update(trainer)[1], expected)
+
+
+def test_the_hidden_patches_are_transformed_with_the_image(in_fp64):
+    options = {
+        "corruption.mask": [0.5, 0.5],
+        "corruption.mask_loss": "hidden",
+        "loss.l1": 0.0,
+        "loss.l2": 1.0,
+    }
+    options |= {"loss.equivariance.probability": 1.0, "loss.equivariance.smallest_scale": 0.5}
+    trainer = in_fp64(**options)
+    for step in range(4):  # of several sizes
+        trainer.state.step = step
+        given, hidden = trainer.corruption.images(X, draws(step), 0)
+        path = trainer.corruption.latent_path((8, 8, 8), draws(step))
+        noise = keyed_normal((4, 8, 8, 8), 0, step, 0)
+        d = trainer.raw_autoencoder(
+            given, noise=noise, latent_transform=path.latent
+        ).reconstruction - path.target(X)
+        where = path.target(hidden).round()
+        expected = ((d.square() * where).sum((1, 2, 3)) / (3 * where.sum((1, 2, 3)))).mean()
+        terms, _ = update(trainer)
+        assert terms["loss/l2"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_a_smaller_latent_is_decoded_in_the_same_pass(in_fp64):

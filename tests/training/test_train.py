@@ -24,9 +24,9 @@ from latentae.errors import DataError, ModelError, OutputError, RecipeError, Tra
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.pretrained import load_model
 from latentae.training.checkpoint import find_checkpoint
-from latentae.training.networks import build_discriminator
 from latentae.training.recipe import Recipe
 from latentae.training.rehearsal import rehearse
+from latentae.training.steps import build_discriminator
 
 GAME = {"loss.adversarial.weight": 0.1, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
 

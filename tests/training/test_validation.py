@@ -11,7 +11,7 @@ from latentae.data.loader import Batch
 from latentae.data.transforms import to_float, to_uint8
 from latentae.measures.metrics import psnr
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.training.ema import Ema
+from latentae.training.optim import Ema
 from latentae.training.validation import LARGEST_BATCH, Validation, held_out_batches
 
 
