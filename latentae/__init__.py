@@ -1,7 +1,7 @@
 """latentae trains, measures and ships the latent space of a generative model.
 
-Every verb of the command line is a function here, and every public class is reachable by name. Names are resolved on first
-use, so that `import latentae` loads neither torch nor anything that sits on it.
+Every verb of the command line is a function of this module. Names are resolved on first use, so that
+`import latentae` does not load torch.
 """
 
 from __future__ import annotations
@@ -11,40 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from latentae.version import __version__
 
+# Title in the help -> package and verbs; a verb is in the file of its name.
+VERBS = {
+    "Data": ("data", ("shards", "index", "order")),
+    "Train": ("training", ("train", "config", "init")),
+    "Latents": ("encoding", ("encode", "verify", "stats", "decode")),
+    "Measure": ("evaluation", ("evaluate", "compare", "reconstruct")),
+    "Ship": ("exporting", ("export",)),
+    "Use": ("tasks", ("features", "anomaly", "denoise", "interpolate", "sample")),
+    "Try everything": ("examples", ("quickstart",)),
+}
 _HOME = {
-    "Autoencoder": "latentae.models.base",
-    "AutoencoderDC": "latentae.models.dc.autoencoder",
-    "AutoencoderDCConfig": "latentae.models.config",
-    "AutoencoderKL": "latentae.models.autoencoder",
-    "AutoencoderKLConfig": "latentae.models.config",
-    "AutoencoderOutput": "latentae.models.base",
-    "DiagonalGaussian": "latentae.models.posterior",
-    "LatentAEError": "latentae.errors",
-    "LatentDataset": "latentae.encoding.latents",
-    "LinearAutoencoder": "latentae.models.linear",
-    "LinearAutoencoderConfig": "latentae.models.config",
-    "anomaly": "latentae.tasks.anomaly",
-    "compare": "latentae.evaluation.compare",
-    "config": "latentae.training.config",
-    "decode": "latentae.encoding.decode",
-    "denoise": "latentae.tasks.denoise",
-    "encode": "latentae.encoding.encode",
-    "evaluate": "latentae.evaluation.evaluate",
-    "export": "latentae.exporting.export",
-    "features": "latentae.tasks.features",
-    "fuse": "latentae.models.fuse",
-    "index": "latentae.data.index",
-    "init": "latentae.training.init",
-    "interpolate": "latentae.tasks.interpolate",
-    "order": "latentae.data.order",
-    "pipeline": "latentae.inference.pipeline",
-    "quickstart": "latentae.examples.quickstart",
-    "reconstruct": "latentae.evaluation.reconstruct",
-    "sample": "latentae.tasks.sample",
-    "shards": "latentae.data.shards",
-    "stats": "latentae.encoding.stats",
-    "train": "latentae.training.train",
-    "verify": "latentae.encoding.verify",
+    "Autoencoder": "models.base",
+    "AutoencoderDC": "models.dc.autoencoder",
+    "AutoencoderDCConfig": "models.config",
+    "AutoencoderKL": "models.autoencoder",
+    "AutoencoderKLConfig": "models.config",
+    "AutoencoderOutput": "models.base",
+    "DiagonalGaussian": "models.posterior",
+    "LatentAEError": "errors",
+    "LatentDataset": "encoding.latents",
+    "LinearAutoencoder": "models.linear",
+    "LinearAutoencoderConfig": "models.config",
+    "fuse": "models.fuse",
+    "pipeline": "inference.pipeline",
+    **{name: f"{package}.{name}" for package, names in VERBS.values() for name in names},
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -85,7 +76,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'latentae' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(f"latentae.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "BAD_SAMPLES",
-    "DISCRIMINATOR",
-    "EVENTS_LOG",
-    "METRICS",
-    "METRICS_LOG",
-    "PER_IMAGE",
-    "RECIPE",
-    "RECORD",
-    "REPORT",
-    "STATISTICS",
-    "SUMMARY",
-]
-
 BAD_SAMPLES = "bad_samples.jsonl"
-"""Of shards and runs: the images that could not be read."""
+"""In shards and runs: the images that could not be read."""
 DISCRIMINATOR = "discriminator.safetensors"
-"""Of checkpoints and exports."""
+"""In checkpoints and exports."""
 EVENTS_LOG = "events.jsonl"
-"""Of runs: resumes, rollbacks and the like, one a line."""
+"""In runs: resumes, rollbacks and other events, one per line."""
 METRICS = "metrics.json"
-"""Of evaluations."""
+"""In evaluations."""
 METRICS_LOG = "metrics.jsonl"
-"""Of runs: the metrics of one step a line."""
+"""In runs: the metrics of one step per line."""
 PER_IMAGE = "per_image.csv"
-"""Of evaluations: one row per image."""
+"""In evaluations: one row per image."""
 RECIPE = "recipe.toml"
-"""Of runs, checkpoints and exports: the resolved recipe."""
+"""In runs and checkpoints: the resolved recipe."""
 RECORD = "latentae.json"
-"""Of every output folder: its job; in an export also where the model comes from."""
+"""In every output folder: its job. In an export also the source of the model."""
 REPORT = "report.html"
-"""Of evaluations and the quickstart."""
+"""In evaluations and the quickstart's folder."""
 STATISTICS = "statistics.json"
-"""Of encoded latents: the statistics of all shards."""
+"""In encoded latents: the statistics of all shards."""
 SUMMARY = "summary.html"
-"""Of runs."""
+"""In runs: the page that `train` writes."""

@@ -16,7 +16,7 @@ import latentae
 from latentae import cli
 
 ROOT = Path(__file__).parents[1]
-VERBS = [name for _, names in cli.GROUPS.values() for name in names]
+VERBS = [name for _, names in latentae.VERBS.values() for name in names]
 
 
 def run(code: str) -> str:

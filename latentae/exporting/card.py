@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from latentae.exporting.kinds import ExportableConfig
-from latentae.exporting.measured import LABELS, metric_text
+from latentae.exporting.diffusers_folder import ExportableConfig
+from latentae.exporting.earlier_results import LABELS, metric_text
 from latentae.exporting.scaling import LatentScaling
 from latentae.exporting.snippets import snippets
 from latentae.models.config import AutoencoderKLConfig
 
 if TYPE_CHECKING:
-    from latentae.exporting.figures import Quality, TilingError
+    from latentae.exporting.data_measurements import Quality, TilingError
     from latentae.exporting.preview import Preview
     from latentae.measures.latents.half import HalfAudit
 

@@ -1,113 +1,185 @@
-"""The verb `export`: a model of ours as a folder that other libraries load.
+"""The verb `export`: write a model as a folder that other libraries load.
 
 OUT/ config.json, diffusion_pytorch_model[.fp16].safetensors   diffusers
      config.json, vae.ldm.safetensors                          ldm
      vae_encoder/, vae_decoder/                                onnx
      pt2/                                                      pt2
-     latent_statistics.json, latent_preview.json               where they were measured
+     latent_statistics.json, latent_preview.json               if measured
      training/                                                 all, of a run
-     README.md, latentae.json                                  the model card, and where everything came from
+     README.md, latentae.json                                  model card and job record
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from latentae.device import choose_device
-from latentae.errors import OutputError
-from latentae.exporting.building import ExportPlan, build
-from latentae.exporting.card import model_card
-from latentae.exporting.figures import data_request
-from latentae.exporting.formats import check_format
-from latentae.exporting.kinds import check_kind, exportable
-from latentae.exporting.measured import read_latents, read_metrics
+from latentae.errors import ModelError, OutputError, RecipeError
+from latentae.exporting.card import CardFacts, model_card
+from latentae.exporting.data_measurements import ImageRequest, measure_component, measure_model
+from latentae.exporting.diffusers_folder import (
+    Exportable,
+    ExportableConfig,
+    check_finite,
+    component_config,
+    write_diffusers,
+)
+from latentae.exporting.earlier_results import read_latents, read_metrics, read_validation
+from latentae.exporting.ldm_file import ldm_notes, write_ldm
 from latentae.exporting.options import ExportOptions
-from latentae.exporting.push import check_repository, push
-from latentae.exporting.scaling import check_scaling
+from latentae.exporting.push import push
+from latentae.exporting.scaling import MeasuredLatents, choose_scaling, fold_normalization
+from latentae.exporting.training_parts import copy_training_parts
 from latentae.file_names import RECORD
-from latentae.files import sha256, staged_folder, write_text
+from latentae.files import sha256, staged_folder, write_json, write_text
 from latentae.jobs import Job
-from latentae.models.pretrained import resolve_model
+from latentae.models.architectures import build
+from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import AutoencoderKLConfig
+from latentae.models.pretrained import ModelSource, load_weights, resolve_model
 from latentae.options import verb
 from latentae.progress import say
+from latentae.version import __version__
 
 __all__ = ["export"]
 
-CARD = "README.md"
+CARD, STATISTICS, PREVIEW = "README.md", "latent_statistics.json", "latent_preview.json"
+FORMATS = ("diffusers", "ldm", "onnx", "pt2")
 
 
 @verb(ExportOptions)
 def export(options: ExportOptions) -> dict[str, Any]:
-    """Write a model as a component that others load; the folder appears whole or not at all.
+    """Write a model as a component that others load; on any error no folder is left.
 
-    An AutoencoderDC has no posterior in diffusers: what is written, and measured, has the mean for its latent.
+    diffusers' AutoencoderDC has no posterior: its latent is the posterior mean.
 
     Returns:
-        A summary: `out`, `format`, `scaling_factor`, `shift_factor`, `files`, and `repository` (an address) if it was uploaded.
+        `out`, `format`, `scaling_factor`, `shift_factor`, `files`, and the address `repository` if
+        it was uploaded.
 
     Raises:
-        RecipeError: an option, or a factor, statistics or metrics that can't be used.
+        RecipeError: an option, or unusable statistics or metrics.
         ModelError: no such model, weights that are not finite, or statistics of another model.
-        OutputError: `out` can't be written or holds something else, or the upload failed (the same command tries only that again).
+        OutputError: `out` can't be written or holds something else, or the upload failed (run the
+            same command again to repeat only the upload).
         MissingDependencyError: a format needs a package that is not installed.
         DataError: `data` can't be read.
     """
-    check_format(options.format, options.variant)
-    check_scaling(
-        options.scaling_factor,
-        options.shift_factor,
-        options.fold_normalization,
-        options.statistics is not None or options.data is not None,
-    )
-    check_repository(options.push_to_hub)
-    source, where = resolve_model(options.model, options.weights), choose_device(options.device)
-    config = exportable(source.config, str(options.model))
-    check_kind(config, options.format, options.fold_normalization, options.shift_factor)
-    sizes = [options.resolution] if isinstance(options.resolution, int) else options.resolution
-    measuring = {
-        "resolutions": sizes,
-        "images": options.images,
-        "batch_size": options.batch_size,
-        "perceptual": options.perceptual,
-        "max_pixels": options.max_pixels,
-    }
-    plan = ExportPlan(
+    plan, out = _plan(options), Path(options.out)
+    record = _finished(out, plan) or _write(out, plan)
+    summary = {"out": str(out), "format": options.format, **record["scaling"], "files": record["files"]}
+    if options.push_to_hub is not None:
+        summary["repository"] = push(out, CARD, options.push_to_hub)
+    return summary
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export after all checks, with the earlier results that it uses."""
+
+    options: ExportOptions
+    source: ModelSource
+    config: ExportableConfig
+    """The source's."""
+    latents: MeasuredLatents | None
+    metrics: dict[str, str] | None
+    request: ImageRequest | None
+    device: torch.device
+
+    @property
+    def factors(self) -> dict[str, float | None]:
+        """The given latent scaling."""
+        return {
+            "scaling_factor": self.options.scaling_factor,
+            "shift_factor": self.options.shift_factor,
+        }
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats to write; "all" are those that the model's class has."""
+        return written_formats(self.options.format, self.config)
+
+    def inputs(self) -> dict[str, Any]:
+        """The job's identity, as plain JSON values."""
+        values = {
+            "model": self.source.fingerprint,
+            "resolution": self.source.resolution,
+            "format": self.options.format,
+            "variant": self.options.variant,
+            "fold_normalization": self.options.fold_normalization,
+            "scaling": {**self.factors, "measured": None if self.latents is None else asdict(self.latents)},
+            "metrics": self.metrics,
+            "data": None if self.request is None else self.request.inputs(),
+        }
+        return json.loads(json.dumps(values))
+
+
+def written_formats(format: str, config: ExportableConfig) -> tuple[str, ...]:
+    """The formats that `format` stands for; "all" are those that a model of this config has."""
+    if format != "all":
+        return (format,)
+    return tuple(name for name in FORMATS if name != "ldm" or isinstance(config, AutoencoderKLConfig))
+
+
+def _plan(options: ExportOptions) -> ExportPlan:
+    """Check the options against the model and read earlier results, before any work."""
+    source, device = resolve_model(options.model, options.weights), choose_device(options.device)
+    config = _checked_class(options, source)
+    if "onnx" in written_formats(options.format, config):
+        from latentae.exporting.onnx_folders import require_onnx
+
+        require_onnx()
+    return ExportPlan(
+        options=options,
         source=source,
         config=config,
-        weights=options.weights,
-        format=options.format,
-        variant=options.variant,
-        fold=options.fold_normalization,
-        factors={"scaling_factor": options.scaling_factor, "shift_factor": options.shift_factor},
-        latents=None
-        if options.statistics is None
-        else read_latents(options.statistics, source.fingerprint, source.config.latent_channels),
+        latents=None if options.statistics is None else read_latents(options.statistics, source),
         metrics=read_metrics(options.metrics, source.fingerprint),
-        request=None
-        if options.data is None
-        else data_request(source, options.data, **measuring, device=where),
-        device=where,
+        request=ImageRequest.of(options, source, device),
+        device=device,
     )
-    record = _finished(Path(options.out), plan) or _make(Path(options.out), plan)
-    summary = {
-        "out": str(options.out),
-        "format": options.format,
-        **record["scaling"],
-        "files": record["files"],
-    }
-    return (
-        summary
-        if options.push_to_hub is None
-        else {**summary, "repository": push(Path(options.out), CARD, options.push_to_hub)}
-    )
+
+
+def _checked_class(options: ExportOptions, source: ModelSource) -> ExportableConfig:
+    """The model's config, if other libraries have its class and the options suit it."""
+    config = source.config
+    if not isinstance(config, ExportableConfig):
+        raise ModelError(
+            f"{options.model} is a {config.class_name}; only AutoencoderKL and AutoencoderDC can be exported, "
+            "other libraries have no other class"
+        )
+    if isinstance(config, AutoencoderKLConfig):
+        return config
+    if options.format == "ldm":
+        raise RecipeError(
+            "format ldm has no key names for an AutoencoderDC; use format diffusers, onnx or pt2"
+        )
+    if options.fold_normalization:
+        raise RecipeError(
+            "fold_normalization is not possible for an AutoencoderDC: its 3x3 convolutions at the latent "
+            "pad with zeros; export without folding"
+        )
+    if options.shift_factor:
+        raise RecipeError(
+            f"shift_factor is {options.shift_factor}, but diffusers' AutoencoderDC has none; leave it out"
+        )
+    return config
 
 
 def _finished(out: Path, plan: ExportPlan) -> dict[str, Any] | None:
-    """The record of this very export if it is there; an error where another is, or a file of it is missing or of another size."""
+    """The record of this export if it is finished.
+
+    Raises:
+        OutputError: the folder holds another export, or a file is missing or has another size.
+    """
     if not (out / RECORD).is_file():
         return None
-    Job.open(out, "export", plan.inputs())  # refuses another job's folder
+    Job.open(out, "export", plan.inputs())  # refuses the folder of another job
     record = Job.read(out)
     for name, facts in record.get("files", {}).items():
         path = out / name
@@ -117,11 +189,11 @@ def _finished(out: Path, plan: ExportPlan) -> dict[str, Any] | None:
     return record
 
 
-def _make(out: Path, plan: ExportPlan) -> dict[str, Any]:
-    """Do the work; the record that the folder then holds."""
+def _write(out: Path, plan: ExportPlan) -> dict[str, Any]:
+    """Write the folder and return its record."""
     with staged_folder(out) as staging:
         job = Job.open(staging, "export", plan.inputs())
-        facts = build(plan, staging, out.name)
+        facts = _write_component(plan, staging, out.name)
         write_text(staging / CARD, model_card(facts))
         paths = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != RECORD)
         files = {
@@ -132,3 +204,104 @@ def _make(out: Path, plan: ExportPlan) -> dict[str, Any]:
         say(f"export: note: {note}")
     say(f"export: wrote {out} ({', '.join(dict.fromkeys(name.split('/')[0] for name in files))})")
     return Job.read(out)
+
+
+def _write_component(plan: ExportPlan, folder: Path, name: str) -> CardFacts:
+    """Measure, and write every file except the card into `folder`, which will be called `name`."""
+    source, request, options = plan.source, plan.request, plan.options
+    model = _load(plan)
+    figures = None if request is None else measure_model(model, request)
+    latents = plan.latents or (None if figures is None else figures.latents)
+    scaling = choose_scaling(plan.config, latents, **plan.factors, folded=options.fold_normalization)
+    if scaling.folded and latents is not None and isinstance(model, AutoencoderKL):
+        model = fold_normalization(model, latents.mean, latents.std)
+    audit, tiling = (None, None) if request is None else measure_component(model, request)
+    config = component_config(
+        _without_channel_statistics(model.config) if latents is not None else model.config,
+        resolution=source.resolution,
+        scaling_factor=scaling.scaling_factor,
+        shift_factor=scaling.shift_factor,
+        force_upcast=audit is None or audit.force_upcast,
+    )
+    write_formats(plan, model.cpu(), config, folder)
+    preview = None if figures is None or figures.preview is None else figures.preview.result(scaling)
+    if latents is not None:
+        found = (scaling.measured or latents).to_json(source.fingerprint)
+        write_json(folder / STATISTICS, {**found, "folded_into_the_weights": scaling.folded})
+    if preview is not None:
+        write_json(folder / PREVIEW, preview.to_json())
+    return CardFacts(
+        name=name,
+        config=config,
+        scaling=scaling,
+        parameters=sum(p.numel() for p in model.parameters()),
+        resolution=source.resolution,
+        weights=_weights_in_words(plan),
+        version=__version__,
+        formats=plan.formats,
+        variant=options.variant,
+        metrics=plan.metrics or (None if figures else read_validation(source, options.weights)),
+        quality=() if figures is None else figures.quality,
+        audit=audit,
+        tiling=tiling,
+        preview=preview,
+        ldm_notes=_ldm_notes(plan, config),
+        training=copy_training_parts(source, folder) if options.format == "all" else {},
+    )
+
+
+def _load(plan: ExportPlan) -> Exportable:
+    """The model in evaluation mode on the plan's device; an AutoencoderDC without its posterior."""
+    model: Any = build(plan.config)
+    load_weights(model, plan.source.weights_file)  # not from source.path: a run may have a newer checkpoint
+    model = model if isinstance(model, AutoencoderKL) else model.without_posterior()
+    return model.eval().to(plan.device)
+
+
+def _without_channel_statistics(config: ExportableConfig) -> ExportableConfig:
+    """SDXL's pipelines would scale by them in addition to the new factors."""
+    if not isinstance(config, AutoencoderKLConfig):
+        return config
+    return config.model_copy(update={"latents_mean": None, "latents_std": None})
+
+
+def _ldm_notes(plan: ExportPlan, config: ExportableConfig) -> tuple[str, ...]:
+    return ldm_notes(config) if "ldm" in plan.formats and isinstance(config, AutoencoderKLConfig) else ()
+
+
+def _weights_in_words(plan: ExportPlan) -> str:
+    """Which weights, without paths of this machine."""
+    source = plan.source
+    if source.kind not in ("run", "checkpoint"):
+        return f"as in {source.weights_file.name}"
+    which = "EMA" if plan.options.weights == "ema" else "raw (not EMA)"
+    return f"{which} weights of a training run, {source.weights_file.parent.name}"
+
+
+def write_formats(plan: ExportPlan, model: Exportable, config: ExportableConfig, folder: Path) -> None:
+    """Write a component in the plan's formats.
+
+    Args:
+        plan: formats, variant and device.
+        model: in fp32, in evaluation mode, on the CPU.
+        config: for pipelines; the model's with the scaling and tile side of the export.
+        folder: the export's folder.
+
+    Raises:
+        ModelError: a weight is not finite.
+        MissingDependencyError: a format needs a package that is not installed.
+    """
+    variant = plan.options.variant
+    check_finite(model.state_dict(), variant)
+    if "diffusers" in plan.formats:
+        write_diffusers(model, config, folder, variant)
+    if "ldm" in plan.formats and isinstance(model, AutoencoderKL) and isinstance(config, AutoencoderKLConfig):
+        write_ldm(model, config, folder)
+    if "onnx" in plan.formats:
+        from latentae.exporting.onnx_folders import write_onnx
+
+        write_onnx(model, config, folder)
+    if "pt2" in plan.formats:
+        from latentae.exporting.pt2 import write_pt2
+
+        write_pt2(model, config, folder, str(plan.device))

@@ -1,54 +1,48 @@
-"""ONNX encoder and decoder in the folders, and with the tensor names, that optimum and diffusers' ONNX pipelines look for."""
+"""ONNX encoder and decoder, in the folders and with the names of optimum and diffusers' ONNX pipelines."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from latentae.errors import MissingDependencyError, ModelError
-from latentae.exporting.graphs import DECODER, ENCODER, coder_graphs, coder_programs, largest_difference
-from latentae.exporting.kinds import Exportable, ExportableConfig
+from latentae.exporting.diffusers_folder import Exportable, ExportableConfig
+from latentae.exporting.graphs import (
+    DECODER,
+    ENCODER,
+    TOLERANCE,
+    coder_graphs,
+    coder_programs,
+    largest_difference,
+)
 from latentae.files import atomic_file, write_json
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderDCConfig
 from latentae.models.pretrained import CONFIG
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["ONNX_FOLDERS", "OPSET", "require_onnx", "write_onnx"]
+__all__ = ["require_onnx", "write_onnx"]
 
-OPSET = 18  # the first with everything that is needed, so the oldest runtimes read it
+OPSET = 18  # the first with all operators needed, so that old runtimes read it
 MODEL = "model.onnx"
-LARGEST_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; a MiB is left for the graph
-TOLERANCE = 1e-4  # of the largest value, or absolute where that is below 1
-
-
-class Names(NamedTuple):
-    """What optimum calls a coder's folder, input and output."""
-
-    folder: str
-    input: str
-    output: str
-
-
-ONNX_FOLDERS = {
-    ENCODER: Names("vae_encoder", "sample", "latent_parameters"),
-    DECODER: Names("vae_decoder", "latent_sample", "sample"),
-}
-DC_FOLDERS = {**ONNX_FOLDERS, ENCODER: Names("vae_encoder", "sample", "latent")}
+LARGEST_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; 1 MiB is for the graph
+FOLDERS = {ENCODER: "vae_encoder", DECODER: "vae_decoder"}
+INPUTS = {ENCODER: "sample", DECODER: "latent_sample"}
+OUTPUTS = {ENCODER: "latent_parameters", DECODER: "sample"}
 _IMAGE_AXES, _LATENT_AXES = ("batch_size", "height", "width"), ("batch_size", "latent_height", "latent_width")
 
 
 def require_onnx() -> None:
-    """Say which packages are missing, before any work.
+    """Check that onnx and onnxscript are installed.
 
     Raises:
-        MissingDependencyError: onnx or onnxscript is not installed.
+        MissingDependencyError: one is missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -58,96 +52,90 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: Exportable, config: ExportableConfig, folder: Path) -> None:
-    """Write `folder`/vae_encoder and `folder`/vae_decoder, each with model.onnx (fp32, opset 18) and a config.json.
+    """Write `folder`/vae_encoder and vae_decoder, each with model.onnx (fp32, opset 18) and config.json.
 
-    The encoder maps `sample` [B, C, H, W] in [-1, 1] to `latent_parameters` [B, 2z, H/f, W/f], the posterior's moments after quant_conv:
-    mean and log-variance, neither clamped nor sampled; that of an AutoencoderDC to `latent` [B, z, H/f, W/f]. The decoder maps raw
-    `latent_sample` [B, z, h, w] to `sample` [B, C, f*h, f*w]. Batch, height and width are dynamic: any batch from 1 on, any sides that f
-    divides. The files hold standard operators only. Where onnxruntime is installed both are run at a size unseen at export and compared
-    with the model.
+    Inputs and outputs are those of `coder_graphs`. The encoder maps `sample` to `latent_parameters`,
+    or to `latent` for an AutoencoderDC; the decoder maps `latent_sample` to `sample`. Batch, height
+    and width are dynamic: any batch, image sides that are multiples of f. If onnxruntime is
+    installed, the output of both files is compared with the model's at sizes that were not traced.
 
     Args:
-        model: what to write; it is copied, not changed.
-        config: written to config.json; what a pipeline reads of scaling.
-        folder: where the two folders go.
+        model: it is copied, not changed.
+        config: for config.json; pipelines read the scaling from it.
+        folder: parent of both folders.
 
     Raises:
         MissingDependencyError: onnx or onnxscript is not installed.
-        ModelError: weights of more than 2 GB in a coder (files with external data are not supported), or a file that does not compute
-            what the model does.
+        ModelError: more than 2 GB of weights in a coder (external data is not supported), or the
+            output of a file differs from the model's.
     """
     require_onnx()
     graphs = coder_graphs(model)
     for name, graph in graphs.items():
         _check_size(name, graph)
     for name, program in coder_programs(model, graphs).items():
-        target = Path(folder) / ONNX_FOLDERS[name].folder
+        target = Path(folder) / FOLDERS[name]
         with atomic_file(target / MODEL) as path:
-            path.write_bytes(_to_onnx(name, program, _folders(config)[name]).SerializeToString())
+            path.write_bytes(_to_onnx(name, program, _output(name, config)).SerializeToString())
         write_json(target / CONFIG, config.diffusers_dict())
     if importlib.util.find_spec("onnxruntime") is not None:
-        _check_files(model, graphs, Path(folder))
+        for name, graph in graphs.items():
+            _check_file(model, name, graph, Path(folder) / FOLDERS[name] / MODEL)
+
+
+def _output(name: str, config: ExportableConfig) -> str:
+    return "latent" if name == ENCODER and isinstance(config, AutoencoderDCConfig) else OUTPUTS[name]
 
 
 def _check_size(name: str, graph: nn.Module) -> None:
     size = sum(p.numel() * p.element_size() for p in graph.parameters())
     if size > LARGEST_BYTES:
         raise ModelError(
-            f"the {name} has {size / 1e9:.3g} GB of weights, an ONNX file holds less than {LARGEST_BYTES / 1e9:.3g}; "
-            "external data is not supported, so take another format"
+            f"the {name} has {size / 1e9:.3g} GB of weights, an ONNX file holds {LARGEST_BYTES / 1e9:.3g}; "
+            "external data is not supported, use another format"
         )
 
 
-def _folders(config: ExportableConfig) -> dict[str, Names]:
-    return ONNX_FOLDERS if isinstance(config, AutoencoderKLConfig) else DC_FOLDERS
-
-
-def _to_onnx(name: str, program: ExportedProgram, names: Names) -> ModelProto:
-    """The program as an ONNX model that names its axes and says nothing about the machine it was made on."""
+def _to_onnx(name: str, program: ExportedProgram, output: str) -> ModelProto:
+    """The program as an ONNX model with named axes and without paths of this machine."""
     converted = torch.onnx.export(
         program,
         (),
-        input_names=[names.input],
-        output_names=[names.output],
+        input_names=[INPUTS[name]],
+        output_names=[output],
         opset_version=OPSET,
         dynamo=True,
         verbose=False,
     )
-    assert converted is not None  # as it is where no file is asked for
+    assert converted is not None  # it is None only if a file is written
     proto = converted.model_proto
-    del proto.graph.value_info[:]  # shapes in the tracer's symbols; runtimes infer them again
-    for item in (
-        proto,
-        proto.graph,
-        *proto.graph.node,
-        *proto.graph.input,
-        *proto.graph.output,
-        *proto.graph.initializer,
-    ):
-        del item.metadata_props[:]  # stack traces with the paths of this machine
-    image, latent = (proto.graph.input[0], proto.graph.output[0])[:: 1 if name == ENCODER else -1]
-    for value, axes in ((image, _IMAGE_AXES), (latent, _LATENT_AXES)):
+    graph = proto.graph
+    del graph.value_info[:]  # shapes in the tracer's symbols; runtimes infer them again
+    for item in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]  # stack traces with paths
+    values = (graph.input[0], graph.output[0])
+    axes = (_IMAGE_AXES, _LATENT_AXES) if name == ENCODER else (_LATENT_AXES, _IMAGE_AXES)
+    for value, names in zip(values, axes, strict=True):
         dims = value.type.tensor_type.shape.dim
-        for index, axis in zip((0, 2, 3), axes, strict=True):
+        for index, axis in zip((0, 2, 3), names, strict=True):
             dims[index].dim_param = axis
     return proto
 
 
-def _check_files(model: Exportable, graphs: dict[str, nn.Module], folder: Path) -> None:
-    """Run both files in ONNX Runtime beside the model."""
+def _check_file(model: Exportable, name: str, graph: nn.Module, path: Path) -> None:
+    """Compare the file's output in ONNX Runtime with the model's."""
     import onnxruntime
 
-    for name, names in _folders(model.config).items():
-        path = folder / names.folder / MODEL
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-        def run(x: torch.Tensor, session: Any = session, names: Names = names) -> torch.Tensor:
-            return torch.from_numpy(session.run([names.output], {names.input: x.numpy()})[0])
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {INPUTS[name]: x.numpy()})[0])
 
-        error = largest_difference(model, name, graphs[name], run)
-        if not error <= TOLERANCE:
-            raise ModelError(
-                f"{path}: ONNX Runtime's output is off by {error:.2g}, allowed is {TOLERANCE:g}; export another format"
-            )
+    error = largest_difference(model, name, graph, run)
+    if not error <= TOLERANCE:
+        raise ModelError(
+            f"{path}: ONNX Runtime's output is off by {error:.2g}, allowed is {TOLERANCE:g}; "
+            "export another format"
+        )

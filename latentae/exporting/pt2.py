@@ -1,4 +1,4 @@
-"""AOTInductor packages: encoder and decoder compiled to native code, which torch loads without the model's classes."""
+"""AOTInductor packages: encoder and decoder as native code that torch loads without latentae."""
 
 from __future__ import annotations
 
@@ -12,45 +12,41 @@ from torch.export import ExportedProgram
 
 from latentae.device import choose_device
 from latentae.errors import MissingDependencyError, ModelError, first_line
-from latentae.exporting.graphs import coder_graphs, coder_programs, largest_difference
-from latentae.exporting.kinds import Exportable, ExportableConfig
+from latentae.exporting.diffusers_folder import Exportable, ExportableConfig
+from latentae.exporting.graphs import TOLERANCE, coder_graphs, coder_programs, largest_difference
 from latentae.files import atomic_file
 
-__all__ = ["FOLDER", "write_pt2"]
-
-FOLDER = "pt2"
-TOLERANCE = 1e-4  # of the largest value, or absolute where that is below 1
+__all__ = ["write_pt2"]
 
 
 def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device: str = "cpu") -> None:
-    """Write `folder`/pt2/encoder.pt2 and decoder.pt2, and run what was written beside the model.
+    """Write `folder`/pt2/encoder.pt2 and decoder.pt2, and compare their output with the model's.
 
-    `torch._inductor.aoti_load_package(path)` gives a function of one fp32 tensor on `device`. The encoder maps images [B, C, H, W] in
-    [-1, 1] to moments [B, 2z, H/f, W/f] (mean and log-variance, neither clamped nor sampled; of an AutoencoderDC to its latents
-    [B, z, H/f, W/f]), the decoder raw latents [B, z, h, w] to
-    images [B, C, f*h, f*w]. Batch, height and width are dynamic: any batch from 1 on, latents of 2 and more pixels a side, sides that f
-    divides. The metadata of a package (`get_metadata()`) has the model's config under "config".
+    `torch._inductor.aoti_load_package(path)` gives a function of one fp32 tensor on `device`, with
+    the inputs and outputs of `coder_graphs`. Batch, height and width are dynamic: any batch, latents
+    of 2 or more pixels per side, image sides that are multiples of f. `get_metadata()["config"]` is
+    the model's config.
 
-    A package is native code: for the processor family, operating system and torch version it was built with. It does not check its
-    input: that must be contiguous (`x.contiguous()`; in channels_last order the result is wrong). It also holds its own sources, with
-    the paths of torch and of Inductor's cache on the machine that built it.
+    A package is native code for the processor family, operating system and torch version that built
+    it. It does not check its input, which must be contiguous: channels_last gives wrong results. It
+    contains its own sources, with paths of torch and Inductor's cache on the building machine.
 
     Args:
-        model: what to write; it is copied, not changed.
-        config: goes into the metadata.
-        folder: where the folder `pt2` goes.
+        model: it is copied, not changed.
+        config: for the metadata.
+        folder: parent of the folder `pt2`.
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
         RecipeError: no such device.
         MissingDependencyError: no C++ compiler.
-        ModelError: a package that does not compute what the model does.
+        ModelError: the output of a package differs from the model's.
     """
     target = choose_device(device)
     graphs = coder_graphs(model, target)
     for name, program in coder_programs(model, graphs).items():
-        with atomic_file(Path(folder) / FOLDER / f"{name}.pt2") as path:
-            package = path.with_name(f"{path.name}.pt2")  # torch wants the ending
+        with atomic_file(Path(folder) / "pt2" / f"{name}.pt2") as path:
+            package = path.with_name(f"{path.name}.pt2")  # torch requires the suffix
             try:
                 run = _build(program, package, config)
                 error = largest_difference(model, name, graphs[name], run, target)
@@ -68,12 +64,10 @@ def _build(program: ExportedProgram, path: Path, config: ExportableConfig) -> Ca
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
-    metadata = {"config": json.dumps(config.diffusers_dict())}
+    options = {"aot_inductor.metadata": {"config": json.dumps(config.diffusers_dict())}}
     try:
         with torch.no_grad():
-            aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
-            )
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     except InductorError as error:
         cause = error.inner_exception
         if not isinstance(cause, (CppCompileError, InvalidCxxCompiler)):

@@ -1,6 +1,6 @@
-"""What only a further training needs: the discriminator, what the losses learned, and which losses they were.
+"""What further training needs: the discriminator, learned parts of the losses, and the loss options.
 
-Frozen networks (LPIPS, VGG, feature backbones) are in no checkpoint and so in no export.
+Frozen networks (LPIPS, VGG, feature backbones) are in no checkpoint and in no export.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ PARTS = {
     "lecam.safetensors": "LeCAM's running means of the logits",
 }
 NOTE = "training.json"
-_PATHS = ("weights", "backbone_weights")  # of perceptual networks: files of the machine that trained
+_PATHS = ("weights", "backbone_weights")  # of perceptual networks: files of the training machine
 
 
 def copy_training_parts(source: ModelSource, folder: Path) -> dict[str, str]:
-    """Copy a checkpoint's parts to `folder`/training; what is there, name -> in words. Nothing where the model is no run, or has none.
+    """Copy a checkpoint's parts to `folder`/training.
+
+    Returns:
+        File name -> description; empty if the model is not from a run, or has no parts.
 
     Raises:
         ModelError: a part is damaged.
@@ -47,7 +50,7 @@ def copy_training_parts(source: ModelSource, folder: Path) -> dict[str, str]:
 
 
 def _note(checkpoint: Path) -> dict[str, Any]:
-    """How far the training had come and with which losses; no paths of its machine."""
+    """Progress of the training and its loss options, without paths of its machine."""
     try:
         meta = read_json(checkpoint / META)
         recipe = tomllib.loads((checkpoint / RECIPE).read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from latentae import (
     AutoencoderDC,
     AutoencoderDCConfig,
+    AutoencoderKLConfig,
     LinearAutoencoder,
     LinearAutoencoderConfig,
     encode,
@@ -19,7 +20,7 @@ from latentae import (
 )
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import ModelError, RecipeError
-from latentae.exporting.formats import written_formats
+from latentae.exporting.export import written_formats
 from latentae.exporting.graphs import coder_graphs
 from latentae.files import read_json
 
@@ -213,19 +214,22 @@ def test_graphs_of_a_posterior_give_its_mean():
 
 def test_what_the_kind_does_not_have_is_refused(saved, tmp_path):
     for options, message in (
-        ({"format": "ldm"}, "format ldm has LDM's names for an AutoencoderKL, and none for an AutoencoderDC"),
-        ({"fold_normalization": True, "statistics": tmp_path}, "can't be folded into its weights"),
+        ({"format": "ldm"}, "format ldm has no key names for an AutoencoderDC"),
+        (
+            {"fold_normalization": True, "statistics": tmp_path},
+            "fold_normalization is not possible for an AutoencoderDC",
+        ),
         ({"shift_factor": 0.1}, "diffusers' AutoencoderDC has none"),
     ):
         with pytest.raises(RecipeError, match=message):
             export(saved["plain"], tmp_path / "vae", **options)
     assert not (tmp_path / "vae").exists()
     LinearAutoencoder(LinearAutoencoderConfig()).save_pretrained(tmp_path / "linear")
-    with pytest.raises(ModelError, match="an AutoencoderKL or an AutoencoderDC, so only these are exported"):
+    with pytest.raises(ModelError, match="only AutoencoderKL and AutoencoderDC can be exported"):
         export(tmp_path / "linear", tmp_path / "vae")
 
 
 def test_all_formats_are_those_of_the_kind():
-    assert written_formats("all") == ("diffusers", "ldm", "onnx", "pt2")
+    assert written_formats("all", AutoencoderKLConfig()) == ("diffusers", "ldm", "onnx", "pt2")
     assert written_formats("all", build().config) == ("diffusers", "onnx", "pt2")
     assert written_formats("onnx", build().config) == ("onnx",)

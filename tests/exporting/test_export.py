@@ -286,9 +286,9 @@ def test_another_export_into_the_folder_is_refused(model, save_model, tmp_path):
     [
         ({"format": "tflite"}, "format is 'tflite', expected one of diffusers"),
         ({"variant": "int4"}, "variant is 'int4', expected one of fp16, bf16"),
-        ({"scaling_factor": 0.0}, "positive number"),
-        ({"scaling_factor": float("nan")}, "positive number"),
-        ({"shift_factor": float("inf")}, "finite number"),
+        ({"scaling_factor": 0.0}, "scaling_factor is 0.0, expected above 0"),
+        ({"scaling_factor": float("nan")}, "expected a finite number"),
+        ({"shift_factor": float("inf")}, "shift_factor is inf, expected a finite number"),
         ({"metrics": "nowhere.json"}, r"could not read nowhere\.json"),
     ],
 )

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from latentae import AutoencoderKL, export
 from latentae.errors import MissingDependencyError, ModelError, RecipeError
-from latentae.exporting.diffusers import write_diffusers
-from latentae.exporting.measured import MeasuredLatents
+from latentae.exporting.diffusers_folder import write_diffusers
+from latentae.exporting.scaling import MeasuredLatents
 from latentae.files import read_json, write_json, write_text
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.discriminator import PatchDiscriminator
@@ -206,7 +206,7 @@ def test_a_diffusers_only_environment_loads_the_folded_variant(save_model, tmp_p
 
 def test_what_a_training_needs_comes_along_without_its_machine(tmp_path, monkeypatch):
     # the other formats take a minute
-    monkeypatch.setattr("latentae.exporting.building.write_formats", write_plain)
+    monkeypatch.setattr("latentae.exporting.export.write_formats", write_plain)
     run = make_run(tmp_path / "run")
     export(run, tmp_path / "vae", format="all")
     training = tmp_path / "vae/training"
@@ -226,12 +226,12 @@ def test_what_a_training_needs_comes_along_without_its_machine(tmp_path, monkeyp
     assert equal(initial.discriminator, load_file(checkpoint / "discriminator.safetensors"))
 
 
-def write_plain(format, component, folder: Path) -> None:
-    write_diffusers(component.model, component.config, folder)
+def write_plain(plan, model, config, folder: Path) -> None:
+    write_diffusers(model, config, folder)
 
 
 def test_a_damaged_discriminator_stops_the_export(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentae.exporting.building.write_formats", lambda format, component, folder: None)
+    monkeypatch.setattr("latentae.exporting.export.write_formats", lambda *arguments: None)
     run = make_run(tmp_path / "run")
     file = run / "checkpoints/step-00000007/discriminator.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -257,5 +257,5 @@ def test_without_data_a_run_gives_its_own_validation(tmp_path):
 
 
 def test_variants_belong_to_the_diffusers_folder(small, tmp_path):
-    with pytest.raises(RecipeError, match="variant fp16 is for diffusers or all"):
+    with pytest.raises(RecipeError, match="variant fp16 needs format diffusers or all"):
         export(small, tmp_path / "vae", format="ldm", variant="fp16")

@@ -54,7 +54,7 @@ def images(photo_shards) -> torch.Tensor:
 @pytest.fixture
 def no_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without half precision and tiling, which take seconds; `measured` has them."""
-    monkeypatch.setattr("latentae.exporting.building.measure_component", lambda model, request: (None, None))
+    monkeypatch.setattr("latentae.exporting.export.measure_component", lambda model, request: (None, None))
 
 
 def test_quality_is_what_evaluate_measures(model, measured, photo_shards):
@@ -168,7 +168,7 @@ def test_tiling_error_is_that_of_blended_tiles(model, measured, photo_shards):
 
 
 def test_the_same_measured_export_again_measures_nothing(model, measured, photo_shards, capsys, monkeypatch):
-    monkeypatch.setattr("latentae.exporting.building.measure_model", None)
+    monkeypatch.setattr("latentae.exporting.export.measure_model", None)
     options = {"data": photo_shards, "perceptual": "none"}
     summary = export(model, measured, **options, resolution=[SIDE, 96])
     assert "already holds this export" in capsys.readouterr().err
@@ -203,8 +203,8 @@ def test_gray_models_have_figures_but_no_preview(save_model, photo_shards, no_au
     ("options", "error", "message"),
     [
         ({"resolution": 30}, ImageError, "needs a multiple of 4; use 32"),
-        ({"images": 0}, RecipeError, "at least 1"),
-        ({"perceptual": "taste"}, RecipeError, "unknown perceptual distance 'taste'"),
+        ({"images": 0}, RecipeError, "images is 0, expected 1 or more"),
+        ({"perceptual": "taste"}, RecipeError, "perceptual is 'taste', expected one of auto"),
         ({"data": "nowhere"}, ShardError, "nowhere"),
     ],
 )

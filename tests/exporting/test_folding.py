@@ -9,7 +9,7 @@ import torch
 
 from latentae import AutoencoderKL, export
 from latentae.errors import RecipeError
-from latentae.exporting.folding import fold_normalization
+from latentae.exporting.scaling import fold_normalization
 from latentae.files import read_json, write_json
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.presets import preset
@@ -117,7 +117,7 @@ def test_a_folded_export_needs_no_scaling(saved, tmp_path):
     ("options", "message"),
     [
         ({}, "needs the statistics"),
-        ({"statistics": "statistics.json", "scaling_factor": 0.5}, "leave the scaling and shift"),
+        ({"statistics": "statistics.json", "scaling_factor": 0.5}, "leave out scaling_factor"),
     ],
 )
 def test_folding_without_statistics_or_with_a_factor_is_refused(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentae import export
-from latentae.exporting.ldm_file import ldm_notes, ldm_readers
+from latentae.exporting.ldm_file import ldm_notes, ldm_problems
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import PRESETS, preset
 
@@ -52,7 +52,7 @@ NEITHER = {"use_quant_conv": False, "use_post_quant_conv": False}
 )
 def test_where_a_shape_loads(name, overrides, comfyui, kohya):
     config = preset(name, **overrides)
-    found = {reader.program: not reader.problems for reader in ldm_readers(config)}
+    found = {program: not problems for program, problems in ldm_problems(config).items()}
     assert found == {"ComfyUI": comfyui, "A1111 and kohya's scripts": kohya}
     works, *_ = ldm_notes(config)
     assert works.startswith("This file works in ComfyUI" if comfyui else "This file does not work in ComfyUI")
@@ -104,7 +104,7 @@ def test_the_docs_have_the_presets():
     docs = (Path(__file__).parents[2] / "docs/export.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^  \| ([\w-]+) \| ((?:yes|no) \| (?:yes|no)) \|$", docs, re.MULTILINE))
     expected = {
-        name: " | ".join("no" if reader.problems else "yes" for reader in ldm_readers(preset(name)))
+        name: " | ".join("no" if problems else "yes" for problems in ldm_problems(preset(name)).values())
         for name in PRESETS
     }
     assert table == expected

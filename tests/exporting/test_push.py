@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from pathlib import Path
 
-import huggingface_hub
 import huggingface_hub.errors
 import pytest
 
@@ -42,7 +41,7 @@ class FakeApi:
 def api(monkeypatch):
     monkeypatch.setattr(FakeApi, "files", {})
     monkeypatch.setattr(FakeApi, "created", [])
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    monkeypatch.setattr("latentae.exporting.push.HfApi", FakeApi)
     return FakeApi
 
 
@@ -94,6 +93,6 @@ def test_an_upload_that_fails_is_one_line_and_keeps_the_folder(error, api, model
 
 @pytest.mark.parametrize("name", ["my-vae", "a/b/c", "", "/x", "some one/x"])
 def test_a_name_that_is_none_is_refused_before_any_work(name, api, model, tmp_path):
-    with pytest.raises(RecipeError, match="expected owner/name"):
+    with pytest.raises(RecipeError, match=r"push_to_hub is .*, expected OWNER/NAME"):
         export(model, tmp_path / "vae", push_to_hub=name)
     assert not (tmp_path / "vae").exists()

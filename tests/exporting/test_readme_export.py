@@ -37,13 +37,13 @@ def workplace(tmp_path, monkeypatch, photo_shards, save_model) -> Path:
 @pytest.fixture
 def diffusers_only(monkeypatch) -> None:
     """Of the formats, the one that takes no minute; test_export_formats has the others."""
-    from latentae.exporting.diffusers import write_diffusers
+    from latentae.exporting.diffusers_folder import write_diffusers
 
-    def write(format, component, folder):
-        write_diffusers(component.model, component.config, folder, component.variant)
+    def write(plan, model, config, folder):
+        write_diffusers(model, config, folder, plan.options.variant)
 
-    monkeypatch.setattr("latentae.exporting.building.write_formats", write)
-    monkeypatch.setattr("latentae.exporting.building.measure_component", lambda model, request: (None, None))
+    monkeypatch.setattr("latentae.exporting.export.write_formats", write)
+    monkeypatch.setattr("latentae.exporting.export.measure_component", lambda model, request: (None, None))
 
 
 def test_the_readme_exports_and_loads(workplace, diffusers_only):
@@ -67,7 +67,7 @@ def test_the_readme_exports_and_loads(workplace, diffusers_only):
 
 
 def test_every_option_the_docs_name_is_there():
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
     text = CliRunner().invoke(cli.app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
     for option in set(

@@ -1,7 +1,7 @@
-"""A plain diffusers folder of an AutoencoderKL or AutoencoderDC: `config.json` and safetensors, no trace of us in either.
+"""A plain diffusers folder: `config.json` and safetensors, readable without latentae.
 
-State-dict keys are already diffusers' own, so the weights are copied. The config has exactly the keys of diffusers' class: an
-extra one would warn at every load.
+Our state-dict keys are diffusers' own, so weights are copied. The config has exactly the keys of
+diffusers' class: an extra key would cause a warning at every load.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from latentae.errors import ModelError
-from latentae.exporting.kinds import Exportable, ExportableConfig
 from latentae.files import write_json
+from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig
+from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.pretrained import CONFIG, WEIGHTS, save_weights
 
-__all__ = ["TILE", "VARIANTS", "check_finite", "component_config", "write_diffusers"]
+__all__ = ["Exportable", "ExportableConfig", "check_finite", "component_config", "write_diffusers"]
+
+Exportable = AutoencoderKL | AutoencoderDC
+ExportableConfig = AutoencoderKLConfig | AutoencoderDCConfig
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-TILE = 256  # diffusers takes sample_size for its tile side: a small one makes tiled decoding slow and full of seams
+TILE = 256  # diffusers takes sample_size for its tile side: small tiles are slow and show seams
 
 
 def component_config(
@@ -32,19 +36,15 @@ def component_config(
     shift_factor: float,
     force_upcast: bool = True,
 ) -> ExportableConfig:
-    """The config a pipeline reads: the model's own, with the latent scaling and the tile side filled in.
+    """The config that pipelines read: the model's own with the latent scaling and the tile side.
 
-    `sample_size` becomes the training resolution, but no less than TILE, in whole latent pixels; `force_upcast` is false only where
-    it was measured that fp16 activations do not overflow. diffusers' AutoencoderDC knows the scaling factor alone.
+    `sample_size` is the training resolution, at least TILE, rounded up to a multiple of f.
+    `force_upcast` is false only if fp16 was measured to be safe. diffusers' AutoencoderDC has no
+    shift, tile side or `force_upcast`.
     """
     if isinstance(config, AutoencoderDCConfig):
-        return config.model_copy(
-            update={
-                "scaling_factor": scaling_factor,
-                "sample_size": resolution,
-                "bottleneck": "deterministic",
-            }
-        )
+        values = {"scaling_factor": scaling_factor, "sample_size": resolution}
+        return config.model_copy(update={**values, "bottleneck": "deterministic"})
     f = config.downsampling
     values = {
         "sample_size": -(-max(resolution, TILE) // f) * f,
@@ -56,10 +56,10 @@ def component_config(
 
 
 def check_finite(state: Mapping[str, Tensor], variant: str | None = None) -> None:
-    """Refuse weights that are not finite, in fp32 or in the type of a variant.
+    """Check that all weights are finite in fp32 and in the dtype of a variant.
 
     Raises:
-        ModelError: the first one is named.
+        ModelError: names the first tensor that is not.
     """
     for dtype in filter(None, (torch.float32, VARIANTS.get(variant or ""))):
         for name, value in state.items():
@@ -72,7 +72,7 @@ def check_finite(state: Mapping[str, Tensor], variant: str | None = None) -> Non
 def write_diffusers(
     model: Exportable, config: ExportableConfig, folder: Path, variant: str | None = None
 ) -> None:
-    """Write `config.json` and the fp32 weights, and the same weights once more in half precision where a variant is asked for."""
+    """Write `config.json`, the fp32 weights and, for a variant, the half-precision weights."""
     state = model.state_dict()
     save_weights(state, folder / WEIGHTS, torch.float32)
     if variant is not None:
