@@ -6,9 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from latentae.errors import OutputError
+from latentae.errors import OutputError, first_line
 from latentae.exporting.card import card_for_hub
-from latentae.models.hub import one_line
 from latentae.progress import say
 
 __all__ = ["push"]
@@ -41,7 +40,7 @@ def push(folder: Path, card: str, repository: str) -> str:
         )
     except Exception as error:  # of the Hub's client, its transport or the system
         raise OutputError(
-            f"could not upload to {repository} ({one_line(error)}); {folder} is complete: "
+            f"could not upload to {repository} ({type(error).__name__}: {first_line(error)}); {folder} is complete: "
             "log in with `hf auth login` and run the same command again"
         ) from error
     say(f"export: uploaded {folder} to {address}")

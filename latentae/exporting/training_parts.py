@@ -13,7 +13,8 @@ from typing import Any
 from latentae.errors import ModelError
 from latentae.file_names import DISCRIMINATOR, RECIPE
 from latentae.files import read_json, write_json
-from latentae.models.pretrained import META, TRAINING, ModelSource, read_tensors
+from latentae.models.pretrained import META, TRAINING, ModelSource
+from latentae.models.weight_files import read_tensors
 
 __all__ = ["copy_training_parts"]
 

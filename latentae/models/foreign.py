@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers that are not this library's own, with its interface: what they are compared by."""
+"""Image autoencoders that only diffusers defines, with this library's interface, to compare models with."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from latentae.errors import MissingDependencyError, ModelError, some
+from latentae.errors import MissingDependencyError, ModelError, first_line, some
 from latentae.files import sha256
 from latentae.models.architectures import ARCHITECTURES
 from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderConfig, read_config_values
-from latentae.models.hub import hub_id
+from latentae.models.config import (
+    AutoencoderConfig,
+    ChannelsIn,
+    ChannelsOut,
+    LatentChannels,
+    SampleSize,
+    ScalingFactor,
+    ShiftFactor,
+    read_config_values,
+)
 from latentae.models.posterior import DiagonalGaussian
-from latentae.models.pretrained import CONFIG, ModelSource, folder_weights, load_model
+from latentae.models.pretrained import CONFIG, ModelSource, folder_weights, hub_id, load_model
 
 __all__ = ["ForeignAutoencoder", "ForeignConfig", "load_any_model"]
 
-TRIAL = 128  # side of the image that tells the downsampling; every class of diffusers takes it
+TRIAL = 128  # side of the image that shows the downsampling; every class of diffusers takes it
 
 
 class ForeignConfig(AutoencoderConfig):
-    """What is known of a foreign model: found by encoding one image, not read from its config."""
+    """The shape of a foreign model, found by encoding one image."""
 
     class_name = ""
 
     kind: str = Field(description="Its class in diffusers.")
-    in_channels: int = Field(default=3, ge=1, description="Image channels in.")
-    out_channels: int = Field(default=3, ge=1, description="Image channels out.")
-    latent_channels: int = Field(default=4, ge=1, description="Channels of the latent, z.")
+    in_channels: ChannelsIn = 3
+    out_channels: ChannelsOut = 3
+    latent_channels: LatentChannels = 4
     factor: int = Field(default=8, ge=1, description="Image pixels per latent pixel along a side.")
-    sample_size: int | tuple[int, ...] = Field(
-        default=256, description="Image side in pixels the model was made for."
-    )
-    scaling_factor: float = Field(
-        default=1.0, description="Latents are multiplied by it for a diffusion model."
-    )
-    shift_factor: float = Field(default=0.0, description="Subtracted from latents before scaling.")
+    sample_size: SampleSize = 256
+    scaling_factor: ScalingFactor = 1.0
+    shift_factor: ShiftFactor = 0.0
 
     @property
     def downsampling(self) -> int:
@@ -49,10 +53,10 @@ class ForeignConfig(AutoencoderConfig):
 
 
 class ForeignAutoencoder(Autoencoder):
-    """A model of diffusers with the interface of this library's, for inference alone.
+    """A diffusers model with the interface of this library, only for inference.
 
-    Its latent is what its `encode` gives: a posterior where it has one, else the latents as they are, with no spread. A quantised model
-    (VQModel) gives the latents before quantisation, and its decoder quantises them.
+    Its posterior is that of its `encode`, or the latents with the smallest variance. A quantized model
+    (VQModel) gives the latents before quantization, and its decoder quantizes them.
     """
 
     config: ForeignConfig
@@ -72,10 +76,10 @@ class ForeignAutoencoder(Autoencoder):
 def load_any_model(
     path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
 ) -> tuple[Autoencoder, ModelSource]:
-    """`load_model`, and beyond it any image autoencoder in a diffusers folder, in evaluation mode.
+    """`load_model`, also for any image autoencoder in a diffusers folder; in evaluation mode.
 
     Raises:
-        ModelError: see `load_model`; or a class that diffusers does not have, or that is no autoencoder of images.
+        ModelError: see `load_model`; or a class that is not in diffusers, or no autoencoder of images.
         MissingDependencyError: the folder needs diffusers, which is not installed.
     """
     folder = _foreign_folder(path)
@@ -84,18 +88,15 @@ def load_any_model(
     values = read_config_values(folder / CONFIG)
     module = _load(folder, values).to(device)
     config = _config(module, values, folder)
-    size = config.sample_size
     files = sorted(file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     digest = hashlib.sha256("".join(sha256(file) for file in (*files, folder / CONFIG)).encode()).hexdigest()
-    resolution = size if isinstance(size, int) else min(size)
-    source = ModelSource(
-        Path(path), folder_weights(folder) or folder / CONFIG, config, "folder", resolution, digest
-    )
+    file = folder_weights(folder) or folder / CONFIG
+    source = ModelSource(Path(path), file, config, "folder", config.image_side, digest)
     return ForeignAutoencoder(module, config).eval(), source
 
 
 def _foreign_folder(path: str | Path) -> Path | None:
-    """The folder with a config.json that names a class this library has not; None where there is none."""
+    """The folder whose config.json names a class that this library does not have; None if there is none."""
     if hub_id(path) is not None:
         return None
     ours = {config.class_name for config in ARCHITECTURES}
@@ -111,33 +112,33 @@ def _load(folder: Path, values: dict[str, Any]) -> nn.Module:
     try:
         import diffusers
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{folder} holds a {name}, which needs diffusers; pip install diffusers"
-        ) from error
-    kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        message = f"{folder} holds a {name}, which needs diffusers; pip install 'latentae[diffusers]'"
+        raise MissingDependencyError(message) from error
+    loader: Any = getattr(diffusers, name, None)
+    if not (isinstance(loader, type) and issubclass(loader, nn.Module)):
         raise ModelError(
             f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an autoencoder"
         )
     file = folder_weights(folder)
     words = file.name.split(".")[1:] if file else []
-    variant = next(
-        (word for word in words if word not in ("safetensors", "bin", "index", "json")), None
-    )  # fp16 of x.fp16.bin
-    options = {"variant": variant, "use_safetensors": "safetensors" in words if file else None}
+    known = ("safetensors", "bin", "index", "json")
+    options = {
+        "variant": next((word for word in words if word not in known), None),  # fp16 of x.fp16.bin
+        "use_safetensors": "safetensors" in words if file else None,
+        "torch_dtype": torch.float32,
+        "output_loading_info": True,
+    }
     try:
-        loader: Any = kind
-        module, info = loader.from_pretrained(
-            folder, **options, torch_dtype=torch.float32, output_loading_info=True
-        )
+        module, info = loader.from_pretrained(folder, **options)  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"diffusers could not load the {name} in {folder} ({_line(error)}); give a whole folder"
+            f"diffusers could not load the {name} in {folder} ({first_line(error)[:200]}); give a complete folder"
         ) from error
     for what in ("missing", "unexpected", "mismatched"):
         if keys := info[f"{what}_keys"]:
+            found = some(list(map(str, keys)))
             raise ModelError(
-                f"the weights in {folder} have {what} {some(list(map(str, keys)))} for a {name}; give a matching config.json"
+                f"the weights in {folder} have {what} {found} for a {name}; give a matching config.json"
             )
     return module.eval().requires_grad_(False)
 
@@ -152,14 +153,15 @@ def _config(module: Any, values: dict[str, Any], folder: Path) -> ForeignConfig:
         image = torch.zeros(1, channels, TRIAL, TRIAL, device=weight.device, dtype=weight.dtype)
         latent = _posterior(module, image).mode()
         restored = _image(module, latent.to(weight.dtype))
-    except Exception as error:  # a model of videos, sound or proteins fails in any way it likes
+    except Exception as error:  # a model of videos, sound or proteins can fail in any way
         raise ModelError(
-            f"the {name} in {folder} does not take images [B, {channels}, H, W] ({_line(error)}); give an image autoencoder"
+            f"the {name} in {folder} does not take images [B, {channels}, H, W] ({first_line(error)[:200]}); give an "
+            "image autoencoder"
         ) from error
     if latent.ndim != 4 or restored.shape[-2:] != image.shape[-2:] or TRIAL % latent.shape[-1]:
         raise ModelError(
-            f"the {name} in {folder} makes latents {tuple(latent.shape)} and images {tuple(restored.shape)} of {tuple(image.shape)}; "
-            "give an image autoencoder"
+            f"the {name} in {folder} gives latents {tuple(latent.shape)} and images {tuple(restored.shape)} for an image "
+            f"{tuple(image.shape)}; give an image autoencoder"
         )
     return ForeignConfig(
         kind=name,
@@ -174,29 +176,19 @@ def _config(module: Any, values: dict[str, Any], folder: Path) -> ForeignConfig:
 
 
 def _posterior(module: Any, x: Tensor) -> DiagonalGaussian:
-    made = module.encode(x)
-    if hasattr(made, "latent_dist"):
-        spread = made.latent_dist
-        mean, logvar = spread.mode(), getattr(spread, "logvar", None)
-        if (
-            isinstance(logvar, Tensor)
-            and logvar.shape == mean.shape
-            and not getattr(spread, "deterministic", False)
-        ):
-            return DiagonalGaussian(torch.cat([mean, logvar], dim=1))
-    else:
-        mean = next(
-            value
-            for value in (getattr(made, name, None) for name in ("latents", "latent"))
-            if value is not None
+    encoded = module.encode(x)
+    if not hasattr(encoded, "latent_dist"):
+        names = ("latents", "latent")
+        return DiagonalGaussian.of_mean(
+            next(v for n in names if (v := getattr(encoded, n, None)) is not None)
         )
-    return DiagonalGaussian.of_mean(mean)
+    found = encoded.latent_dist
+    mean, logvar = found.mode(), getattr(found, "logvar", None)
+    known = isinstance(logvar, Tensor) and logvar.shape == mean.shape
+    if not known or getattr(found, "deterministic", False):
+        return DiagonalGaussian.of_mean(mean)
+    return DiagonalGaussian(torch.cat([mean, logvar], dim=1))
 
 
 def _image(module: Any, z: Tensor) -> Tensor:
     return module.decode(z).sample
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

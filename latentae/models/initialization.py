@@ -1,100 +1,175 @@
-"""Where the weights of an autoencoder start."""
+"""Where the weights of a training start: from a file, or as a nearly linear codec."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from dataclasses import dataclass
+from pathlib import Path
 
-from latentae.errors import ModelError
+import torch
+from torch import Tensor, nn
+
+from latentae.errors import ModelError, some
+from latentae.file_names import DISCRIMINATOR
+from latentae.models.architectures import build
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
 from latentae.models.blocks import Attention, ResnetBlock
+from latentae.models.config import AutoencoderConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.blocks import Attention as LinearAttention
-from latentae.models.dc.blocks import Down, FrozenBatchNorm, GatedConv, ResidualBlock, RMSNorm, Up
+from latentae.models.dc.blocks import Down, GatedConv, ResidualBlock, Up
+from latentae.models.ldm import discriminator_from_ldm, ldm_prefix
+from latentae.models.posterior import DiagonalGaussian
+from latentae.models.pretrained import TRAINING, ModelSource, resolve_model
+from latentae.models.state_dicts import fitting_state
+from latentae.models.weight_files import read_tensors
 
-__all__ = ["set_deterministic", "set_initial_logvar", "start_linear"]
+__all__ = [
+    "InitialWeights",
+    "load_discriminator",
+    "load_initial",
+    "set_deterministic",
+    "set_initial_logvar",
+    "start_linear",
+]
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights to start a training with."""
+
+    config: AutoencoderConfig
+    state: dict[str, Tensor]
+    """The autoencoder's state dict, in fp32."""
+    discriminator: dict[str, Tensor] | None
+    """The state dict of a discriminator in the same files; `load_discriminator` checks whether it fits."""
+    fingerprint: str
+    """Equal fingerprints give equal weights."""
+
+
+def load_initial(path: str | Path) -> InitialWeights:
+    """Read the EMA weights of a MODEL (see `resolve_model`).
+
+    The discriminator is that of the run, of the export's `training/`, or of the LDM file, if there is one.
+
+    Raises:
+        ModelError: no such model, or one that is damaged, incomplete or of another family.
+    """
+    source = resolve_model(path)
+    tensors = read_tensors(source.weights_file)
+    file = _discriminator_file(source)
+    discriminator = read_tensors(file) if file is not None and file.is_file() else None
+    if discriminator is None and ldm_prefix(tensors) is not None:
+        discriminator = discriminator_from_ldm(tensors, source.weights_file)
+    with torch.device("meta"):
+        model = build(source.config)
+    state = _wide(fitting_state(model, tensors, source.weights_file))
+    return InitialWeights(source.config, state, discriminator and _wide(discriminator), source.fingerprint)
+
+
+def _discriminator_file(source: ModelSource) -> Path | None:
+    """Where the discriminator of a model's training would be: in its checkpoint, or next to an export."""
+    folder = source.weights_file.parent
+    if source.kind == "file":
+        return None
+    return (folder / TRAINING if source.kind == "folder" else folder) / DISCRIMINATOR
+
+
+def _wide(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float().contiguous() for key, value in state.items()}
+
+
+def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """Copy `state` into a discriminator if keys and shapes are equal.
+
+    Returns:
+        None, or in words what does not fit.
+    """
+    expected = module.state_dict()
+    if missing := [key for key in expected if key not in state]:
+        return f"it lacks {some(missing)}"
+    if unknown := [key for key in state if key not in expected]:
+        return f"it has unknown {some(unknown)}"
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            return f"its {key} has shape {tuple(state[key].shape)}, this discriminator's {tuple(value.shape)}"
+    module.load_state_dict(state)
+    return None
 
 
 @torch.no_grad()
 def start_linear(model: Autoencoder) -> None:
-    """Begin as a nearly linear codec: every residual branch adds zero, every convolution keeps the variance of its input.
+    """Start as a nearly linear codec: residual branches add zero, convolutions keep the variance of their input.
 
-    PyTorch's own start shrinks what passes a convolution to a third of its variance, and the branches add noise to what is left;
-    with few steps to spend, undoing that costs most of them. Branches at zero: Goyal et al. 2017, section 5.1; variance 1/fan-in:
-    He et al. 2015, eq. 10, with gain 1 since the trunk has no activation. Of an AutoencoderDC the branches end in a normalization, whose
-    weight and bias are zero; its convolutions beside a shortcut share the variance with it.
+    PyTorch's own start cuts the variance to a third at each convolution, and the branches add noise to the
+    rest. With few steps, most of them are spent on undoing that. Branches start at zero (Goyal et al. 2017,
+    section 5.1) and weights have variance 1/fan-in (He et al. 2015, eq. 10, with gain 1 since the trunk has no
+    activation). The branches of an AutoencoderDC end in a normalization, whose weight and bias start at zero.
+    Its convolutions with a shortcut share the variance with it.
 
     Raises:
-        ModelError: another kind of model, which has no such branches.
+        ModelError: a model without such branches.
     """
     if not isinstance(model, AutoencoderKL | AutoencoderDC):
-        raise ModelError(
-            f"a {type(model).__name__} has no linear start of its own; set initialization = 'torch'"
-        )
+        raise ModelError(f"a {type(model).__name__} has no linear start; set initialization = 'torch'")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
-        for parameter in _last_of_branch(module):
-            nn.init.zeros_(parameter)
+        if (last := _last_of_branch(module)) is not None:
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
         if isinstance(module, Down | Up) and module.shortcut:
             module.conv.weight.mul_(0.5**0.5)
     if isinstance(model, AutoencoderDC) and model.encoder.conv_out_logvar is not None:
         nn.init.zeros_(model.encoder.conv_out_logvar.weight)
 
 
-def _last_of_branch(module: nn.Module) -> list[nn.Parameter]:
-    """What a residual branch ends in, where `module` is one."""
+def _last_of_branch(module: nn.Module) -> nn.Module | None:
+    """The last layer of a residual branch; None for other modules."""
     if isinstance(module, ResnetBlock):
-        return list(module.conv2.parameters())
+        return module.conv2
     if isinstance(module, Attention):
-        return list(module.to_out[0].parameters())
-    last = module.norm_out if isinstance(module, LinearAttention) else getattr(module, "norm", None)
-    if isinstance(module, LinearAttention | GatedConv | ResidualBlock):
-        assert isinstance(last, RMSNorm | FrozenBatchNorm)
-        return list(last.parameters())
-    return []
+        return module.to_out[0]
+    if isinstance(module, LinearAttention):
+        return module.norm_out
+    return module.norm if isinstance(module, GatedConv | ResidualBlock) else None
 
 
 @torch.no_grad()
 def set_initial_logvar(model: Autoencoder, logvar: float) -> None:
-    """Shift the log-variance of the posterior by `logvar`, so that training begins with more or less noise on the latent.
+    """Add `logvar` to the posterior's log-variance, so that training starts with more or less latent noise.
 
     Raises:
-        ModelError: a model without a posterior, and a shift that is not 0.
+        ModelError: a model without a posterior, and `logvar` is not 0.
     """
-    if isinstance(model, AutoencoderKL):
-        last = model.quant_conv if model.quant_conv is not None else model.encoder.conv_out
-        bias, z = last.bias, model.config.latent_channels
-    else:
-        last = model.encoder.conv_out_logvar if isinstance(model, AutoencoderDC) else None
-        bias, z = None if last is None else last.bias, 0
-    if bias is not None:
-        bias[z:] += logvar
+    conv, first = _logvar_layer(model)
+    if conv is not None and conv.bias is not None:
+        conv.bias[first:] += logvar
     elif logvar:
         raise ModelError(
-            f"a {type(model).__name__} without a posterior has no log-variance to begin at {logvar:g}; set it to 0"
+            f"initial log-variance is {logvar:g}, but a {type(model).__name__} without a posterior has none; set it to 0"
         )
 
 
 @torch.no_grad()
 def set_deterministic(model: Autoencoder) -> None:
-    """Give the posterior the smallest log-variance there is, -30, for every image: a sample is the mean, for everyone who loads it.
+    """Set the posterior's log-variance to its minimum for every image, so that a sample equals the mean.
 
-    Without a KL term and without sampling these weights get no gradient, so they stay. Models without a posterior are so already.
+    Without a KL term and without sampling these weights get no gradient, so they stay. Models without a
+    posterior are not changed.
     """
+    conv, first = _logvar_layer(model)
+    if conv is not None and conv.bias is not None:
+        conv.weight[first:] = 0.0
+        conv.bias[first:] = DiagonalGaussian.SMALLEST_LOGVAR
+
+
+def _logvar_layer(model: Autoencoder) -> tuple[nn.Conv2d | None, int]:
+    """The convolution that computes the log-variance, and its first output channel of it."""
     if isinstance(model, AutoencoderKL):
-        last, z = (
-            model.quant_conv if model.quant_conv is not None else model.encoder.conv_out,
-            model.config.latent_channels,
-        )
-    elif isinstance(model, AutoencoderDC) and model.encoder.conv_out_logvar is not None:
-        last, z = model.encoder.conv_out_logvar, 0
-    else:
-        return
-    assert last.bias is not None
-    last.weight[z:] = 0.0
-    last.bias[z:] = -30.0
+        conv = model.encoder.conv_out if model.quant_conv is None else model.quant_conv
+        return conv, model.config.latent_channels
+    return (model.encoder.conv_out_logvar if isinstance(model, AutoencoderDC) else None), 0

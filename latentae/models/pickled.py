@@ -1,8 +1,9 @@
-"""Pickled checkpoints, read as plain tensors without running any code of the file.
+"""Read pickled checkpoints as plain tensors without running any code of the file.
 
-torch's restricted unpickler reads most files. It refuses those that name classes of a trainer, such as the callbacks of Lightning 1.4
-that LDM's own checkpoints hold. These files are read a second time, with every unknown class or function replaced by an inert
-stand-in: nothing is imported, and only OrderedDict and torch's functions that rebuild a dense tensor are called.
+torch's restricted unpickler reads most files. It refuses those that name classes of a trainer, such as the
+callbacks of Lightning 1.4 in LDM's own checkpoints. These files are read a second time with an inert stand-in
+for every unknown class or function. Nothing is imported. Only OrderedDict and torch's functions that rebuild a
+dense tensor are called.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.errors import ModelError
+from latentae.errors import ModelError, first_line
 
 __all__ = ["PICKLES", "read_pickle"]
 
@@ -27,12 +28,12 @@ _STATE = "state_dict"
 
 
 def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a pickled checkpoint, and the names of its other entries, which are left out.
+    """The tensors of a pickled checkpoint, and the names of its other entries.
 
-    The tensors are the file's own, those of its "state_dict", or those of its only entry that is a dict of tensors.
+    The tensors are the file's own, those of its "state_dict", or those of its only dict of tensors.
 
     Raises:
-        ModelError: the file is damaged, holds no dict of tensors or several, or one of its weights is not a plain tensor.
+        ModelError: the file is damaged, holds no dict of tensors or several, or a weight is not a plain tensor.
     """
     content = _content(file)
     if not isinstance(content, dict):
@@ -44,14 +45,9 @@ def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     nested = [key for key, value in content.items() if _is_state(value)]
     if _STATE in nested or not _is_state(content):
         if _STATE not in nested and len(nested) != 1:
-            found = (
-                f"several dicts of tensors ({', '.join(map(str, nested))})"
-                if nested
-                else "no dict of tensors"
-            )
-            raise ModelError(
-                f"{file} holds {found}; save the one state dict that you want in a file of its own"
-            )
+            several = f"several dicts of tensors ({', '.join(map(str, nested))})"
+            found = several if nested else "no dict of tensors"
+            raise ModelError(f"{file} holds {found}; save the one state dict that you want in its own file")
         name = _STATE if _STATE in nested else nested[0]
         state, rest = content[name], [str(key) for key in content if key != name]
     tensors = {}
@@ -64,12 +60,12 @@ def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether this is a dict of weights; numbers, such as a count of steps, may be tensors without being weights."""
+    """Whether this is a dict of weights. A tensor without dimensions, such as a count of steps, is no weight."""
     return isinstance(value, dict) and any(isinstance(item, Tensor) and item.ndim for item in value.values())
 
 
 def _plain(value: Tensor | _Inert, key: Any, file: str | Path) -> Tensor:
-    """`value`, a dense tensor that owns all of its values; a file can also claim terabytes by a stride of zero."""
+    """Check that `value` is a dense tensor with its own values; a stride of zero can claim terabytes."""
     if isinstance(value, _Inert):
         found = f"a {value.name}"
     elif value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
@@ -90,14 +86,15 @@ def _content(file: str | Path) -> Any:
         try:
             return _inert_content(file)
         except Exception:
+            reason = f"{type(error).__name__}: {first_line(error).partition('. ')[0][:200]}"
             raise ModelError(
-                f"could not read {file} as plain tensors ({type(error).__name__}: {_first_sentence(error)}); the file is damaged or "
-                "of an unknown format, use another copy"
+                f"could not read {file} as plain tensors ({reason}); the file is damaged or of an unknown format, "
+                "use another copy"
             ) from error
 
 
 def _inert_content(file: str | Path) -> Any:
-    """The file's content with stand-ins; torch reads the container and the values, `_InertUnpickler` the pickle in it."""
+    """The file's content with stand-ins: torch reads the container and values, `_InertUnpickler` the pickle."""
     with Path(file).open("rb") as stream:
         zipped = stream.read(4) == b"PK\x03\x04"  # as torch decides
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
@@ -113,7 +110,7 @@ def _inert_content(file: str | Path) -> Any:
 
 
 class _Inert:
-    """Where a file names a class, a function or an object of one: it keeps the name, takes everything and does nothing."""
+    """Stand-in for a class, a function or an object of one: keeps the name, takes any call and does nothing."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -129,7 +126,7 @@ class _Inert:
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
-    """A dense tensor; whether it needs a gradient, its hooks and its metadata are left out."""
+    """A dense tensor without its `requires_grad`, hooks and metadata."""
     return torch._utils._rebuild_tensor(storage, offset, size, stride)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -142,14 +139,14 @@ _CALLED: dict[tuple[str, str], Any] = {
 
 
 class _InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    """Python's unpickler, in which the operations that call something call what is in _CALLED, and nothing else."""
+    """Python's unpickler, which calls only the functions in _CALLED."""
 
     stack: list[Any]
     append: Callable[[Any], None]
     dispatch: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the file calls `module.name`; nothing is imported."""
+        """A function of _CALLED, or a stand-in; nothing is imported."""
         return _CALLED.get((module, name)) or _Inert(f"{module}.{name}")
 
     def _called(self, function: Any, args: Any) -> Any:
@@ -158,7 +155,7 @@ class _InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcce
         return function if isinstance(function, _Inert) else _Inert(type(function).__name__)
 
     def get_extension(self, code: int) -> None:
-        """An object by its number in this process's registry, which is not read."""
+        """A stand-in for an object of this process's registry, which is not read."""
         self.append(_Inert(f"extension {code}"))
 
     def load_reduce(self) -> None:
@@ -180,15 +177,10 @@ class _InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAcce
         self.append(self._called(klass, args))
 
     def load_build(self) -> None:
-        """An object's state, which no tensor needs."""
+        """Ignore an object's state."""
         self.stack.pop()
 
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_newobj
     dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
     dispatch[pickle.BUILD[0]] = load_build
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()).partition(". ")[0]
-    return text if len(text) < 200 else text[:200] + "..."

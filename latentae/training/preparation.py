@@ -13,7 +13,7 @@ from latentae.data.shard_index import load_index
 from latentae.data.shards import shards as write_shards
 from latentae.data.streaming import StreamLoader, streams
 from latentae.errors import DataError, RecipeError
-from latentae.models.initial import load_initial
+from latentae.models.initialization import load_initial
 from latentae.training.recipe import Recipe
 from latentae.training.steps import Trainer
 from latentae.training.validation import Validation, held_out_batches

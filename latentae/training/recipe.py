@@ -325,7 +325,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _initial_config(path: str) -> AutoencoderConfig:
-    from latentae.models.initial import load_initial
+    from latentae.models.initialization import load_initial
 
     return load_initial(path).config
 

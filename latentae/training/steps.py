@@ -20,8 +20,13 @@ from latentae.models.backbone import FrozenBackbone
 from latentae.models.base import Autoencoder
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminator, UNetDiscriminator
-from latentae.models.initial import load_discriminator, load_initial
-from latentae.models.initialization import set_deterministic, set_initial_logvar, start_linear
+from latentae.models.initialization import (
+    load_discriminator,
+    load_initial,
+    set_deterministic,
+    set_initial_logvar,
+    start_linear,
+)
 from latentae.models.trainable import select_trainable
 from latentae.progress import note
 from latentae.training.adversary import Adversary

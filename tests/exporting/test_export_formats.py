@@ -19,7 +19,7 @@ from latentae.exporting.scaling import MeasuredLatents
 from latentae.files import read_json, write_json, write_text
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.discriminator import PatchDiscriminator
-from latentae.models.initial import load_initial
+from latentae.models.initialization import load_initial
 from latentae.models.ldm import to_ldm
 from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model, save_weights

@@ -13,9 +13,8 @@ import torch
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.hub import hub_id
 from latentae.models.presets import preset
-from latentae.models.pretrained import resolve_model
+from latentae.models.pretrained import hub_id, resolve_model
 
 CONFIG = preset("tiny", block_out_channels=(8, 8, 16))
 

@@ -10,7 +10,7 @@ from latentae.errors import ModelError
 from latentae.files import write_json, write_text
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.discriminator import PatchDiscriminator
-from latentae.models.initial import load_discriminator, load_initial
+from latentae.models.initialization import load_discriminator, load_initial
 from latentae.models.ldm import to_ldm
 from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model, save_weights
@@ -97,7 +97,7 @@ def test_an_ldm_file_gives_its_weights_its_discriminator_and_believes_the_config
 
     ldm.pop("decoder.norm_out.bias")
     write(ldm)
-    with pytest.raises(ModelError, match=r"model\.\w+: the LDM file has no decoder.norm_out.bias"):
+    with pytest.raises(ModelError, match=r"model\.\w+: it lacks decoder.norm_out.bias"):
         load_initial(file)
 
 

@@ -94,7 +94,7 @@ def test_the_spread_at_the_start_can_be_set_where_there_is_a_posterior():
     set_deterministic(model)
     set_initial_logvar(model, 0.0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    with pytest.raises(ModelError, match="without a posterior has no log-variance to begin at -6"):
+    with pytest.raises(ModelError, match="log-variance is -6, but a AutoencoderDC without a posterior"):
         set_initial_logvar(model, -6.0)
-    with pytest.raises(ModelError, match="no linear start of its own"):
+    with pytest.raises(ModelError, match="no linear start"):
         start_linear(LinearAutoencoder(LinearAutoencoderConfig()))

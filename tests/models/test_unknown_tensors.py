@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig
-from latentae.models.initial import load_initial
+from latentae.models.initialization import load_initial
 from latentae.models.ldm import to_ldm
 from latentae.models.pretrained import load_model
 

@@ -11,7 +11,7 @@ from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, OutputError, RecipeError
 from latentae.measures.metrics import psnr
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.pretrained import read_tensors
+from latentae.models.weight_files import read_tensors
 from latentae.training import head_start
 from latentae.training.head_start import fit_head_start
 from latentae.training.init import init
