@@ -29,7 +29,7 @@ from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, dataclass_transform, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
@@ -41,6 +41,7 @@ __all__ = [
     "Device",
     "Inputs",
     "PathLike",
+    "RecipeTable",
     "Weights",
     "argument",
     "choices",
@@ -104,7 +105,7 @@ def option(
     identity: bool | Literal["changed"] = False,
     **checks: Any,
 ) -> Any:
-    """An option of a verb: by keyword in Python, `--name` on the command line.
+    """An option of a verb or recipe: by keyword in Python, `--name` on the command line.
 
     Args:
         description: one sentence with the unit; the help adds the default.
@@ -118,6 +119,12 @@ def option(
     """
     extra = {"metavar": metavar, "name": name, "many": many, "identity": identity}
     return Field(default=default, description=description, json_schema_extra=extra, kw_only=True, **checks)
+
+
+class RecipeTable(BaseModel):
+    """A table of a recipe: refuses unknown keys and does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(argument, option))
@@ -215,21 +222,26 @@ def identity(options: Any) -> dict[str, Any]:
 def nearest(key: str, names: Sequence[str], otherwise: str) -> str:
     """Advice for an unknown name: the nearest known name, or `otherwise`."""
     near = difflib.get_close_matches(key, names, 1, cutoff=0.5)
+    near = near or [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
     return f"did you mean {near[0]}?" if near else otherwise
 
 
-def explain(error: ValidationError, known: Mapping[str, FieldInfo], names: Sequence[str]) -> str:
+def explain(
+    error: ValidationError, known: Mapping[str, FieldInfo], names: Sequence[str], otherwise: str = ""
+) -> str:
     """A validation error as one line: the option, the value found and what was expected.
 
     Args:
         error: of a table or a recipe.
         known: fields by their dotted names.
         names: names to suggest for an unknown one.
+        otherwise: advice for a name that is not near any of them; by default a list of the names.
     """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown option {key}; {nearest(key, names, 'the options are ' + ', '.join(names))}"
+        advice = nearest(key, names, otherwise or f"the options are {', '.join(names)}")
+        return f"unknown option {key}; {advice}"
     if first["type"] == "value_error":  # a check of several options; its message names them
         return first["msg"].removeprefix("Value error, ")
     name = next((name for name in known if key == name or key.startswith(f"{name}.")), key)

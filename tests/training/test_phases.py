@@ -72,10 +72,10 @@ def test_an_option_of_one_phase_can_be_replaced(two):
             {"phases": [{"images": 5, "model": {"preset": "kl-f4"}}]},
             "phases.0.model.preset can't differ between phases",
         ),
-        ({"phases": [{"name": "x"}]}, "phases.0.images is None, expected how many images it sees"),
+        ({"phases": [{"name": "x"}]}, "phases.0.images is None, expected the number of images to see"),
         (
             {"phases": [{"images": 5, "loss": {"l3": 1}}]},
-            "phases.0: unknown key loss.l3; did you mean loss.l",
+            "phases.0: unknown option loss.l3; did you mean loss.l",
         ),
         ({"phases": [{"images": 5, "batch_size": 0}]}, "phases.0: batch_size is 0"),
         ({"phases": [3]}, "phases.0 is 3, expected a table"),

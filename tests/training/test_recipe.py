@@ -26,7 +26,7 @@ def test_every_shipped_recipe_is_valid_and_prints_itself(name, tmp_path):
         ({"lr": 1}, "did you mean optimizer.lr?"),
         ({"optimizer": {"l-r": 1}}, "did you mean optimizer.lr?"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
-        ({"batch_size": 0}, "greater than or equal to 1"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"model.preset": "kl-f9"}, "kl-f4, kl-f8"),
         ({"model.block_out_channels": [10, 20, 30], "model.norm_num_groups": 4}, "norm_num_groups 4"),
