@@ -1,4 +1,4 @@
-"""The images that a task is given: a folder, files or shards, by number, with keys and labels."""
+"""Images that a task reads from a folder, files or shards, by number, with keys and labels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from latentae.data.shard_index import ShardIndex, load_index
 from latentae.data.sources import shown
 from latentae.data.transforms import crop_to_bucket, resize_and_center_crop
 from latentae.errors import DataError, ImageError
+from latentae.options import Inputs
 
-__all__ = ["LONGEST_SIDE", "Images", "InputSpec", "Item", "Labels", "fit_image", "open_images", "read_labels"]
+__all__ = ["Images", "Item", "Labels", "fit_image", "no_label", "open_images", "read_labels"]
 
-InputSpec: TypeAlias = str | Path | Sequence[str | Path]
+LONGEST_SIDE = 1024  # larger images are reduced to it without a resolution, as in `reconstruct`
+PIECE = 64  # samples that are fetched from a remote shard at a time
+
 Labels: TypeAlias = Callable[[str, Mapping[str, bytes]], str | None]
 """Key and members of a sample -> its label, or None."""
 
-LONGEST_SIDE = 1024  # without a resolution, larger images are reduced to it, as `reconstruct` does
+
+def no_label(key: str, members: Mapping[str, bytes]) -> str | None:
+    """Labels that no sample has."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Item:
     """One image."""
 
     number: int
-    """Its place in the inputs, from 0."""
+    """Position in the inputs, from 0."""
     key: str
     image: Tensor
     """uint8 or uint16 [C, H, W]."""
@@ -49,8 +55,8 @@ class Images(ABC):
 
     Attributes:
         digest: equal for equal images in equal order.
-        count: how many there are.
-        max_pixels: of an image; larger ones are errors.
+        count: number of images.
+        max_pixels: per image; larger ones are errors.
     """
 
     digest: str
@@ -59,11 +65,11 @@ class Images(ABC):
 
     @abstractmethod
     def names(self) -> Iterator[tuple[str, str]]:
-        """Key of each image, and where it is, for messages."""
+        """Key and location, for messages, of each image."""
 
     @abstractmethod
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
-        """Key, name for messages and members (extension -> bytes) of these images, whose numbers ascend."""
+        """Key, name for messages and members (extension -> bytes) of images with ascending numbers."""
 
     def items(
         self,
@@ -80,37 +86,34 @@ class Images(ABC):
             numbers: which, ascending.
             labels: from `read_labels`.
             channels: 1, 3 or 4.
-            resolution: side of the centre square; None keeps each image's shape.
-            wanted: of a key: whether to decode that image at all.
+            resolution: side of the center square; None keeps each image's shape.
+            wanted: takes a key; other images are not decoded.
 
         Raises:
-            ImageError: one can't be decoded; it is named.
+            ImageError: an image can't be decoded.
             ShardError: a shard can't be read.
         """
+        short = LONGEST_SIDE if resolution is None else resolution
         for number, (key, name, members) in zip(numbers, self.raw(numbers), strict=True):
-            if wanted(key):
-                extension = image_extension(members)
-                if extension is None:
-                    raise ImageError(
-                        f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}"
-                    )
-                short = LONGEST_SIDE if resolution is None else resolution
-                options: dict[str, Any] = {"bits": None, "max_pixels": self.max_pixels, "short": short}
-                image = decode_image(members[extension], name, channels=channels, **options)
-                yield Item(number, key, fit_image(image, resolution), labels(key, members))
+            if not wanted(key):
+                continue
+            extension = image_extension(members)
+            if extension is None:
+                raise ImageError(f"sample {name} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
+            options: dict[str, Any] = {"bits": None, "max_pixels": self.max_pixels, "short": short}
+            image = decode_image(members[extension], name, channels=channels, **options)
+            yield Item(number, key, fit_image(image, resolution), labels(key, members))
 
 
 def fit_image(image: Tensor, resolution: int | None) -> Tensor:
-    """[C, H, W] -> the centre square of that side, or for None the image itself, its longer side 1024 pixels at most."""
+    """Crop the center square of a [C, H, W] image; None only limits its longer side to 1024 pixels."""
     if resolution is not None:
         return resize_and_center_crop(image, resolution)
     height, width = image.shape[1:]
     ratio = LONGEST_SIDE / max(height, width)
-    return (
-        image
-        if ratio >= 1
-        else crop_to_bucket(image, (max(round(height * ratio), 1), max(round(width * ratio), 1)))
-    )
+    if ratio >= 1:
+        return image
+    return crop_to_bucket(image, (max(round(height * ratio), 1), max(round(width * ratio), 1)))
 
 
 class _Files(Images):
@@ -126,9 +129,8 @@ class _Files(Images):
             try:
                 members = {path.suffix[1:].lower(): path.read_bytes() for path in (file.path, *file.sidecars)}
             except OSError as error:
-                raise ImageError(
-                    f"image {file.path} can't be read ({error.strerror or error}); check the file"
-                ) from error
+                reason = error.strerror or error
+                raise ImageError(f"image {file.path} can't be read ({reason}); check the file") from error
             yield file.key, str(file.path), members
 
 
@@ -144,30 +146,30 @@ class _Shards(Images):
         bounds = np.searchsorted(np.asarray(numbers), self._first)
         for shard, entry in enumerate(self._index.shards):
             rows = [number - int(self._first[shard]) for number in numbers[bounds[shard] : bounds[shard + 1]]]
-            for start in range(0, len(rows), 64):  # a remote shard is fetched in pieces, not as a whole
-                for raw in read_samples(self._index, shard, rows[start : start + 64]):
+            for start in range(0, len(rows), PIECE):
+                for raw in read_samples(self._index, shard, rows[start : start + PIECE]):
                     members = {name: data for name, data in raw.items() if name in READ_EXTENSIONS}
                     yield raw["__key__"], f"{raw['__key__']} in {shown(entry.path)}", members
 
 
-def open_images(inputs: InputSpec, what: str = "inputs", max_pixels: int = MAX_PIXELS) -> Images:
-    """Find the images that the user named.
+def open_images(inputs: Inputs, what: str = "inputs", max_pixels: int = MAX_PIXELS) -> Images:
+    """Find the images of a task.
 
     Args:
-        inputs: a folder of images (with its subfolders) or of shards, image files, or shards as everywhere: a file, a glob, a
-            brace pattern or a URL.
-        what: they are, for messages.
+        inputs: a folder of images (searched recursively) or of shards, image files, or shards as a
+            file, glob, brace pattern or URL.
+        what: their name in messages.
         max_pixels: refuse images of more pixels by their header when they are read.
 
     Raises:
-        DataError: there are none, or two files would have one key.
+        DataError: there are none, or two files would have the same key.
     """
     images = _open(inputs, what)
     images.max_pixels = max_pixels
     return images
 
 
-def _open(inputs: InputSpec, what: str) -> Images:
+def _open(inputs: Inputs, what: str) -> Images:
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if not paths:
         raise DataError(f"no {what} given; name a folder of images, image files or shards")
@@ -178,7 +180,7 @@ def _open(inputs: InputSpec, what: str) -> Images:
         return _Files(folder.files, folder.listing)
     images = _Shards(load_index(expand_shards([str(path) for path in paths])))
     if not images.count:
-        raise DataError(f"the shards of the {what} hold no sample; give others")
+        raise DataError(f"the shards of the {what} contain no sample; give others")
     return images
 
 
@@ -195,37 +197,40 @@ def _named_files(paths: Sequence[Path]) -> Images:
             )
         if path.parent not in names:
             names[path.parent] = by_stem(entry.name for entry in path.parent.iterdir())
-        sidecars = tuple(
-            side for side in find_sidecars(path, names[path.parent]) if side.suffix.lower() == ".cls"
-        )
-        files[key] = SourceImage(path, key, path.stat().st_size, sidecars)
-    rows = [[key, file.path.suffix, file.bytes] for key, file in files.items()]
+        sidecars = find_sidecars(path, names[path.parent])
+        classes = tuple(side for side in sidecars if side.suffix.lower() == ".cls")
+        files[key] = SourceImage(path, key, path.stat().st_size, classes)
     return _Files(
-        list(files.values()), hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+        list(files.values()), _digest([[key, file.path.suffix, file.bytes] for key, file in files.items()])
     )
 
 
+def _digest(rows: Sequence[Any]) -> str:
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+
 def read_labels(labels: str | Path) -> tuple[Labels, str]:
-    """How samples get their labels, and what tells this way from others.
+    """The source of labels, and its identity for the job.
 
     Args:
-        labels: "auto" is the `.cls` member or file of a sample where it has one; "folder" the first folder of its key, as ImageNet and
-            MVTec AD are laid out; "none"; or a CSV file with the columns key and label.
+        labels: "auto" is the sample's `.cls` member or file; "folder" is the first folder of its
+            key, as in ImageNet and MVTec AD; "none"; or a CSV file with the columns key and label.
 
     Raises:
-        DataError: no such file, or one without these columns.
+        DataError: no such file, or a file without these columns.
     """
     if labels == "none":
-        return (lambda key, members: None), "none"
+        return no_label, "none"
     if labels == "auto":
         return _class_member, "auto"
     if labels == "folder":
         return (lambda key, members: key.partition("/")[0] if "/" in key else None), "folder"
     table = _read_table(Path(labels))
-    digest = hashlib.blake2b(json.dumps(sorted(table.items())).encode(), digest_size=16).hexdigest()
-    return (
-        lambda key, members: table.get(key, table.get(key.encode("utf-8", "backslashreplace").decode()))
-    ), digest
+
+    def from_table(key: str, members: Mapping[str, bytes]) -> str | None:
+        return table.get(key, table.get(key.encode("utf-8", "backslashreplace").decode()))
+
+    return from_table, _digest(sorted(table.items()))
 
 
 def _class_member(key: str, members: Mapping[str, bytes]) -> str | None:
@@ -237,7 +242,7 @@ def _read_table(path: Path) -> dict[str, str]:
     try:
         with path.open(
             newline="", encoding="utf-8", errors="surrogateescape"
-        ) as file:  # keys need not be UTF-8
+        ) as file:  # keys may be any bytes
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise DataError(

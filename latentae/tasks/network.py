@@ -1,25 +1,27 @@
-"""An autoencoder on batches of images as they come: 8 or 16 bits, any size."""
+"""The autoencoder of a task: it takes images of 8 or 16 bits and any size."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from latentae.data.transforms import pad_to_multiple, to_float, to_uint8
 from latentae.device import choose_device
-from latentae.errors import ModelError, RecipeError
+from latentae.errors import ModelError
 from latentae.models.base import Autoencoder
 from latentae.models.posterior import DiagonalGaussian
 from latentae.models.pretrained import load_model, resolve_model
-from latentae.tasks.inputs import Item
+from latentae.tasks.inputs import Images, Item, Labels, no_label
+from latentae.tasks.options import TaskOptions
 
-__all__ = ["Batch", "Network", "batches"]
+__all__ = ["Batch", "Network"]
+
+_DIVERGED = "has NaN or infinite values; the model has diverged, use an earlier checkpoint"
 
 
 @dataclass(frozen=True)
@@ -31,104 +33,114 @@ class Batch:
     """uint8 or uint16 [B, C, H, W]."""
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[Batch]:
-    """Join neighbours of one size and depth, `size` at most; no image waits for others, so order and memory stay as they are."""
-    for _, group in itertools.groupby(items, key=lambda item: (item.image.shape, item.image.dtype)):
-        while chunk := list(itertools.islice(group, size)):
-            yield Batch(chunk, torch.stack([item.image for item in chunk]))
-
-
 class Network:
-    """An autoencoder, loaded, and the sizes that fit it. Everything is fp32 and nothing differentiable.
+    """An autoencoder in fp32, for inference, and the image sizes that fit it.
 
     Args:
-        model: run folder, checkpoint, exported folder, or whatever else names a model.
-        weights: "ema" or "raw".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        reconstructs: whether the task compares images with reconstructions, which takes as many channels out as in.
+        options: model, weights, device and resolution.
+        batch_size: maximum number of images per batch.
+        reconstructs: whether the task needs as many channels out as in.
 
     Raises:
-        ModelError: there is none, or its channels are not those of image files.
+        ModelError: no such model, or channels that image files do not have.
+        ImageError: a resolution that is not a multiple of f.
     """
 
-    def __init__(self, model: str | Path, weights: str, device: str, *, reconstructs: bool = False) -> None:
-        self.source, self.device = resolve_model(model, weights), choose_device(device)
-        self.config = self.source.config
-        self.channels, self.downsampling = self.config.in_channels, self.config.downsampling
+    def __init__(self, options: TaskOptions, batch_size: int = 16, *, reconstructs: bool = False) -> None:
+        self.options, self.batch_size = options, batch_size
+        self.source, self.device = (
+            resolve_model(options.model, options.weights),
+            choose_device(options.device),
+        )
+        self.config, self.fingerprint = self.source.config, self.source.fingerprint
         self.source.check_channels(decodes=reconstructs)
-        self._named = (model, weights)
+        if options.resolution is not None:
+            self.source.check_side(options.resolution)
 
     @cached_property
     def model(self) -> Autoencoder:
-        """In evaluation mode on the device; loaded on first use, as a finished job needs none."""
-        return load_model(*self._named, self.device)[0]
+        """In evaluation mode on the device; loaded on first use, since a finished job needs none."""
+        return load_model(self.options.model, self.options.weights, self.device)[0]
 
     @property
-    def fingerprint(self) -> str:
-        """Hex digest of weights and config."""
-        return self.source.fingerprint
-
-    def check(self, resolution: int | None, batch_size: int) -> None:
-        """Refuse options that can't be used.
+    def side(self) -> int:
+        """The resolution, or else the model's own.
 
         Raises:
-            ImageError: a resolution that the downsampling does not divide.
-            RecipeError: a batch size below 1.
+            ImageError: it is not a multiple of f.
         """
-        if resolution is not None:
-            self.source.check_side(resolution)
-        if batch_size < 1:
-            raise RecipeError(f"batch_size is {batch_size}, expected 1 or more")
+        side = self.options.resolution or self.source.resolution
+        self.source.check_side(side)
+        return side
 
-    @torch.inference_mode()
-    def encode(self, batch: Batch) -> DiagonalGaussian:
-        """The posteriors of images, padded by reflection to multiples of f: [B, z, ceil(H/f), ceil(W/f)], raw.
+    def batches(
+        self,
+        images: Images,
+        numbers: Sequence[int],
+        labels: Labels = no_label,
+        *,
+        resolution: int | None = None,
+        wanted: Callable[[str], bool] = lambda _: True,
+    ) -> Iterator[Batch]:
+        """Decode images and join neighbors of one size and depth; the order stays the same.
 
-        Raises:
-            ModelError: one is not finite; its key is named.
+        `resolution` defaults to the options' resolution; for the other arguments see `Images.items`.
         """
-        posterior = self.model.encode(pad_to_multiple(self.pixels(batch), self.downsampling))
-        self._check_finite(posterior.mean, "latent", batch)
-        return posterior
-
-    @torch.inference_mode()
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The posterior means [B, z, h, w], and what they decode to, cut to the images' size: float [B, C, H, W], clamped to [-1, 1].
-
-        Raises:
-            ModelError: one is not finite; its key is named.
-        """
-        mean = self.encode(batch).mode()
-        height, width = batch.images.shape[2:]
-        images = self.model.decode(mean)[..., :height, :width]
-        self._check_finite(images, "reconstruction", batch)
-        return mean, images.clamp(-1.0, 1.0)
-
-    @torch.inference_mode()
-    def decode(self, latents: Tensor, batch_size: int = 16) -> list[Tensor]:
-        """Raw latents [N, z, h, w] -> uint8 [C, f*h, f*w] images on the CPU.
-
-        Raises:
-            ModelError: one is not finite.
-        """
-        images: list[Tensor] = []
-        for part in latents.to(torch.float32).split(batch_size):
-            decoded = self.model.decode(part.to(self.device))
-            if not decoded.isfinite().all():
-                raise ModelError(
-                    "a decoded image has NaN or infinite values; the model has diverged, use an earlier checkpoint"
-                )
-            images += to_uint8(decoded).cpu().unbind()
-        return images
+        side, channels = resolution or self.options.resolution, self.config.in_channels
+        items = images.items(numbers, labels, channels=channels, resolution=side, wanted=wanted)
+        return _joined(items, self.batch_size)
 
     def pixels(self, batch: Batch) -> Tensor:
         """Images as the model takes them: float [B, C, H, W] in [-1, 1] on its device."""
         return to_float(batch.images.to(self.device))
 
-    def _check_finite(self, values: Tensor, what: str, batch: Batch) -> None:
-        fine = values.isfinite().flatten(1).all(1)
-        if not fine.all():
-            key = batch.items[int((~fine).nonzero()[0])].key
-            raise ModelError(
-                f"the {what} of {key} has NaN or infinite values; the model has diverged, use an earlier checkpoint"
-            )
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> DiagonalGaussian:
+        """Raw posteriors [B, z, ceil(H/f), ceil(W/f)] of images padded by reflection to multiples of f.
+
+        Raises:
+            ModelError: one is not finite.
+        """
+        posterior = self.model.encode(pad_to_multiple(self.pixels(batch), self.config.downsampling))
+        _check_finite(posterior.mean, "latent", batch)
+        return posterior
+
+    @torch.inference_mode()
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Posterior means [B, z, h, w] and reconstructions [B, C, H, W], clamped to [-1, 1].
+
+        Raises:
+            ModelError: one is not finite.
+        """
+        mean = self.encode(batch).mode()
+        height, width = batch.images.shape[2:]
+        images = self.model.decode(mean)[..., :height, :width]
+        _check_finite(images, "reconstruction", batch)
+        return mean, images.clamp(-1.0, 1.0)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Tensor]:
+        """Decode raw latents [N, z, h, w] to uint8 [C, f*h, f*w] images on the CPU.
+
+        Raises:
+            ModelError: one is not finite.
+        """
+        images: list[Tensor] = []
+        for part in latents.to(torch.float32).split(self.batch_size):
+            decoded = self.model.decode(part.to(self.device))
+            if not decoded.isfinite().all():
+                raise ModelError(f"a decoded image {_DIVERGED}")
+            images += to_uint8(decoded).cpu().unbind()
+        return images
+
+
+def _joined(items: Iterable[Item], size: int) -> Iterator[Batch]:
+    for _, group in itertools.groupby(items, key=lambda item: (item.image.shape, item.image.dtype)):
+        while chunk := list(itertools.islice(group, size)):
+            yield Batch(chunk, torch.stack([item.image for item in chunk]))
+
+
+def _check_finite(values: Tensor, what: str, batch: Batch) -> None:
+    fine = values.isfinite().flatten(1).all(1)
+    if not fine.all():
+        raise ModelError(f"the {what} of {batch.items[int((~fine).nonzero()[0])].key} {_DIVERGED}")

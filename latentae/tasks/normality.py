@@ -1,15 +1,15 @@
-"""What normal images look like to an autoencoder, and how far an image is from that.
+"""Scores of how much an image differs from normal images, for an autoencoder.
 
-error        Q: mean square of image - reconstruction over elements, images in [-1, 1]; what no latent can say
-peak         largest value of the error's map, the mean over channels, blurred
-latent       T^2 / z: mean over places of (v - m)^T S^-1 (v - m) / z, v the latent vector of a place (Hotelling's T^2); what the latent
-             says, but says of no normal image
+error        Q: mean square of image - reconstruction over elements, images in [-1, 1]
+peak         largest value of the blurred error map (mean over channels)
+latent       T^2 / z: mean over positions of (v - m)^T S^-1 (v - m) / z, where v is the latent vector
+             at a position (Hotelling's T^2)
 perceptual   distance of a perceptual network between image and reconstruction
 
-Q and T^2 are the two distances of Jackson & Mudholkar 1979, "Control procedures for residuals associated with principal component
-analysis", to the space that normal data fill and to its middle within that space. Their sum, each in units of its normal size, is the
-combined index of Yue & Qin 2001, "Reconstruction-based fault identification using a combined index", eq. 12; here the unit is the mean
-over normal images.
+Q and T^2 are the two distances of Jackson & Mudholkar 1979, "Control procedures for residuals
+associated with principal component analysis": to the subspace of normal data, and to its center within
+that subspace. Their sum, each in units of its mean over normal images, is the combined index of Yue &
+Qin 2001, "Reconstruction-based fault identification using a combined index", eq. 12.
 """
 
 from __future__ import annotations
@@ -23,66 +23,18 @@ import torch
 from torch import Tensor
 
 from latentae.errors import DataError
+from latentae.measures.frechet import Moments
 from latentae.models.corruptions import blur
 
-__all__ = ["Gaussian", "GaussianFit", "Moments", "auroc", "conformal_threshold", "error_map"]
+__all__ = ["Gaussian", "auroc", "conformal_threshold", "error_map"]
 
-SHRINKAGE = 1e-3  # of the covariance at least, so that a channel that never varies has a finite distance
-BLUR = (
-    1 / 128
-)  # sigma of the error's map in shares of the image's short side: compression leaves single pixels wrong anywhere
-
-
-class GaussianFit:
-    """Mean and covariance of vectors in one pass, in fp64.
-
-    Args:
-        size: d.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.count = 0
-        self._origin: Tensor | None = None  # the first mean, so that subtracting squares loses no digits
-        self._sum, self._products = (
-            torch.zeros(size, dtype=torch.float64),
-            torch.zeros(size, size, dtype=torch.float64),
-        )
-
-    def add(self, vectors: Tensor) -> None:
-        """Take in [N, d] vectors."""
-        vectors = vectors.double().cpu()
-        self._origin = vectors.mean(dim=0) if self._origin is None else self._origin
-        centered = vectors - self._origin
-        self._sum += centered.sum(dim=0)
-        self._products += centered.T @ centered
-        self.count += len(vectors)
-
-    def moments(self) -> Moments:
-        """Mean [d] and covariance [d, d] (divided by N) of all vectors.
-
-        Raises:
-            DataError: fewer than two vectors.
-        """
-        if self._origin is None or self.count < 2:
-            raise DataError(
-                f"found {self.count} vectors, expected 2 or more to fit a Gaussian to; give more images"
-            )
-        mean = self._sum / self.count
-        return Moments(self._origin + mean, self._products / self.count - torch.outer(mean, mean), self.count)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean, fp64 [d], and covariance, fp64 [d, d], of so many vectors."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
+SHRINKAGE = 1e-3  # minimum, so that a channel that never varies has a finite distance
+BLUR = 1 / 128  # sigma as a share of the short side: compression leaves single pixels wrong anywhere
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What latent vectors of normal images are like at any place.
+    """Distribution of the latent vectors of normal images.
 
     Attributes:
         mean: fp64 [z].
@@ -94,27 +46,31 @@ class Gaussian:
 
     @classmethod
     def of(cls, moments: Moments) -> Gaussian:
-        """From mean and covariance, which is shrunk towards a multiple of the identity (Ledoit & Wolf 2004, eq. 1).
+        """From moments, with a covariance shrunk to the identity (Ledoit & Wolf 2004, eq. 1).
 
-        With n vectors of d numbers the share is d / (n + d): as if d more vectors had been seen that vary evenly.
+        With n vectors of d numbers the shrinkage is d / (n + d), as if d more vectors had been seen
+        that vary evenly.
 
         Raises:
-            DataError: the vectors are all the same.
+            DataError: all vectors are equal.
         """
-        size = len(moments.mean)
-        share = max(size / (moments.count + size), SHRINKAGE)
-        scale = float(moments.covariance.diagonal().mean())
-        identity = torch.eye(size, dtype=torch.float64)
+        size = moments.dim
+        mean, covariance = torch.from_numpy(moments.mean), torch.from_numpy(moments.m2 / moments.n)
+        share = max(size / (moments.n + size), SHRINKAGE)
+        scale = float(covariance.diagonal().mean())
         if scale <= 0:
             raise DataError(
-                "the latents of the normal images do not vary; the model has collapsed, or all images are one"
+                "the latents of the normal images do not vary; the model has collapsed, "
+                "or all images are the same"
             )
-        return cls(
-            moments.mean, torch.linalg.inv((1 - share) * moments.covariance + share * scale * identity)
-        )
+        identity = torch.eye(size, dtype=torch.float64)
+        return cls(mean, torch.linalg.inv((1 - share) * covariance + share * scale * identity))
 
     def distance(self, latents: Tensor) -> Tensor:
-        """Squared Mahalanobis distance over z, mean over places: [B, z, h, w] -> fp64 [B]; 1 on average for normal ones."""
+        """Squared Mahalanobis distance / z, mean over positions: [B, z, h, w] -> fp64 [B].
+
+        It is 1 on average for normal images.
+        """
         vectors = latents.double().cpu().flatten(2).transpose(1, 2) - self.mean
         return ((vectors @ self.precision) * vectors).sum(dim=2).mean(dim=1) / len(self.mean)
 
@@ -124,12 +80,12 @@ class Gaussian:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Gaussian:
-        """What `to_json` gave."""
+        """From the values of `to_json`."""
         return cls(*(torch.tensor(value[name], dtype=torch.float64) for name in ("mean", "precision")))
 
 
 def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Squared error, mean over channels, blurred by a Gaussian of 1/128 of the short side: two [B, C, H, W] -> [B, H, W]."""
+    """Squared error, mean over channels, blurred: two [B, C, H, W] -> [B, H, W]."""
     squares = (images - reconstructions).square().mean(dim=1, keepdim=True)
     sigma = torch.full((len(squares),), BLUR * min(squares.shape[2:]))
     return blur(squares, sigma)[:, 0]
@@ -138,31 +94,32 @@ def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
 def conformal_threshold(scores: Tensor, quantile: float) -> float:
     """The ceil((n + 1) q)-th smallest of n scores of normal images.
 
-    A further normal image stays at or below it with probability q or more, whatever the distribution (split conformal prediction:
-    Vovk, Gammerman & Shafer 2005; Lei et al. 2018, eq. 2).
+    Another normal image is at or below it with probability q or more, for any distribution (split
+    conformal prediction: Vovk, Gammerman & Shafer 2005; Lei et al. 2018, eq. 2).
 
     Raises:
-        DataError: too few scores for that quantile.
+        DataError: too few scores for this quantile.
     """
     n = len(scores)
     rank = math.ceil((n + 1) * quantile - 1e-9)
     if rank > n:
         needed = math.ceil(quantile / (1 - quantile) - 1e-9)
         raise DataError(
-            f"found {n} normal images to calibrate on, expected {needed} or more for a quantile of {quantile:g}; give more, or a lower one"
+            f"found {n} normal images to calibrate on, expected {needed} or more for quantile {quantile:g}; "
+            "give more images, or a lower quantile"
         )
     return float(scores.sort().values[max(rank, 1) - 1])
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:
-    """Area under the ROC curve: the chance that a positive scores higher than a negative, ties half (Mann & Whitney 1947).
+    """Area under the ROC curve; equal scores count half (Mann & Whitney 1947).
 
     Args:
         scores: [N].
         positive: bool [N].
 
     Returns:
-        0 to 1; None where one kind is missing.
+        0 to 1; None without a positive or without a negative.
     """
     positives, negatives = scores[positive].double(), scores[~positive].double().sort().values
     if not len(positives) or not len(negatives):

@@ -9,19 +9,29 @@ from latentae.keyed import AnySeed
 from latentae.measures.options import PerceptualName
 from latentae.options import KW_ONLY, Inputs, PathLike, argument, option, table
 
-__all__ = ["AnomalyOptions", "DenoiseOptions", "FeaturesOptions", "InterpolateOptions", "SampleOptions"]
+__all__ = [
+    "AnomalyOptions",
+    "DenoiseOptions",
+    "FeaturesOptions",
+    "InterpolateOptions",
+    "SampleOptions",
+    "TaskOptions",
+]
 
-_LABELS = "auto (.cls of the image), folder (the first of its key), none, or a CSV file with the columns key and label."
-_MODEL_SIDE = "Image side in pixels; defaults to the model's own."
+_LABELS = (
+    "auto (the image's .cls file), folder (first folder of its key), none, "
+    "or a CSV file with the columns key and label."
+)
+_MODEL_SIDE = "Image side in pixels; defaults to the model's resolution."
 
 
 @table
-class _ManyImages(ImageOptions):
-    """Options of every verb that fills a folder from images."""
+class _FolderOptions(ImageOptions):
+    """Options of every task that fills a folder from images."""
 
     _: KW_ONLY
     resolution: int | None = option(
-        "Side of the center crop in pixels; defaults to each image's own shape, at most 1024 pixels.",
+        "Side of the center crop in pixels. By default images keep their shape, at most 1024 pixels.",
         default=None,
         identity=True,
     )
@@ -29,8 +39,8 @@ class _ManyImages(ImageOptions):
 
 
 @table
-class FeaturesOptions(_ManyImages):
-    """Write latents as features and, with labels, the accuracy of a linear probe. Run the same command again to resume."""
+class FeaturesOptions(_FolderOptions):
+    """Write latents as features. With labels, also fit a linear probe. Run the same command again to resume."""
 
     model: PathLike = argument(MODEL)
     inputs: Inputs = argument(IMAGES, many=True)
@@ -45,26 +55,26 @@ class FeaturesOptions(_ManyImages):
 
 
 @table
-class AnomalyOptions(_ManyImages):
-    """Score images by how much they differ from normal ones, with a threshold and heat maps. Run the same command again to resume."""
+class AnomalyOptions(_FolderOptions):
+    """Score how much images differ from normal ones. Adds heat maps. Run the same command again to resume."""
 
     model: PathLike = argument(MODEL)
     normal: Inputs = argument("Normal images that the model was not trained on: a folder, a file or shards.")
     inputs: Inputs = argument(IMAGES, many=True)
     out: PathLike = argument("Output folder.", default="anomaly")
     _: KW_ONLY
-    quantile: float = option("Share of normal images below the threshold, from 0 to 1.", default=0.95)
+    quantile: float = option("Share of normal images below the threshold.", default=0.95, gt=0, lt=1)
     score: Literal["error", "peak", "latent", "perceptual", "combined"] = option(
-        "Score that decides.", default="error"
+        "Score that is compared with the threshold.", default="error"
     )
     perceptual: PerceptualName = option("Network of the perceptual score.", default="none")
     labels: PathLike = option(_LABELS, default="auto")
-    heat_maps: int = option("Maximum number of heat maps, of the highest scores.", default=32)
+    heat_maps: int = option("Maximum number of heat maps, for the highest scores.", default=32, ge=0)
     seed: AnySeed = option("Random seed of the split of the normal images.", default=0)
 
 
 @table
-class DenoiseOptions(_ManyImages):
+class DenoiseOptions(_FolderOptions):
     """Write reconstructions of noisy images. Run the same command again to resume."""
 
     model: PathLike = argument(MODEL)
@@ -72,38 +82,43 @@ class DenoiseOptions(_ManyImages):
     out: PathLike = argument("Output folder.", default="denoised")
     _: KW_ONLY
     noise: float = option(
-        "Add Gaussian noise of this standard deviation (scale of [-1, 1]) and measure the gain in PSNR.",
+        "Add Gaussian noise of this standard deviation (range [-1, 1]) and measure the gain in PSNR.",
         default=0.0,
+        ge=0,
+        allow_inf_nan=False,
     )
     seed: AnySeed = option("Random seed of the noise.", default=0)
 
 
 @table
 class InterpolateOptions(ImageOptions):
-    """Decode the latents between those of two images to one picture."""
+    """Decode latents between those of two images to one picture."""
 
     model: PathLike = argument(MODEL)
     a: PathLike = argument("First image file.")
     b: PathLike = argument("Last image file.")
     out: PathLike = argument("PNG to write.", default="strip.png")
     _: KW_ONLY
-    steps: int = option("Number of images, both ends included.", default=9)
+    steps: int = option("Number of images, including both ends.", default=9, ge=2)
     mode: Literal["linear", "spherical"] = option("Path between the latents.", default="linear")
     resolution: int | None = option(_MODEL_SIDE, default=None)
 
 
 @table
 class SampleOptions(ImageOptions):
-    """Decode random latents, from a variational model's prior or a Gaussian fitted to given latents."""
+    """Decode random latents to one picture. They come from a variational model's prior or a fitted Gaussian."""
 
     model: PathLike = argument(MODEL)
     out: PathLike = argument("PNG to write.", default="samples.png")
     _: KW_ONLY
-    count: int = option("Number of images.", default=16)
+    count: int = option("Number of images.", default=16, ge=1)
     seed: AnySeed = option("Random seed of the latents.", default=0)
     latents: Inputs | None = option(
-        "Output folder of encode, or images: draw from a Gaussian fitted to their latents instead of the prior.",
+        "Output folder of encode, or images: sample a Gaussian fitted to their latents, not the prior.",
         default=None,
     )
     resolution: int | None = option(_MODEL_SIDE, default=None)
     batch_size: int = option("Images per batch.", default=16, ge=1)
+
+
+TaskOptions = FeaturesOptions | AnomalyOptions | DenoiseOptions | InterpolateOptions | SampleOptions

@@ -1,17 +1,21 @@
-"""Images as files, and the linear autoencoder that is their PCA: it needs no training."""
+"""Images as files, and a linear autoencoder that is their PCA, which needs no training."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.linear import LinearAutoencoder
 from latentae.models.pca import fit_pca
+from latentae.tasks.pictures import NOTE
 
 
 def pca_model(folder: Path, images: Tensor, components: int) -> Path:
@@ -25,7 +29,7 @@ def pca_model(folder: Path, images: Tensor, components: int) -> Path:
 
 
 def write_images(folder: Path, images: Tensor, classes: Iterable[int] = ()) -> Path:
-    """Write images as PNG files, with a class file beside each."""
+    """Write images as PNG files, each with a class file."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy().squeeze())).save(
@@ -34,3 +38,14 @@ def write_images(folder: Path, images: Tensor, classes: Iterable[int] = ()) -> P
     for number, label in enumerate(classes):
         (folder / f"{number:04}.cls").write_text(str(int(label)))
     return folder
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image).copy()
+
+
+def note(file: Path) -> dict[str, Any]:
+    """The JSON of the PNG's text chunk."""
+    with PngImageFile(file) as image:
+        return json.loads(image.text[NOTE])

