@@ -39,10 +39,10 @@ from PIL import Image
 from torch import Tensor
 
 from latentae.data import pixels
+from latentae.data.builtin import HELD_OUT, TRAINING, photo_file
 from latentae.data.decode import decode_image
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
-from latentae.data.photos import HELD_OUT, TRAINING, photo_file
 from latentae.data.shard_index import load_index
 from latentae.data.transforms import random_crop_flip
 from latentae.errors import MissingDependencyError

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from benchmarking import ROOT, about, cpu_seconds, folder_name, version, write_json
 
-from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
+from latentae.data.builtin import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.data.shards import shards as write_shards
 from latentae.data.transforms import to_float, to_uint8
 from latentae.losses.objective import Objective

@@ -20,8 +20,7 @@ from benchmarking import ROOT, about, write_json
 from family_measures import channel_kl, error, hide, jacobian, movement, nearest, sampled, units_needed
 from torch import Tensor
 
-from latentae.data.builtin import digits
-from latentae.data.photos import HELD_OUT, photo_tiles
+from latentae.data.builtin import HELD_OUT, digits, photo_tiles
 from latentae.data.transforms import to_float, to_uint8
 from latentae.losses.equivariance import Transform, downscale
 from latentae.losses.spectrum import spectrum_matching

@@ -1,4 +1,4 @@
-"""Which files are images, which readers may open them, and an image's height and width from its header. Loads no torch."""
+"""Image headers: which files are images, which readers may open them, and height and width. Loads no torch."""
 
 from __future__ import annotations
 
@@ -32,39 +32,37 @@ EXTENSIONS = {
     "TIFF": ("tif", "tiff"),
     "AVIF": ("avif", "avifs"),
 }
-"""Pillow's readers that may open a file, and the extensions of their files. An allow-list: the EPS reader, say, starts a program."""
+"""Allow-list of Pillow's readers, with the extensions of their files. The EPS reader, for one, would start a program."""
 
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "avif")
 IMAGE_EXTENSIONS = (*_PREFERRED, *(e for group in EXTENSIONS.values() for e in group if e not in _PREFERRED))
-"""Lower case, without a dot. Decoding takes the first of these that a sample has."""
+"""Lower case, without a dot. Decoding uses the first of these that a sample has."""
 
 _STEPS = (
     1 << 12,
     1 << 16,
     1 << 26,
-)  # bytes of a file to try with; headers beyond 64 MiB are taken as unknown
-_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that may say that it is turned
+)  # bytes of a file to try; the size of an image with a larger header is unknown
+_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that may contain its orientation
 _ORIENTATION = 0x0112
-_SIDE = 1 << 31  # sides are stored in 32 bits with a sign
+_SIDE = 1 << 31  # sides are stored as signed 32-bit integers
 _PNG = b"\x89PNG\r\n\x1a\n"
 _filters = threading.Lock()  # warnings.catch_warnings is not thread-safe
 
 
 class _MoreNeeded(Exception):
-    """The header goes on after the bytes at hand, or is of a kind that PIL reads."""
+    """The header needs more bytes than given, or PIL."""
 
 
 def image_size(
     take: Callable[[int], bytes], size: int, skip: Callable[[int], object] | None = None
 ) -> tuple[int, int] | None:
-    """Height and width of an image, upright by its EXIF orientation; None where its header can't be read.
-
-    A decompression bomb is measured like any other image: nothing is decoded.
+    """Height and width of an image, upright by its EXIF orientation; None if its header can't be read. Nothing is decoded.
 
     Args:
         take: `take(count)` returns the next `count` bytes of the file.
         size: bytes of the file.
-        skip: `skip(count)` passes over the next `count` bytes; by default they are read. A PNG may have its metadata after its pixels.
+        skip: `skip(count)` skips the next `count` bytes; by default they are read. A PNG may have metadata after its pixels.
     """
     head = b""
     for step in _STEPS:
@@ -79,13 +77,13 @@ def image_size(
 
 
 def image_extension_of(data: bytes) -> str | None:
-    """The extension for an image file by its first bytes; None where no reader takes it."""
+    """The extension for an image file by its first bytes; None if no reader accepts it."""
     name = next(_readers(data), None)
     return None if name is None else EXTENSIONS[name][0]
 
 
 def _quick(head: bytes) -> tuple[int, int]:
-    """The common cases, some ten times faster than PIL; _MoreNeeded for all others."""
+    """The common cases, about ten times faster than PIL; _MoreNeeded for all others."""
     if head.startswith(b"\xff\xd8\xff"):
         return _jpeg(head)
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP" and len(head) >= 30:
@@ -103,9 +101,9 @@ def _jpeg(head: bytes) -> tuple[int, int]:
         if marker == 0xFF:  # fill byte
             at += 1
             continue
-        if marker == 0xDA and found is not None:  # what follows are pixels
+        if marker == 0xDA and found is not None:  # pixels follow
             return found
-        if marker == 0xE1 or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:  # APP1: it may be turned
+        if marker == 0xE1 or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xDA:  # APP1 may rotate it
             break
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             found = struct.unpack_from(">HH", head, at + 5)
@@ -114,7 +112,7 @@ def _jpeg(head: bytes) -> tuple[int, int]:
 
 
 class _Bytes:
-    """Reads a file in order, first from the bytes at hand; never beyond its end, where another file may begin."""
+    """Reads a file in order, first from its head; never beyond its end, where another file may begin."""
 
     def __init__(
         self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]
@@ -135,7 +133,7 @@ class _Bytes:
 
 
 def _png(file: _Bytes) -> tuple[int, int] | None:
-    """The PNG specification, 5: walk the chunks; metadata, which may follow the pixels, says whether the image is turned."""
+    """PNG specification, section 5: walk the chunks. Metadata with the orientation may follow the pixels."""
     file.skip(len(_PNG))
     first, metadata, pixels = b"", b"", False
     while len(start := file.read(8)) == 8 and (kind := start[4:]).isalpha() and kind != b"IEND":
@@ -151,7 +149,7 @@ def _png(file: _Bytes) -> tuple[int, int] | None:
         body, check = file.read(length), file.read(4)
         if kind == b"IHDR":
             first = start + body + check
-        else:  # Pillow does not check the sum of what follows the pixels
+        else:  # Pillow ignores the checksum of chunks after the pixels
             metadata += start + body + (zlib.crc32(kind + body).to_bytes(4, "big") if pixels else check)
     if len(first) != 25:
         return None
@@ -162,7 +160,7 @@ def _png(file: _Bytes) -> tuple[int, int] | None:
 
 
 def _webp(head: bytes) -> tuple[int, int]:
-    """RFC 9649, 2.5 to 2.7."""
+    """RFC 9649, sections 2.5 to 2.7."""
     kind = head[12:16]
     if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", head, 26)
@@ -178,22 +176,21 @@ def _webp(head: bytes) -> tuple[int, int]:
 def _with_pil(head: bytes, *, whole: bool) -> tuple[int, int] | None:
     try:
         with _filters, warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore" if whole else "error"
-            )  # Pillow only warns of a TIFF's tag that lies beyond the head
+            # Pillow only warns about a TIFF tag beyond the head.
+            warnings.simplefilter("ignore" if whole else "error")
             image = _open(head)
             if image is None:
                 return None
             width, height = image.size
-            # Pillow has turned the size of a TIFF with the tag already.
+            # Pillow has already swapped the size of a TIFF with the tag.
             turned = _ORIENTATION not in getattr(image, "tag_v2", ()) and orientation(image) >= 5
-    except Exception:  # readers raise nearly anything on damaged or missing bytes
+    except Exception:  # readers raise many types on damaged or missing bytes
         return None
     return (width, height) if turned else (height, width)
 
 
 def _readers(head: bytes) -> Iterator[str]:
-    """Readers that know a file by its first bytes."""
+    """Readers that accept a file by its first bytes."""
     from PIL import Image
 
     Image.preinit()
@@ -201,20 +198,19 @@ def _readers(head: bytes) -> Iterator[str]:
         if name not in Image.OPEN:
             Image.init()
         accept = Image.OPEN[name][1] if name in Image.OPEN else None
-        if (
-            accept and (accepted := accept(head[:16])) and not isinstance(accepted, str)
-        ):  # a text says why not
+        accepted = accept(head[:16]) if accept else False
+        if accepted and not isinstance(accepted, str):  # a text is a reason for refusal
             yield name
 
 
 def open_image(data: bytes) -> Any:
-    """What `PIL.Image.open` does, with the readers of EXTENSIONS and without a limit on the size, which is the caller's.
+    """Open an image like `PIL.Image.open`, with the readers of EXTENSIONS only. The caller must check the size.
 
     Returns:
-        The opened image, of which only the header is read; None where no reader takes the data.
+        The opened image, of which only the header is read; None if no reader accepts the data.
 
     Raises:
-        Exception: readers raise nearly anything on damaged bytes.
+        Exception: readers raise many types on damaged bytes.
     """
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -229,27 +225,21 @@ def _open(data: bytes) -> Any:
         factory: Any = JpegImageFile if name == "JPEG" else Image.OPEN[name][0]
         try:
             return factory(io.BytesIO(data), "")
-        except (
-            SyntaxError,
-            IndexError,
-            TypeError,
-            struct.error,
-        ):  # it is of another kind, as Image.open has it
+        except (SyntaxError, IndexError, TypeError, struct.error):  # another format, as in Image.open
             continue
     return None
 
 
 def orientation(image: Any) -> int:
-    """How EXIF (or XMP) says that an image lies, 1 (upright) to 8; damaged metadata says nothing.
+    """The orientation by EXIF or XMP, 1 (upright) to 8; 1 if the metadata is damaged.
 
-    Of a PNG that is not loaded, what comes before its pixels.
+    For a PNG that is not loaded, only metadata before the pixels is read.
     """
     from PIL import Image
 
     try:
-        value = Image.Image.getexif(image).get(
-            _ORIENTATION, 1
-        )  # PngImageFile's own method would decode the image
-    except Exception:  # parsers of metadata raise nearly anything on damaged bytes
+        exif = Image.Image.getexif(image)  # the method of PngImageFile would decode the image
+        value = exif.get(_ORIENTATION, 1)
+    except Exception:  # parsers of metadata raise many types on damaged bytes
         return 1
     return value if value in range(1, 9) else 1

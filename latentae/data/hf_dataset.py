@@ -1,28 +1,29 @@
-"""Images of a Hugging Face dataset: a folder that `save_to_disk` made, or one by name. Its files are taken as they are stored."""
+"""Images of a Hugging Face dataset: a folder of `save_to_disk`, or a dataset by name. Image files are copied unchanged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from latentae.data.folder import escape_key
 from latentae.data.headers import image_extension_of
-from latentae.errors import DataError, ImageError, MissingDependencyError
+from latentae.errors import DataError, ImageError, MissingDependencyError, first_line
 from latentae.progress import say
 
 __all__ = ["ImageDataset", "is_dataset"]
 
 SCHEME = "hf://"
-_IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")  # taken where there are several, the first of these
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")  # by preference, if there are several
 _LABEL_COLUMNS = ("label", "labels", "cls")
 
 
 def is_dataset(images: str | Path) -> bool:
-    """Whether this names a Hugging Face dataset: `hf://...`, or a folder that `save_to_disk` made."""
+    """Whether this names a Hugging Face dataset: `hf://...`, or a folder of `save_to_disk`."""
     if str(images).startswith(SCHEME):
         return True
     folder = Path(images)
@@ -31,10 +32,10 @@ def is_dataset(images: str | Path) -> bool:
 
 
 class ImageDataset:
-    """The images of a dataset, to be packed into shards. The package datasets 4 or newer must be installed.
+    """The images of a dataset, to pack into shards. The package datasets 4 or newer must be installed.
 
     Args:
-        spec: `hf://NAME`, `hf://NAME:SPLIT`, or a folder that `save_to_disk` made.
+        spec: `hf://NAME`, `hf://NAME:SPLIT`, or a folder of `save_to_disk`.
 
     Raises:
         MissingDependencyError: without the package datasets.
@@ -43,16 +44,16 @@ class ImageDataset:
 
     def __init__(self, spec: str) -> None:
         datasets = _library()
-        self.place, dataset = _open(datasets, spec)
+        self.location, dataset = _open(datasets, spec)
         if not len(dataset):
-            raise DataError(f"{self.place} has no rows; choose a split with images")
+            raise DataError(f"{self.location} has no rows; choose a split with images")
         features = dataset.features
-        self._image = _image_column(datasets, features, self.place)
+        self._image = _image_column(datasets, features, self.location)
         self._label = _label_column(datasets, features)
         plain = [name for name, feature in features.items() if _is_plain(datasets, feature)]
         left_out = [name for name in features if name not in plain and name != self._image]
         if left_out:
-            say(f"columns {', '.join(left_out)} of {self.place} are no numbers or texts and are left out")
+            say(f"columns {', '.join(left_out)} of {self.location} are not numbers or texts and are left out")
         dataset = dataset.with_format(None).select_columns([self._image, *plain])
         self._dataset = dataset.cast_column(self._image, datasets.Image(decode=False))
         self._features = features
@@ -66,11 +67,11 @@ class ImageDataset:
         return f"{self._prefix}{number:09}"
 
     def name(self, number: int) -> str:
-        """What messages call an image."""
-        return f"row {number} of {self.place}"
+        """The name of an image in messages."""
+        return f"row {number} of {self.location}"
 
     def load(self, number: int) -> dict[str, bytes]:
-        """Extension -> bytes: the image file, which comes first, `cls` with the number of a class, `json` with all other columns.
+        """Extension -> bytes: the image file, which comes first, `cls` with the class number, `json` with all other columns.
 
         Raises:
             ImageError: the row has no image, or its file can't be read.
@@ -87,9 +88,7 @@ class ImageDataset:
             ) from error
         if not data:
             raise ImageError(f"{self.name(number)} has no image; leave such rows out")
-        members: dict[str, bytes] = {
-            image_extension_of(data) or "png": data
-        }  # decoding says what is no image at all
+        members: dict[str, bytes] = {image_extension_of(data) or "png": data}  # decoding rejects other data
         label = row.pop(self._label) if self._label else None
         if isinstance(label, int) and label >= 0:  # -1 is a hidden label
             members["cls"] = str(label).encode()
@@ -97,9 +96,8 @@ class ImageDataset:
             if names and label < len(names):
                 row[self._label] = names[label]
         if row:
-            members["json"] = json.dumps(
-                {name: _plain(value) for name, value in row.items()}, ensure_ascii=False
-            ).encode()
+            values = {name: _plain(value) for name, value in row.items()}
+            members["json"] = json.dumps(values, ensure_ascii=False).encode()
         return members
 
 
@@ -107,85 +105,74 @@ def _library() -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise MissingDependencyError(
-            "reading a Hugging Face dataset needs the package datasets; pip install datasets"
-        ) from error
-    if (
-        int(datasets.__version__.partition(".")[0]) < 4
-    ):  # older ones may run a script that comes with the data
-        raise MissingDependencyError(
-            f"datasets {datasets.__version__} is too old, 4 or newer is needed; pip install --upgrade datasets"
-        )
+        raise MissingDependencyError("a Hugging Face dataset needs datasets; pip install datasets") from error
+    if int(datasets.__version__.partition(".")[0]) < 4:  # older ones may run a script from the data
+        advice = "expected 4 or newer; pip install --upgrade datasets"
+        raise MissingDependencyError(f"datasets {datasets.__version__} is too old, {advice}")
     return datasets
 
 
 def _open(datasets: Any, spec: str) -> tuple[str, Any]:
-    """Where the dataset is, split included, and the dataset."""
+    """The location of the dataset, including the split, and the dataset."""
     if not spec.startswith(SCHEME):
         loaded = _try(lambda: datasets.load_from_disk(spec), spec)
         if not isinstance(loaded, datasets.DatasetDict):
             return str(Path(spec).resolve()), loaded
-        splits = list(loaded)
-        if len(splits) != 1:
-            raise DataError(
-                f"{spec} has the splits {', '.join(splits)}; name the folder of one, such as {Path(spec) / splits[0]}"
-            )
-        return str((Path(spec) / splits[0]).resolve()), loaded[splits[0]]
+        split = _only(list(loaded), spec, f"{Path(spec)}/")
+        return str((Path(spec) / split).resolve()), loaded[split]
     name, _, split = spec.removeprefix(SCHEME).partition(":")
     if not name:
         raise DataError(f"{spec} names no dataset; expected hf://NAME or hf://NAME:SPLIT")
     if not split:
-        splits = _try(lambda: datasets.get_dataset_split_names(name), spec)
-        if len(splits) != 1:
-            raise DataError(
-                f"{spec} has the splits {', '.join(splits)}; name one, such as hf://{name}:{splits[0]}"
-            )
-        split = splits[0]
+        split = _only(_try(lambda: datasets.get_dataset_split_names(name), spec), spec, f"hf://{name}:")
     return f"{SCHEME}{name}:{split}", _try(lambda: datasets.load_dataset(name, split=split), spec)
 
 
-def _try(load: Any, spec: str) -> Any:
+def _only(splits: list[str], spec: str, before: str) -> str:
+    if len(splits) != 1:
+        raise DataError(f"{spec} has the splits {', '.join(splits)}; name one, such as {before}{splits[0]}")
+    return splits[0]
+
+
+def _try(load: Callable[[], Any], spec: str) -> Any:
     try:
         return load()
-    except Exception as error:  # the library raises nearly anything: no network, no such name, a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"dataset {spec} can't be loaded ({reason}); check its name and split, and the network"
-        ) from error
+    except Exception as error:  # the library raises many types: no network, no such name, a damaged file
+        advice = "check its name and split, and the network"
+        raise DataError(f"dataset {spec} can't be loaded ({first_line(error)}); {advice}") from error
 
 
-def _image_column(datasets: Any, features: Any, place: str) -> str:
+def _image_column(datasets: Any, features: Any, location: str) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not columns:
+        found = ", ".join(features)
         raise DataError(
-            f"{place} has no image column, found {', '.join(features)}; cast one to datasets.Image() and save it again"
+            f"{location} has no image column, found {found}; cast one to datasets.Image() and save it again"
         )
     known = [name for name in _IMAGE_COLUMNS if name in columns]
     if len(columns) > 1 and not known:
-        raise DataError(f"{place} has the image columns {', '.join(columns)}; keep one, or call one 'image'")
-    return known[0] if known else columns[0]
+        raise DataError(
+            f"{location} has the image columns {', '.join(columns)}; keep one, or name one 'image'"
+        )
+    return (known or columns)[0]
 
 
 def _label_column(datasets: Any, features: Any) -> str | None:
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    numbers = [
-        name
-        for name in _LABEL_COLUMNS
-        if str(getattr(features.get(name), "dtype", "")).startswith(("int", "uint"))
-    ]
+    types = {name: str(getattr(features.get(name), "dtype", "")) for name in _LABEL_COLUMNS}
+    numbers = [name for name in _LABEL_COLUMNS if types[name].startswith(("int", "uint"))]
     known = [name for name in _LABEL_COLUMNS if name in classes]
     return next(iter([*known, *classes, *numbers]), None)
 
 
 def _is_plain(datasets: Any, feature: Any) -> bool:
     """Numbers, texts, dates and classes."""
-    return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value) and "binary" not in feature.dtype
-    )
+    value = isinstance(feature, datasets.Value) and "binary" not in feature.dtype
+    return value or isinstance(feature, datasets.ClassLabel)
 
 
 def _plain(value: Any) -> Any:
-    """As JSON knows it: what is not a number is null there, dates are texts."""
+    """A JSON value: a float that is not finite is null, dates are texts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
@@ -199,10 +186,10 @@ def _sizes(dataset: Any, column: str) -> list[int]:
     compute: Any = pyarrow.compute
     images = dataset.data.column(column)
     sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
-    if None in sizes:  # files that lie beside the dataset
+    if None in sizes:  # image files outside the dataset
         paths = compute.struct_field(images, "path").to_pylist()
         sizes = [_size(path) if size is None else size for size, path in zip(sizes, paths, strict=True)]
-    chosen = dataset._indices  # the rows that select, shuffle and filter leave, and in which order
+    chosen = dataset._indices  # the rows that select, shuffle and filter leave, in their order
     return sizes if chosen is None else np.asarray(sizes)[np.asarray(chosen.column(0))].tolist()
 
 

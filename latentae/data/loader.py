@@ -1,14 +1,16 @@
-"""Batches for training, without end, and for evaluation, in order. The training loader splits the data over ranks and workers.
+"""Batches of images: endless for training, in order for evaluation. The training loader splits the data over ranks and workers.
 
-Never pass the loader to `accelerator.prepare`: the data would be split twice.
+Never pass the loader to `accelerator.prepare`, which would split the data a second time.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import MAX_PIXELS, Sample, decode_sample
-from latentae.data.epoch_order import EpochOrder, lane_share
 from latentae.data.options import DataOptions
-from latentae.data.selection import Selection, is_held_out
-from latentae.data.shard_files import RawSample, expand_shards, read_shard
-from latentae.data.shard_index import ShardIndex, load_index, read_samples
+from latentae.data.order import EpochOrder, lane_share
+from latentae.data.selection import Selection
+from latentae.data.shard_files import RawSample, expand_shards, read_samples, read_shard
+from latentae.data.shard_index import ShardIndex, load_index
+from latentae.data.sources import is_remote
 from latentae.data.transforms import augment, kept_short_side, resize_and_center_crop
-from latentae.data.workers import end_workers, leave_signals_to_parent, share
-from latentae.errors import DataError, ImageError, LatentAEError
+from latentae.errors import DataError, ImageError, LatentAEError, first_line
 from latentae.keyed import derive_seed, whole_seed
 from latentae.progress import say
 
@@ -35,17 +37,18 @@ __all__ = [
     "TrainLoader",
     "decode_for_training",
     "image_batches",
-    "is_held_out",
+    "parallel_batches",
+    "share",
 ]
 
 STATE_VERSION = 2
-_SPARES = 16  # samples tried in place of one that can't be read
-_FORGIVEN = 8  # bad samples before their share counts: one bad image among ten says nothing
+_SPARES = 16  # samples tried in place of an unreadable one
+_FORGIVEN = 8  # unreadable samples before their share counts: one in ten says nothing
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read, why, and what was taken in its place."""
+    """An unreadable sample, the reason, and its replacement."""
 
     key: str
     shard: str
@@ -67,28 +70,23 @@ class Batch:
     def of(cls, samples: Sequence[Sample], bad: Sequence[BadSample] = ()) -> Batch:
         """Join samples of one size."""
         first = samples[0].image
-        images = torch.empty(
-            (len(samples), *first.shape), dtype=first.dtype, memory_format=torch.channels_last
-        )
+        shape = (len(samples), *first.shape)
+        images = torch.empty(shape, dtype=first.dtype, memory_format=torch.channels_last)
         for row, sample in zip(images, samples, strict=True):
             row.copy_(sample.image)
         return cls(tuple(sample.key for sample in samples), images, tuple(bad))
 
     @classmethod
     def join(cls, parts: Sequence[Batch], pin: bool = False) -> Batch:
-        """One batch of several, in page-locked memory if it goes to a GPU."""
+        """Join several batches, in page-locked memory for a GPU."""
         if len(parts) == 1 and not pin:
             return parts[0]
-        shape = (sum(len(part.images) for part in parts), *parts[0].images.shape[1:])
-        images = torch.empty(
-            shape, dtype=parts[0].images.dtype, memory_format=torch.channels_last, pin_memory=pin
-        )
+        first = parts[0].images
+        shape = (sum(len(part.images) for part in parts), *first.shape[1:])
+        images = torch.empty(shape, dtype=first.dtype, memory_format=torch.channels_last, pin_memory=pin)
         torch.cat([part.images for part in parts], out=images)
-        return cls(
-            tuple(itertools.chain(*(p.keys for p in parts))),
-            images,
-            tuple(itertools.chain(*(p.bad for p in parts))),
-        )
+        keys, bad = (part.keys for part in parts), (part.bad for part in parts)
+        return cls(tuple(itertools.chain(*keys)), images, tuple(itertools.chain(*bad)))
 
 
 def image_batches(
@@ -102,17 +100,17 @@ def image_batches(
     index: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """Yield every image once, resized and centre-cropped, in shard order; the last batch may be smaller.
+    """Yield every image once, resized and center-cropped, in shard order; the last batch may be smaller.
 
     Args:
         shards: files, as from `expand_shards`.
         resolution: side of the images in pixels.
-        batch_size: images in a batch.
-        limit: stop after so many images.
+        batch_size: images per batch.
+        limit: maximum number of images.
         only_held_out: only the held-out slice of this fraction (see `is_held_out`).
         channels: 1, 3 or 4.
-        index: folder of the shards' indexes, where they are not beside the shards (needed for `only_held_out` alone).
-        max_pixels: of an image; larger ones are errors.
+        index: folder of the shards' indexes, for `only_held_out`; defaults to the folder of the shards.
+        max_pixels: larger images are errors.
 
     Raises:
         ShardError, ImageError: a shard is damaged, a sample can't be decoded.
@@ -123,14 +121,14 @@ def image_batches(
         every = _held_out_samples(load_index(shards, index), only_held_out)
     raw = itertools.islice(every, limit)
     options: dict[str, Any] = {"channels": channels, "max_pixels": max_pixels, "short": resolution}
-    decoded = (decode_sample(sample, **options) for sample in raw)  # one image at a time at full size
+    decoded = (decode_sample(sample, **options) for sample in raw)  # one full-size image in memory at a time
     cropped = (Sample(sample.key, resize_and_center_crop(sample.image, resolution)) for sample in decoded)
     while chunk := list(itertools.islice(cropped, batch_size)):
         yield Batch.of(chunk)
 
 
 def _held_out_samples(index: ShardIndex, fraction: float) -> Iterator[RawSample]:
-    """The held-out slice alone, found in the index and read sample by sample."""
+    """Read only the held-out slice, found by the index."""
     selection = Selection(index, fraction)
     for shard, entry in enumerate(index.shards):
         trained = set(selection.rows(shard)[0].tolist())
@@ -140,39 +138,37 @@ def _held_out_samples(index: ShardIndex, fraction: float) -> Iterator[RawSample]
 def decode_for_training(
     raw: RawSample, options: DataOptions, bucket: tuple[int, int] | None = None
 ) -> Tensor:
-    """The image that `augment` crops, by the `[data]` table; ImageError where it can't be read."""
-    short = kept_short_side(options, bucket)
+    """The image that `augment` crops, by the `[data]` table; ImageError if it can't be read."""
+    short, limit = kept_short_side(options, bucket), options.max_pixels
     return decode_sample(
-        raw, channels=options.channels, bits=options.bits, max_pixels=options.max_pixels, short=short
+        raw, channels=options.channels, bits=options.bits, max_pixels=limit, short=short
     ).image
 
 
 def _check_apart(validation: str, training: ShardIndex) -> None:
     if validation in ("auto", "none"):
         return
-    trained = {_place(shard.path) for shard in training.shards}
-    both = [path for path in expand_shards(validation) if _place(path) in trained]
+    trained = {_resolved(shard.path) for shard in training.shards}
+    both = [path for path in expand_shards(validation) if _resolved(path) in trained]
     if both:
         raise DataError(
-            f"{both[0]} is among the training shards and the validation shards; keep them apart, or use validation 'auto'"
+            f"{both[0]} is among the training shards and the validation shards; separate them, or use validation 'auto'"
         )
 
 
-def _place(path: str) -> str:
-    return path if "://" in path else str(Path(path).resolve())
+def _resolved(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).resolve())
 
 
-@dataclass
 class _DecodedImages:
-    """Decoded images kept from one epoch to the next.
+    """A cache of decoded images for later epochs.
 
-    It fills once and drops nothing: every epoch asks for every image once, so replacing the oldest would always drop the image
-    that is needed soonest.
+    It fills up once and evicts nothing: every epoch needs every image once, so the oldest image is the one needed soonest.
     """
 
-    budget: int  # bytes
-    options: DataOptions
-    images: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    def __init__(self, budget: int, options: DataOptions) -> None:
+        self.budget, self.options = budget, options  # bytes
+        self.images: dict[tuple[str, str], Tensor] = {}
 
     def get(self, raw: RawSample, bucket: tuple[int, int] | None) -> Tensor:
         name = (raw["__url__"], raw["__key__"])
@@ -187,10 +183,10 @@ class _DecodedImages:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that the order and the pixels of the samples depend on, plain values that travel to worker processes."""
+    """Everything that determines the order and the pixels of the samples: plain values, sent to worker processes."""
 
     selection: Selection
-    counts: tuple[tuple[int, ...], ...]  # samples in use: for each pool, of each shard
+    counts: tuple[tuple[int, ...], ...]  # samples in use, of each shard in each pool
     seed: int
     digest: str
     global_batch: int
@@ -201,7 +197,7 @@ class _Plan:
 
 
 class _PartStream(IterableDataset):
-    """The endless batches of some lanes: those of a rank or, in a worker process, those of that worker."""
+    """The endless batches of a rank's lanes or, in a worker process, of that worker's lanes."""
 
     def __init__(self, plan: _Plan, lanes: range, epoch: int, step: int) -> None:
         self.plan, self.lanes, self.epoch, self.step = plan, lanes, epoch, step
@@ -209,12 +205,7 @@ class _PartStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch | LatentAEError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        try:
-            for batch in self._batches(lane_share(self.lanes, worker, workers), workers):
-                share(batch.images)
-                yield batch
-        except LatentAEError as error:  # DataLoader would wrap it in a traceback of many lines
-            yield error
+        return share(self._batches(lane_share(self.lanes, worker, workers), workers))
 
     def _batches(self, lanes: range, workers: int) -> Iterator[Batch]:
         options, step = self.plan.options, self.step
@@ -249,7 +240,7 @@ class _EpochReader:
             yield from read_samples(self.plan.selection.index, run.shard, rows.tolist())
 
     def _sample(self, raw: RawSample, pool: int, step: int, bad: list[BadSample]) -> Sample:
-        """The sample's crop; where it can't be decoded, that of another one which its key decides, so ranks never differ in length."""
+        """The sample's crop. An unreadable one is replaced by a sample that its key determines, the same on all ranks."""
         try:
             return self._crop(raw, pool)
         except ImageError as error:
@@ -260,17 +251,14 @@ class _EpochReader:
     def _spare(self, key: str, pool: int) -> Sample:
         selection = self.plan.selection
         for attempt in range(_SPARES):
-            shard, row = self.order.spare(
-                pool, derive_seed("spare", self.plan.seed, self.epoch, key, attempt)
-            )
+            draw = derive_seed("spare", self.plan.seed, self.epoch, key, attempt)
+            shard, row = self.order.spare(pool, draw)
             (raw,) = read_samples(selection.index, shard, [int(selection.rows(shard)[pool][row])])
             try:
                 return self._crop(raw, pool)
             except ImageError:
                 continue
-        raise DataError(
-            f"sample {key} can't be read, nor can {_SPARES} others drawn in its place; check the data set"
-        )
+        raise DataError(f"sample {key} and {_SPARES} replacements can't be read; check the data set")
 
     def _crop(self, raw: RawSample, pool: int) -> Sample:
         seed = derive_seed("augment", self.plan.seed, self.epoch, raw["__key__"])
@@ -280,8 +268,10 @@ class _EpochReader:
 
 
 class TrainLoader:
-    """Endless training batches of one rank. The order depends on seed, data and global batch alone: a run stops on some number of
-    ranks and workers and goes on exactly on any other whose product with `batch_size` is the same.
+    """Endless training batches of one rank.
+
+    The order depends only on seed, data and global batch. A run resumes exactly on any number of ranks and workers, as long as
+    ranks times `batch_size` is the same.
 
     Args:
         options: the `[data]` table; `shards` must name shards.
@@ -289,15 +279,15 @@ class TrainLoader:
         seed: of the run.
         rank: of this process.
         world_size: number of processes.
-        bad_log: file that samples which can't be read are listed in.
+        bad_log: file to which unreadable samples are appended.
 
     Attributes:
-        samples: training samples of an epoch, over all ranks.
-        held_out: samples kept out of training for validation "auto".
-        steps, tail: global batches of the coming epoch, and samples that it leaves out.
+        samples: training samples per epoch, over all ranks.
+        held_out: samples left out of training for validation "auto".
+        steps, tail: global batches per epoch, and samples that an epoch skips.
 
     Raises:
-        DataError: no shards, shards that validation names too, or fewer training samples than one batch over all ranks takes.
+        DataError: no shards, shards that validation names too, or fewer training samples than one batch over all ranks.
     """
 
     def __init__(
@@ -313,16 +303,15 @@ class TrainLoader:
             raise DataError("no training data: data.shards is not set; name a folder of shards or of images")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise DataError(
-                f"batch size {batch_size}, rank {rank} of {world_size} make no loader; expected a batch of 1 or more per rank"
+                f"batch size is {batch_size} and rank is {rank} of {world_size}; expected 1 or more, and a rank below {world_size}"
             )
         index = load_index(expand_shards(options.shards), options.index)
         _check_apart(options.validation, index)
         held_out = options.validation_fraction if options.validation == "auto" else None
         selection = Selection(index, held_out, options.bucket_sizes())
         counts = tuple(tuple(pool) for pool in selection.counts())
-        self._plan = _Plan(
-            selection, counts, whole_seed(seed), index.digest, batch_size * world_size, options
-        )
+        batch = batch_size * world_size
+        self._plan = _Plan(selection, counts, whole_seed(seed), index.digest, batch, options)
         self._lanes = range(rank * batch_size, (rank + 1) * batch_size)
         self._epoch, self._step = 0, 0
         self._seen, self._bad, self._bad_in_a_row, self._bad_log = 0, 0, 0, bad_log
@@ -331,58 +320,38 @@ class TrainLoader:
         order = self._plan.order(0)
         self.steps, self.tail = order.steps, order.tail
         if not self.steps:
-            kept = f" ({self.held_out} more are held out for validation)" if self.held_out else ""
+            more = f" ({self.held_out} more are held out for validation)" if self.held_out else ""
             each = " in any bucket" if selection.buckets else ""
             raise DataError(
-                f"found {self.samples} training images{kept} in {options.shards}, but one batch over all ranks takes "
-                f"{self._plan.global_batch}{each}; lower the batch size or add images"
+                f"found {self.samples} training images{more} in {options.shards}, but one batch over all ranks takes "
+                f"{batch}{each}; lower the batch size or add images"
             )
 
     def announce(self) -> None:
-        """Say how much data there is and what an epoch leaves out."""
+        """Log the number of images and steps, and what an epoch skips."""
         kept = f", {self.held_out} held out" if self.held_out else ""
-        say(
-            f"data: {self.samples} training images{kept}, {self.steps} steps an epoch; {self.tail} of its tail are left out"
-        )
+        skipped = f"last {self.tail} images skipped (incomplete batch)"
+        say(f"data: {self.samples} training images{kept}, {self.steps} steps per epoch; {skipped}")
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Go on from where the last iteration, or the loaded state, ended; one iteration at a time."""
+        """Resume after the last iteration or the loaded state. Only one iteration may run at a time."""
         workers = min(self._plan.options.workers, len(self._lanes))
-        stream = _PartStream(self._plan, self._lanes, self._epoch, self._step)
-        parts = DataLoader(
-            stream, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent
-        )
-        iterator = iter(parts)
+        parts = parallel_batches(_PartStream(self._plan, self._lanes, self._epoch, self._step), workers)
         pin = torch.cuda.is_available()
         try:
             while True:
-                batch = Batch.join([self._next(iterator, workers) for _ in range(max(workers, 1))], pin)
+                batch = Batch.join(list(itertools.islice(parts, max(workers, 1))), pin)
                 self._count(batch)
-                self._advance()  # counted when handed over, so batches that workers made in advance are not
+                # The position counts consumed batches, not those that workers prepared.
+                self._step += 1
+                if self._step == self.steps:
+                    self._epoch, self._step = self._epoch + 1, 0
                 yield batch
         finally:
-            end_workers(iterator)
-
-    def _next(self, iterator: Iterator[Batch | LatentAEError], workers: int) -> Batch:
-        try:
-            part = next(iterator)
-        except RuntimeError as error:
-            if not workers:
-                raise
-            raise DataError(
-                f"a data worker died ({str(error).splitlines()[0]}); lower data.workers or data.cache_mb"
-            ) from error
-        if isinstance(part, LatentAEError):
-            raise part
-        return part
-
-    def _advance(self) -> None:
-        self._step += 1
-        if self._step == self.steps:
-            self._epoch, self._step = self._epoch + 1, 0
+            parts.close()
 
     def _count(self, batch: Batch) -> None:
-        """List what could not be read; too much of it means that the data set is broken, not a sample."""
+        """List unreadable samples. Stop if there are many, as the data set is then broken."""
         limits = self._plan.options
         names = {sample.key for sample in batch.bad}
         for sample in batch.bad:
@@ -391,48 +360,37 @@ class TrainLoader:
                     file.write(json.dumps(asdict(sample)) + "\n")
         self._seen, self._bad = self._seen + len(batch.keys), self._bad + len(names)
         self._bad_in_a_row = self._bad_in_a_row + len(names) if len(names) == len(batch.keys) else len(names)
-        if not names:
-            self._bad_in_a_row = 0
-        share = self._bad / self._seen
-        if self._bad_in_a_row >= limits.max_bad_in_a_row or (
-            self._bad > _FORGIVEN and share > limits.max_bad_share
-        ):
-            last = batch.bad[-1]
+        too_many = self._bad > _FORGIVEN and self._bad / self._seen > limits.max_bad_share
+        if too_many or self._bad_in_a_row >= limits.max_bad_in_a_row:
             where = f"; all are listed in {self._bad_log}" if self._bad_log else ""
             raise DataError(
-                f"{self._bad} of {self._seen} images could not be read ({last.reason}){where}; repair the data set or raise "
-                "data.max_bad_share and data.max_bad_in_a_row"
+                f"{self._bad} of {self._seen} images could not be read ({batch.bad[-1].reason}){where}; repair the data set or "
+                "raise data.max_bad_share and data.max_bad_in_a_row"
             )
 
     @property
     def epoch(self) -> int:
-        """Epochs completed, over all ranks."""
+        """Completed epochs, over all ranks."""
         return self._epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer stands, as plain JSON values; the same on every rank."""
+        """The consumer's position, as plain JSON values; the same on every rank."""
         return {**self._identity(), "epoch": self._epoch, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration go on from a saved state, of any number of ranks and workers.
+        """Make the next iteration resume from a saved state of any number of ranks and workers.
 
         Raises:
             DataError: the state is of another format, or of other data, seed or global batch.
         """
-        here = self._identity()
-        for name, value in here.items():
+        for name, value in self._identity().items():
             if state.get(name) != value:
                 found = f"{name} was {state.get(name)!r} and is now {value!r}"
-                raise DataError(
-                    f"can't resume the data order: {found}; use the settings of the saved run, or start a new one"
-                )
+                advice = "use the settings of the saved run, or start a new one"
+                raise DataError(f"can't resume the data order: {found}; {advice}")
         epoch, step = state.get("epoch"), state.get("step")
-        if (
-            not isinstance(epoch, int)
-            or not isinstance(step, int)
-            or epoch < 0
-            or not 0 <= step < max(self._plan.order(epoch).steps, 1)
-        ):
+        valid = isinstance(epoch, int) and isinstance(step, int) and epoch >= 0 <= step
+        if not valid or step >= max(self._plan.order(epoch).steps, 1):
             raise DataError(
                 f"can't resume the data order at epoch {epoch!r}, step {step!r}; the state is damaged"
             )
@@ -448,3 +406,81 @@ class TrainLoader:
             "global_batch": plan.global_batch,
             "pad": plan.options.pad,
         }
+
+
+def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch, None, None]:
+    """The batches of a dataset from worker processes, or from this process without workers. Close it to end the workers.
+
+    Args:
+        dataset: yields the batches of `share`.
+        workers: number of processes.
+
+    Raises:
+        LatentAEError: as the dataset; DataError if a worker dies.
+    """
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_parent
+    )
+    iterator = iter(loader)
+    try:
+        while True:
+            try:
+                part = next(iterator, None)
+            except RuntimeError as error:
+                if not workers:
+                    raise
+                reason = first_line(error)
+                raise DataError(
+                    f"a data worker died ({reason}); lower data.workers or data.cache_mb"
+                ) from error
+            if isinstance(part, LatentAEError):
+                raise part
+            if part is None:
+                return
+            yield part
+    finally:
+        # A process can hang at its end without this: a traceback keeps the iterator, and workers ignore the first SIGTERM.
+        shut_down = getattr(iterator, "_shutdown_workers", None)  # torch has no public name for it
+        if shut_down is not None:
+            shut_down()
+
+
+def share(batches: Iterator[Batch]) -> Iterator[Batch | LatentAEError]:
+    """Send batches from a data worker: images in shared memory, and an error as the last item.
+
+    DataLoader would wrap an error in a long traceback. torch would move images to shared memory in a thread whose errors are
+    lost, and the parent would wait forever.
+    """
+    try:
+        for batch in batches:
+            if get_worker_info() is not None:
+                _to_shared_memory(batch.images)
+            yield batch
+    except LatentAEError as error:
+        yield error
+
+
+def _to_shared_memory(images: Tensor) -> None:
+    try:
+        images.share_memory_()
+    except (RuntimeError, OSError) as error:  # as in containers with a small /dev/shm
+        raise DataError(
+            f"a data worker could not put a batch of {images.nbytes / 1e6:.2g} MB into shared memory ({first_line(error)}); "
+            "give the container more (docker run --shm-size=8g) or set data.workers to 0"
+        ) from error
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """For DataLoader's `worker_init_fn`. A scheduler signals every process of a job, but the run must finish its step and save.
+
+    PyTorch's workers die on SIGTERM, which raises an error at any point of the trainer. Here only the parent handles the first
+    SIGTERM. Workers obey the second one, with which DataLoader ends a worker that does not stop.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: _obey_next(number))
+
+
+def _obey_next(number: int) -> None:
+    signal.signal(number, lambda number, frame: os._exit(0))

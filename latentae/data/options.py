@@ -1,4 +1,4 @@
-"""What a recipe says about its data."""
+"""Options of the data: the `[data]` table of a recipe, and the option tables of `shards`, `index` and `order`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ __all__ = [
     "ShardsOptions",
 ]
 
+MODEL = "Run, checkpoint, exported folder, weight file, or owner/name on the Hub."
+SHARDS = "Folder, file, glob, brace pattern ({000..099}.tar) or URL of image shards."
+IMAGES = "Folder of images, image files, or shards (folder, file, glob, brace pattern or URL)."
+_REFUSED = "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels."
+
 
 class DataOptions(BaseModel):
     """The `[data]` table of a recipe."""
@@ -29,11 +34,11 @@ class DataOptions(BaseModel):
 
     shards: str | None = Field(
         default=None,
-        description="Shards to train on: a folder, file, glob or brace pattern, several joined by '::'; or a folder of images.",
+        description="Training shards (folder, file, glob or brace pattern, several joined by '::'), or a folder of images.",
     )
     validation: str = Field(
         default="auto",
-        description="Held-out images: 'auto' (a slice by sample key, left out of training), 'none', or shards of their own.",
+        description="Held-out images: 'auto' (chosen by sample key, not used in training), 'none', or separate shards.",
     )
     validation_fraction: float = Field(
         default=0.02,
@@ -44,39 +49,41 @@ class DataOptions(BaseModel):
     resolution: int = Field(default=256, ge=8, description="Side of the square crops in pixels.")
     crop: Literal["random", "center", "random-resized"] = Field(
         default="random",
-        description="'random' squares of scale_min to scale_max, the 'center' square, or 'random-resized' (8 to 100 % of the area).",
+        description="'random' crops squares of scale_min to scale_max, 'center' the central square, and 'random-resized' "
+        "rectangles of 8 to 100 % of the area.",
     )
     scale_min: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="Smallest crop before resizing, as a share of the short side; at least `resolution` px: 0 is native scale.",
+        description="Smallest crop before resizing, as a share of the short side, and at least `resolution` pixels. "
+        "0 crops at native scale.",
     )
     scale_max: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="Largest crop before resizing, as a share of the short side; the share is drawn log-uniformly for each crop.",
+        description="Largest crop before resizing, as a share of the short side. The share is drawn log-uniformly.",
     )
-    flip: bool = Field(default=True, description="Mirror every other crop left to right.")
+    flip: bool = Field(default=True, description="Flip crops left to right half of the time.")
     index: str | None = Field(
         default=None,
-        description="Folder of the shards' indexes, where they are not beside the shards (see `latentae index`).",
+        description="Folder of the indexes from `latentae index`; defaults to the folder of the shards.",
     )
     pad: bool = Field(
         default=False,
-        description="Fill an epoch's last global batch from the next epoch, rather than leave its samples out.",
+        description="Fill the last batch of an epoch from the next epoch, instead of skipping its samples.",
     )
     channels: Literal[1, 3, 4] = Field(
         default=3, description="Channels of the images: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."
     )
-    bits: Literal[8, 16] = Field(default=8, description="Bits of a channel that are kept in decoding.")
+    bits: Literal[8, 16] = Field(default=8, description="Bits per channel of decoded images.")
     buckets: Literal["none", "auto"] = Field(
         default="none",
-        description="'auto' makes batches of one aspect ratio each, with about resolution^2 pixels; 'none' crops squares.",
+        description="'auto' batches images by aspect ratio, with about resolution^2 pixels each. 'none' crops squares.",
     )
     bucket_step: int = Field(
-        default=64, ge=8, description="Sides of aspect-ratio buckets are multiples of so many pixels."
+        default=64, ge=8, description="Sides of aspect-ratio buckets are multiples of this number of pixels."
     )
     bucket_max_ratio: float = Field(
         default=2.0, ge=1, description="Largest ratio of a bucket's long side to its short side."
@@ -84,49 +91,41 @@ class DataOptions(BaseModel):
     max_pixels: int = Field(
         default=MAX_PIXELS,
         ge=1,
-        description="Refuse images of more pixels by their header, as decompression bombs; JPEGs above 80 million are decoded at "
-        "1/2, 1/4 or 1/8 where the crop is a quarter of that or smaller.",
+        description="Refuse images of more pixels by their header, as decompression bombs. JPEGs above 80 million pixels "
+        "are decoded at 1/2, 1/4 or 1/8 if the crop is at most a quarter of that.",
     )
     max_bad_share: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="Stop when more than this share of the images can't be read; a few are replaced.",
+        description="Stop when more than this share of the images is unreadable. A few are replaced.",
     )
     max_bad_in_a_row: int = Field(
-        default=32, ge=1, description="Stop when so many images in a row can't be read."
+        default=32, ge=1, description="Stop after this number of unreadable images in a row."
     )
     workers: int = Field(
-        default=0,
-        ge=0,
-        description="Processes that decode images, for each rank; 0 decodes in the training process.",
+        default=0, ge=0, description="Decoding processes per rank; 0 decodes in the training process."
     )
     cache_mb: int = Field(
         default=512,
         ge=0,
-        description="Memory for decoded images kept from one epoch to the next, in MB for each rank; 0 decodes every time.",
+        description="Memory per rank in MB for decoded images, reused in later epochs; 0 disables it.",
     )
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> Self:
-        if self.scale_min > self.scale_max:
-            raise ValueError(
-                f"scale_min {self.scale_min} is above scale_max {self.scale_max}; give a range from small to large"
-            )
+        low, high = self.scale_min, self.scale_max
+        if low > high:
+            raise ValueError(f"scale_min {low} is above scale_max {high}; give a range from small to large")
         return self
 
     def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of each aspect-ratio bucket; none where images are cropped square."""
+        """(height, width) of each aspect-ratio bucket in pixels; empty for square crops."""
         if self.buckets == "none":
             return ()
-        from latentae.data.buckets import default_buckets
+        from latentae.data.selection import default_buckets
 
-        return tuple(default_buckets(self.resolution, self.bucket_step, self.bucket_max_ratio))
-
-
-MODEL = "Run, checkpoint, exported folder, file of weights, or owner/name on the Hub."
-SHARDS = "Folder, file, glob, brace pattern ({000..099}.tar) or URL of image shards."
-IMAGES = "Folder of images, image files, or shards (folder, file, glob, brace pattern or URL)."
+        return default_buckets(self.resolution, self.bucket_step, self.bucket_max_ratio)
 
 
 @table
@@ -136,12 +135,7 @@ class ImageOptions:
     _: KW_ONLY
     weights: Weights = option("Weights of a run.", default="ema")
     device: Device = option("auto, cpu, cuda or cuda:N.", default="auto")
-    max_pixels: int = option(
-        "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels.",
-        default=MAX_PIXELS,
-        ge=1,
-        identity="changed",
-    )
+    max_pixels: int = option(_REFUSED, default=MAX_PIXELS, ge=1, identity="changed")
 
 
 @table
@@ -149,34 +143,33 @@ class ShardsOptions:
     """Pack images into WebDataset shards. Run the same command again to resume."""
 
     images: PathLike = argument(
-        "Folder of images, searched recursively; a Hugging Face dataset: its folder, or hf://NAME:SPLIT; or images of installed "
-        "packages: sklearn:digits, sklearn:binary-digits or skimage:photos, or these with :held-out."
+        "Folder of images, searched recursively; a Hugging Face dataset: its folder, or hf://NAME:SPLIT; or images of "
+        "installed packages: sklearn:digits, sklearn:binary-digits or skimage:photos, or these with :held-out."
     )
     out: PathLike = argument("Folder for the shards.")
     _: KW_ONLY
     shard_size: int | None = option(
         "Maximum samples per shard. By default 16 to 1000, chosen so that there are at least 8 shards.",
         default=None,
+        ge=1,
     )
-    max_shard_mb: float = option("Maximum MB per shard, of the image files before resizing.", default=1000.0)
+    max_shard_mb: float = option("Maximum MB per shard, before resizing.", default=1000.0, gt=0)
     resize: int | None = option(
-        "Shrink images to this short side in pixels. By default files are copied unchanged.", default=None
+        "Shrink images to this short side in pixels. By default files are copied unchanged.",
+        default=None,
+        ge=1,
     )
     quality: int | None = option(
-        "JPEG quality of shrunk images, 1 to 100. By default they are PNGs.", default=None
+        "JPEG quality of shrunk images. By default they are PNGs.", default=None, ge=1, le=100
     )
     skip_bad: bool = option(
         "Skip unreadable images and list them in bad_samples.jsonl. By default they stop the run.",
         default=False,
     )
     workers: int | None = option(
-        "Threads that read images; defaults to one per core, at most 16.", default=None
+        "Threads that read images; defaults to one per core, at most 16.", default=None, ge=1
     )
-    max_pixels: int = option(
-        "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels.",
-        default=MAX_PIXELS,
-        ge=1,
-    )
+    max_pixels: int = option(_REFUSED, default=MAX_PIXELS, ge=1)
 
 
 @table
@@ -189,7 +182,7 @@ class IndexOptions:
     )
     _: KW_ONLY
     workers: int | None = option(
-        "Shards read in parallel; defaults to one per core, at least 4 for remote shards.", default=None
+        "Shards read in parallel; defaults to one per core, at least 4 for remote shards.", default=None, ge=1
     )
     verify: bool = option("Also read shards that have an index, and compare their SHA-256.", default=False)
 
@@ -201,16 +194,16 @@ class OrderOptions:
     shards: Inputs = argument(SHARDS)
     _: KW_ONLY
     seed: Seed = option("Random seed of the run.", default=0)
-    epoch: int = option("Epoch, from 0.", default=0)
-    global_batch: int = option("Samples per step over all ranks.", default=16)
-    world_size: int = option("Number of ranks.", default=1)
-    rank: int = option("Rank whose samples are listed, from 0.", default=0)
-    workers: int = option("Data workers per rank; they do not change the order.", default=0)
-    start: int = option("First step, absolute within the epoch.", default=0)
+    epoch: int = option("Epoch, from 0.", default=0, ge=0)
+    global_batch: int = option("Samples per step over all ranks.", default=16, ge=1)
+    world_size: int = option("Number of ranks.", default=1, ge=1)
+    rank: int = option("Rank whose samples are listed, from 0.", default=0, ge=0)
+    workers: int = option("Data workers per rank; they do not change the order.", default=0, ge=0)
+    start: int = option("First step, counted from the start of the epoch.", default=0, ge=0)
     limit: int | None = option("Maximum number of steps.", default=None)
     pad: bool = option("Fill the last batch from the next epoch.", default=False)
     held_out: float = option(
-        "Share of the samples held out by key; training holds out 0.02 by default.", default=0.0
+        "Share of the samples held out by key; training holds out 0.02 by default.", default=0.0, ge=0, le=1
     )
     index: PathLike | None = option(
         "Folder of the shards' indexes; defaults to the folder of the shards.", default=None

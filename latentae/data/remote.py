@@ -1,8 +1,7 @@
-"""Remote files through fsspec: ranges and streams that survive server errors, cut streams and silence, within limits.
+"""Remote files through fsspec: ranges and streams that are retried after server errors, broken streams and timeouts.
 
-HTTP is asked directly through fsspec's session, so that a cut stream goes on where it broke off and a server that ignores ranges
-is noticed; all other file systems through fsspec's `cat_file`. Nothing is kept across a fork: fsspec makes a file system for each
-process and thread.
+HTTP requests use fsspec's session directly, so that a broken stream resumes and a server that ignores ranges is noticed. All
+other file systems use fsspec's `cat_file`. Nothing is shared across a fork: fsspec creates a file system per process and thread.
 """
 
 from __future__ import annotations
@@ -16,41 +15,48 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
-from latentae.data.sources import ByteStream, shown
-from latentae.errors import LatentAEError, MissingDependencyError, ShardError
+from latentae.errors import LatentAEError, MissingDependencyError, ShardError, first_line
 from latentae.progress import say
 
-__all__ = ["Patience", "find", "read_range", "size_of", "sizes_of", "stream"]
+__all__ = [
+    "ByteStream",
+    "Patience",
+    "find",
+    "is_remote",
+    "read_range",
+    "shown",
+    "size_of",
+    "sizes_of",
+    "stream",
+]
 
 _T = TypeVar("_T")
 _PACKAGES = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs"), "adlfs"),
     "hf": "huggingface_hub",
-    "az": "adlfs",
-    "abfs": "adlfs",
 }
-_BLOCK = 1 << 23  # bytes of one request of a stream, other than HTTP
-_LISTED = 16  # files of one folder, from which on it is listed rather than asked for each
-_ASKING = 16  # requests for sizes at a time
-_PASSING = (408, 425, 429)  # client errors that may pass; of the others only server errors may
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")  # two letters or more: C:// is a drive
+_BLOCK = 1 << 23  # bytes per request of a stream, except HTTP
+_LISTED = 16  # files of one folder from which the folder is listed, instead of one request per file
+_REQUESTS = 16  # requests for sizes in parallel
+_TEMPORARY = (408, 425, 429)  # client errors that are retried, like all server errors
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long one read is tried.
+    """Retry limits of one read.
 
     Attributes:
-        seconds: for all tries together, besides what its bytes need at `slowest`.
-        first: wait before the second try; doubled after each, up to `longest`.
+        seconds: total time for all tries, plus the time of the bytes at `slowest`.
+        first: wait before the second try in seconds. It doubles after each try, up to `longest`.
         longest: see `first`.
-        silence: one try ends after so many seconds, besides what its bytes need at `slowest`.
+        silence: timeout of one try in seconds, plus the time of the bytes at `slowest`.
         slowest: bytes per second.
     """
 
@@ -64,6 +70,34 @@ class Patience:
 patience = Patience()
 
 
+class ByteStream(Protocol):
+    """A file that is read from its beginning to its end, as `stream` returns it."""
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes; fewer only at the end."""
+        ...
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path has a scheme such as `http://`, `s3://`, `gs://`, `hf://` or `memory://`.
+
+    Raises:
+        ShardError: `pipe:`, which would run a program.
+    """
+    if path.startswith("pipe:"):
+        raise ShardError(f"{path!r} would run a program; shards must be local files or URLs")
+    return _SCHEME.match(path) is not None
+
+
+def shown(path: str) -> str:
+    """A path for messages and records: a URL without password and query, which may contain a signature."""
+    if not is_remote(path):
+        return path
+    scheme, _, rest = path.partition("://")
+    host, slash, tail = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{tail}"
+
+
 def size_of(path: str) -> int:
     """Bytes of a remote file; errors as `sources.size_of`."""
     fs, key = _open_fs(path)
@@ -72,15 +106,15 @@ def size_of(path: str) -> int:
     size = _try(path, "the size", 0, lambda seconds: fs.info(key).get("size"))
     if not isinstance(size, int):
         raise ShardError(
-            f"the server does not say how long {shown(path)} is; copy the shard to a local folder"
+            f"the server does not report the size of {shown(path)}; copy the shard to a local folder"
         )
     return size
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
-    """Bytes of each file, from one listing for each folder that many of them are in; errors as `sources.size_of`.
+    """Bytes of each file, from one listing per folder if many files share it; errors as `sources.size_of`.
 
-    HTTP servers are asked for each file: a listing of theirs has no sizes that could be trusted.
+    HTTP servers get one request per file: their listings have no reliable sizes.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:
@@ -89,24 +123,20 @@ def sizes_of(paths: Sequence[str]) -> list[int]:
     for folder, inside in folders.items():
         if len(inside) >= _LISTED and not _is_http(folder):
             known.update(_listed(folder))
-    with ThreadPoolExecutor(_ASKING) as pool:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
         return list(pool.map(lambda path: known[path] if path in known else size_of(path), paths))
 
 
 def _listed(folder: str) -> dict[str, int]:
-    """The files of a folder and their sizes, where the listing has them."""
+    """The files of a folder whose sizes are in its listing."""
     fs, key = _open_fs(folder)
 
     def once(seconds: float) -> list[dict[str, Any]]:
         fs.invalidate_cache()
         return fs.ls(key, detail=True)
 
-    rows = _try(folder, "the list of files", 0, once)
-    return {
-        f"{folder}/{row['name'].rpartition('/')[2]}": row["size"]
-        for row in rows
-        if isinstance(row.get("size"), int)
-    }
+    rows = [row for row in _try(folder, "the list of files", 0, once) if isinstance(row.get("size"), int)]
+    return {f"{folder}/{row['name'].rpartition('/')[2]}": row["size"] for row in rows}
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
@@ -115,12 +145,15 @@ def read_range(path: str, start: int, stop: int) -> bytes:
     out = bytearray()
 
     def once(seconds: float) -> None:
-        """Add to what earlier tries have brought."""
+        """Append to the bytes of earlier tries."""
         at = start + len(out)
         if _is_http(path):
             _sync(fs, _http_range, fs, key, at, stop, out, seconds)
         else:
-            _add(out, fs.cat_file(key, start=at, end=stop), stop - at)
+            data = fs.cat_file(key, start=at, end=stop)
+            if len(data) > stop - at:
+                raise ValueError(f"received {len(data)} bytes, expected {stop - at}: it ignores ranges")
+            out.extend(data)
         if len(out) < stop - start:
             raise ConnectionError(f"the stream ended at byte {start + len(out)} of {stop}")
 
@@ -130,7 +163,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 
 @contextmanager
 def stream(path: str) -> Iterator[ByteStream]:
-    """A whole remote file from its beginning; errors as `sources.stream`."""
+    """Stream a remote file from its beginning; errors as `sources.stream`."""
     file = (_HttpStream if _is_http(path) else _BlockStream)(path)
     try:
         yield file
@@ -165,7 +198,7 @@ def _is_http(path: str) -> bool:
 
 
 def _open_fs(path: str) -> tuple[Any, str]:
-    """The file system of a URL and the file's name in it."""
+    """The file system of a URL, and the file's name in it."""
     scheme = path.partition("://")[0]
     try:
         import fsspec
@@ -176,13 +209,11 @@ def _open_fs(path: str) -> tuple[Any, str]:
             return url_to_fs(path)
         import aiohttp
 
-        chosen = conf.get(scheme, {}).get("client_kwargs", {})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.silence, sock_read=patience.silence)
-        return fsspec.filesystem(
-            scheme, client_kwargs={"timeout": timeout, "trust_env": True, **chosen}
-        ), path
+        options = {"timeout": timeout, "trust_env": True, **conf.get(scheme, {}).get("client_kwargs", {})}
+        return fsspec.filesystem(scheme, client_kwargs=options), path
     except ImportError as error:
-        package = _PACKAGES.get(scheme, "the package that fsspec asks for")
+        package = _PACKAGES.get(scheme, "the package that fsspec names")
         raise MissingDependencyError(
             f"{scheme}:// needs {package} ({_reason(error, path)}); install it with pip and try again"
         ) from error
@@ -190,12 +221,6 @@ def _open_fs(path: str) -> tuple[Any, str]:
         raise ShardError(
             f"{shown(path)} can't be opened ({_reason(error, path)}); use a scheme that fsspec knows"
         ) from error
-
-
-def _add(out: bytearray, data: bytes, most: int) -> None:
-    if len(data) > most:
-        raise ValueError(f"{len(data)} bytes came, expected {most}: it ignores ranges")
-    out += data
 
 
 def _try(path: str, what: str, count: int, once: Callable[[float], _T]) -> _T:
@@ -214,9 +239,8 @@ def _try(path: str, what: str, count: int, once: Callable[[float], _T]) -> _T:
             reason = _reason(error, path)
             if not _may_pass(error):
                 found = "there is no such file" if isinstance(error, FileNotFoundError) else reason
-                raise ShardError(
-                    f"shard {shown(path)} can't be read ({found}); check the address and your access"
-                ) from error
+                message = f"shard {shown(path)} can't be read ({found}); check the address and your access"
+                raise ShardError(message) from error
             wait = min(patience.first * 2 ** (tries - 1), patience.longest) * (0.5 + random.random())
             if time.monotonic() - began + wait >= limit:
                 raise ShardError(
@@ -224,30 +248,28 @@ def _try(path: str, what: str, count: int, once: Callable[[float], _T]) -> _T:
                     f"(last: {reason}); check the server and run the same command again"
                 ) from error
             if tries == 3:
-                say(f"{shown(path)}: {reason}; trying again for up to {limit:.0f} s")
+                say(f"{shown(path)}: {reason}; retrying for up to {limit:.0f} s")
             time.sleep(wait)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
+    """Whether the same request may succeed later: server errors, broken connections and timeouts."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and status >= 400:
-        return status >= 500 or status in _PASSING
+        return status >= 500 or status in _TEMPORARY
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
-    return not isinstance(
-        error, ImportError | ValueError | TypeError | KeyError | NotImplementedError | AttributeError
-    )
+    ours = ImportError | ValueError | TypeError | KeyError | NotImplementedError | AttributeError
+    return not isinstance(error, ours)
 
 
 def _reason(error: BaseException, path: str) -> str:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    lines = str(error).replace(path, shown(path)).splitlines()
-    return (
-        lines[0] if lines else "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
-    )
+    if isinstance(error, TimeoutError) and not str(error):
+        return "it took too long"
+    return first_line(error).replace(path, shown(path))
 
 
 def _sync(fs: Any, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -261,7 +283,7 @@ class _PastEnd(ValueError):
 
 
 async def _http_get(fs: Any, url: str, start: int, stop: int | None) -> tuple[Any, int]:
-    """An open response, and how many bytes of it come before `start`."""
+    """An open response, and its number of bytes before `start`."""
     headers = {"Accept-Encoding": "identity"}  # a range of a compressed file would be a range of other bytes
     if start or stop is not None:
         headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
@@ -278,9 +300,8 @@ async def _http_get(fs: Any, url: str, start: int, stop: int | None) -> tuple[An
         if response.status != 206:
             return response, start
         if not re.match(rf"bytes {start}-\d+/", response.headers.get("Content-Range", "")):
-            raise ValueError(
-                f"the server sent {response.headers.get('Content-Range')!r}, expected bytes from {start}"
-            )
+            sent = response.headers.get("Content-Range")
+            raise ValueError(f"the server sent {sent!r}, expected bytes from {start}")
         return response, 0
     except BaseException:
         response.close()
@@ -297,19 +318,19 @@ async def _http_size(fs: Any, url: str, seconds: float) -> int:
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             length = total if response.status == 206 else response.headers.get("Content-Length", "")
             if not length.isdigit():
-                raise ValueError("the server does not say how long it is")
+                raise ValueError("the server does not report its size")
             return int(length)
         finally:
             response.close()
 
 
 async def _http_range(fs: Any, url: str, start: int, stop: int, out: bytearray, seconds: float) -> None:
-    """Append the bytes of a range to `out`; what has come stays there when the stream breaks."""
+    """Append the bytes of a range to `out`. Received bytes stay there when the stream breaks."""
     async with asyncio.timeout(seconds):
         response, skip = await _http_get(fs, url, start, stop)
         try:
             if skip:
-                _warn_of_ranges(url)
+                _warn_of_ranges(shown(url).partition("://")[2].partition("/")[0])
             await _pour(response, skip, stop - start, out)
         finally:
             response.close()
@@ -323,20 +344,15 @@ async def _pour(response: Any, skip: int, count: int, out: bytearray) -> None:
         out += data
 
 
-_warned: set[str] = set()
-
-
-def _warn_of_ranges(url: str) -> None:
-    host = shown(url).partition("://")[2].partition("/")[0]
-    if host not in _warned:
-        _warned.add(host)
-        say(
-            f"{host} does not serve ranges of files, so every read begins at the start of its shard; copy the shards here"
-        )
+@cache
+def _warn_of_ranges(host: str) -> None:
+    say(
+        f"{host} does not serve ranges, so every read starts at the beginning of its shard; copy the shards here"
+    )
 
 
 class _HttpStream:
-    """One response read to its end, asked for again from where it broke off."""
+    """One response, requested again from the break when it is interrupted."""
 
     def __init__(self, path: str) -> None:
         self._path, self._position, self._size = path, 0, size_of(path)
@@ -352,9 +368,8 @@ class _HttpStream:
             try:
                 _sync(self._fs, self._more, count, out, seconds)
                 if len(out) < count:
-                    raise ConnectionError(
-                        f"the stream ended at byte {self._position + len(out)} of {self._size}"
-                    )
+                    at = self._position + len(out)
+                    raise ConnectionError(f"the stream ended at byte {at} of {self._size}")
             except BaseException:
                 self.close()
                 raise
@@ -372,14 +387,14 @@ class _HttpStream:
             await _pour(self._response, skip, count - len(out), out)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         if self._response is not None:
             response, self._response = self._response, None
             self._fs.loop.call_soon_threadsafe(response.close)
 
 
 class _BlockStream:
-    """Ranges one after the other."""
+    """A stream of consecutive range requests."""
 
     def __init__(self, path: str) -> None:
         self._path, self._position, self._size = path, 0, size_of(path)
@@ -395,4 +410,4 @@ class _BlockStream:
         return data
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing is open between reads."""

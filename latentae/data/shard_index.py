@@ -1,4 +1,4 @@
-"""What is in a set of shards: an index of each (`NAME.tar.index`), the manifest of all, and single samples read by them."""
+"""The index of a set of shards: one table per shard (`NAME.tar.index`) and the manifest of all shards."""
 
 from __future__ import annotations
 
@@ -6,66 +6,68 @@ import hashlib
 import json
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from latentae.data.reading import read_samples
-from latentae.data.scanning import SAMPLE_DAMAGE, Scan, marks_match, scan
 from latentae.data.sources import is_remote, name_of, read_range, shown, size_of
-from latentae.data.tables import SampleTable, open_table
+from latentae.data.tables import SampleTable, marks_match, open_table, scan
 from latentae.data.tars import Problem
 from latentae.errors import OutputError, ShardError
 from latentae.files import atomic_file, write_json
 from latentae.progress import Progress, say
 
 __all__ = [
-    "FORMAT_VERSION",
     "INDEX_NAME",
     "SUFFIX",
     "IndexFiles",
     "SampleTable",
     "ShardEntry",
     "ShardIndex",
+    "entry_of",
+    "in_parallel",
     "load_index",
-    "read_samples",
     "scan_shard",
     "write_index",
+    "write_manifest",
 ]
 
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
-SUFFIX = ".index"  # of a shard's own index, after its whole name
+SUFFIX = ".index"  # appended to a shard's name for its own index
 OPEN_TABLES = 64  # indexes of shards that a process keeps open
 _SOON = 1 << 30  # bytes of local shards whose headers are read within seconds
 THREADS = 16  # that look for the indexes of many shards; they wait for disks and servers
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_Source = str | bytes  # of a shard's index: a file, a URL, or its bytes if it could not be written
+
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One shard: where it is, its file name, how many samples it holds, and its size."""
+    """One shard of a manifest: path or URL, file name, number of samples, and size in bytes."""
 
     path: str
     name: str
     samples: int
     bytes: int
     sha256: str = field(default="", compare=False)
-    """Of the whole file; empty where it was indexed by its headers alone."""
+    """Of the complete file; empty if only its headers were read."""
     headers: str = ""
-    """Hex digest of its keys, members and where they lie."""
+    """Hex digest of its keys, members and their offsets."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The shards of a data set, in order: the manifest. Each shard's own index is opened when it is asked for."""
+    """The manifest: the shards of a data set, in order. The index of each shard is opened at its first use."""
 
     shards: tuple[ShardEntry, ...]
-    sources: tuple[str | bytes, ...] = field(default=(), compare=False, repr=False)
-    """Where each shard's index is: a file, a URL, or its bytes where it could not be written."""
+    sources: tuple[_Source, ...] = field(default=(), compare=False, repr=False)
+    """The index of each shard: a file, a URL, or its bytes if it could not be written."""
 
     @cached_property
     def samples(self) -> int:
@@ -74,7 +76,7 @@ class ShardIndex:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of names, sizes, keys and members of all shards: the same data set has the same one wherever it lies."""
+        """Hex digest of names, sizes, keys and members of all shards. It does not depend on their folder."""
         facts = [[shard.name, shard.bytes, shard.samples, shard.headers] for shard in self.shards]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
@@ -88,52 +90,31 @@ class ShardIndex:
         """The index of one shard; a few dozen stay open.
 
         Raises:
-            ShardError: its file is gone, damaged, or of another shard by now.
+            ShardError: its file is missing, damaged, or now of another shard.
         """
-        tables = self._tables()
-        table = tables.get(number)
-        if table is None:
-            table = self._open(number)
-            tables[number] = table
-            while len(tables) > OPEN_TABLES:
-                tables.popitem(last=False)
-        else:
-            tables.move_to_end(number)
-        return table
+        return self._tables(number)
 
-    def _tables(self) -> OrderedDict[int, SampleTable]:
-        """One store in each thread, left behind when the index is pickled."""
-        store = self.__dict__.get("_store")
-        if store is None:
-            store = threading.local()
-            object.__setattr__(self, "_store", store)
-        if not hasattr(store, "tables"):
-            store.tables = OrderedDict()
-        return store.tables
+    @cached_property
+    def _tables(self) -> Callable[[int], SampleTable]:
+        return lru_cache(OPEN_TABLES)(self._open)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shards": self.shards, "sources": self.sources}
 
     def _open(self, number: int) -> SampleTable:
-        entry, source = self.shards[number], self.sources[number]
+        entry, path = self.shards[number], shown(self.shards[number].path)
         try:
-            table = _open(source)
+            table = _open(self.sources[number])
         except (OSError, ValueError) as error:
             raise ShardError(
-                f"the index of shard {shown(entry.path)} can't be read ({error}); run `latentae index` again"
+                f"the index of shard {path} can't be read ({error}); run `latentae index` again"
             ) from None
-        if (table.samples, table.record["bytes"], table.record["headers"]) != (
-            entry.samples,
-            entry.bytes,
-            entry.headers,
-        ):
-            raise ShardError(
-                f"shard {shown(entry.path)} has changed since the start; start again with the shards as they are"
-            )
+        if entry_of(entry.path, table) != entry:
+            raise ShardError(f"shard {path} has changed since the start; start again with the current shards")
         return table
 
 
-def _open(source: str | bytes) -> SampleTable:
+def _open(source: _Source) -> SampleTable:
     if isinstance(source, str) and is_remote(source):
         return open_table(read_range(source, 0, size_of(source)))
     return open_table(source)
@@ -141,11 +122,11 @@ def _open(source: str | bytes) -> SampleTable:
 
 @dataclass(frozen=True)
 class IndexFiles:
-    """Where the indexes of some shards lie.
+    """The index files of some shards.
 
     Args:
         shards: local or remote paths.
-        folder: one folder for all indexes; None is beside each shard.
+        folder: one folder for all indexes; None is the folder of each shard.
 
     Raises:
         ShardError: two shards of one name would share an index file.
@@ -155,10 +136,8 @@ class IndexFiles:
     folder: Path | None
 
     def __post_init__(self) -> None:
-        if self.folder is None:
-            return
         seen: dict[str, str] = {}
-        for path in self.shards:
+        for path in self.shards if self.folder is not None else ():
             other = seen.setdefault(name_of(path), path)
             if other != path:
                 raise ShardError(
@@ -167,7 +146,7 @@ class IndexFiles:
                 )
 
     def of(self, shard: str) -> str:
-        """The index file of a shard: a path, or a URL beside a remote shard."""
+        """The index file of a shard: a path, or a URL if the shard is remote and there is no folder."""
         if self.folder is not None:
             return str(self.folder / (name_of(shard) + SUFFIX))
         if not is_remote(shard):
@@ -176,61 +155,53 @@ class IndexFiles:
         return address + SUFFIX + mark + query
 
     def open(self, shard: str) -> SampleTable | None:
-        """The index of a shard, if there is one that can be read."""
+        """The index of a shard; None if it is missing or damaged."""
         try:
             return _open(self.of(shard))
-        except (OSError, ValueError):
-            return None
-        except ShardError:  # none beside a remote shard
+        except (OSError, ValueError, ShardError):  # ShardError: a missing remote index
             return None
 
     def find(self, shard: str) -> SampleTable | None:
-        """The index of a shard, if there is one and it fits; None otherwise.
+        """The index of a shard; None if it is missing, damaged or does not fit the shard.
 
         Raises:
             ShardError: the shard itself is missing or can't be read.
         """
         size, table = size_of(shard), self.open(shard)
-        fits = (
-            table is not None and table.record["bytes"] == size and marks_match(shard, table.record["marks"])
-        )
-        return table if fits else None
+        if table is None or table.record["bytes"] != size or not marks_match(shard, table.record["marks"]):
+            return None
+        return table
 
     def write(self, shard: str, data: bytes) -> str:
-        """Keep a new index; returns where.
+        """Write a new index; returns its path.
 
         Raises:
-            OutputError: it can't be written, or an index of another shard of this name is there.
+            OutputError: it can't be written, or the file is the index of another shard of this name.
         """
         target = self.of(shard)
         if is_remote(target):
             raise OutputError(
-                f"the index of {shown(shard)} can't be written beside it; name a folder for indexes"
+                f"the index of {shown(shard)} can't be written next to it; name a folder for indexes"
             )
-        self._refuse_other(shard, Path(target))
+        other = self.open(shard) if self.folder is not None else None
+        if other is not None and other.record["place"] not in ("", self.place(shard)):
+            place = other.record["place"]
+            raise OutputError(
+                f"{target} is the index of {place}; choose another folder for the index of {shown(shard)}"
+            )
         with atomic_file(target) as temporary:
             temporary.write_bytes(data)
         return target
 
-    def _refuse_other(self, shard: str, target: Path) -> None:
-        if self.folder is None:
-            return
-        table = self.open(shard)
-        place = "" if table is None else table.record["place"]
-        if place not in ("", self.place(shard)):
-            raise OutputError(
-                f"{target} is the index of {place}; choose another folder for the index of {shown(shard)}"
-            )
-
     def place(self, shard: str) -> str:
-        """Where a shard lies, for the record of an index that does not lie beside it."""
+        """The location of a shard, for the record of an index in another folder; empty otherwise."""
         if self.folder is None:
             return ""
         return shown(shard) if is_remote(shard) else str(Path(shard).absolute())
 
 
 def entry_of(path: str, table: SampleTable) -> ShardEntry:
-    """What the manifest says of a shard."""
+    """The entry of a shard in the manifest."""
     record = table.record
     return ShardEntry(
         path, name_of(path), table.samples, record["bytes"], record["sha256"], record["headers"]
@@ -238,26 +209,24 @@ def entry_of(path: str, table: SampleTable) -> ShardEntry:
 
 
 def scan_shard(path: str | Path) -> ShardEntry:
-    """Read a shard from end to end and write its index beside it, where it holds samples.
+    """Read and hash a complete shard, and write its index next to it unless it is empty.
 
     Raises:
         ShardError: it is missing or damaged.
         OutputError: the index can't be written.
     """
     path = str(path)
-    found = scan(path, hashed=True)
-    _refuse_damage(path, found)
-    if found.samples:
-        IndexFiles((path,), None).write(path, found.data)
-    return _entry(path, found)
+    table = scan(path, hashed=True)
+    _refuse_damage(path, table)
+    if table.samples:
+        IndexFiles((path,), None).write(path, table.data)
+    return entry_of(path, table)
 
 
 def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> ShardIndex:
-    """Write a folder's manifest `index.json` and return it as an index; the shards' own indexes lie beside them."""
+    """Write a folder's manifest `index.json` and return it; the shards' own indexes are next to them."""
     entries = tuple(entries)
-    sources = (
-        entry.path + SUFFIX if entry.samples else scan(entry.path, hashed=False).data for entry in entries
-    )
+    sources = (e.path + SUFFIX if e.samples else scan(e.path, hashed=False).source for e in entries)
     index = ShardIndex(entries, tuple(sources))
     write_manifest(folder, index)
     return index
@@ -265,16 +234,7 @@ def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> ShardIndex
 
 def write_manifest(folder: str | Path, index: ShardIndex) -> None:
     """Write `index.json`: names, sizes, counts and hashes of the shards, and the digest of all."""
-    rows = [
-        {
-            "name": entry.name,
-            "samples": entry.samples,
-            "bytes": entry.bytes,
-            "sha256": entry.sha256,
-            "headers": entry.headers,
-        }
-        for entry in index.shards
-    ]
+    rows = [{name: value for name, value in asdict(e).items() if name != "path"} for e in index.shards]
     record = {
         "format_version": FORMAT_VERSION,
         "samples": index.samples,
@@ -287,115 +247,118 @@ def write_manifest(folder: str | Path, index: ShardIndex) -> None:
 def load_index(shards: Sequence[str], folder: str | Path | None = None, *, build: bool = True) -> ShardIndex:
     """The index of these shards, in this order.
 
-    Each shard's own index is taken from beside it or from `folder`, if it fits the shard (its size, and the header blocks at its
-    ends). The missing ones are made from the shards' headers, in parallel, and kept there, or in memory where they can't be.
+    A shard's own index is used if it fits the shard (its size, and the header blocks at its ends). Missing indexes are built
+    in parallel from the shards' headers, and written to files if possible.
 
     Args:
         shards: local files or URLs, as from `expand_shards`.
-        folder: where the indexes lie; None is beside each shard.
-        build: make what is missing; remote shards need a folder for that.
+        folder: of the indexes; None is the folder of each shard.
+        build: build missing indexes; remote shards need a folder for that.
 
     Raises:
-        ShardError: a shard is missing or damaged, has no index that fits and none may be made, or all of them are empty.
+        ShardError: a shard is missing or damaged, has no index that fits and `build` is false, or all shards are empty.
     """
     paths = tuple(str(path) for path in shards)
     files = IndexFiles(paths, None if folder is None else Path(folder))
+
+    def find(path: str) -> tuple[ShardEntry, _Source] | None:
+        table = files.find(path)
+        return None if table is None else (entry_of(path, table), files.of(path))
+
     with ThreadPoolExecutor(min(THREADS, len(paths) or 1)) as pool:
-        found = list(pool.map(lambda path: _glance(files, path), paths))
-    missing = [path for path, pair in zip(paths, found, strict=True) if pair is None]
+        found = dict(zip(paths, pool.map(find, paths), strict=True))
+    missing = [path for path in paths if found[path] is None]
     if missing:
-        made = _build(files, missing, build)
-        found = [pair or made[path] for path, pair in zip(paths, found, strict=True)]
-    pairs = [pair for pair in found if pair is not None]
+        found |= _build(files, missing, build)
+    pairs = [pair for path in paths if (pair := found[path]) is not None]
     index = ShardIndex(tuple(entry for entry, _ in pairs), tuple(source for _, source in pairs))
     if not index.samples:
-        raise ShardError(
-            f"no samples in {len(paths)} shards ({', '.join(shown(path) for path in paths[:3])}); make them from images again"
-        )
+        names = ", ".join(shown(path) for path in paths[:3])
+        raise ShardError(f"no samples in {len(paths)} shards ({names}); pack them from images again")
     return index
 
 
-_Pair = tuple[ShardEntry, "str | bytes"]
-
-
-def _glance(files: IndexFiles, path: str) -> _Pair | None:
-    table = files.find(path)
-    return None if table is None else (entry_of(path, table), files.of(path))
-
-
-def _build(files: IndexFiles, missing: list[str], build: bool) -> dict[str, _Pair]:
-    """Make indexes from headers alone."""
+def _build(files: IndexFiles, missing: list[str], build: bool) -> dict[str, tuple[ShardEntry, _Source]]:
+    """Index shards by their headers only."""
     remote = next((path for path in missing if is_remote(path)), None)
     if not build or (remote and files.folder is None):
-        where = files.folder or "beside it"
+        where = f"in {files.folder}" if files.folder else "next to it"
         raise ShardError(
             f"{len(missing)} shards have no index that fits, the first is {shown(remote or missing[0])} (looked {where}); "
             "run `latentae index SHARDS FOLDER` and name that folder"
         )
     for path in missing:
         if files.open(path) is not None:
-            say(f"the index of {shown(path)} no longer fits it and is made again")
+            say(f"the index of {shown(path)} no longer fits and is built again")
     stop = threading.Event()
-    quiet = not remote and sum(size_of(path) for path in missing) < _SOON
-    progress = Progress("indexing", total=len(missing), unit="shards", quiet=quiet)
-    made: dict[str, _Made] = {}
-    with progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        running = [pool.submit(_make, files, path, stop) for path in missing]
+    unwritten: list[str] = []
+    left_out: list[tuple[str, Problem]] = []
+
+    def make(path: str) -> tuple[ShardEntry, _Source]:
+        table = scan(path, hashed=False, place=files.place(path), stop=stop)
+        _refuse_damage(path, table)
+        left_out.extend(
+            [(shown(path), problem) for problem in table.problems if problem.code == "left_out"][:1]
+        )
         try:
-            for future in as_completed(running):
-                made[future.result().entry.path] = future.result()
-                progress.advance()
+            return entry_of(path, table), files.write(path, table.data)
+        except OutputError as error:  # such as a read-only folder
+            unwritten.append(str(error))
+            return entry_of(path, table), table.source
+
+    quiet = not remote and sum(size_of(path) for path in missing) < _SOON
+    with Progress("indexing", total=len(missing), unit="shards", quiet=quiet) as progress:
+        pairs = in_parallel(make, missing, os.cpu_count() or 1, stop, progress.advance)
+    if unwritten:
+        say(f"{unwritten[0]}; {len(unwritten)} indexes stay in memory and are built again at the next start")
+    if left_out:
+        path, problem = left_out[0]
+        say(
+            f"{len(left_out)} shards contain files that are no part of an image sample and are left out, the first is "
+            f"{problem.name!r} in {path} ({problem.reason}); `latentae index` lists them"
+        )
+    return dict(zip(missing, pairs, strict=True))
+
+
+def in_parallel(
+    function: Callable[[_T], _R],
+    items: Sequence[_T],
+    threads: int,
+    stop: threading.Event,
+    advance: Callable[[], object],
+) -> list[_R]:
+    """Results of a function for all items, in their order. On an error or Ctrl-C it ends soon.
+
+    Args:
+        function: called by several threads.
+        items: its arguments.
+        threads: number of threads.
+        stop: set on an error, so that running calls can end.
+        advance: called after each item.
+    """
+    results: dict[int, _R] = {}
+    running: dict[Future[_R], int] = {}
+    todo = iter(enumerate(items))
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while len(results) < len(items):
+                while len(running) < 2 * threads and (item := next(todo, None)) is not None:
+                    running[pool.submit(function, item[1])] = item[0]
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(future)] = future.result()
+                    advance()
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    _tell(list(made.values()))
-    return {path: (one.entry, one.source) for path, one in made.items()}
+    return [results[number] for number in range(len(items))]
 
 
-@dataclass(frozen=True)
-class _Made:
-    entry: ShardEntry
-    source: str | bytes
-    unwritten: str
-    """Why the index stays in memory; empty where it was written."""
-    left_out: Problem | None
-
-
-def _make(files: IndexFiles, path: str, stop: threading.Event) -> _Made:
-    found = scan(path, hashed=False, place=files.place(path), stop=stop)
-    _refuse_damage(path, found)
-    left_out = next((problem for problem in found.problems if problem.code == "left_out"), None)
-    try:
-        return _Made(_entry(path, found), files.write(path, found.data), "", left_out)
-    except OutputError as error:  # a read-only folder, say
-        return _Made(_entry(path, found), found.data, str(error), left_out)
-
-
-def _tell(made: list[_Made]) -> None:
-    unwritten = [one.unwritten for one in made if one.unwritten]
-    if unwritten:
-        say(
-            f"{unwritten[0]}; {len(unwritten)} indexes stay in memory and will be made again at the next start"
-        )
-    left_out = [(shown(one.entry.path), one.left_out) for one in made if one.left_out]
-    if left_out:
-        path, problem = left_out[0]
-        say(
-            f"{len(left_out)} shards hold files that are no part of an image sample and are left out, the first is "
-            f"{problem.name!r} in {path} ({problem.reason}); `latentae index` lists them"
-        )
-
-
-def _entry(path: str, found: Scan) -> ShardEntry:
-    return ShardEntry(path, name_of(path), found.samples, found.bytes, found.sha256, found.headers)
-
-
-def _refuse_damage(path: str, found: Scan) -> None:
-    """Damaged samples are left out only after `latentae index` has listed them."""
-    bad = next((problem for problem in found.problems if problem.code in SAMPLE_DAMAGE), None)
+def _refuse_damage(path: str, table: SampleTable) -> None:
+    """Damaged samples are skipped only after `latentae index` has listed them."""
+    bad = next((problem for problem in table.problems if problem.code in ("twice", "outside", "name")), None)
     if bad is not None:
         raise ShardError(
-            f"shard {shown(path)} holds {bad.name!r} at byte {bad.byte}, which can't be used ({bad.reason}); write it again, or let "
-            "`latentae index` list all such samples and leave them out"
+            f"shard {shown(path)} contains {bad.name!r} at byte {bad.byte}, which can't be used ({bad.reason}); write it "
+            "again, or run `latentae index` to list such samples and skip them"
         )

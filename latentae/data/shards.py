@@ -1,43 +1,90 @@
-"""Make shards: from a folder of images, a Hugging Face dataset or built-in images (the verb `shards`), or from samples in memory.
+"""The verb `shards`: pack images into shards, from a folder, a Hugging Face dataset, built-in images, or samples in memory.
 
-A shard appears under its name only when it is whole, and the manifest `index.json` only when every shard is there. The same input
-gives the same bytes: sorted order, fixed tar metadata, original image bytes.
+A shard gets its name only when it is complete, and `index.json` is written after the last shard. The same input gives the same
+bytes: sorted order, fixed tar metadata, original image files.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import tarfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from latentae.data.builtin import BuiltinImages, is_builtin
+from latentae.data.decode import decode_image, image_extension
 from latentae.data.folder import ImageFolder, escape_key
 from latentae.data.hf_dataset import ImageDataset, is_dataset
 from latentae.data.options import ShardsOptions
-from latentae.data.packing import ImageSource, Members, Packer, fill_tar
-from latentae.data.shard_index import INDEX_NAME, SUFFIX, ShardIndex, load_index, scan_shard, write_index
-from latentae.data.shrinking import encode_png
-from latentae.errors import DataError, ImageError, OutputError
+from latentae.data.shard_index import (
+    INDEX_NAME,
+    SUFFIX,
+    IndexFiles,
+    ShardEntry,
+    ShardIndex,
+    entry_of,
+    in_parallel,
+    load_index,
+    scan_shard,
+    write_index,
+)
+from latentae.data.shrinking import shrink
+from latentae.errors import DataError, ImageError, Interrupted, OutputError, RecipeError
 from latentae.file_names import BAD_SAMPLES, RECORD
-from latentae.files import abandoned, atomic_file, read_json
+from latentae.files import abandoned, atomic_file, read_json, write_text
 from latentae.jobs import Job
 from latentae.options import verb
-from latentae.progress import say
+from latentae.progress import Progress, say
 
-__all__ = ["default_shard_size", "encode_png", "shards", "write_shards"]
+__all__ = ["ImageSource", "default_shard_size", "shards", "write_shards"]
 
 _T = TypeVar("_T")
+Members = Mapping[str, str | bytes]
+"""One sample: "__key__" -> str, extension -> bytes."""
+
 _OURS = re.compile(
     r"\.(?:\d{6,}\.tar|\d{6,}\.tar\.index|index\.json|bad_samples\.jsonl|latentae\.json)\..*\.incomplete"
 )
 
 
-def default_shard_size(count: int) -> int:
-    """Samples in a shard: `count` images give eight shards or more, of 16 to 1000 images each.
+class ImageSource(Protocol):
+    """Images to pack, by number. `load` is called by several threads at once.
 
-    Shards are the unit that training shuffles and shares out, so a small data set needs several too.
+    Attributes:
+        location: where the images are, for the record.
+        sizes: bytes of each image file.
+        listing: hex digest that changes with the images.
+    """
+
+    location: str
+    sizes: list[int]
+    listing: str
+
+    def key(self, number: int) -> str:
+        """The key of a sample: unique, and escaped as by `escape_key`."""
+        ...
+
+    def name(self, number: int) -> str:
+        """The name of an image in messages."""
+        ...
+
+    def load(self, number: int) -> dict[str, bytes]:
+        """Extension -> bytes, the image first. Raises ImageError."""
+        ...
+
+
+def default_shard_size(count: int) -> int:
+    """Maximum samples per shard: 16 to 1000, so that `count` images give eight shards or more.
+
+    Training shuffles and distributes shards, so a small data set needs several too.
     """
     return min(max(-(-count // 8), 16), 1000)
 
@@ -46,32 +93,31 @@ def default_shard_size(count: int) -> int:
 def shards(options: ShardsOptions) -> ShardIndex:
     """Pack images into WebDataset shards `OUT/000000.tar ...`, each with its index, and a manifest `index.json`.
 
-    From a folder, the files are copied as they are, with a `.txt`, `.json`, `.cls` or `.caption` of the same name if there is one. A
-    sample's key is its path under the folder without extension, dots and spaces escaped. From a Hugging Face dataset, the files
-    are those of its image column, a class label becomes `.cls`, other numbers and texts `.json`; the key is the row's number.
+    Files of a folder are copied unchanged, with a `.txt`, `.json`, `.cls` or `.caption` of the same name. A sample's key is its
+    path in the folder without extension, with dots and spaces escaped. A Hugging Face dataset gives the files of its image
+    column; a class label becomes `.cls`, other numbers and texts `.json`, and the key is the row's number.
 
-    Every image is decoded once to be sure that it can be. A run that was stopped, in whatever way, goes on with the shards that
-    are missing, and ends with the same bytes. Other files in `out` are left alone.
+    Every image is decoded once as a check. A stopped run resumes with the missing shards and ends with the same bytes. Other
+    files in `out` are not touched.
 
     Raises:
         DataError: no such images, none at all, or two files with the same key.
         ImageError: an image can't be read (without `skip_bad`), or none can.
-        MissingDependencyError: a dataset without the package datasets, or built-in images without the package that holds them.
-        OutputError: the output can't be written, or holds shards of something else.
+        MissingDependencyError: the package datasets, or the package of the built-in images, is missing.
+        OutputError: the output can't be written, or contains other shards.
     """
     out = Path(options.out)
-    _check(options.shard_size, options.max_shard_mb, options.resize, options.quality, options.workers)
+    if options.quality is not None and options.resize is None:
+        raise RecipeError(
+            "quality is for resized images; give resize too, or omit quality to copy files unchanged"
+        )
     source = _source(options.images, out)
     count = len(source.sizes)
     shard_size = options.shard_size or default_shard_size(count)
-    groups = _split(
-        ((number, size) for number, size in enumerate(source.sizes)),
-        shard_size,
-        options.max_shard_mb * 1e6,
-    )
+    groups = _split(enumerate(source.sizes), shard_size, options.max_shard_mb * 1e6)
     plan = [(out / f"{number:06}.tar", range(group[0], group[-1] + 1)) for number, group in enumerate(groups)]
     inputs = {
-        "images": source.place,
+        "images": source.location,
         "files": count,
         "listing": source.listing,
         "shard_size": shard_size,
@@ -84,11 +130,10 @@ def shards(options: ShardsOptions) -> ShardIndex:
         index = load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
         say(f"{out} is finished: these images are already in shards{_bad(count - index.samples, out)}")
         return index
-    _remove_leftovers(out)
-    threads = options.workers or min(os.cpu_count() or 1, 16)
-    entries = Packer(
-        source, out, options.resize, options.quality, options.skip_bad, threads, options.max_pixels
-    ).run(plan)
+    for leftover in out.glob(".*.incomplete"):  # of a killed run
+        if _OURS.fullmatch(leftover.name) and abandoned(leftover):
+            leftover.unlink(missing_ok=True)
+    entries = _Packer(source, options).run(plan)
     if not any(entry.samples for entry in entries):
         raise ImageError(
             f"none of the {count} images of {options.images} can be read; see {out / BAD_SAMPLES}"
@@ -97,19 +142,15 @@ def shards(options: ShardsOptions) -> ShardIndex:
         if not entry.samples:  # every image of this shard was bad
             Path(entry.path).unlink()
     index = write_index(out, [entry for entry in entries if entry.samples])
-    bad, left_out = count - index.samples, source.left_out if isinstance(source, ImageFolder) else {}
-    job.finish(
-        samples=index.samples,
-        bad_samples=bad,
-        left_out=dict(sorted(left_out.items())),
-        shards=len(index.shards),
-    )
+    bad = count - index.samples
+    left_out = dict(sorted(source.left_out.items())) if isinstance(source, ImageFolder) else {}
+    job.finish(samples=index.samples, bad_samples=bad, left_out=left_out, shards=len(index.shards))
     say(f"shards: {index.samples} images in {len(index.shards)} shards in {out}{_bad(bad, out)}")
     return index
 
 
 def _bad(count: int, out: Path) -> str:
-    return f"; left out {count} that can't be read, see {out / BAD_SAMPLES}" if count else ""
+    return f"; {count} unreadable images are left out, see {out / BAD_SAMPLES}" if count else ""
 
 
 def _source(images: str | Path, out: Path) -> ImageSource:
@@ -123,22 +164,25 @@ def _source(images: str | Path, out: Path) -> ImageSource:
 def write_shards(
     samples: Iterable[Members], out: str | Path, *, shard_size: int = 1000, max_shard_mb: float = 1000.0
 ) -> ShardIndex:
-    """Write samples from memory to `OUT/000000.tar ...`, each with its index, and a manifest `index.json`, in the order given.
+    """Write samples from memory to `OUT/000000.tar ...` in their order, each with its index, and a manifest `index.json`.
 
     Args:
-        samples: `{"__key__": "folder/name", "png": bytes, ...}`; keys as `escape_key` makes them, each once.
-        out: folder that holds no shards yet.
-        shard_size: at most so many samples in a shard.
-        max_shard_mb: and at most so many MB, unless one sample alone is larger.
+        samples: `{"__key__": "folder/name", "png": bytes, ...}` with unique keys, escaped as by `escape_key`.
+        out: folder without shards.
+        shard_size: maximum samples per shard.
+        max_shard_mb: maximum MB per shard, unless one sample is larger.
 
     Raises:
-        DataError: no samples, or a key that readers would misread or that occurs twice.
-        OutputError: the output can't be written or already holds shards.
+        DataError: no samples, or a key that occurs twice or that readers would misread.
+        OutputError: the output can't be written or already contains shards.
     """
     out = Path(out)
-    _check(shard_size, max_shard_mb)
+    if shard_size < 1 or max_shard_mb <= 0:
+        raise DataError(
+            f"shard_size is {shard_size} and max_shard_mb {max_shard_mb}; expected numbers above zero"
+        )
     if any(out.glob("*.tar")):
-        raise OutputError(f"{out} already holds shards; choose another output or remove them")
+        raise OutputError(f"{out} already contains shards; choose another output or remove them")
     written: list[Path] = []
     sized = ((sample, sum(len(value) for value in sample.values())) for sample in _checked(samples))
     for group in _split(sized, shard_size, max_shard_mb * 1e6):
@@ -151,46 +195,6 @@ def write_shards(
     return write_index(out, [scan_shard(path) for path in written])
 
 
-def _check(
-    shard_size: int | None,
-    max_shard_mb: float,
-    resize: int | None = None,
-    quality: int | None = None,
-    workers: int | None = None,
-) -> None:
-    values = {"shard_size": shard_size, "max_shard_mb": max_shard_mb, "resize": resize, "workers": workers}
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise DataError(f"{name} is {value}; it must be above zero")
-    if quality is not None and not 1 <= quality <= 100:
-        raise DataError(f"quality is {quality}; a JPEG's is from 1 to 100")
-    if quality is not None and resize is None:
-        raise DataError(
-            "quality is of images that are resized; give resize too, or leave it out to copy files as they are"
-        )
-
-
-class _ShardsJob(Job):
-    """A job in a folder that may hold other files, as long as none is a shard."""
-
-    @classmethod
-    def claim(cls, folder: Path, inputs: Mapping[str, Any]) -> Job:
-        if (folder / RECORD).exists() or not folder.is_dir():
-            return cls.open(folder, "shards", inputs)
-        taken = next((p.name for p in sorted(folder.iterdir()) if _is_shards(p.name)), None)
-        if taken:
-            raise OutputError(
-                f"{folder} already holds {taken}, which would mix with the shards; choose another folder"
-            )
-        job = cls(folder, "shards", dict(inputs), "new")
-        job._write(finished=False)
-        return job
-
-
-def _is_shards(name: str) -> bool:
-    return name.endswith((".tar", ".tar" + SUFFIX)) or name in (INDEX_NAME, BAD_SAMPLES)
-
-
 def _checked(samples: Iterable[Members]) -> Iterator[Members]:
     seen: set[str] = set()
     for sample in samples:
@@ -200,7 +204,7 @@ def _checked(samples: Iterable[Members]) -> Iterator[Members]:
         plain = key.replace("%", "")
         if escape_key(plain) != plain or key.startswith("/"):
             raise DataError(
-                f"sample key {key!r} has characters that readers of shards would misread; pass it through escape_key"
+                f"sample key {key!r} has characters that readers would misread; pass it through escape_key"
             )
         if key in seen:
             raise DataError(f"two samples have the key {key!r}; keys must be unique")
@@ -208,11 +212,16 @@ def _checked(samples: Iterable[Members]) -> Iterator[Members]:
         yield sample
 
 
-def _remove_leftovers(out: Path) -> None:
-    """What a killed run was writing."""
-    for leftover in out.glob(".*.incomplete"):
-        if _OURS.fullmatch(leftover.name) and abandoned(leftover):
-            leftover.unlink(missing_ok=True)
+def fill_tar(path: Path, samples: Iterable[Members]) -> None:
+    """Write samples to a tar; the same samples give the same bytes."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+        for sample in samples:
+            for extension, data in sample.items():
+                if extension != "__key__" and isinstance(data, bytes):
+                    # The defaults of TarInfo are constant: mtime, uid and gid 0, mode 0o644, no names.
+                    info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
 
 
 def _split(sized: Iterable[tuple[_T, int]], count: int, size: float) -> Iterator[list[_T]]:
@@ -227,3 +236,127 @@ def _split(sized: Iterable[tuple[_T, int]], count: int, size: float) -> Iterator
         total += weight
     if group:
         yield group
+
+
+class _ShardsJob(Job):
+    """A job in a folder that may contain other files, but no shard."""
+
+    @classmethod
+    def claim(cls, folder: Path, inputs: dict[str, Any]) -> Job:
+        if (folder / RECORD).exists() or not folder.is_dir():
+            return cls.open(folder, "shards", inputs)
+        ours = (".tar", ".tar" + SUFFIX)
+        for name in sorted(path.name for path in folder.iterdir()):
+            if name.endswith(ours) or name in (INDEX_NAME, BAD_SAMPLES):
+                raise OutputError(
+                    f"{folder} already contains {name}, which would mix with the shards; choose another folder"
+                )
+        job = cls(folder, "shards", inputs, "new")
+        job._write(finished=False)
+        return job
+
+
+class _Packer:
+    """Packs the images of a source into shards: some threads read, check and shrink images, others write tars."""
+
+    def __init__(self, source: ImageSource, options: ShardsOptions) -> None:
+        self.source, self.options, self.out = source, options, Path(options.out)
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._bad: dict[str, list[str]] | None = None
+
+    def run(self, plan: Sequence[tuple[Path, range]]) -> list[ShardEntry]:
+        """Write the missing shards of a plan, each with its index.
+
+        Raises:
+            ImageError: an image can't be read, without `skip_bad`.
+            OutputError: a shard can't be written.
+        """
+        missing = [not path.exists() for path, _ in plan]
+        total = sum(len(numbers) for _, numbers in plan)
+        todo = sum(len(numbers) for (_, numbers), here in zip(plan, missing, strict=True) if here)
+        workers = self.options.workers or min(os.cpu_count() or 1, 16)
+        writers = max(1, min(workers, sum(missing)))
+        depth = max(2, 2 * workers // writers)  # images that are loaded ahead for each shard
+        with (
+            Progress("packing images", total=total, initial=total - todo) as progress,
+            ThreadPoolExecutor(workers) as readers,
+        ):
+
+            def write(item: tuple[Path, range]) -> ShardEntry:
+                return self._write(*item, readers, depth, progress)
+
+            return in_parallel(write, plan, writers, self._stop, lambda: None)
+
+    def _write(
+        self, path: Path, numbers: range, readers: ThreadPoolExecutor, depth: int, progress: Progress
+    ) -> ShardEntry:
+        if path.exists():
+            table = IndexFiles((str(path),), None).find(str(path))
+            indexed = table is not None and table.record["sha256"]
+            return entry_of(str(path), table) if table is not None and indexed else scan_shard(path)
+        bad: list[dict[str, str]] = []
+
+        def good() -> Iterator[Members]:
+            for number, result in zip(numbers, self._ahead(readers, numbers, depth), strict=True):
+                if self._stop.is_set():
+                    raise Interrupted("packing was stopped; run the same command again to resume")
+                try:
+                    yield result.result()
+                except ImageError as error:
+                    if not self.options.skip_bad:
+                        raise
+                    name, key = self.source.name(number), self.source.key(number)
+                    bad.append({"file": name, "key": key, "shard": path.name, "reason": str(error)})
+                with self._lock:
+                    progress.advance()
+
+        with atomic_file(path) as temporary:
+            fill_tar(temporary, good())
+            self._record_bad(path, bad)  # before the shard gets its name, so that every shard has its record
+        return scan_shard(path)
+
+    def _ahead(self, readers: ThreadPoolExecutor, numbers: range, depth: int) -> Iterator[Future[Members]]:
+        """Load images in order, a few ahead: `readers.map` would keep a complete shard in memory."""
+        running: deque[Future[Members]] = deque()
+        todo = iter(numbers)
+        try:
+            while True:
+                for number in itertools.islice(todo, depth - len(running)):
+                    running.append(readers.submit(self._load, number))
+                if not running:
+                    return
+                yield running.popleft()
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _load(self, number: int) -> Members:
+        """A sample. Its image is decoded as a check, and shrunk if requested."""
+        members, options = self.source.load(number), self.options
+        extension, name = image_extension(members), self.source.name(number)
+        if extension is None:
+            raise ImageError(f"image {name} has an unknown format: found {', '.join(members)}")
+        sample: dict[str, str | bytes] = {"__key__": self.source.key(number)}
+        data, limit = members[extension], options.max_pixels
+        if options.resize is None:
+            decode_image(data, name, max_pixels=limit, short=1)
+        elif smaller := shrink(data, name, options.resize, options.quality, max_pixels=limit):
+            del members[extension]
+            sample[smaller[0]] = smaller[1]
+        return {**sample, **members}
+
+    def _record_bad(self, path: Path, bad: list[dict[str, str]]) -> None:
+        """Replace the lines of this shard in `bad_samples.jsonl`, which a killed run may have written."""
+        record = self.out / BAD_SAMPLES
+        with self._lock:
+            if self._bad is None:
+                self._bad = {}
+                for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else []:
+                    self._bad.setdefault(json.loads(line)["shard"], []).append(line)
+            before = self._bad.pop(path.name, [])
+            lines = [json.dumps(entry, ensure_ascii=False) for entry in bad]
+            if lines:
+                self._bad[path.name] = lines
+            if lines != before:
+                rows = (f"{line}\n" for shard in sorted(self._bad) for line in self._bad[shard])
+                write_text(record, "".join(rows))

@@ -1,16 +1,17 @@
-"""The bytes of shards, local or remote: ranges and whole files, of the length asked for or an error."""
+"""The bytes of shards, local or remote: ranges and streams that return all requested bytes or raise an error."""
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from latentae.data import remote
+from latentae.data.remote import ByteStream, is_remote, shown
 from latentae.errors import ShardError
 
 __all__ = [
@@ -25,37 +26,7 @@ __all__ = [
     "will_read",
 ]
 
-MAX_OPEN = 64  # local files kept open in each process
-
-_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")  # two letters or more: C:// is a drive
-
-
-class ByteStream(Protocol):
-    """What `stream` gives: a file read from its beginning to its end."""
-
-    def read(self, count: int) -> bytes:
-        """The next `count` bytes; fewer only at the end."""
-        ...
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path has a scheme such as `http://`, `s3://`, `gs://`, `hf://` or `memory://`.
-
-    Raises:
-        ShardError: `pipe:`, which would run a program.
-    """
-    if path.startswith("pipe:"):
-        raise ShardError(f"{path!r} would run a program; shards must be local files or URLs")
-    return _SCHEME.match(path) is not None
-
-
-def shown(path: str) -> str:
-    """A path as messages and records show it: a URL without password and query, which may hold a signature."""
-    if not is_remote(path):
-        return path
-    scheme, _, rest = path.partition("://")
-    host, slash, tail = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{tail}"
+MAX_OPEN = 64  # local files that each process keeps open
 
 
 def name_of(path: str) -> str:
@@ -67,41 +38,35 @@ def size_of(path: str) -> int:
     """Bytes of a file.
 
     Raises:
-        ShardError: it is missing, or its size can't be had.
+        ShardError: it is missing, or its size is unknown.
     """
     if is_remote(path):
-        from latentae.data import remote
-
         return remote.size_of(path)
     with _errors(path):
         return Path(path).stat().st_size
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
-    """Bytes of each file, in fewer requests than one for each where a store lists them; errors as `size_of`."""
+    """Bytes of each file, in few requests if the store lists them; errors as `size_of`."""
     if not any(map(is_remote, paths)):
         return [size_of(path) for path in paths]
-    from latentae.data import remote
-
     far = [path for path in paths if is_remote(path)]
     sizes = dict(zip(far, remote.sizes_of(far), strict=True))
     return [sizes[path] if path in sizes else size_of(path) for path in paths]
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """The bytes from `start` to `stop` of a file: all of them, or an error.
+    """All bytes from `start` to `stop` of a file.
 
-    Local files stay open, a few dozen in each process; remote ranges are asked for again after server errors, cut streams and
-    timeouts, up to a limit.
+    Each process keeps a few dozen local files open. Remote ranges are retried after server errors, broken streams and
+    timeouts, within the limits of `remote.patience`.
 
     Raises:
-        ShardError: missing, shorter than `stop`, or not to be read.
+        ShardError: missing, shorter than `stop`, or unreadable.
     """
     if start >= stop:
         return b""
     if is_remote(path):
-        from latentae.data import remote
-
         return remote.read_range(path, start, stop)
     with _errors(path):
         found = _files().read(path, start, stop)
@@ -113,7 +78,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 
 
 def will_read(path: str, start: int, stop: int) -> None:
-    """Tell the system that a range of a local file will be read soon; a hint without effect elsewhere."""
+    """Tell the system that a range of a local file will be read soon. Remote files ignore the hint."""
     if hasattr(os, "posix_fadvise") and not is_remote(path):
         with _errors(path):
             _files().advise(path, start, stop)
@@ -121,20 +86,18 @@ def will_read(path: str, start: int, stop: int) -> None:
 
 @contextmanager
 def stream(path: str) -> Iterator[ByteStream]:
-    """A whole file from its beginning; a remote one is resumed where it broke off.
+    """Stream a file from its beginning. A broken remote stream is resumed.
 
     Raises:
         ShardError: as `read_range`, here or while reading.
     """
     if is_remote(path):
-        from latentae.data import remote
-
         with remote.stream(path) as file:
             yield file
         return
-    with ExitStack() as stack:
-        with _errors(path):
-            file = stack.enter_context(Path(path).open("rb", buffering=0))
+    with _errors(path):
+        file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (closed below; reads have errors of their own)
+    with file:
         yield _LocalStream(path, file)
 
 
@@ -155,17 +118,15 @@ def _errors(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ShardError(
-            f"no shard {path}; pass a folder of .tar files, a file, a glob, a brace pattern or a URL"
-        ) from None
+        hint = "pass a folder of .tar files, a file, a glob, a brace pattern or a URL"
+        raise ShardError(f"no shard {path}; {hint}") from None
     except OSError as error:
-        raise ShardError(
-            f"shard {path} can't be read ({error.strerror or error}); check the file and the disk"
-        ) from error
+        reason = error.strerror or error
+        raise ShardError(f"shard {path} can't be read ({reason}); check the file and the disk") from error
 
 
 class _OpenFiles:
-    """Descriptors of local files, the least recently used closed first. Reads name their position, so threads can share them."""
+    """An LRU cache of file descriptors. Reads pass their position, so threads can share them."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -195,17 +156,17 @@ class _OpenFiles:
             os.posix_fadvise(self._open(path), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def _open(self, path: str) -> int:
-        there = os.stat(path)  # noqa: PTH116 (once for every sample read)
+        status = os.stat(path)  # noqa: PTH116 (once per sample)
         kept = self._files.get(path)
-        if kept is not None and kept[1:] == (there.st_dev, there.st_ino):
+        if kept is not None and kept[1:] == (status.st_dev, status.st_ino):
             self._files.move_to_end(path)
             return kept[0]
-        if kept is not None:  # another file has taken its name
+        if kept is not None:  # the name now belongs to another file
             os.close(self._files.pop(path)[0])
         while len(self._files) >= MAX_OPEN:
             os.close(self._files.popitem(last=False)[1][0])
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._files[path] = (descriptor, there.st_dev, there.st_ino)
+        self._files[path] = (descriptor, status.st_dev, status.st_ino)
         return descriptor
 
 
@@ -213,7 +174,7 @@ _open_files: _OpenFiles | None = None
 
 
 def _files() -> _OpenFiles:
-    """This process's files: after a fork the parent's lock may be held by a thread that is not there."""
+    """This process's files. After a fork, the parent's lock may be locked by a thread that does not exist here."""
     global _open_files
     if _open_files is None or _open_files.process != os.getpid():
         _open_files = _OpenFiles()

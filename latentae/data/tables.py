@@ -1,7 +1,7 @@
-"""The index of one shard: which samples lie where in the tar, in one compact file that is read by memory mapping.
+"""The index of one shard: a table of its samples, built by one walk over the tar and read by memory mapping. Loads no torch.
 
-A safetensors file: arrays of unsigned integers in the smallest type that fits, and a JSON record under the metadata key
-`latentae_index`, after its CRC-32. The same shard gives the same bytes.
+The file is a safetensors file. It has arrays of unsigned integers in the smallest type that fits, and under the metadata key
+`latentae_index` a JSON record after its CRC-32. The same shard gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,121 +11,119 @@ import json
 import mmap
 import os
 import struct
+import threading
 import zlib
 from array import array
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latentae.data.tars import BLOCK, Problem, Sample
-from latentae.errors import ShardError
+from latentae.data.headers import IMAGE_EXTENSIONS, image_size
+from latentae.data.sources import ByteStream, is_remote, read_range, shown, size_of, stream
+from latentae.data.tars import BLOCK, Member, Problem, Reader, Sample, walk_samples
+from latentae.errors import Interrupted, ShardError
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MAX_PROBLEMS",
-    "SampleTable",
-    "TableBuilder",
-    "hash_key",
-    "open_table",
-    "read_record",
-]
+__all__ = ["MAX_PROBLEMS", "SampleTable", "hash_key", "marks_match", "open_table", "scan"]
 
 FORMAT_VERSION = 1
-MAX_PROBLEMS = 1000  # listed one by one for each shard; the others are counted
+MAX_PROBLEMS = 1000  # listed per shard; the others are only counted
 RECORD = "latentae_index"
 MAX_HEADER = 1 << 24  # bytes of JSON before the arrays
 
 _TYPES = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "U64": np.dtype("<u8")}
-_ROWS = ("start", "blocks", "height", "width", "key_hash", "key_end", "last")  # one number for each sample
-_MEMBERS = ("extension", "skip", "bytes")  # one for each member; those of a sample end at its "last"
-_TEXT = (
-    "keys",
-    "problems",
-)  # bytes; the problems are JSON, apart from the record for they may be long and are seldom read
+_ROWS = ("start", "blocks", "height", "width", "key_hash", "key_end", "last")  # one number per sample
+_MEMBERS = ("extension", "skip", "bytes")  # one per member; those of a sample end at its "last"
+_TEXT = ("keys", "problems")  # bytes; the problems are JSON, outside the record because they may be long
 _NAMES = (*_ROWS, *_MEMBERS, *_TEXT)
 _FACTS = {"samples", "bytes", "sha256", "headers", "marks", "place", "extensions", "problem_counts", "crc32"}
+_NEAR = 1 << 13  # bytes per read where only headers are needed: a header and the beginning of an image
 
 
 def hash_key(key: str) -> int:
     """The 64 bits of a key that decide whether it is held out."""
-    digest = hashlib.blake2b(
-        key.encode("utf-8", "surrogateescape"), digest_size=8, key=b"latentae held out"
-    ).digest()
-    return int.from_bytes(digest, "big")
+    data = key.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=b"latentae held out").digest(), "big")
 
 
 class SampleTable:
     """The samples of one shard, in tar order.
 
-    It reads from a memory-mapped file where it has one, so a copy costs pages of the file cache, shared by all processes; pickled,
-    it travels as the path of that file.
+    A memory-mapped table costs only pages of the file cache, which all processes share. A pickled one is the path of its file.
+
+    Args:
+        data: the index, as bytes or as a memory map.
+        source: its file, or its bytes.
 
     Attributes:
-        samples: how many.
-        record: what the index says of the shard: bytes, sha256, headers ...
+        samples: number of samples.
+        source: see above.
+        record: facts about the shard: bytes, sha256, headers ...
+
+    Raises:
+        ValueError: not an index file of this version, or a damaged one.
     """
 
     def __init__(self, data: Any, source: str | bytes) -> None:
-        self._source, header = source, _header(data)
-        self.record: dict[str, Any] = header.record
-        if not self.record.keys() >= _FACTS:
-            raise ValueError("its record is not complete")
-        self._arrays = {name: np.frombuffer(data, *header.arrays[name]) for name in _NAMES}
-        self._checked: set[str] = set()
+        self.source = source
+        self.record, self._arrays = _parse(data)
         self.samples: int = len(self._arrays["start"])
-        self._extensions: list[str] = self.record["extensions"]
-        if not all(len(self._arrays[name]) == self.samples for name in _ROWS):
+        self._checked: set[str] = set()
+        if any(len(self._arrays[name]) != self.samples for name in _ROWS):
             raise ValueError("its arrays differ in length")
 
-    def __len__(self) -> int:
-        return self.samples
-
-    def _whole(self, name: str) -> np.ndarray:
-        """An array of which every number is wanted: checked when it is first asked for."""
+    def _checked_array(self, name: str) -> np.ndarray:
+        """A complete array; its CRC-32 is checked at the first use."""
         values = self._arrays[name]
         if name not in self._checked:
             if zlib.crc32(values.data) != self.record["crc32"][name]:
-                place = self._source if isinstance(self._source, str) else "in memory"
+                where = self.source if isinstance(self.source, str) else "in memory"
                 raise ShardError(
-                    f"the index {place} is damaged ({name}); remove it and run `latentae index` again"
+                    f"the index {where} is damaged ({name}); remove it and run `latentae index` again"
                 )
             self._checked.add(name)
         return values
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_table, (self._source,)
+        return open_table, (self.source,)
+
+    @property
+    def data(self) -> bytes:
+        """The index file."""
+        return self.source if isinstance(self.source, bytes) else Path(self.source).read_bytes()
 
     @property
     def problems(self) -> list[Problem]:
-        """What is damaged or left out of the index; at most MAX_PROBLEMS, though the record counts all."""
-        return [Problem(*problem) for problem in json.loads(self._whole("problems").tobytes())]
+        """What is damaged or left out; at most MAX_PROBLEMS, while the record counts all."""
+        return [Problem(*problem) for problem in json.loads(self._checked_array("problems").tobytes())]
 
     @property
     def offset(self) -> np.ndarray:
         """int64 [n]: first byte of each sample's first header in the tar."""
-        return self._whole("start").astype(np.int64) * BLOCK
+        return self._checked_array("start").astype(np.int64) * BLOCK
 
     @property
     def size(self) -> np.ndarray:
-        """int64 [n]: bytes from there to the end of the padding of the sample's last member."""
-        return self._whole("blocks").astype(np.int64) * BLOCK
+        """int64 [n]: bytes of each sample from its first header, including the padding of its last member."""
+        return self._checked_array("blocks").astype(np.int64) * BLOCK
 
     @property
     def height(self) -> np.ndarray:
-        """int32 [n]: height of the image in pixels, upright, by its header; 0 unknown."""
-        return self._whole("height").astype(np.int32)
+        """int32 [n]: height of the upright image in pixels, by its header; 0 is unknown."""
+        return self._checked_array("height").astype(np.int32)
 
     @property
     def width(self) -> np.ndarray:
-        """int32 [n]: width of the image in pixels, upright, by its header; 0 unknown."""
-        return self._whole("width").astype(np.int32)
+        """int32 [n]: width of the upright image in pixels, by its header; 0 is unknown."""
+        return self._checked_array("width").astype(np.int32)
 
     @property
     def key_hash(self) -> np.ndarray:
-        """uint64 [n]: the hash of each key that decides whether the sample is held out."""
-        return self._whole("key_hash").astype(np.uint64, copy=False)
+        """uint64 [n]: `hash_key` of each key."""
+        return self._checked_array("key_hash").astype(np.uint64, copy=False)
 
     def span(self, row: int) -> tuple[int, int]:
         """First byte of a sample in the tar, and the first byte after it."""
@@ -134,137 +132,24 @@ class SampleTable:
 
     def key(self, row: int) -> str:
         """The key of a sample."""
-        ends = self._arrays["key_end"]
-        text = self._arrays["keys"][int(ends[row - 1]) if row else 0 : int(ends[row])]
+        text = self._arrays["keys"][self._range("key_end", row)]
         return text.tobytes().decode("utf-8", "surrogateescape")
 
     def keys(self) -> list[str]:
         """The keys of all samples."""
-        text, ends = self._whole("keys").tobytes(), self._whole("key_end").tolist()
+        text, ends = self._checked_array("keys").tobytes(), self._checked_array("key_end").tolist()
         return [text[a:b].decode("utf-8", "surrogateescape") for a, b in zip([0, *ends], ends, strict=False)]
 
     def members(self, row: int) -> tuple[tuple[str, int, int], ...]:
-        """Extension (lower case, no dot), first byte of the data in the tar, bytes of data, of each member of a sample."""
-        ends = self._arrays["last"]
-        found, start = [], int(self._arrays["start"][row]) * BLOCK
-        for i in range(int(ends[row - 1]) if row else 0, int(ends[row])):
-            extension = self._extensions[int(self._arrays["extension"][i])]
-            found.append(
-                (extension, start + int(self._arrays["skip"][i]) * BLOCK, int(self._arrays["bytes"][i]))
-            )
-        return tuple(found)
+        """Extension (lower case, no dot), first byte of the data in the tar, and bytes of data, for each member."""
+        inside, start = self._range("last", row), int(self._arrays["start"][row])
+        columns = zip(*(self._arrays[name][inside].tolist() for name in _MEMBERS), strict=True)
+        names: list[str] = self.record["extensions"]
+        return tuple((names[extension], (start + skip) * BLOCK, size) for extension, skip, size in columns)
 
-
-class TableBuilder:
-    """Collects the samples of a shard for its index."""
-
-    def __init__(self) -> None:
-        self._columns = {name: array("B" if name in _TEXT else "Q") for name in _NAMES}
-        self._extensions: dict[str, int] = {}
-        self.problems: list[Problem] = []
-        self.counts: Counter[str] = Counter()
-
-    @property
-    def samples(self) -> int:
-        """How many so far."""
-        return len(self._columns["start"])
-
-    def report(self, problem: Problem) -> None:
-        """Count what is not used, and list it up to a limit."""
-        self.counts[problem.code] += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(problem)
-
-    def add(self, sample: Sample, image: tuple[int, int] | None) -> None:
-        """One more sample, and height and width of its image."""
-        c = self._columns
-        start = sample.start // BLOCK
-        c["start"].append(start)
-        c["blocks"].append(sample.end // BLOCK - start)
-        c["height"].append(image[0] if image else 0)
-        c["width"].append(image[1] if image else 0)
-        c["key_hash"].append(hash_key(sample.key))
-        c["keys"].frombytes(sample.key.encode("utf-8", "surrogateescape"))
-        c["key_end"].append(len(c["keys"]))
-        for extension, offset, size in sample.members:
-            c["extension"].append(self._extensions.setdefault(extension, len(self._extensions)))
-            c["skip"].append(offset // BLOCK - start)
-            c["bytes"].append(size)
-        c["last"].append(len(c["extension"]))
-
-    def ends(self) -> list[int]:
-        """First bytes of the first and the last sample, if there are any."""
-        starts = self._columns["start"]
-        return [starts[0] * BLOCK, starts[-1] * BLOCK] if starts else []
-
-    def headers(self) -> str:
-        """Hex digest of keys, members and where they lie: another tar has another one, but for the bytes inside its members."""
-        digest = hashlib.blake2b(json.dumps(list(self._extensions)).encode(), digest_size=16)
-        for name in ("start", "blocks", "key_end", "keys", "last", "extension", "skip", "bytes"):
-            column = _values(name, self._columns[name])
-            digest.update(len(column).to_bytes(8, "little"))
-            digest.update(column.astype(column.dtype.newbyteorder("<")).tobytes())
-        return digest.hexdigest()
-
-    def to_bytes(self, **facts: Any) -> bytes:
-        """The index file; `facts` (plain JSON values) join its record."""
-        from safetensors.numpy import save
-
-        self._columns["problems"] = array(
-            "B", json.dumps([list(problem) for problem in self.problems]).encode()
-        )
-        arrays = {name: _smallest(name, column) for name, column in self._columns.items()}
-        record = {
-            "format_version": FORMAT_VERSION,
-            "samples": self.samples,
-            "headers": self.headers(),
-            "extensions": list(self._extensions),
-            "problem_counts": dict(sorted(self.counts.items())),
-            "crc32": {name: zlib.crc32(array.data) for name, array in arrays.items()},
-            **facts,
-        }
-        text = json.dumps(record)
-        return save(arrays, {RECORD: f"{zlib.crc32(text.encode()):08x}{text}"})
-
-
-def _values(name: str, column: array) -> np.ndarray:
-    return np.frombuffer(column, np.uint8 if name in _TEXT else np.uint64)
-
-
-def _smallest(name: str, column: array) -> np.ndarray:
-    values = _values(name, column)
-    top = int(values.max()) if len(values) else 0
-    return values.astype(next(kind for kind in _TYPES.values() if top <= np.iinfo(kind).max))
-
-
-class _Header:
-    """What stands before the arrays of an index file."""
-
-    def __init__(self, entries: dict[str, Any], base: int, total: int) -> None:
-        text = entries["__metadata__"][RECORD]
-        if f"{zlib.crc32(text[8:].encode()):08x}" != text[:8]:
-            raise ValueError("its record is damaged")
-        self.record = json.loads(text[8:])
-        if self.record["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its format is {self.record['format_version']}, expected {FORMAT_VERSION}")
-        self.arrays: dict[
-            str, tuple[np.dtype, int, int]
-        ] = {}  # type, count, first byte, as np.frombuffer takes them
-        for name in _NAMES:
-            kind, (begin, end) = _TYPES[entries[name]["dtype"]], entries[name]["data_offsets"]
-            if not 0 <= begin <= end <= total - base or (end - begin) % kind.itemsize:
-                raise ValueError(f"array {name} lies outside the file")
-            self.arrays[name] = (kind, (end - begin) // kind.itemsize, base + begin)
-
-
-def _header(data: Any) -> _Header:
-    try:
-        (length,) = struct.unpack_from("<Q", data, 0)
-        if length > MAX_HEADER or 8 + length > len(data):
-            raise ValueError("it is cut short")
-        return _Header(json.loads(bytes(data[8 : 8 + length])), 8 + length, len(data))
-    except (struct.error, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"it is no index file ({type(error).__name__}: {error})") from None
+    def _range(self, ends: str, row: int) -> slice:
+        values = self._arrays[ends]
+        return slice(int(values[row - 1]) if row else 0, int(values[row]))
 
 
 def open_table(source: str | bytes) -> SampleTable:
@@ -272,7 +157,7 @@ def open_table(source: str | bytes) -> SampleTable:
 
     Raises:
         OSError: the file can't be opened.
-        ValueError: it is no index file of this version, or damaged.
+        ValueError: not an index file of this version, or a damaged one.
     """
     if isinstance(source, bytes):
         return SampleTable(source, source)
@@ -282,6 +167,207 @@ def open_table(source: str | bytes) -> SampleTable:
         return SampleTable(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), source)
 
 
-def read_record(source: str | bytes) -> dict[str, Any]:
-    """What an index says of its shard, without its arrays; errors as `open_table`."""
-    return open_table(source).record
+def _parse(data: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The record and the arrays of an index file."""
+    try:
+        (length,) = struct.unpack_from("<Q", data, 0)
+        base = 8 + length
+        if length > MAX_HEADER or base > len(data):
+            raise ValueError("it is cut short")
+        entries = json.loads(bytes(data[8:base]))
+        text = entries["__metadata__"][RECORD]
+        if f"{zlib.crc32(text[8:].encode()):08x}" != text[:8]:
+            raise ValueError("its record is damaged")
+        record: dict[str, Any] = json.loads(text[8:])
+        if record["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its format is {record['format_version']}, expected {FORMAT_VERSION}")
+        if not record.keys() >= _FACTS:
+            raise ValueError("its record is not complete")
+        return record, {name: _array(data, name, entries[name], base) for name in _NAMES}
+    except (struct.error, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"it is no index file ({type(error).__name__}: {error})") from None
+
+
+def _array(data: Any, name: str, entry: dict[str, Any], base: int) -> np.ndarray:
+    dtype, (begin, end) = _TYPES[entry["dtype"]], entry["data_offsets"]
+    if not 0 <= begin <= end <= len(data) - base or (end - begin) % dtype.itemsize:
+        raise ValueError(f"array {name} is outside the file")
+    return np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, base + begin)
+
+
+def scan(
+    path: str,
+    *,
+    hashed: bool,
+    place: str = "",
+    stop: threading.Event | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> SampleTable:
+    """Index one shard: walk its headers, read the sizes of its images, and hash the shard in the same pass.
+
+    Args:
+        path: local or remote.
+        hashed: read and hash every byte; otherwise only headers of a local shard are read. Remote shards are always hashed.
+        place: location of the shard, for the record; empty if the index is in the same folder.
+        stop: when set, the scan ends with Interrupted.
+        advance: called with numbers of bytes passed.
+
+    Returns:
+        The new index in memory.
+
+    Raises:
+        ShardError: the shard is missing, cut short, damaged or no tar.
+    """
+    size = size_of(path)
+    builder = _Builder(path, stop, advance)
+    digest = hashlib.sha256() if hashed or is_remote(path) else None
+    if digest is None:
+        end = builder.collect(Reader(partial(read_range, path), size, chunk=_NEAR))
+    else:
+        with stream(path) as file:
+            end = builder.collect(Reader(partial(_exactly, path, file), size, observe=digest.update))
+    if size_of(path) != size:
+        raise _changed(path)
+    sha256 = digest.hexdigest() if digest else ""
+    marks = [] if is_remote(path) else [[at, _block_hash(path, at)] for at in builder.marked(end)]
+    data = builder.to_bytes(bytes=size, sha256=sha256, marks=marks, place=place)
+    return SampleTable(data, data)
+
+
+def _exactly(path: str, file: ByteStream, start: int, stop: int) -> bytes:
+    data = file.read(stop - start)
+    if len(data) != stop - start:
+        raise _changed(path)
+    return data
+
+
+def _changed(path: str) -> ShardError:
+    return ShardError(f"shard {shown(path)} changed while it was read; index it again when it is complete")
+
+
+def marks_match(path: str, marks: list[list[Any]]) -> bool:
+    """Whether a local shard still has the indexed blocks: its first, last and end-of-archive headers."""
+    return is_remote(path) or all(_block_hash(path, int(start)) == digest for start, digest in marks)
+
+
+def _block_hash(path: str, start: int) -> str:
+    return hashlib.blake2b(read_range(path, start, start + BLOCK), digest_size=8).hexdigest()
+
+
+class _Builder:
+    """Collects the samples of a shard for its index."""
+
+    def __init__(self, path: str, stop: threading.Event | None, advance: Callable[[int], object]) -> None:
+        self._path, self._stop, self._advance, self._passed = path, stop, advance, 0
+        self._columns = {name: array("B" if name in _TEXT else "Q") for name in _NAMES}
+        self._extensions: dict[str, int] = {}
+        self._problems: list[Problem] = []
+        self._counts: Counter[str] = Counter()
+
+    def collect(self, reader: Reader) -> int:
+        """Add all samples of a shard; returns the first byte of its end-of-archive block."""
+        end = 0
+
+        def measure(member: Member) -> tuple[int, int] | None:
+            nonlocal end
+            self._pace(reader.position)
+            end = member.end
+            if member.kind != "file" or member.name.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS:
+                return None
+            return image_size(reader.take, member.size, lambda count: reader.skip_to(reader.position + count))
+
+        bare: list[Sample] | None = []  # samples without an image, until the first one with an image
+        for sample, sizes in walk_samples(reader, shown(self._path), measure, self._report):
+            there = {extension for extension, _, _ in sample.members}
+            image = next((extension for extension in IMAGE_EXTENSIONS if extension in there), None)
+            if image is None and bare is not None:
+                bare.append(sample)
+            elif image is None:
+                self._report_bare(sample)
+            else:
+                for other in bare or ():
+                    self._report_bare(other)
+                bare = None
+                if image not in sizes:
+                    self._report(
+                        Problem("image", sample.start, sample.key, "the header of its image can't be read")
+                    )
+                self._add(sample, sizes.get(image, (0, 0)))
+        for sample in bare or ():  # a shard without images, such as one of latents
+            self._add(sample, (0, 0))
+        self._pace(reader.position)
+        return end
+
+    def _pace(self, position: int) -> None:
+        if self._stop is not None and self._stop.is_set():
+            raise Interrupted("indexing was stopped; run the same command again to resume")
+        self._advance(position - self._passed)
+        self._passed = position
+
+    def _report(self, problem: Problem) -> None:
+        self._counts[problem.code] += 1
+        if len(self._problems) < MAX_PROBLEMS:
+            self._problems.append(problem)
+
+    def _report_bare(self, sample: Sample) -> None:
+        there = ", ".join(extension for extension, _, _ in sample.members)
+        reason = f"a sample without an image (it has {there})"
+        self._report(Problem("left_out", sample.start, sample.key, reason))
+
+    def _add(self, sample: Sample, size: tuple[int, int]) -> None:
+        c = self._columns
+        start = sample.start // BLOCK
+        c["start"].append(start)
+        c["blocks"].append(sample.end // BLOCK - start)
+        c["height"].append(size[0])
+        c["width"].append(size[1])
+        c["key_hash"].append(hash_key(sample.key))
+        c["keys"].frombytes(sample.key.encode("utf-8", "surrogateescape"))
+        c["key_end"].append(len(c["keys"]))
+        for extension, offset, count in sample.members:
+            c["extension"].append(self._extensions.setdefault(extension, len(self._extensions)))
+            c["skip"].append(offset // BLOCK - start)
+            c["bytes"].append(count)
+        c["last"].append(len(c["extension"]))
+
+    def marked(self, end: int) -> list[int]:
+        """Offsets of the headers that show a change of the shard when its size does not: first, last and `end`."""
+        starts = self._columns["start"]
+        return sorted({*(start * BLOCK for start in (*starts[:1], *starts[-1:])), end})
+
+    def _headers(self) -> str:
+        """Hex digest of keys, members and their offsets. Tars that differ only inside their members share it."""
+        digest = hashlib.blake2b(json.dumps(list(self._extensions)).encode(), digest_size=16)
+        for name in ("start", "blocks", "key_end", "keys", "last", "extension", "skip", "bytes"):
+            column = self._values(name)
+            digest.update(len(column).to_bytes(8, "little"))
+            digest.update(column.astype(column.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
+
+    def _values(self, name: str) -> np.ndarray:
+        return np.frombuffer(self._columns[name], np.uint8 if name in _TEXT else np.uint64)
+
+    def _smallest(self, name: str) -> np.ndarray:
+        values = self._values(name)
+        top = int(values.max()) if len(values) else 0
+        return values.astype(next(dtype for dtype in _TYPES.values() if top <= np.iinfo(dtype).max))
+
+    def to_bytes(self, **facts: Any) -> bytes:
+        """The index file; `facts` (plain JSON values) join its record."""
+        from safetensors.numpy import save
+
+        self._columns["problems"] = array(
+            "B", json.dumps([list(problem) for problem in self._problems]).encode()
+        )
+        arrays = {name: self._smallest(name) for name in _NAMES}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "samples": len(arrays["start"]),
+            "headers": self._headers(),
+            "extensions": list(self._extensions),
+            "problem_counts": dict(sorted(self._counts.items())),
+            "crc32": {name: zlib.crc32(values.data) for name, values in arrays.items()},
+            **facts,
+        }
+        text = json.dumps(record)
+        return save(arrays, {RECORD: f"{zlib.crc32(text.encode()):08x}{text}"})

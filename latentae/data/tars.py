@@ -1,38 +1,32 @@
-"""A strict walk over a tar: every member and where it lies, or an error that names the damaged byte.
+"""A strict walk over a tar: every member with its byte offsets, or an error that names the damaged byte.
 
-Plain (V7), ustar, GNU and PAX headers, long names included. Unlike Python's tarfile, which stops in silence at a header it can't
-read, the walk ends only at the end-of-archive block with nothing but zeros after it. It never writes and never follows a link.
+It reads plain (V7), ustar, GNU and PAX headers, including long names. Python's tarfile silently stops at a header that it can't
+read. This walk ends only at the end-of-archive block, with only zeros after it. It never writes and never follows a link.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from latentae.errors import ShardError
 
-__all__ = ["BLOCK", "DamagedTar", "Member", "Problem", "Reader", "Sample", "group", "walk"]
+__all__ = ["BLOCK", "DamagedTar", "Member", "Problem", "Reader", "Sample", "group", "walk", "walk_samples"]
 
+_T = TypeVar("_T")
 BLOCK = 512
-MAX_EXTENDED = (
-    1 << 20
-)  # bytes of a long name or PAX header; names end far below, and a damaged size must not fill the memory
+MAX_EXTENDED = 1 << 20  # bytes of a long name or PAX header, so that a damaged size can't fill the memory
 
 _ZEROS = bytes(BLOCK)
 _KINDS = {
-    b"0": "file",
-    b"\0": "file",
-    b"7": "file",
-    b"1": "hard link",
-    b"2": "symbolic link",
-    b"3": "device",
-    b"4": "device",
-    b"5": "folder",
-    b"6": "fifo",
-    b"S": "sparse file",
+    **dict.fromkeys((b"0", b"\0", b"7"), "file"),
+    **dict.fromkeys((b"3", b"4"), "device"),
+    **{b"1": "hard link", b"2": "symbolic link", b"5": "folder", b"6": "fifo", b"S": "sparse file"},
 }
-_NO_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # whatever their size field says, POSIX ustar
+_NO_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # for any value of their size field, POSIX ustar
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -41,15 +35,13 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
     b"PK\x03\x04": "zip",
 }
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
-_SPLIT = re.compile(
-    r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL
-)  # webdataset's base_plus_ext, for names of one line
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
+_SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's base_plus_ext
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 class DamagedTar(ShardError):
-    """A file that was read, but is no whole tar."""
+    """A file that can be read, but is not a complete tar."""
 
 
 class Member(NamedTuple):
@@ -57,7 +49,7 @@ class Member(NamedTuple):
 
     name: str
     kind: str
-    """`file`, or what else it is."""
+    """`file`, or the type of any other entry, such as `symbolic link`."""
     start: int
     """First byte of its first header."""
     offset: int
@@ -69,7 +61,7 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Members side by side that share a key."""
+    """Consecutive members that share a key."""
 
     key: str
     start: int
@@ -82,8 +74,8 @@ class Problem(NamedTuple):
     """Something in a shard that is not used.
 
     Attributes:
-        code: `twice`, `outside`, `name` (damaged samples); `image` (a sample that stays, though its image can't be read by its
-            header); `left_out` (no part of any sample: links, hidden files, samples without an image).
+        code: `twice`, `outside` and `name` are damaged samples. `image` is a sample that is used although the header of its
+            image can't be read. `left_out` is no part of a sample: links, hidden files, samples without an image.
     """
 
     code: str
@@ -93,12 +85,12 @@ class Problem(NamedTuple):
 
 
 class Reader:
-    """The bytes of a file in order, fetched in chunks; jumps over what is skipped unless someone observes every byte.
+    """The bytes of a file in order, fetched in chunks. Skipped bytes are not fetched, unless every byte is observed.
 
     Args:
-        fetch: `fetch(start, stop)` returns exactly these bytes; called with rising, touching ranges when `observe` is given.
-        stop: where the file, or the part to read, ends.
-        start: where to begin.
+        fetch: `fetch(start, stop)` returns exactly these bytes. With `observe`, ranges ascend without gaps.
+        stop: end of the file, or of the part to read.
+        start: first byte to read.
         chunk: bytes to fetch at once.
         observe: called with every byte from `start` to `stop`, in order.
     """
@@ -117,7 +109,7 @@ class Reader:
         self._buffer, self._base = b"", start
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes; fewer only where the file ends."""
+        """The next `count` bytes; fewer only at the end of the file."""
         begin = self.position - self._base
         if begin + count > len(self._buffer):
             self._fill(min(self.position + count, self.stop))
@@ -127,7 +119,7 @@ class Reader:
         return found
 
     def skip_to(self, position: int) -> None:
-        """Go on at `position`, which is not before this one."""
+        """Skip forward to `position`."""
         position = min(position, self.stop)
         if self._observe is not None:
             while self._base + len(self._buffer) < position:
@@ -137,7 +129,7 @@ class Reader:
         self.position = position
 
     def _fill(self, stop: int) -> None:
-        """Make the buffer hold everything from the position to `stop`."""
+        """Fill the buffer with everything from the position to `stop`."""
         have = self._base + len(self._buffer)
         kept = self._buffer[self.position - self._base :] if self.position < have else b""
         self._base = self.position
@@ -154,13 +146,13 @@ class Reader:
 
 
 def walk(reader: Reader, shard: str, *, whole: bool = True) -> Iterator[Member]:
-    """Yield the members of a tar in order; between two of them the reader may be used to read the data of the first.
+    """Yield the members of a tar in order. After each one, the caller may read its data from `reader`.
 
     Args:
-        reader: stands at the first header.
-        shard: what error messages call it.
-        whole: the tar must end with an end-of-archive block and nothing after it; else the part that `reader` covers must hold
-            whole members.
+        reader: at the first header.
+        shard: its name in error messages.
+        whole: the tar must end with an end-of-archive block and nothing after it. Otherwise `reader` must cover complete
+            members only.
 
     Raises:
         DamagedTar: cut short, damaged, compressed or no tar at all; the message names the byte.
@@ -168,7 +160,7 @@ def walk(reader: Reader, shard: str, *, whole: bool = True) -> Iterator[Member]:
     if whole and reader.stop == 0:
         raise DamagedTar(f"shard {shard} is an empty file; fetch or write it again")
     position = reader.position
-    first, name, size = -1, None, None  # what headers before the current one said of it
+    first, name, size = -1, None, None  # from extended headers before the current one
     sparse = False
     while True:
         if not whole and position == reader.stop and first < 0:
@@ -201,16 +193,15 @@ def walk(reader: Reader, shard: str, *, whole: bool = True) -> Iterator[Member]:
             data = _after_sparse_map(reader, header, data)
         end = data + (0 if kind in _NO_DATA else _padded(length))
         if end > reader.stop:
-            raise _damaged(shard, position, f"a member of {length} bytes goes on past the end of the file")
+            raise _damaged(shard, position, f"a member of {length} bytes extends past the end of the file")
         full = stored_name if name is None else name
         what = _KINDS.get(kind, f"member of type {kind!r}")
         if sparse:
             what = "sparse file"
-        elif kind == b"\0" and full.endswith(b"/") and not length:  # the V7 way to say folder
+        elif kind == b"\0" and full.endswith(b"/") and not length:  # a folder in V7 format
             what = "folder"
-        yield Member(
-            full.decode("utf-8", "surrogateescape"), what, first, data, 0 if kind in _NO_DATA else length, end
-        )
+        length = 0 if kind in _NO_DATA else length
+        yield Member(full.decode("utf-8", "surrogateescape"), what, first, data, length, end)
         reader.skip_to(end)
         position, first, name, size, sparse = end, -1, None, None, False
 
@@ -226,14 +217,12 @@ def _damaged(shard: str, position: int, reason: str) -> DamagedTar:
 
 
 def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]:
-    """Type, name and size of a header block whose checksum holds."""
+    """Type, name and size from a header block, after a check of its checksum."""
     stored = header[148:156]
     total = sum(header) - sum(stored) + 8 * 32  # the checksum counts its own field as spaces
     expected = _octal(stored)
-    # Some old writers summed signed bytes.
-    if expected != total and expected != total - 256 * sum(
-        byte > 127 for byte in header[:148] + header[156:]
-    ):
+    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])  # as some old writers did
+    if expected not in (total, signed):
         if position == 0:
             raise _no_tar(header, shard)
         raise _damaged(shard, position, "the checksum of a header is wrong")
@@ -241,7 +230,7 @@ def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]
     if size is None:
         raise _damaged(shard, position, "a header has no valid size")
     name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:  # GNU headers keep other things in the prefix field
+    if header[257:263] == b"ustar\0" and header[345]:  # GNU headers use the prefix field for other things
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return header[156:157], name, size
 
@@ -255,7 +244,7 @@ def _octal(field: bytes) -> int | None:
 
 
 def _size(field: bytes) -> int | None:
-    if field[0] == 0x80:  # base 256, GNU's way beyond 8 GiB
+    if field[0] == 0x80:  # base 256, GNU's format above 8 GiB
         return int.from_bytes(field[1:], "big")
     return _octal(field)
 
@@ -263,19 +252,15 @@ def _size(field: bytes) -> int | None:
 def _no_tar(header: bytes, shard: str) -> DamagedTar:
     kind = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
     if kind:
-        return DamagedTar(
-            f"shard {shard} is compressed with {kind}; unpack it to a plain tar, in which samples can be found"
-        )
+        return DamagedTar(f"shard {shard} is compressed with {kind}; decompress it to a plain tar")
     return DamagedTar(
-        f"shard {shard} is not a whole, uncompressed tar (it begins with {header[:12]!r}...); fetch or write it again"
+        f"shard {shard} is not a complete, uncompressed tar (it begins with {header[:12]!r}...); fetch or write it again"
     )
 
 
 def _extended(reader: Reader, shard: str, position: int, size: int) -> bytes:
     if size > MAX_EXTENDED:
-        raise _damaged(
-            shard, position, f"a name or PAX header of {size} bytes, expected at most {MAX_EXTENDED}"
-        )
+        raise _damaged(shard, position, f"a name of {size} bytes, expected at most {MAX_EXTENDED}")
     data = reader.take(_padded(size))
     if len(data) < _padded(size):
         raise _damaged(shard, position, "it ends inside a long name")
@@ -308,7 +293,7 @@ def _pax_size(fields: dict[bytes, bytes], size: int | None, shard: str, position
 
 
 def _after_sparse_map(reader: Reader, header: bytes, data: int) -> int:
-    """Where the data of an old GNU sparse file begins: after the blocks that go on with its map."""
+    """First data byte of an old GNU sparse file: after the blocks that continue its map."""
     more = header[482]
     while more:
         block = reader.take(BLOCK)
@@ -318,82 +303,89 @@ def _after_sparse_map(reader: Reader, header: bytes, data: int) -> int:
 
 
 def _check_tail(reader: Reader, shard: str) -> None:
-    """After the end-of-archive block only zeros may follow; another tar there would be lost in silence."""
+    """Only zeros may follow the end-of-archive block; another tar there would be lost silently."""
     while reader.position < reader.stop:
         position = reader.position
         tail = reader.take(min(1 << 16, reader.stop - position))
         if tail.count(0) != len(tail):
-            raise _damaged(
-                shard,
-                position - BLOCK,
-                "a zero block is followed by more data: a damaged header, or two tars joined",
-            )
+            reason = "a zero block is followed by more data: a damaged header, or two joined tars"
+            raise _damaged(shard, position - BLOCK, reason)
+
+
+def walk_samples(
+    reader: Reader,
+    shard: str,
+    take: Callable[[Member], _T | None],
+    report: Callable[[Problem], object],
+    *,
+    whole: bool = True,
+) -> Iterator[tuple[Sample, dict[str, _T]]]:
+    """Walk a tar and yield its samples, each with what `take` returned for its members.
+
+    Args:
+        reader, shard, whole: as in `walk`.
+        take: called for every member; it may read the member's data from `reader`. None takes nothing.
+        report: as in `group`.
+
+    Yields:
+        The sample, and extension -> taken value.
+    """
+    taken: dict[int, _T] = {}
+
+    def members() -> Iterator[Member]:
+        for member in walk(reader, shard, whole=whole):
+            value = take(member)
+            if value is not None:
+                taken[member.offset] = value
+            yield member
+
+    for sample in group(members(), report):
+        yield sample, {name: taken[offset] for name, offset, _ in sample.members if offset in taken}
+        for offset in [offset for offset in taken if offset < sample.end]:
+            del taken[offset]
 
 
 def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Iterator[Sample]:
-    """Group members into samples the WebDataset way: the first dot of the base name splits key and extension.
+    """Group members into samples as WebDataset does: the first dot of the base name splits key and extension.
 
-    The first sample of a key stays, and so does the first member of an extension. Whatever else is not used is reported; only
-    folders, which hold nothing, are not.
+    The first sample of a key and the first member of an extension are used. Everything else is reported, except folders.
     """
     seen: set[str] = set()
-    current: Sample | None = None
-    extensions: set[str] = set()
-    for member in members:
-        split = _split(member, report)
-        if split is None:
-            continue
-        key, extension = split
-        if current is None or key != current.key:
-            if current is not None:
-                yield from _finished(current, seen, report)
-            current, extensions = Sample(key, member.start, member.end, []), set()
-        if extension in extensions:
+    named = ((*name, member) for member in members if (name := _split(member, report)) is not None)
+    for key, parts in itertools.groupby(named, key=operator.itemgetter(0)):
+        found: dict[str, Member] = {}
+        for _, extension, member in parts:
+            if found.setdefault(extension, member) is not member:
+                reason = "a member of this name came before in the same sample"
+                report(Problem("twice", member.start, member.name, reason))
+        used = list(found.values())
+        sample = Sample(key, used[0].start, used[-1].end, [(e, m.offset, m.size) for e, m in found.items()])
+        if key in seen:
             report(
-                Problem(
-                    "twice", member.start, member.name, "a member of this name came before in the same sample"
-                )
+                Problem("twice", sample.start, key, "a sample of this key came before, and not side by side")
             )
-            continue
-        extensions.add(extension)
-        current.members.append((extension, member.offset, member.size))
-        current = current._replace(end=member.end)
-    if current is not None:
-        yield from _finished(current, seen, report)
-
-
-def _finished(sample: Sample, seen: set[str], report: Callable[[Problem], object]) -> Iterator[Sample]:
-    if sample.key in seen:
-        report(
-            Problem(
-                "twice", sample.start, sample.key, "a sample of this key came before, and not side by side"
-            )
-        )
-        return
-    seen.add(sample.key)
-    yield sample
+        else:
+            seen.add(key)
+            yield sample
 
 
 def _split(member: Member, report: Callable[[Problem], object]) -> tuple[str, str] | None:
-    """Key and extension of a member; None, reported, for what is no part of a sample."""
+    """Key and extension of a member; None for what is no part of a sample, which is reported, except folders."""
     name = member.name
     if member.kind == "folder":
         return None
-    if name.startswith("/") or ".." in name.split("/"):
-        report(Problem("outside", member.start, name, "its name points outside"))
-        return None
-    if member.kind != "file":
-        report(Problem("left_out", member.start, name, f"it is no plain file but a {member.kind}"))
-        return None
-    if _META.match(name) or name.rpartition("/")[2].startswith("."):
-        report(Problem("left_out", member.start, name, "a hidden or metadata file"))
-        return None
     match = _SPLIT.fullmatch(name)
-    if match is None:
-        report(Problem("left_out", member.start, name, "its name has no extension"))
-        return None
-    key, extension = match.group(1), match.group(2).lower()
-    if _CONTROL.search(name) or extension.startswith("__"):
-        report(Problem("name", member.start, name, "its name has control characters or a reserved extension"))
-        return None
-    return key, extension
+    if name.startswith("/") or ".." in name.split("/"):
+        code, reason = "outside", "its name points outside"
+    elif member.kind != "file":
+        code, reason = "left_out", f"it is no plain file but a {member.kind}"
+    elif _META.match(name) or name.rpartition("/")[2].startswith("."):
+        code, reason = "left_out", "a hidden or metadata file"
+    elif match is None:
+        code, reason = "left_out", "its name has no extension"
+    elif _CONTROL.search(name) or match.group(2).startswith("__"):
+        code, reason = "name", "its name has control characters or a reserved extension"
+    else:
+        return match.group(1), match.group(2).lower()
+    report(Problem(code, member.start, name, reason))
+    return None

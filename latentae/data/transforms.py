@@ -1,7 +1,7 @@
 """Crops and value ranges: uint8 or uint16 images outside, float in [-1, 1] inside.
 
-Every resize is antialiased bicubic. Whatever is random is a pure function of a seed, on every platform and library version. With
-4 channels, colours are resized multiplied by alpha, as Pillow does, so that what is invisible does not bleed into what is seen.
+Every resize is antialiased bicubic. Random crops and flips are pure functions of a seed, on every platform and library version.
+With 4 channels, colors are multiplied by alpha before resizing, as in Pillow, so that invisible colors do not bleed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of random-resized crops, as in torchvision
-ATTEMPTS = 10  # draws of a random-resized crop before the centre is taken, as in torchvision
+ATTEMPTS = 10  # draws of a random-resized crop before the center is taken, as in torchvision
 
 
 def resize_and_center_crop(image: Tensor, size: int) -> Tensor:
-    """Resize the short side to `size` and cut the centre.
+    """Resize the short side to `size` and crop the center.
 
     Args:
         image: uint8 or uint16 [C, H, W] with 1, 3 or 4 channels.
@@ -49,25 +49,24 @@ def resize_and_center_crop(image: Tensor, size: int) -> Tensor:
 
 
 def crop_to_bucket(image: Tensor, bucket: tuple[int, int], *, seed: int | None = None) -> Tensor:
-    """Resize the image until it covers the bucket, and cut away what stands over.
+    """Resize the image until it covers the bucket, and crop the rest.
 
     Args:
         image: uint8 or uint16 [C, H, W].
         bucket: height and width of the result in pixels.
-        seed: where to cut, 0 <= seed < 2**64; None cuts the centre.
+        seed: of the crop position, 0 <= seed < 2**64; None crops the center.
 
     Returns:
         [C, *bucket] of the image's type.
     """
     high, wide = bucket
     height, width = _shape(image)
-    # A thin strip enlarged to the bucket could fill the memory, and little of it is wanted.
+    # A thin strip enlarged to the bucket could fill the memory, although little of it is needed.
     most_high, most_wide = max(4 * width * high // wide, 1), max(4 * height * wide // high, 1)
     if height > most_high or width > most_wide:
-        return crop_to_bucket(
-            _cut(image, min(height, most_high), min(width, most_wide), seed), bucket, seed=seed
-        )
-    # Cropping before resizing would change the filter at the cut; the long side is rounded down as torchvision's Resize does.
+        strip = _cut(image, min(height, most_high), min(width, most_wide), seed)
+        return crop_to_bucket(strip, bucket, seed=seed)
+    # Cropping first would change the filter at the edge. The long side is rounded down as in torchvision's Resize.
     if width * high >= wide * height:
         resized = _resize(image, high, max(int(high * width / height), wide))
     else:
@@ -78,17 +77,17 @@ def crop_to_bucket(image: Tensor, bucket: tuple[int, int], *, seed: int | None =
 def random_crop_flip(
     image: Tensor, size: int, *, scale: tuple[float, float] = (1.0, 1.0), seed: int, flip: bool = True
 ) -> Tensor:
-    """Cut a random square, resize it to `size` and mirror it half of the time.
+    """Crop a random square, resize it to `size` and flip it half of the time.
 
-    The side of the square is drawn log-uniformly between the two shares of the short side, but never below `size` source pixels
-    where the image has them: (1, 1) is LDM's resize of the short side and crop, (0, 0) crops at native scale, (0, 1) mixes.
+    The side of the square is drawn log-uniformly between two shares of the short side. It is at least `size` source pixels if
+    the image is large enough. (1, 1) is LDM's resize and crop, (0, 0) crops at native scale, and (0, 1) mixes both.
 
     Args:
         image: uint8 or uint16 [C, H, W].
         size: side of the result in pixels.
         scale: smallest and largest share of the short side, 0 to 1.
         seed: 0 <= seed < 2**64.
-        flip: whether to mirror at all.
+        flip: flip half of the time.
 
     Returns:
         [C, size, size] of the image's type.
@@ -112,10 +111,10 @@ def random_resized_crop_flip(
     seed: int,
     flip: bool = True,
 ) -> Tensor:
-    """Cut a random rectangle, resize it to a square and mirror it half of the time: torchvision's RandomResizedCrop, keyed.
+    """Crop a random rectangle, resize it to a square and flip it half of the time: torchvision's RandomResizedCrop, keyed.
 
-    The share of the image's area is uniform and the aspect ratio log-uniform (Szegedy et al. 2015, section 6). A draw that does
-    not fit is drawn again; after ten the largest centred rectangle with a ratio in range is taken.
+    The share of the image's area is uniform and the aspect ratio log-uniform (Szegedy et al. 2015, section 6). A draw that
+    does not fit is repeated. After ten draws the crop is the largest centered rectangle with a ratio in range.
 
     Args:
         image: uint8 or uint16 [C, H, W].
@@ -123,7 +122,7 @@ def random_resized_crop_flip(
         area: smallest and largest share of the image's area, 0 to 1.
         ratio: smallest and largest width / height of the rectangle, before it becomes a square.
         seed: 0 <= seed < 2**64.
-        flip: whether to mirror at all.
+        flip: flip half of the time.
 
     Returns:
         [C, size, size] of the image's type.
@@ -146,22 +145,21 @@ def random_resized_crop_flip(
 
 
 def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, int] | None = None) -> Tensor:
-    """The training crop that a recipe asks for: a pure function of its arguments.
+    """The training crop of a recipe: a pure function of its arguments.
 
     Args:
         image: uint8 or uint16 [C, H, W].
         options: the `[data]` table.
         seed: 0 <= seed < 2**64.
-        bucket: height and width where the batch is an aspect-ratio bucket's; else the crop is a square of `options.resolution`.
+        bucket: height and width of an aspect-ratio bucket; None crops a square of `options.resolution`.
 
     Returns:
         [C, height, width] of the image's type.
     """
     size = options.resolution
     if bucket is None and options.crop == "random":
-        return random_crop_flip(
-            image, size, scale=(options.scale_min, options.scale_max), seed=seed, flip=options.flip
-        )
+        scale = (options.scale_min, options.scale_max)
+        return random_crop_flip(image, size, scale=scale, seed=seed, flip=options.flip)
     if bucket is None and options.crop == "random-resized":
         return random_resized_crop_flip(image, size, seed=seed, flip=options.flip)
     cut = crop_to_bucket(image, bucket or (size, size), seed=None if options.crop == "center" else seed)
@@ -169,32 +167,30 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
 
 
 def kept_short_side(options: DataOptions, bucket: tuple[int, int] | None = None) -> int | None:
-    """Pixels of an image's short side that `augment` keeps at least, over all seeds; None where it crops at native scale."""
+    """Smallest short side in pixels that `augment` keeps, over all seeds; None if it crops at native scale."""
     if bucket is None and options.crop == "random-resized":
-        return math.ceil(
-            options.resolution / math.sqrt(AREA[0] * RATIO[0])
-        )  # the shortest side of the smallest rectangle
+        return math.ceil(options.resolution / math.sqrt(AREA[0] * RATIO[0]))  # of the smallest rectangle
     if bucket is None and options.crop == "random":
         return math.ceil(options.resolution / options.scale_min) if options.scale_min else None
     return max(bucket or (options.resolution,))
 
 
 def keyed_flip(image: Tensor, seed: int) -> Tensor:
-    """Mirror [C, H, W] left to right for half of the seeds."""
+    """Flip [C, H, W] left to right for half of the seeds."""
     return image.flip(2) if _uniform(seed, 1)[0] < 0.5 else image
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """Reflect images at their right and bottom edges until both sides are multiples of `factor`; `[..., :H, :W]` takes it back.
+    """Reflect images at their right and bottom edges until both sides are multiples of `factor`; `[..., :H, :W]` undoes it.
 
-    The edge itself is not repeated; what is smaller than its padding is reflected to and fro.
+    The edge itself is not repeated. An image smaller than its padding is reflected several times.
 
     Args:
         images: float or uint8 [..., H, W].
         factor: pixels.
 
     Returns:
-        [..., H', W'], less than `factor` larger along each side; the same tensor where nothing is missing.
+        [..., H', W'], less than `factor` larger on each side; the same tensor if no padding is needed.
     """
     for axis in (-2, -1):
         side = images.shape[axis]
@@ -205,14 +201,14 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 
 
 def _uniform(seed: int, count: int) -> list[float]:
-    """Uniform in [0, 1): Philox is the same everywhere, while Generator's methods may change (NEP 19)."""
+    """Uniform in [0, 1). Philox is the same everywhere, while Generator's methods may change (NEP 19)."""
     draws = np.random.Philox(key=whole_seed(seed)).random_raw(count) >> np.uint64(11)
     return [float(draw) * 2.0**-53 for draw in draws]
 
 
 def _shape(image: Tensor) -> tuple[int, int]:
-    kind_fits = image.dtype in (torch.uint8, torch.uint16)
-    if not kind_fits or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
+    known = image.dtype in (torch.uint8, torch.uint16)
+    if not known or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
         raise ImageError(
             f"expected a uint8 or uint16 image [1, 3 or 4, H, W], found {image.dtype} {list(image.shape)}; "
             "decode it with decode_image"
@@ -221,7 +217,7 @@ def _shape(image: Tensor) -> tuple[int, int]:
 
 
 def _cut(image: Tensor, height: int, width: int, seed: int | None) -> Tensor:
-    """Cut out a piece: the centre, or for a seed a random one."""
+    """Crop the center, or at a random position by a seed."""
     over = image.shape[1] - height, image.shape[2] - width
     if seed is None:
         top, left = (round(side / 2) for side in over)
@@ -250,8 +246,8 @@ def _resize_transparent(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _bicubic(image: Tensor, height: int, width: int) -> Tensor:
-    # uint8 in [H, W, C] memory takes a vectorised path: 16-bit weights and results within two levels of Pillow's, five times as
-    # fast. A crop is copied into such memory first: else the result would be planar, and joining a batch would cost a fifth more.
+    # uint8 in [H, W, C] memory has a vectorized path with 16-bit weights: within two levels of Pillow, and five times as fast.
+    # A crop is copied into this layout first. Otherwise the result would be planar, and joining a batch a fifth slower.
     batch = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
 
@@ -267,12 +263,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8: rounded to the nearest of 256 levels, values outside clamped, on the same device."""
+    """Float in [-1, 1] -> uint8, rounded and clamped, on the same device."""
     return _levels(images, torch.uint8)
 
 
 def to_uint16(images: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint16: rounded to the nearest of 65536 levels, values outside clamped, on the same device."""
+    """Float in [-1, 1] -> uint16, rounded and clamped, on the same device."""
     return _levels(images, torch.uint16)
 
 

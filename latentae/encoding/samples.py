@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.buckets import Bucket, assign_buckets
 from latentae.data.decode import MAX_PIXELS, decode_sample, image_extension
+from latentae.data.selection import Bucket, assign_buckets
 from latentae.data.shard_files import RawSample
 from latentae.data.sources import ByteStream, shown, size_of, stream
 from latentae.data.tars import Member, Problem, Reader, group, walk

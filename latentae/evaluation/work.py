@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from latentae.data.shard_files import RawSample
-from latentae.data.shard_index import ShardIndex, read_samples
+from latentae.data.shard_files import RawSample, read_samples
+from latentae.data.shard_index import ShardIndex
 from latentae.evaluation.part import Part
 
 __all__ = ["PartsFolder", "cut", "samples_at", "spread"]

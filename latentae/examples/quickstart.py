@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentae.data.photos import HELD_OUT, TRAINING, write_photo_tiles
+from latentae.data.builtin import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.encoding.encode import encode
 from latentae.encoding.latents import LatentDataset
 from latentae.errors import RecipeError

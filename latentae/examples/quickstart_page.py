@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentae.data.photos import HELD_OUT, TRAINING
+from latentae.data.builtin import HELD_OUT, TRAINING
 from latentae.evaluation.evaluation_page import detail_sections, evaluation_sections, training_sections
 from latentae.examples.diffusers_check import DiffusersCheck
 from latentae.file_names import METRICS_LOG, REPORT

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from latentae.data.headers import MAX_PIXELS
-from latentae.data.loader import Batch, image_batches, is_held_out
+from latentae.data.loader import Batch, image_batches
+from latentae.data.selection import is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.errors import ShardError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentae import keyed
-from latentae.data.file_names import check_file_names
+from latentae.data.folder import check_file_names
 from latentae.data.transforms import to_float, to_uint8
 from latentae.measures.metrics import bootstrap_mean, psnr
 from latentae.models.corruptions import add_noise

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from latentae.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, image_extension
 from latentae.data.folder import ImageFolder, SourceImage, by_stem, escape_key, find_sidecars
-from latentae.data.reading import READ_EXTENSIONS, read_samples
-from latentae.data.shard_files import expand_shards
+from latentae.data.shard_files import READ_EXTENSIONS, expand_shards, read_samples
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.data.sources import shown
 from latentae.data.transforms import crop_to_bucket, resize_and_center_crop

@@ -22,10 +22,9 @@ from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.folder import ImageFolder
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
-from latentae.data.packing import ImageSource
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import SUFFIX
-from latentae.data.shards import write_shards
+from latentae.data.shards import ImageSource, write_shards
 from latentae.data.sources import is_remote, name_of
 from latentae.data.streaming import StreamLoader
 from latentae.errors import RecipeError, TrainingError

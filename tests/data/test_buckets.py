@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.data.buckets import NO_BUCKET, assign_buckets, default_buckets
+from latentae.data.selection import NO_BUCKET, assign_buckets, default_buckets
 from latentae.errors import DataError
 
 

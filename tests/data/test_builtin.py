@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentae.data.builtin import BUILTIN, BuiltinImages, digits, is_builtin
+from latentae.data.builtin import BUILTIN, HELD_OUT, TRAINING, BuiltinImages, digits, is_builtin
 from latentae.data.decode import decode_image
-from latentae.data.photos import HELD_OUT, TRAINING
 from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.shards import shards
 from latentae.errors import DataError, MissingDependencyError

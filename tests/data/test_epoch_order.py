@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.data.epoch_order import EpochOrder, lane_share
+from latentae.data.order import EpochOrder, lane_share
 from latentae.keyed import derive_seed
 
 SMALL = {"slice_samples": 4}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from latentae.data.file_names import check_file_names
+from latentae.data.folder import check_file_names
 from latentae.errors import OutputError
 from latentae.files import atomic_file
 

@@ -15,10 +15,9 @@ from PIL import Image, ImageOps, PngImagePlugin, features
 
 from latentae.data.decode import decode_image
 from latentae.data.headers import IMAGE_EXTENSIONS, image_extension_of, image_size
-from latentae.data.scanning import scan
 from latentae.data.shard_index import load_index
 from latentae.data.shards import write_shards
-from latentae.data.tables import open_table
+from latentae.data.tables import open_table, scan
 
 KINDS = [
     "JPEG",

@@ -21,8 +21,8 @@ from latentae.data import index as indexing
 from latentae.data import remote
 from latentae.data.index import index
 from latentae.data.remote import Patience
-from latentae.data.shard_files import expand_shards
-from latentae.data.shard_index import SUFFIX, load_index, read_samples
+from latentae.data.shard_files import expand_shards, read_samples
+from latentae.data.shard_index import SUFFIX, load_index
 from latentae.errors import LatentAEError, OutputError, ShardError
 from latentae.files import sha256
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae.data.decode import decode_sample
-from latentae.data.loader import Batch, TrainLoader, image_batches, is_held_out
+from latentae.data.loader import Batch, TrainLoader, image_batches
 from latentae.data.options import DataOptions
+from latentae.data.selection import is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.errors import DataError, ShardError
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentae.data.builtin import HELD_OUT, TRAINING, photo_file, photo_tiles, write_photo_tiles
 from latentae.data.decode import decode_image
-from latentae.data.photos import HELD_OUT, TRAINING, photo_file, photo_tiles, write_photo_tiles
 
 
 def test_held_out_photos_are_other_photos():

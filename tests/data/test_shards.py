@@ -16,7 +16,8 @@ from latentae.data import packing
 from latentae.data.decode import decode_image, decode_sample
 from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.shard_index import load_index
-from latentae.data.shards import default_shard_size, encode_png, shards, write_shards
+from latentae.data.shards import default_shard_size, shards, write_shards
+from latentae.data.shrinking import encode_png
 from latentae.errors import DataError, ImageError, OutputError, ShardError
 
 

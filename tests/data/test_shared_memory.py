@@ -9,7 +9,8 @@ import torch
 
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
-from latentae.data.shards import encode_png, write_shards
+from latentae.data.shards import write_shards
+from latentae.data.shrinking import encode_png
 from latentae.data.streaming import StreamLoader
 from latentae.errors import DataError
 

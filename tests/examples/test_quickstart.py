@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from latentae import cli
-from latentae.data.photos import TRAINING
+from latentae.data.builtin import TRAINING
 from latentae.errors import OutputError, RecipeError
 from latentae.examples.quickstart import quickstart
 from latentae.files import read_json

@@ -12,8 +12,8 @@ import torchvision
 from latentae_kernels import use_backend
 from safetensors.torch import save_file
 
+from latentae.data.builtin import photo_file
 from latentae.data.decode import decode_image
-from latentae.data.photos import photo_file
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.errors import WeightsError
 from latentae.losses.options import ClassifierOptions

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from latentae.data.builtin import photo_file
 from latentae.data.decode import decode_image
-from latentae.data.photos import photo_file
 from latentae.data.transforms import resize_and_center_crop, to_float
 from latentae.errors import MissingDependencyError, ModelError, WeightsError
 from latentae.models import backbone

@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 
-from latentae.data.shards import encode_png, write_shards
+from latentae.data.shards import write_shards
+from latentae.data.shrinking import encode_png
 from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.recipe import load_recipe
 from latentae.training.train import train

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from latentae.data.shards import encode_png, write_shards
+from latentae.data.shards import write_shards
+from latentae.data.shrinking import encode_png
 from latentae.training.init import init
 from latentae.training.train import train
 

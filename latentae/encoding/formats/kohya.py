@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from latentae.data.file_names import check_file_names
-from latentae.data.folder import unescape_key
+from latentae.data.folder import check_file_names, unescape_key
 from latentae.encoding.formats.layout import Layout, draw, npz
 from latentae.encoding.latents import LatentDataset
 from latentae.encoding.places import JSON_MEMBER
