@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import latentae
+from latentae.data.builtin import TRAINING, photo_file, photo_tiles
 from latentae.data.decode import decode_image
-from latentae.data.photos import TRAINING, photo_file, photo_tiles
 from latentae.data.transforms import resize_and_center_crop
 from latentae.measures.metrics import psnr
 from latentae.models.pca import fit_pca

@@ -388,7 +388,7 @@ class TrainLoader:
                 found = f"{name} was {state.get(name)!r} and is now {value!r}"
                 advice = "use the settings of the saved run, or start a new one"
                 raise DataError(f"can't resume the data order: {found}; {advice}")
-        epoch, step = state.get("epoch"), state.get("step")
+        epoch, step = state.get("epoch", -1), state.get("step", -1)
         valid = isinstance(epoch, int) and isinstance(step, int) and epoch >= 0 <= step
         if not valid or step >= max(self._plan.order(epoch).steps, 1):
             raise DataError(

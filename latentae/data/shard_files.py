@@ -224,7 +224,7 @@ def read_samples(index: ShardIndex, shard: int, rows: Sequence[int]) -> Iterator
         yield _read_checked(path, key, members, reader, READ_EXTENSIONS)
 
 
-def _plan(index: ShardIndex, shard: int, rows: list[int]) -> list[tuple[str, Members, tuple[int, int]]]:
+def _plan(index: ShardIndex, shard: int, rows: list[int]) -> Sequence[tuple[str, Members, tuple[int, int]]]:
     """Key, members, and first and last byte of these samples."""
     entry, table = index.shards[shard], index.table(shard)
     if rows and not 0 <= min(rows) <= max(rows) < table.samples:

@@ -60,7 +60,7 @@ def test_photos_are_split_by_photo(split, names):
 def test_what_is_not_there_is_refused_with_what_is(tmp_path, monkeypatch):
     for spec in ("sklearn:faces", "skimage:digits", "sklearn:digits:test", "sklearn:"):
         with pytest.raises(
-            DataError, match="no built-in set of images; there are sklearn:digits, sklearn:binary-digits"
+            DataError, match="no built-in set; expected sklearn:digits, sklearn:binary-digits"
         ) as caught:
             shards(spec, tmp_path / "out")
         assert "\n" not in str(caught.value)

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from image_files import noise, png, saved
 from PIL import Image, features
 
-from latentae.data import pixels
+from latentae.data import decode, pixels
 from latentae.data.decode import (
     IMAGE_EXTENSIONS,
     ImageKind,
-    decode_at_least,
     decode_image,
     decode_sample,
     image_extension,
@@ -104,17 +103,25 @@ JPEGS = [
 ]
 
 
+@pytest.fixture
+def scaled(monkeypatch):
+    """`scaled(data, short)`: decode at the smallest scale with a short side of `short` or more."""
+    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(decode, "MARGIN", 1)
+    return lambda data, short: decode_image(data, "x", short=short)
+
+
 @pytest.mark.parametrize("size", [(64, 48), (37, 61), (1, 1), (17, 8)])
 @pytest.mark.parametrize("options", JPEGS, ids=str)
-def test_simplejpeg_gives_pillows_pixels(options, size, monkeypatch):
+def test_simplejpeg_gives_pillows_pixels(options, size, monkeypatch, scaled):
     pytest.importorskip("simplejpeg")
     for mode in ("RGB", "L", "CMYK"):
         data = saved(photo().resize(size).convert(mode), "JPEG", **options)
-        fast = [decode_image(data, "x"), decode_at_least(data, "x", 12)]
+        fast = [decode_image(data, "x"), scaled(data, 12)]
         with monkeypatch.context() as patch:
             patch.setattr(pixels, "simplejpeg", None)
             assert torch.equal(decode_image(data, "x"), fast[0])
-            assert torch.equal(decode_at_least(data, "x", 12), fast[1])
+            assert torch.equal(scaled(data, 12), fast[1])
 
 
 def test_what_simplejpeg_does_not_like_goes_to_pillow(monkeypatch):
@@ -132,22 +139,21 @@ def test_what_simplejpeg_does_not_like_goes_to_pillow(monkeypatch):
         decode_image(data[:-20], "x")
 
 
-def test_a_large_jpeg_may_come_out_smaller_but_never_too_small():
+def test_a_large_jpeg_may_come_out_smaller_but_never_too_small(scaled):
     image = photo().resize((350, 256))
     data, png_data = saved(image, "JPEG"), saved(image)
     for short in (1, 20, 31, 32, 33, 64, 100, 250):
         factor = max(factor for factor in (1, 2, 4, 8) if 256 // factor >= short or factor == 1)
-        assert decode_at_least(data, "x", short).shape == (3, 256 // factor, -(-350 // factor))
-        assert torch.equal(decode_at_least(png_data, "x", short), decode_image(png_data, "x"))
+        assert scaled(data, short).shape == (3, 256 // factor, -(-350 // factor))
+        assert torch.equal(scaled(png_data, short), decode_image(png_data, "x"))
 
 
 @pytest.mark.parametrize(("times", "least"), [(4, 50), (2, 42), (1, 34)])
-def test_the_error_of_scaled_decoding_is_what_the_documentation_says(times, least):
+def test_the_error_of_scaled_decoding_is_what_the_documentation_says(times, least, scaled):
     data = saved(photo(), "JPEG", quality=90)
     size = 512 // 2 // times
     full, reduced = (
-        resize_and_center_crop(image, size)
-        for image in (decode_image(data, "x"), decode_at_least(data, "x", 256))
+        resize_and_center_crop(image, size) for image in (decode_image(data, "x"), scaled(data, 256))
     )
     error = (full.float() - reduced.float()).square().mean()
     assert 0 < error < 255**2 / 10 ** (least / 10)

@@ -17,7 +17,7 @@ from latentae.data.decode import decode_image
 from latentae.data.headers import IMAGE_EXTENSIONS, image_extension_of, image_size
 from latentae.data.shard_index import load_index
 from latentae.data.shards import write_shards
-from latentae.data.tables import open_table, scan
+from latentae.data.tables import scan
 
 KINDS = [
     "JPEG",
@@ -184,12 +184,11 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
         tmp_path / "a.tar",
         [("a.png", data), ("b.png", saved("PNG", (3, 5))), ("c.png", saved("PNG", (4, 6)))],
     )
-    found = scan(str(shard), hashed=hashed)
-    table = open_table(found.data)
+    table = scan(str(shard), hashed=hashed)
     assert table.keys() == ["a", "b", "c"]
     assert list(zip(table.height.tolist(), table.width.tolist(), strict=True))[1:] == [(3, 5), (4, 6)]
     if hashed:
-        assert found.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+        assert table.record["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from latentae import cli
 from latentae.data import index as indexing
-from latentae.data import remote
+from latentae.data import remote, shard_index
 from latentae.data.index import index
 from latentae.data.remote import Patience
 from latentae.data.shard_files import expand_shards, read_samples
 from latentae.data.shard_index import SUFFIX, load_index
-from latentae.errors import LatentAEError, OutputError, ShardError
+from latentae.errors import LatentAEError, OutputError, RecipeError, ShardError
 from latentae.files import sha256
 
 
@@ -136,7 +136,7 @@ def test_a_second_run_reads_nothing_and_reports_the_same_with_any_number_of_work
     assert (again.findings, again.counts, again.index) == (first.findings, first.counts, first.index)
     assert sorted(scanned) == ["cut.tar", "page.tar"]
     assert contents(tmp_path / "out") == before
-    with pytest.raises(OutputError, match="workers"):
+    with pytest.raises(RecipeError, match="workers"):
         index(mixed, workers=0)
 
 
@@ -172,12 +172,12 @@ def test_more_than_a_screen_of_findings_is_cut_and_counted(tmp_path, write_tar, 
 
 KILLED = """
 import sys, time
-from latentae.data import index as indexing, scanning
-slow = scanning.image_size
+from latentae.data import index as indexing, tables
+slow = tables.image_size
 def image_size(*words):
     time.sleep(0.02)
     return slow(*words)
-scanning.image_size = image_size
+tables.image_size = image_size
 indexing.index(sys.argv[1], sys.argv[2], workers=2)
 """
 
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_it_soon_and_keeps_what_is_done(folder, monkeypatch):
 
     monkeypatch.setattr(indexing, "scan", slow)
     monkeypatch.setattr(
-        indexing,
+        shard_index,
         "wait",
         lambda *arguments, **rest: started.wait(5) and (_ for _ in ()).throw(KeyboardInterrupt),
     )

@@ -136,7 +136,7 @@ def test_bad_images_are_counted_at_the_end_and_again_when_finished(folder, tmp_p
     for _ in range(2):
         shards(folder, tmp_path / "out", skip_bad=True)
         told = capsys.readouterr().err
-        assert f"; left out 1 that can't be read, see {tmp_path / 'out' / 'bad_samples.jsonl'}" in told
+        assert f"; 1 unreadable images are left out, see {tmp_path / 'out' / 'bad_samples.jsonl'}" in told
 
 
 @pytest.mark.parametrize("path", ["my photo.v2", "100%", "a%20b", "%41", "__x__/y", "\udcff", "été", "a\nb"])

@@ -204,7 +204,7 @@ def test_evaluation_batches_come_in_order_once(folder):
         ({}, (6, 0, 0, 4), "takes 24"),
         ({"validation": "auto", "validation_fraction": 0.999}, (1, 0), "held out"),
         ({"shards": None}, (1, 0), "data.shards"),
-        ({}, (0, 0), "batch size 0"),
+        ({}, (0, 0), "batch size is 0"),
     ],
 )
 def test_too_few_images_are_an_error_before_training_starts(folder, rest, arguments, says):
@@ -214,7 +214,7 @@ def test_too_few_images_are_an_error_before_training_starts(folder, rest, argume
 
 
 def test_validation_shards_must_not_be_trained_on(folder, tmp_path, make_shards):
-    with pytest.raises(DataError, match="keep them apart"):
+    with pytest.raises(DataError, match="separate them"):
         TrainLoader(options(folder, validation=f"{folder}/003.tar"), 1, 0)
     with pytest.raises(ShardError, match="no shard"):
         TrainLoader(options(folder, validation=f"{tmp_path}/missing.tar"), 1, 0)
@@ -266,7 +266,7 @@ def test_a_row_of_bad_images_stops_the_run_and_a_set_without_any_good_one_says_s
     with pytest.raises(DataError, match="could not be read"):
         take(TrainLoader(options(tmp_path, max_bad_share=1, max_bad_in_a_row=3), 1, 0), 40)
     write_tar(tmp_path / "none" / "a.tar", [(f"{n:02}.png", b"damaged") for n in range(40)])
-    with pytest.raises(DataError, match="nor can 16 others drawn in its place"):
+    with pytest.raises(DataError, match="and 16 replacements can't be read"):
         take(TrainLoader(options(tmp_path / "none"), 4, 0), 1)
 
 

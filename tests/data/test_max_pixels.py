@@ -6,11 +6,11 @@ import inspect
 import io
 import struct
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.main import get_command
 
 import latentae
 from latentae.cli import app
@@ -97,7 +97,7 @@ def test_every_verb_that_reads_images_has_the_option(verb):
         == MAX_PIXELS
         == DataOptions().max_pixels
     )
-    command = get_command(app).commands[verb]  # pyright: ignore[reportAttributeAccessIssue]
+    command = app.get_command(click.Context(app), verb)
     assert "--max-pixels" in {option for parameter in command.params for option in parameter.opts}
 
 

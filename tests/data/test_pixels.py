@@ -272,7 +272,7 @@ def test_gray_profiles():
 def test_a_profile_with_16_bits():
     pixels = noise(4, 4, 3, dtype=np.uint16)
     data = deep_png(pixels, extra=chunk(b"iCCP", b"p3\0\0" + zlib.compress(p3())))
-    with pytest.raises(ImageError, match="16 bits and a colour profile"):
+    with pytest.raises(ImageError, match="16 bits and a color profile"):
         array(data, bits=16)
     assert np.abs(array(data) - to_srgb(rounded(pixels))).max() < 2
 

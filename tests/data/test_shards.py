@@ -12,13 +12,13 @@ import pytest
 import torch
 from image_files import noise, saved
 
-from latentae.data import packing
+from latentae.data import shards as shards_module
 from latentae.data.decode import decode_image, decode_sample
 from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.shard_index import load_index
 from latentae.data.shards import default_shard_size, shards, write_shards
 from latentae.data.shrinking import encode_png
-from latentae.errors import DataError, ImageError, OutputError, ShardError
+from latentae.errors import DataError, ImageError, OutputError, RecipeError, ShardError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -115,7 +115,7 @@ def test_files_of_others_in_the_output_folder_stay_and_shards_of_others_are_not_
         out = tmp_path / f"of {name}"
         out.mkdir()
         (out / name).write_bytes(b"theirs")
-        with pytest.raises(OutputError, match=f"already holds {name}"):
+        with pytest.raises(OutputError, match=f"already contains {name}"):
             shards(images, out, shard_size=3)
         assert contents(out) == {name: b"theirs"}
 
@@ -146,13 +146,13 @@ def test_captions_labels_and_notes_go_along(images, tmp_path):
 
 def test_several_shards_are_written_at_once(images, tmp_path, monkeypatch):
     together = threading.Barrier(3, timeout=20)  # opens only when three shards have been begun
-    fill = packing.fill_tar
+    fill = shards_module.fill_tar
 
     def wait_for_others(path, members):
         together.wait()
         fill(path, members)
 
-    monkeypatch.setattr(packing, "fill_tar", wait_for_others)
+    monkeypatch.setattr(shards_module, "fill_tar", wait_for_others)
     assert shards(images, tmp_path / "out", shard_size=3, workers=3).samples == 7
 
 
@@ -216,7 +216,7 @@ def test_bad_images_can_be_skipped_and_are_on_record(images, tmp_path):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from latentae.data import packing, shards
+from latentae.data import shards
 
 def dying(function, when, seen):
     def call(*arguments, **options):
@@ -228,11 +228,11 @@ def dying(function, when, seen):
 
 def die(what, when, workers):
     if what == "decoding":
-        packing.decode_image = dying(packing.decode_image, when, [])
+        shards.decode_image = dying(shards.decode_image, when, [])
     elif what == "naming":  # the record of the job, then shards, indexes, the manifest and the record again take their names
         Path.replace = dying(Path.replace, when, [])
     else:
-        packing.scan_shard = dying(packing.scan_shard, when, [])
+        shards.scan_shard = dying(shards.scan_shard, when, [])
     shards.shards(sys.argv[1], f"{sys.argv[2]}/{what}-{when}", shard_size=2, skip_bad=True, workers=workers)
 
 for case in json.loads(sys.argv[3]):
@@ -291,16 +291,16 @@ def test_no_space_and_an_image_that_vanishes_are_one_line_and_leave_no_shard(ima
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shard_size": 0}, "shard_size is 0; it must be above zero"),
-        ({"max_shard_mb": 0}, "above zero"),
-        ({"resize": -1}, "above zero"),
-        ({"workers": 0}, "above zero"),
-        ({"resize": 8, "quality": 0}, "from 1 to 100"),
+        ({"shard_size": 0}, "shard_size is 0, expected 1 or more"),
+        ({"max_shard_mb": 0}, "expected above 0"),
+        ({"resize": -1}, "expected 1 or more"),
+        ({"workers": 0}, "expected 1 or more"),
+        ({"resize": 8, "quality": 0}, "expected 1 to 100"),
         ({"quality": 90}, "give resize too"),
     ],
 )
 def test_impossible_settings_are_refused(images, tmp_path, values, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(RecipeError, match=message):
         shards(images, tmp_path / "out", **values)
     assert not (tmp_path / "out").exists()
 
@@ -315,7 +315,7 @@ def test_samples_from_memory_are_written_as_they_come(tmp_path):
     found = samples(tmp_path / "out")
     assert [sample["__key__"] for sample in found] == [f"astronaut/{number:05}" for number in range(5)]
     assert torch.equal(torch.stack([decode_image(sample["png"], "x") for sample in found]), tiles)
-    with pytest.raises(OutputError, match="already holds"):
+    with pytest.raises(OutputError, match="already contains"):
         write_shards([{"__key__": "a", "png": b"x"}], tmp_path / "out")
 
 

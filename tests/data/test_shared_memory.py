@@ -36,7 +36,7 @@ def test_no_room_for_a_batch_is_said_in_one_line(loader, tmp_path, monkeypatch):
     options = DataOptions(shards=str(tmp_path / "shards"), resolution=16, workers=2, validation="none")
     with pytest.raises(
         DataError,
-        match=r"no room for a batch of 0\.0\d+ MB in shared memory .*--shm-size=8g.* or set data.workers to 0",
+        match=r"could not put a batch of 0\.0\d+ MB into shared memory .*--shm-size=8g.* or set data.workers to 0",
     ):
         next(iter(loader(options, 2, seed=0)))
     assert not multiprocessing.active_children()  # the end of the process would wait for them

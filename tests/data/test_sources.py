@@ -160,8 +160,8 @@ def test_passing_faults_are_survived(server, faults, read, monkeypatch):
     assert not server.faults
 
 
-def test_a_server_without_ranges_is_read_and_complained_about(server, capsys, monkeypatch):
-    monkeypatch.setattr(remote, "_warned", set())
+def test_a_server_without_ranges_is_read_and_complained_about(server, capsys):
+    remote._warn_of_ranges.cache_clear()
     server.always = "whole"
     url = f"{server.url}/a/data.tar"
     assert size_of(url) == len(DATA)
@@ -193,7 +193,7 @@ def test_a_range_beyond_the_end_and_an_unknown_size_are_errors(server):
     with pytest.raises(ShardError, match="cut short"):
         read_range(url, 0, 10 * len(DATA))
     server.always = "unsized"
-    with pytest.raises(ShardError, match="how long"):
+    with pytest.raises(ShardError, match="does not report"):
         size_of(url)
     server.always, server.files["/a/data.tar"] = None, b""
     assert size_of(url) == 0
@@ -268,7 +268,7 @@ def test_remote_patterns_name_shards(server, memory):
     for root in (f"{server.url}/a", "memory://bucket"):
         for spec in (root, f"{root}/", f"{root}/*.tar", f"{root}/00[0-2].tar", f"{root}/{{000..002}}.tar"):
             assert [name_of(path) for path in expand_shards(spec)] == ["000.tar", "001.tar", "002.tar"], spec
-        with pytest.raises(ShardError, match="no shard matched"):
+        with pytest.raises(ShardError, match="no shard matches"):
             expand_shards(f"{root}/x*.tar")
     assert [name_of(path) for path in expand_shards("memory://bucket/deep/*/*.tar")] == ["1.tar"]
     mixed = expand_shards(f"{server.url}/a/000.tar::memory://bucket/001.tar")

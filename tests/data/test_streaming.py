@@ -61,9 +61,9 @@ def test_a_run_that_goes_on_draws_anew_and_says_so(remote, capsys):
     second.announce()
     said = capsys.readouterr()
     assert "only a statistical resume is promised" in " ".join((said.out + said.err).split())
-    with pytest.raises(DataError, match="begun on indexed shards"):
+    with pytest.raises(DataError, match="began on indexed shards"):
         first.load_state_dict({"format_version": 2, "epoch": 0, "step": 3})
-    with pytest.raises(DataError, match=r"data.buckets needs the sizes of all images"):
+    with pytest.raises(DataError, match=r"data.buckets is auto, which needs the sizes of all images"):
         StreamLoader(options(remote, buckets="auto"), 4, 0)
 
 
