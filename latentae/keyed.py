@@ -111,6 +111,7 @@ def keyed_uniform(
 def _generators(
     count: int, seed: SupportsIndex, step: int, first: int, purpose: str
 ) -> Iterator[torch.Generator]:
+    seed = whole_seed(seed)  # text is a word of other keys, but no seed
     for position in range(first, first + count):
         yield generator(purpose, seed, step, position)
 

@@ -140,8 +140,8 @@ class Recipe(RecipeTable):
         of = None if model.preset == "init" else preset_kind(model.preset)
         if model.initialization == "pca" and model.init_from is None and of is not AutoencoderDCConfig:
             yield (
-                f"model.initialization is 'pca', but model.preset is {model.preset!r} and only an AutoencoderDC can start "
-                "at PCA; use a dc- preset, or initialization = 'linear'"
+                f"model.initialization is 'pca', but model.preset is {model.preset!r} and only an AutoencoderDC can start there; "
+                "use a dc- preset, or initialization = 'linear'"
             )
         if model.preset == LINEAR:
             for name, wrong in self._beyond_linear().items():
