@@ -15,6 +15,7 @@ from latentae.files import write_text
 from latentae.measures.ranking import SAME
 from latentae.measures.scores import HIGHER_IS_BETTER, Scores, interval_text, metric_label, paired
 from latentae.options import verb
+from latentae.pages.curves import run_speed
 from latentae.progress import say
 from latentae.version import __version__
 
@@ -72,7 +73,7 @@ def _result(subjects: Sequence[Subject]) -> dict[str, Any]:
         "subjects": [_about(subject) for subject in subjects],
         "recipes": _recipes(subjects),
         "validation": _validation(subjects),
-        "training": {subject.name: speed for subject in subjects if (speed := _speed(subject))},
+        "training": {subject.name: speed for subject in subjects if (speed := run_speed(subject.series))},
         "evaluation": _evaluations(evaluated),
         "paired": list(_paired(evaluated)),
     }
@@ -157,25 +158,6 @@ def _not_comparable(subjects: Sequence[Subject], metric: str) -> str | None:
         keys += ["data.shards", "data.validation_fraction"]
     different = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
     return f"the runs differ in {', '.join(different)}" if different else None
-
-
-def _speed(subject: Subject) -> dict[str, float | None]:
-    """Images a second (median), seconds of training and of the clock, and peak memory, as far as the log has them."""
-    speeds = [(images, value) for images, value in subject.series.get("img_per_s", ()) if value > 0]
-    if not speeds:
-        return {}
-    values = sorted(value for _, value in speeds)
-    before = [0.0, *(images for images, _ in speeds)]
-    times = [time for _, time in subject.series.get("time", ())]
-    memory = [value for _, value in subject.series.get("memory_gb", ())]
-    return {
-        "images_per_second": values[len(values) // 2],
-        "seconds": sum(
-            (images - seen) / value for seen, (images, value) in zip(before, speeds, strict=False)
-        ),
-        "wall_seconds": max(times) - min(times) if times else None,
-        "memory_gb": max(memory) if memory else None,
-    }
 
 
 def _evaluations(evaluated: Sequence[Subject]) -> dict[str, Any]:

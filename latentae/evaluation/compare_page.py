@@ -1,4 +1,4 @@
-"""The page of `compare`: what differs in the recipes, curves over each other, speed, and metrics with paired intervals."""
+"""The page of `compare`: recipe differences, common charts, speed and paired metrics."""
 
 from __future__ import annotations
 
@@ -11,335 +11,208 @@ from typing import Any
 from latentae.evaluation.subjects import Subject
 from latentae.file_names import METRICS, METRICS_LOG, RECIPE, REPORT, SUMMARY
 from latentae.measures.scores import DIGITS, NAMES, UNITS, interval_text
-from latentae.pages.charts import MARKERS, Curve, Key, line_plot
-from latentae.pages.pictures import LARGEST, read_png, shown
-from latentae.pages.report import (
-    Block,
-    Chart,
-    Charts,
-    DataTable,
-    Legend,
-    Links,
-    Notices,
-    Paragraph,
-    Picture,
-    Section,
-    Strip,
-    build_report,
-)
-from latentae.pages.words import DASH, absent, number
+from latentae.pages.charts import Chart, legend_key
+from latentae.pages.curves import curve_chart, curve_title
+from latentae.pages.images import LARGEST, picture, read_png, shrink
+from latentae.pages.render import DASH, number, render
 from latentae.progress import duration
 
 __all__ = ["write_compare_page"]
 
-FAMILIES = {"Held-out quality": ("validation/",), "Losses": ("loss/",)}
-MACHINERY = {
-    "lr": "Learning rate",
-    "img_per_s": "Images a second",
-    "data_wait": "Share of the time spent waiting for data",
-}
-SHARES = ("data_wait", "validation/ssim")
-SAMPLES = "samples"
-FILES = (
-    (SUMMARY, "summary"),
-    (REPORT, "report"),
-    (METRICS_LOG, "log"),
-    (RECIPE, "recipe"),
-    (METRICS, "metrics"),
-)
+Cell = tuple[str, str, bool]  # text, small text under it, whether it is the best of its column
+MACHINE = ("lr", "img_per_s", "data_wait")
+FILES = {SUMMARY: "summary", REPORT: "report", METRICS_LOG: "log", RECIPE: "recipe", METRICS: "metrics"}
 
 
-def write_compare_page(subjects: Sequence[Subject], result: Mapping[str, Any], beside: Path) -> str:
-    """The page as HTML.
+def write_compare_page(subjects: Sequence[Subject], result: Mapping[str, Any], folder: Path) -> str:
+    """Render the page as HTML.
 
     Args:
-        subjects: what is compared.
-        result: what `compare` returns.
-        beside: the folder that the page will be in, for links.
+        subjects: the runs and evaluations.
+        result: return value of `compare`.
+        folder: where the page will be, for its links.
     """
-    sections = [
-        Section("At a glance", list(_glance(subjects, result))),
-        *(
-            [Section("What differs in the recipes", list(_recipes(result)))]
-            if any(subject.run for subject in subjects)
-            else []
-        ),
-        *_curves(subjects),
-        *_pictures(subjects),
-        *_evaluations(subjects, result),
-        Section("Folders", list(_links(subjects, beside))),
-    ]
-    subtitle = ", ".join(subject.name for subject in subjects)
-    footer = f"Made by latentae {result['latentae']}. This page needs no network; links lead to the folders beside it."
-    return build_report("Side by side", subtitle, sections, footer)
-
-
-def _glance(subjects: Sequence[Subject], result: Mapping[str, Any]) -> Iterator[Block]:
-    """State, held-out quality and speed of every run, then what to mind."""
     runs = [subject for subject in subjects if subject.run is not None]
-    if runs:
-        about = {item["name"]: item for item in result["subjects"]}
-        header, best = ["run", "images seen"], set()
-        rows = [[(run.name, run.ran_on or ""), _progress(about[run.name])] for run in runs]
-        for item in result["validation"]:
-            header.append(_metric_title(item["metric"], item["higher_is_better"]))
-            for row, run in enumerate(runs):
-                rows[row].append(_validated(item["values"].get(run.name), item["metric"]))
-                if run.name == item["best"]:
-                    best.add((row, len(header) - 1))
-        if result["training"]:
-            header += ["images / s", "training"]
-            for row, run in zip(rows, runs, strict=True):
-                row += _speed(result["training"].get(run.name))
-        caption = (
-            "Held-out values are the best so far, with the last under them; the best of a column stands out."
-        )
-        yield DataTable(header, rows, frozenset(best), caption, wide=True)
-    yield Notices(list(_notices(subjects, result)))
+    recipes = result["recipes"]["differing"]
+    return render(
+        "comparison.html",
+        result=result,
+        names=[subject.name for subject in subjects],
+        runs=_run_rows(runs, result),
+        notices=list(_notices(runs, result)),
+        recipe_names=[run.name for run in runs if any(run.name in row["values"] for row in recipes)],
+        keys=[legend_key(subject.name, color) for color, subject in enumerate(subjects) if subject.series],
+        curves=_curves(subjects),
+        pictures=list(_pictures(runs)),
+        evaluations=_evaluation_rows(subjects, result["evaluation"]),
+        links=list(_links(subjects, folder)),
+        digits=DIGITS,
+        metric_name=_metric_name,
+        toml=_toml,
+    )
 
 
-def _notices(subjects: Sequence[Subject], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _run_rows(runs: Sequence[Subject], result: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """State, held-out quality and speed of every run."""
+    about = {item["name"]: item for item in result["subjects"]}
+    header = ["run", "images seen", *map(_held_out_title, result["validation"])]
+    rows: list[list[Cell]] = []
+    for run in runs:
+        row = [(run.name, run.ran_on or "", False), _progress(about[run.name])]
+        row += [_held_out(item, run.name) for item in result["validation"]]
+        rows.append(row + (_speed(result["training"].get(run.name)) if result["training"] else []))
+    return {"header": header + (["images / s", "training"] if result["training"] else []), "rows": rows}
+
+
+def _held_out_title(item: Mapping[str, Any]) -> str:
+    unit = UNITS.get(item["metric"], "").strip()
+    arrow = {None: "", True: " ↑", False: " ↓"}[item["higher_is_better"]]
+    return _metric_name(item["metric"]) + (f" ({unit})" if unit else "") + arrow
+
+
+def _metric_name(metric: str) -> str:
+    return NAMES.get(metric) or curve_title(f"loss/{metric}")
+
+
+def _progress(item: Mapping[str, Any]) -> Cell:
+    state = "finished" if item["finished"] else "not finished"
+    of = f"of {item['of']:,}, " if isinstance(item["of"], int) else ""
+    return f"{item['images'] or 0:,}", of + state, False
+
+
+def _held_out(item: Mapping[str, Any], name: str) -> Cell:
+    value = item["values"].get(name)
+    if value is None:
+        return DASH, "not measured", False
+    form = f".{DIGITS[item['metric']]}f" if item["metric"] in DIGITS else ".4g"
+    last = "" if value["last"] == value["best"] else f"; last {number(value['last'], form)}"
+    return number(value["best"], form), f"at {value['best_images']:,.0f}{last}", name == item["best"]
+
+
+def _speed(speed: Mapping[str, float | None] | None) -> list[Cell]:
+    if speed is None:
+        return [(DASH, "", False)] * 2
+    memory, wall, seconds = speed["memory_gb"], speed["wall_seconds"], speed["seconds"]
+    return [
+        (number(speed["images_per_second"], ".3g"), "" if memory is None else f"{memory:.3g} GB", False),
+        (
+            DASH if seconds is None else duration(seconds),
+            "" if wall is None else f"{duration(wall)} wall-clock time",
+            False,
+        ),
+    ]
+
+
+def _notices(runs: Sequence[Subject], result: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     unfinished = [item["name"] for item in result["subjects"] if item["finished"] is False]
     if unfinished:
-        yield "note", f"Not finished: {', '.join(unfinished)}. Their numbers are those so far."
-    for reason, metrics in _by_reason(result["validation"]).items():
-        yield "bad", f"Held-out {', '.join(metrics)}: none is called the best, for {reason}."
-    unread = [subject.name for subject in subjects if subject.run is not None and subject.recipe is None]
+        yield {
+            "kind": "note",
+            "text": f"Not finished: {', '.join(unfinished)}. Their numbers are preliminary.",
+        }
+    reasons: dict[str, list[str]] = {}
+    for item in result["validation"]:
+        if item["reason"] and len(item["values"]) > 1:
+            reasons.setdefault(item["reason"], []).append(_metric_name(item["metric"]))
+    for reason, metrics in reasons.items():
+        yield {"kind": "bad", "text": f"No best run for held-out {', '.join(metrics)}: {reason}."}
+    unread = [run.name for run in runs if run.recipe is None]
     if unread:
-        yield "note", f"No recipe that can be read: {', '.join(unread)}."
+        yield {"kind": "note", "text": f"No readable recipe: {', '.join(unread)}."}
     for pair in result["paired"]:
         for metric, difference in pair.get("metrics", {}).items():
             yield _finding(pair, metric, difference)
 
 
-def _by_reason(validation: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for item in validation:
-        if item["reason"] and len(item["values"]) > 1:
-            reasons.setdefault(item["reason"], []).append(_name(item["metric"]))
-    return reasons
-
-
-def _finding(pair: Mapping[str, Any], metric: str, difference: Mapping[str, Any]) -> tuple[str, str]:
-    names, better = (pair["first"], pair["second"]), difference["better"]
+def _finding(pair: Mapping[str, Any], metric: str, difference: Mapping[str, Any]) -> dict[str, str]:
+    name, first, second, better = _metric_name(metric), pair["first"], pair["second"], difference["better"]
     if difference["mean"] is None or better is None:
-        return (
-            "note",
-            f"{_name(metric)}: no clear difference between {names[0]} and {names[1]} on {pair['images']:,} images.",
-        )
-    worse = next(name for name in names if name != better)
+        text = f"{name}: no clear difference between {first} and {second} on {pair['images']:,} images."
+        return {"kind": "note", "text": text}
     low, high = sorted((abs(difference["low"]), abs(difference["high"])))
-    amount, digits = abs(difference["mean"]), f".{DIGITS[metric]}f"
-    unit = f"{UNITS[metric]} (paired 95 % interval {low:{digits}} to {high:{digits}}, {difference['n']:,} images)"
-    return "good", f"{_name(metric)}: {better} beats {worse} by {amount:{digits}}{unit}."
-
-
-def _progress(item: Mapping[str, Any]) -> tuple[str, str]:
-    seen, total = item["images"], item["of"]
-    state = "finished" if item["finished"] else "not finished"
-    return ("0" if seen is None else f"{seen:,}"), (
-        state if not isinstance(total, int) else f"of {total:,}, {state}"
+    digits, worse = DIGITS[metric], second if better == first else first
+    text = (
+        f"{name}: {better} beats {worse} by {abs(difference['mean']):.{digits}f}{UNITS[metric]} "
+        f"(paired 95 % interval {low:.{digits}f} to {high:.{digits}f}, {difference['n']:,} images)."
     )
+    return {"kind": "good", "text": text}
 
 
-def _validated(value: Mapping[str, float] | None, metric: str) -> tuple[str, str]:
-    if value is None:
-        return DASH, "not measured"
-    form = f".{DIGITS[metric]}f" if metric in DIGITS else ".4g"
-    at = f"at {value['best_images']:,.0f}"
-    if value["last"] == value["best"]:
-        return number(value["best"], form), at
-    return number(value["best"], form), f"{at}; last {number(value['last'], form)}"
-
-
-def _speed(speed: Mapping[str, float | None] | None) -> list[tuple[str, str]]:
-    if speed is None:
-        return [(DASH, ""), (DASH, "")]
-    memory, wall, seconds = speed["memory_gb"], speed["wall_seconds"], speed["seconds"]
-    return [
-        (number(speed["images_per_second"], ".3g"), "" if memory is None else f"{memory:.3g} GB"),
-        (
-            DASH if seconds is None else duration(seconds),
-            "" if wall is None else f"{duration(wall)} by the clock",
-        ),
-    ]
-
-
-def _recipes(result: Mapping[str, Any]) -> Iterator[Block]:
-    recipes = result["recipes"]
-    if "missing" in recipes:
-        yield absent("Recipes", recipes["missing"])
-        return
-    if not recipes["differing"]:
-        yield Paragraph(f"Nothing: all {recipes['same']} keys are the same.")
-        return
-    names = [
-        item["name"]
-        for item in result["subjects"]
-        if any(item["name"] in row["values"] for row in recipes["differing"])
-    ]
-    rows = [
-        [
-            (row["key"], ""),
-            *((_value(row["values"][name]) if name in row["values"] else "not set", "") for name in names),
-        ]
-        for row in recipes["differing"]
-    ]
-    yield DataTable(["key", *names], rows, caption=f"{recipes['same']} other keys are the same.")
-
-
-def _value(value: Any) -> str:
-    """As TOML writes it, but for quotes."""
+def _toml(value: Any) -> str:
+    """A value of a recipe as TOML writes it, without quotes."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(_value(item) for item in value)}]" if isinstance(value, list) else str(value)
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else str(value)
 
 
-def _curves(subjects: Sequence[Subject]) -> Iterator[Section]:
-    """The same quantity of all runs in one chart, a section for each family."""
+def _curves(subjects: Sequence[Subject]) -> dict[str, dict[str, Chart]]:
+    """Title of a section -> title of a chart -> one quantity of all runs."""
     names = dict.fromkeys(name for subject in subjects for name in subject.series)
-    families = {
-        family: sorted((name for name in names if name.startswith(prefixes)), key=_rank)
-        for family, prefixes in FAMILIES.items()
+    first = ["loss/total", *(f"validation/{metric}" for metric in NAMES)]
+    ordered = first + sorted(name for name in names if name not in first)
+    groups = {
+        "Held-out quality": [name for name in ordered if name in names and name.startswith("validation/")],
+        "Losses": [name for name in ordered if name in names and name.startswith("loss/")],
+        "Steps and machine": [name for name in MACHINE if name in names],
     }
-    families["Steps and machine"] = [name for name in MACHINERY if name in names]
-    keys = [
-        Key(subject.name, color, MARKERS[color % len(MARKERS)], "solid")
-        for color, subject in enumerate(subjects)
-        if subject.series
-    ]
-    for family, members in families.items():
-        if members:
-            charts = Charts([_chart(subjects, name) for name in members])
-            folded = family == "Steps and machine"
-            yield Section(family, [Legend(keys), charts], folded=folded)
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """Total loss, PSNR and SSIM before the others."""
-    first = ("loss/total", *(f"validation/{metric}" for metric in NAMES))
-    return (first.index(name) if name in first else len(first)), name
-
-
-def _chart(subjects: Sequence[Subject], name: str) -> Chart:
-    curves = [
-        Curve(subject.name, subject.series[name], color)
-        for color, subject in enumerate(subjects)
-        if name in subject.series
-    ]
-    svg = line_plot(curves, name, x="images seen", counts=True, log_y=False if name in SHARES else None)
-    return Chart(svg, MACHINERY.get(name) or _name(name.partition("/")[2]))
-
-
-def _name(metric: str) -> str:
-    if metric in NAMES or metric == "kl":
-        return metric.upper()
-    words = metric.replace("_", " ")
-    return words[:1].upper() + words[1:]
-
-
-def _metric_title(metric: str, higher: bool | None) -> str:
-    unit = f" ({UNITS[metric].strip()})" if UNITS.get(metric) else ""
-    return f"{_name(metric)}{unit}" + ("" if higher is None else " ↑" if higher else " ↓")
-
-
-def _pictures(subjects: Sequence[Subject]) -> list[Section]:
-    """The last grid of held-out images that each run wrote."""
-    strips: list[Block] = []
-    for subject in subjects:
-        files = sorted((subject.run / SAMPLES).glob("*.png")) if subject.run is not None else []
-        with suppress(OSError):  # being written, or no image any more
-            for file in files[-1:]:
-                seen = f"after {int(file.stem):,} images" if file.stem.isdigit() else ""
-                strips.append(Strip(Picture(shown(read_png(file), 2 * LARGEST), subject.name, seen)))
-    caption = Paragraph("The last held-out images of each run above, their reconstructions below.")
-    return [Section("Pictures", [*strips, caption])] if strips else []
-
-
-def _evaluations(subjects: Sequence[Subject], result: Mapping[str, Any]) -> list[Section]:
-    evaluated = [subject for subject in subjects if subject.evaluation is not None]
-    if not evaluated:
-        return []
-    evaluation = result["evaluation"]
-    blocks: list[Block] = [_metrics_table(evaluated, evaluation)]
-    if evaluation["reason"]:
-        blocks.append(Notices([("bad", f"None is called the best: {evaluation['reason']}.")]))
-    if result["paired"]:
-        blocks.append(_paired_table(result["paired"]))
-    return [Section("Evaluations", blocks)]
-
-
-def _metrics_table(evaluated: Sequence[Subject], evaluation: Mapping[str, Any]) -> DataTable:
-    header, best = ["evaluation"], set()
-    rows = [[(subject.name, _data(subject))] for subject in evaluated]
-    for metric, item in evaluation["metrics"].items():
-        header.append(item["label"])
-        for row, subject in enumerate(evaluated):
-            interval = item["values"].get(subject.name)
-            rows[row].append((DASH, "") if interval is None else interval_text(metric, interval))
-            best |= {(row, len(header) - 1)} if item["best"] == subject.name else set()
-    for extractor, item in evaluation["frechet"].items():
-        header.append(f"{extractor} ↓")
-        for row, subject in enumerate(evaluated):
-            rows[row].append((number(item["values"].get(subject.name)), ""))
-            best |= {(row, len(header) - 1)} if item["best"] == subject.name else set()
-    header += ["latent", "bytes / image", "parameters"]
-    for row, subject in zip(rows, evaluated, strict=True):
-        row += _size(subject.evaluation or {})
-    return DataTable(
-        header, rows, frozenset(best), "Mean over images and its 95 % bootstrap interval.", wide=True
-    )
-
-
-def _data(subject: Subject) -> str:
-    data = (subject.evaluation or {})["data"]
-    return f"{data['images']:,} images at {data['resolution']} px"
-
-
-def _size(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    latent, parameters = evaluation.get("latent") or {}, evaluation["model"].get("parameters")
-    size = (evaluation.get("baselines") or {}).get("latent_8bit", {}).get("bytes_per_image")
-    sides = " x ".join(str(side) for side in latent.get("shape", ()))
-    floats = f"{number(latent.get('floats_per_pixel'))} floats / pixel" if sides else ""
-    return [(sides or DASH, floats), (number(size, ",.0f"), ""), (number(parameters, ",.0f"), "")]
-
-
-def _paired_table(pairs: Sequence[Mapping[str, Any]]) -> DataTable:
-    """A row for each two evaluations and metric: the mean difference and its interval."""
-    rows, best = [], set()
-    for pair in pairs:
-        title = f"{pair['second']} less {pair['first']}"
-        if "missing" in pair:
-            rows.append([(title, pair["missing"]), (DASH, ""), (DASH, ""), (DASH, "")])
-            continue
-        for metric, difference in pair["metrics"].items():
-            form = f"+.{DIGITS[metric]}f"
-            interval = f"{number(difference['low'], form)} to {number(difference['high'], form)}"
-            amount = number(difference["mean"], form)
-            best |= {(len(rows), 2)} if difference["better"] else set()
-            rows.append(
-                [
-                    (title, f"{pair['images']:,} images"),
-                    (_name(metric), ""),
-                    (amount, interval),
-                    (difference["better"] or "unclear", ""),
-                ]
+    return {
+        title: {
+            curve_title(name): curve_chart(
+                {subject.name: subject.series.get(name, ()) for subject in subjects}, name
             )
-    caption = "Differences of each image, then their mean and its 95 % bootstrap interval; a winner is named where 0 lies outside."
-    return DataTable(["paired", "metric", "difference", "better"], rows, frozenset(best), caption)
+            for name in members
+        }
+        for title, members in groups.items()
+    }
 
 
-def _links(subjects: Sequence[Subject], beside: Path) -> Iterator[Block]:
-    links = []
+def _pictures(runs: Sequence[Subject]) -> Iterator[dict[str, Any]]:
+    """The last grid of held-out images of each run."""
+    for run in runs:
+        assert run.run is not None
+        for file in sorted((run.run / "samples").glob("*.png"))[-1:]:
+            seen = f"after {int(file.stem):,} images" if file.stem.isdigit() else ""
+            with suppress(OSError):  # the run is still writing it, or it is damaged
+                yield picture(shrink(read_png(file), 2 * LARGEST), run.name, seen)
+
+
+def _evaluation_rows(subjects: Sequence[Subject], found: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    metrics, frechet = found["metrics"], found["frechet"]
+    header = ["evaluation", *(item["label"] for item in metrics.values()), *(f"{name} ↓" for name in frechet)]
+    rows: list[list[Cell]] = []
     for subject in subjects:
-        for folder in filter(None, (subject.run, subject.evaluated)):
-            for file, what in FILES:
-                if (folder / file).is_file():
-                    with suppress(ValueError):  # another drive of Windows has no relative path
-                        links.append(
-                            (
-                                f"{subject.name}: {what}",
-                                Path(os.path.relpath(folder / file, beside)).as_posix(),
-                            )
-                        )
-    yield Links([(label, path) for label, path in links if ":" not in path])
+        if subject.evaluation is None:
+            continue
+        name, data = subject.name, subject.evaluation["data"]
+        row = [(name, f"{data['images']:,} images at {data['resolution']} px", False)]
+        for metric, item in metrics.items():
+            text, small = (
+                interval_text(metric, item["values"][name]) if name in item["values"] else (DASH, "")
+            )
+            row.append((text, small, item["best"] == name))
+        row += [(number(item["values"].get(name)), "", item["best"] == name) for item in frechet.values()]
+        rows.append(row + _size(subject.evaluation))
+    return {"header": [*header, "latent", "bytes / image", "parameters"], "rows": rows}
+
+
+def _size(evaluation: Mapping[str, Any]) -> list[Cell]:
+    latent = evaluation.get("latent") or {}
+    size = (evaluation.get("baselines") or {}).get("latent_8bit", {}).get("bytes_per_image")
+    shape = " x ".join(map(str, latent.get("shape", ())))
+    floats = f"{number(latent.get('floats_per_pixel'))} floats / pixel" if shape else ""
+    parameters = evaluation["model"].get("parameters")
+    return [
+        (shape or DASH, floats, False),
+        (number(size, ",.0f"), "", False),
+        (number(parameters, ",.0f"), "", False),
+    ]
+
+
+def _links(subjects: Sequence[Subject], folder: Path) -> Iterator[tuple[str, str]]:
+    for subject in subjects:
+        for home in filter(None, (subject.run, subject.evaluated)):
+            for file, what in FILES.items():
+                with suppress(ValueError):  # another drive of Windows has no relative path
+                    path = Path(os.path.relpath(home / file, folder)).as_posix()
+                    if (home / file).is_file() and ":" not in path:
+                        yield f"{subject.name}: {what}", path

@@ -131,13 +131,13 @@ def _write(
     folder: Path, result: dict[str, Any], measurement: Measurement, shown: Shown, setting: Setting
 ) -> None:
     """Pictures, table and report first, metrics.json last."""
-    from latentae.evaluation.evaluation_page import write_evaluation_report
-    from latentae.pages.heat import error_heat_map
+    from latentae.evaluation.report import write_evaluation_report
+    from latentae.pages.error_map import error_map
 
     result["examples"] = []
     for number, example in enumerate(shown.examples):
         files = {}
-        heat = error_heat_map(example.original, example.images[MODEL])
+        heat = error_map(example.original, example.images[MODEL])
         for method, image in {"original": example.original, **example.images, "heat": heat}.items():
             files[method] = f"{EXAMPLES}/{number}-{method}.png"
             write_png(folder / files[method], image)

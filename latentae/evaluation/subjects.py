@@ -115,7 +115,7 @@ def _read(path: Path, name: str) -> Subject:
     with suppress(OSError, ValueError):
         record = read_json(path / RECORD)
     log = path / METRICS_LOG
-    series = read_log(log, ("",)) if log.is_file() else {}
+    series = read_log(log) if log.is_file() else {}
     known = record if isinstance(record, dict) else {}
     return Subject(
         name,

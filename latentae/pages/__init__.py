@@ -1,1 +1,1 @@
-"""The pages people read: blocks and charts, the evaluation page, and runs side by side."""
+"""Charts, images and templates that turn results into HTML pages and model cards."""

@@ -1,4 +1,4 @@
-"""Charts of a run's metrics.jsonl: one small SVG per quantity, against images seen."""
+"""Training curves: the numbers of a run's metrics.jsonl, and charts of them against images seen."""
 
 from __future__ import annotations
 
@@ -9,20 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import DataError
-from latentae.pages.charts import Curve, line_plot
-from latentae.pages.report import Chart
+from latentae.pages.charts import Chart, Curve, line_plot
 
-__all__ = ["Series", "chart", "line_chart", "read_log", "training_charts"]
+__all__ = ["Series", "curve_chart", "curve_title", "read_log", "run_speed"]
 
-PREFIXES = ("loss/", "validation/")
 Series = list[tuple[float, float]]  # (images seen, value)
+TITLES = {
+    "lr": "Learning rate",
+    "img_per_s": "Images per second",
+    "data_wait": "Share of time spent waiting for data",
+    "memory_gb": "Peak memory (GB)",
+    "bad_samples": "Unreadable images",
+    "skipped_steps": "Skipped steps",
+    "adversarial/ratio": "Adaptive ratio: adversarial",
+    "alignment/ratio": "Adaptive ratio: alignment",
+    "discriminator/logits": "Logits",
+    "discriminator/accuracy": "Accuracy",
+    "validation/psnr": "PSNR (dB)",
+    "validation/ssim": "SSIM",
+    "validation/perceptual": "Perceptual distance",
+    "loss/kl": "KL",
+}
+SHARES = ("data_wait", "validation/ssim")  # always on a linear axis
 
 
-def read_log(path: str | Path, prefixes: tuple[str, ...] = PREFIXES) -> dict[str, Series]:
-    """Every number of a metrics.jsonl whose name begins with one of `prefixes` as (images seen, value), in order.
+def read_log(path: str | Path) -> dict[str, Series]:
+    """Read every number of a metrics.jsonl as name -> (images seen, value) pairs, in order.
 
-    A line cut short by a crash, or without a number of images, is passed over; where a resumed run wrote a point again, the later one
-    counts.
+    Lines without a number of images, such as one truncated by a crash, are skipped. If a resumed
+    run wrote a point again, the later one counts.
 
     Raises:
         DataError: the file can't be read.
@@ -37,11 +52,10 @@ def read_log(path: str | Path, prefixes: tuple[str, ...] = PREFIXES) -> dict[str
             entry = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(entry, dict) or not _is_number(entry.get("images")):
-            continue
-        for key, value in entry.items():
-            if key.startswith(prefixes) and _is_number(value):
-                points.setdefault(key, {})[float(entry["images"])] = float(value)
+        if isinstance(entry, dict) and _is_number(entry.get("images")):
+            for key, value in entry.items():
+                if _is_number(value):
+                    points.setdefault(key, {})[float(entry["images"])] = float(value)
     return {key: sorted(series.items()) for key, series in points.items()}
 
 
@@ -49,42 +63,46 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def training_charts(path: str | Path) -> list[Chart]:
-    """A chart for each quantity in a metrics.jsonl, totals and validation first; empty when there is none."""
-    series = read_log(path)
-    order = sorted(series, key=lambda key: (not key.startswith("validation/"), key != "loss/total", key))
-    return [Chart(line_chart(series[key], key), _title(key)) for key in order]
+def curve_title(name: str) -> str:
+    """`loss/total` -> "Total", `validation/psnr` -> "PSNR (dB)"."""
+    group, _, rest = name.rpartition("/")
+    words = (f"gradient norm: {rest}" if group == "gradient_norm" else rest).replace("_", " ")
+    return TITLES.get(name, words[:1].upper() + words[1:])
 
 
-def _title(key: str) -> str:
-    """`validation/psnr` -> "Validation PSNR"."""
-    kind, name = key.split("/", 1)
-    return (
-        f"{kind.capitalize()}: {name.upper() if name in ('psnr', 'ssim', 'kl') else name.replace('_', ' ')}"
-    )
-
-
-def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
-    """One line as an inline `<svg>`: the points, and a running mean where they are many."""
-    return chart({"": points}, label)
-
-
-def chart(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    label: str,
-    marks: Sequence[tuple[float, str]] = (),
-    linear: bool = False,
-) -> str:
-    """One or a few lines by name as an inline `<svg>`: their points, and running means where they are many.
+def curve_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]], name: str, marks: Sequence[tuple[float, str]] = ()
+) -> Chart:
+    """Plot one quantity against images seen.
 
     Args:
-        lines: (images seen, value) of each; names are shown where there are two or more.
-        label: what screen readers say.
+        lines: name in the legend ("" for none) -> (images seen, value) pairs.
+        name: key of the quantity in the log.
         marks: (images seen, short text) of vertical lines.
-        linear: whether small values are all alike, as with shares; others that span decades get a logarithmic axis.
     """
-    curves = [Curve(name, points, color) for color, (name, points) in enumerate(lines.items())]
-    log_y = False if linear else None
-    return line_plot(
-        curves, label, x="images seen", log_y=log_y, marks=marks, counts=True, named=len(curves) > 1
-    )
+    curves = [Curve(line, points, color) for color, (line, points) in enumerate(lines.items())]
+    log_y = False if name in SHARES else None
+    return line_plot(curves, name, x="images seen", log_y=log_y, marks=marks, counts=True)
+
+
+def run_speed(series: Mapping[str, Series]) -> dict[str, float | None]:
+    """Speed and cost of a run, from its log; empty if the log has no speed.
+
+    Returns:
+        `images_per_second` (median), `seconds` of training without stops, validation and
+        checkpoints, `wall_seconds` from the first report to the last, and the peak `memory_gb`.
+    """
+    speeds = [(images, value) for images, value in series.get("img_per_s", ()) if value > 0]
+    if not speeds:
+        return {}
+    values = sorted(value for _, value in speeds)
+    before = [0.0, *(images for images, _ in speeds)]
+    times = [time for _, time in series.get("time", ())]
+    return {
+        "images_per_second": values[len(values) // 2],
+        "seconds": sum(
+            (images - seen) / value for seen, (images, value) in zip(before, speeds, strict=False)
+        ),
+        "wall_seconds": max(times) - min(times) if times else None,
+        "memory_gb": max((memory for _, memory in series.get("memory_gb", ())), default=None),
+    }

@@ -1,4 +1,4 @@
-"""Pictures: grids of images, PNG bytes and files."""
+"""Grids of images, PNG files, and images for the templates of pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,34 +16,38 @@ from torch import Tensor
 from latentae.errors import ImageError
 from latentae.files import atomic_file
 
-__all__ = ["data_uri", "image_grid", "pil_image", "png_bytes", "write_png"]
+__all__ = ["LARGEST", "image_grid", "picture", "pil_image", "png_bytes", "read_png", "shrink", "write_png"]
+
+LARGEST = 512
+"""Maximum length of the longer side of a picture on a page, in pixels."""
+CRISP = 192  # pictures up to this side are enlarged without smoothing: their pixels are what matters
 
 
 def image_grid(
     rows: Sequence[Sequence[Tensor]], *, padding: int = 4, background: int = 255, columns: int = 8
 ) -> Tensor:
-    """Rows of images as one picture; the images of a column stand under each other.
+    """Arrange rows of images as one picture, with aligned columns.
 
     Args:
-        rows: each row uint8 [3, H, W] tensors (sizes may differ), the rows equally long.
+        rows: rows of equal length, of uint8 [3, H, W] tensors of any sizes.
         padding: pixels around each image.
         background: gray value between the images.
-        columns: a longer row is broken into bands of that many columns, each band holding all the rows.
+        columns: maximum number of columns; longer rows continue in another band of rows below.
 
     Returns:
         uint8 [3, H, W].
 
     Raises:
-        ImageError: no image, rows of different lengths, or another type or shape.
+        ImageError: there is no image, rows differ in length, or an image has another type or shape.
     """
     images = [image for row in rows for image in row]
     if not images or len({len(row) for row in rows}) != 1:
         raise ImageError(
-            f"a grid needs equally long rows of images, got rows of {[len(row) for row in rows]}"
+            f"rows have {[len(row) for row in rows]} images, expected rows of equal length, not empty"
         )
     for image in images:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ImageError(f"a grid takes uint8 [3, H, W] images, got {image.dtype} {tuple(image.shape)}")
+            raise ImageError(f"an image is {image.dtype} {tuple(image.shape)}, expected uint8 [3, H, W]")
     bands = [[row[start : start + columns] for row in rows] for start in range(0, len(rows[0]), columns)]
     pictures = [_band(band, padding, background) for band in bands]
     height = sum(picture.shape[1] for picture in pictures) + padding
@@ -74,24 +79,46 @@ def _band(rows: Sequence[Sequence[Tensor]], padding: int, background: int) -> Te
 
 
 def pil_image(image: Tensor) -> Image.Image:
-    """uint8 [C, H, W] -> a Pillow image: gray, RGB or RGBA for 1, 3 or 4 channels."""
+    """Convert uint8 [C, H, W] to a Pillow image: gray, RGB or RGBA for 1, 3 or 4 channels."""
     pixels = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """uint8 [3, H, W] -> the bytes of a PNG file (lossless: a report must not compress what it shows)."""
+    """Encode uint8 [3, H, W] as a PNG file (lossless: a report must not compress what it shows)."""
     buffer = io.BytesIO()
     pil_image(image).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def write_png(path: str | Path, image: Tensor) -> None:
-    """Write uint8 [3, H, W] as a PNG file, whole or not at all."""
+    """Write uint8 [3, H, W] as a PNG file, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(png_bytes(image))
 
 
-def data_uri(image: Tensor) -> str:
-    """uint8 [3, H, W] -> a PNG as a `data:` address, for pages that open offline."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
+def read_png(path: str | Path) -> Tensor:
+    """Read a PNG file as uint8 [3, H, W]; gray is repeated, transparency becomes white."""
+    with Image.open(path) as image:
+        if image.mode in ("RGBA", "LA"):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def shrink(image: Tensor, limit: int = LARGEST) -> Tensor:
+    """Shrink uint8 [3, H, W] by area averages to at most `limit` pixels a side."""
+    height, width = image.shape[1:]
+    if max(height, width) <= limit:
+        return image
+    times = limit / max(height, width)
+    size = (max(round(width * times), 1), max(round(height * times), 1))
+    small = pil_image(image).resize(size, Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+
+
+def picture(image: Tensor, label: str, detail: str = "") -> dict[str, Any]:
+    """Prepare uint8 [3, H, W] for `ui.picture`, with a label and a detail under it."""
+    height, width = image.shape[1:]
+    src = "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
+    crisp = max(height, width) <= CRISP
+    return {"src": src, "width": width, "height": height, "crisp": crisp, "label": label, "detail": detail}

@@ -1,4 +1,4 @@
-"""A headless browser that loads a page at several widths and says what is wrong with it."""
+"""A headless browser that loads a page at several widths and reports its problems."""
 
 from __future__ import annotations
 
@@ -13,34 +13,42 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 BEFORE = """<script>
 window.problems = [];
-for (const kind of ["error", "warn"]) console[kind] = (...words) => window.problems.push(`console.${kind}: ${words.join(" ")}`);
-window.addEventListener("error", event => window.problems.push(`error: ${event.message || event.target.tagName}`), true);
-window.addEventListener("unhandledrejection", event => window.problems.push(`rejected: ${event.reason}`));
+const report = problem => window.problems.push(problem);
+for (const level of ["error", "warn"])
+  console[level] = (...words) => report(`console.${level}: ${words.join(" ")}`);
+window.addEventListener("error", event => report(`error: ${event.message || event.target.tagName}`), true);
+window.addEventListener("unhandledrejection", event => report(`rejected: ${event.reason}`));
 </script>"""
 AFTER = """<script>
 window.addEventListener("load", () => setTimeout(() => {
   const problems = window.problems;
   document.querySelectorAll("details").forEach(details => details.open = true);
-  const images = [...document.images], drawings = [...document.querySelectorAll("svg")], root = document.documentElement;
+  const all = selector => [...document.querySelectorAll(selector)];
+  const images = [...document.images], drawings = all("svg"), root = document.documentElement;
   for (const image of images)
-    if (!image.complete || !image.naturalWidth || !image.getBoundingClientRect().width) problems.push(`image: ${image.alt}`);
+    if (!image.complete || !image.naturalWidth || !image.getBoundingClientRect().width)
+      problems.push(`image: ${image.alt}`);
   for (const drawing of drawings) {
     const box = drawing.getBoundingClientRect();
-    if (!(box.width > 0 && box.height > 0)) problems.push(`empty svg: ${drawing.getAttribute("aria-label")}`);
+    if (!(box.width > 0 && box.height > 0))
+      problems.push(`empty svg: ${drawing.getAttribute("aria-label")}`);
   }
-  const small = [...document.querySelectorAll("figure svg text")].filter(text => text.getBoundingClientRect().height < 6);
+  const small = all("figure svg text").filter(text => text.getBoundingClientRect().height < 6);
   if (small.length) problems.push(`text too small to read: ${small[0].textContent}`);
   if (root.scrollWidth > innerWidth + 1) {
-    const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
-    problems.push(`overflow: ${root.scrollWidth} > ${innerWidth}, ${wide.slice(0, 3).map(e => e.tagName + "." + e.className)}`);
+    const wide = all("body *").filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+    const names = wide.slice(0, 3).map(e => e.tagName + "." + e.className);
+    problems.push(`overflow: ${root.scrollWidth} > ${innerWidth}, ${names}`);
   }
-  const text = [...document.querySelectorAll("body *:not(script)")].flatMap(e => [...e.childNodes])
+  const text = all("body *:not(script)").flatMap(e => [...e.childNodes])
     .filter(node => node.nodeType === 3).map(node => node.textContent);
   for (const piece of text)
-    if (/\\bNaN\\b|\\bundefined\\b|\\bNone\\b|\\bInfinity\\b|\\binf\\b|\\bnan\\b/.test(piece)) problems.push(`text: ${piece}`);
-  const fetched = performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"));
+    if (/\\b(NaN|undefined|None|Infinity|inf|nan)\\b/.test(piece)) problems.push(`text: ${piece}`);
+  const fetched = performance.getEntriesByType("resource").map(entry => entry.name)
+    .filter(name => !name.startsWith("data:"));
   if (fetched.length) problems.push(`fetched: ${fetched}`);
-  parent.postMessage({width: innerWidth, images: images.length, drawings: drawings.length, words: text.length, problems}, "*");
+  const counts = {images: images.length, drawings: drawings.length, words: text.length};
+  parent.postMessage({width: innerWidth, ...counts, problems}, "*");
 }, 100));
 </script>"""
 
@@ -54,12 +62,12 @@ addEventListener("message", event => {
 
 
 def find_browser() -> str | None:
-    """Chromium's or Chrome's binary."""
+    """The binary of Chromium or Chrome."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def look_at(page: Path, folder: Path, widths: tuple[int, ...] = (390, 1280)) -> list[dict[str, Any]]:
-    """Load a page once for each width (frames of one window, for a window is never narrower than 500 pixels)."""
+def load(page: Path, folder: Path, widths: tuple[int, ...] = (390, 1280)) -> list[dict[str, Any]]:
+    """Load a page at each width, in frames: a window has at least 500 pixels."""
     text = page.read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     copy = text.replace("<head>", f"<head>{BEFORE}", 1).replace("</body>", f"{AFTER}</body>", 1)

@@ -1,4 +1,4 @@
-"""An evaluation with every item that a page can show, and one in which everything is missing; with the pictures that go with them."""
+"""Results of an evaluation with every item of a page, and with every item missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.pages.heat import error_heat_map
+from latentae.pages.error_map import error_map
 from latentae.pages.images import image_grid, write_png
 
 METRICS = {"psnr": 27.3, "ssim": 0.84, "perceptual": 0.113}
@@ -87,7 +87,7 @@ def baseline(name: str, factor: float, **rest: Any) -> dict[str, Any]:
 
 
 def full_result(measured: dict[str, Any], channels: int = 8) -> dict[str, Any]:
-    """A small evaluation with every item of metrics.json but the pictures, and with known numbers."""
+    """A small evaluation with every item of metrics.json but the pictures."""
     result, other = (
         copy.deepcopy(measured),
         {"path": "runs/kl-f8", "kind": "diffusers", "parameters": 83_653_863},
@@ -176,7 +176,7 @@ def add_pictures(folder: Path, result: dict[str, Any], size: int = 96) -> dict[s
             name: worse(original, 4.0 + 3 * place, place)
             for place, name in enumerate(["model", *compared, "pca", "dct", "jpeg", "webp"])
         }
-        images = {"original": original, **made, "heat": error_heat_map(original, made["model"])}
+        images = {"original": original, **made, "heat": error_map(original, made["model"])}
         files = {}
         for name, image in images.items():
             files[name] = f"examples/{number}-{name}.png"

@@ -103,7 +103,7 @@ def test_runs_that_validated_differently_have_no_best(tmp_path):
     assert by_name["psnr"]["best"] == "b"
     assert by_name["perceptual"]["best"] is None
     assert "loss.perceptual.net" in by_name["perceptual"]["reason"]
-    assert "none is called the best" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "No best run for held-out Perceptual" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_tie_has_no_winner_and_the_page_repeats_to_the_byte(tmp_path):
@@ -187,7 +187,7 @@ def test_a_run_that_has_just_begun_or_lost_its_recipe(tmp_path):
     assert [item["images"] for item in result["subjects"]] == [30, None, 30]
     assert set(result["training"]) == {"a", "c"}
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "No recipe that can be read: c." in page
+    assert "No readable recipe: c." in page
     assert "Not finished: b, c" in page
 
 

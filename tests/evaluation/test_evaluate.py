@@ -102,7 +102,7 @@ def test_the_same_job_again_says_so_and_another_is_refused(workspace, evaluation
 
 
 def test_an_interrupted_job_is_done_again(workspace, tmp_path, monkeypatch, tiny_model):
-    import latentae.evaluation.evaluation_page as page
+    import latentae.evaluation.report as page
 
     def full_disk(*_: object) -> None:
         raise OutputError("no space")

@@ -4,12 +4,11 @@ import json
 import shutil
 
 import pytest
-from browser import find_browser, look_at
+from browser import find_browser, load
 from made_result import add_pictures, full_result, missing_result
 
 from latentae.evaluation.compare import compare
-from latentae.evaluation.evaluation_page import write_evaluation_report
-from latentae.pages.report import Charts, Section, build_report
+from latentae.evaluation.report import write_evaluation_report
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="needs Chromium or Chrome, which is not installed"
@@ -46,18 +45,18 @@ def check(found, images: int, drawings: int) -> None:
         assert item["words"] > 50
 
 
-def test_a_page_with_everything_is_whole_at_any_width(evaluation, tmp_path):
+def test_a_page_with_everything_fits_any_width(evaluation, tmp_path):
     result = add_pictures(tmp_path, full_result(evaluation[1], 24), size=160)
     write_evaluation_report(tmp_path, result, write_log(tmp_path / "metrics.jsonl"))
-    check(look_at(tmp_path / "report.html", tmp_path / "browser"), images=4 * 8 + 6 * 3 + 3, drawings=12)
+    check(load(tmp_path / "report.html", tmp_path / "browser"), images=4 * 8 + 6 * 3 + 3, drawings=12)
 
 
-def test_a_page_where_everything_is_missing_is_whole(evaluation, tmp_path):
+def test_a_page_where_everything_is_missing_fits(evaluation, tmp_path):
     write_evaluation_report(tmp_path, missing_result(evaluation[1]))
-    check(look_at(tmp_path / "report.html", tmp_path / "browser"), images=0, drawings=4)
+    check(load(tmp_path / "report.html", tmp_path / "browser"), images=0, drawings=4)
 
 
-def test_runs_side_by_side_are_whole(evaluation, tmp_path):
+def test_a_comparison_fits(evaluation, tmp_path):
     for number, name in enumerate(["first", "second-of-them-with-quite-a-long-name"]):
         run = tmp_path / name
         (run / "samples").mkdir(parents=True)
@@ -75,15 +74,17 @@ def test_runs_side_by_side_are_whole(evaluation, tmp_path):
         [tmp_path / "first", tmp_path / "second-of-them-with-quite-a-long-name", tmp_path / "evaluation"],
         tmp_path / "compare.html",
     )
-    check(look_at(tmp_path / "compare.html", tmp_path / "browser"), images=1, drawings=5)
+    check(load(tmp_path / "compare.html", tmp_path / "browser"), images=1, drawings=5)
 
 
-def test_the_browser_finds_what_is_wrong(tmp_path):
-    page = build_report("Bad", "page", [Section("NaN dB", [Charts([])])])
-    wrong = '<img src="data:image/png;base64,AAAA" alt="broken"><div style="width: 3000px">wide</div><svg width="0" height="0"></svg>'
+def test_the_browser_finds_what_is_wrong(evaluation, tmp_path):
+    write_evaluation_report(tmp_path, missing_result(evaluation[1]))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8").replace("How good", "NaN dB")
+    wrong = '<img src="data:image/png;base64,AAAA" alt="broken"><div style="width: 3000px">wide</div>'
+    wrong += '<svg width="0" height="0"></svg>'
     wrong += "<script>console.error('said'); undefinedFunction();</script>"
     (tmp_path / "report.html").write_text(page.replace("</main>", f"{wrong}</main>"), encoding="utf-8")
-    for item in look_at(tmp_path / "report.html", tmp_path / "browser"):
+    for item in load(tmp_path / "report.html", tmp_path / "browser"):
         problems = " ".join(item["problems"])
         if item["width"]:
             wanted = (

@@ -253,7 +253,7 @@ def test_without_data_a_run_gives_its_own_validation(tmp_path):
     )  # of other weights
     export(run, tmp_path / "other")
     for name in ("raw", "other"):
-        assert "Not measured: export with" in (tmp_path / name / "README.md").read_text()
+        assert "Not measured. To measure, export with" in (tmp_path / name / "README.md").read_text()
 
 
 def test_variants_belong_to_the_diffusers_folder(small, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.pages.charts import MARKERS, SERIES, Bars, Curve, bar_plot, legend, line_plot
+from latentae.pages.charts import COLORS, Chart, Curve, bar_plot, line_plot
 
-# Machado, Oliveira & Fernandes 2009, table 1, severity 1: what people with protanopia, deuteranopia and tritanopia see (linear RGB)
+# protanopia, deuteranopia and tritanopia in linear RGB (Machado et al. 2009, table 1, severity 1)
 BLINDNESS = [
     [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -21,8 +21,8 @@ BLINDNESS = [
 ]
 
 
-def linear(colour: str) -> np.ndarray:
-    channels = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+def linear(color: str) -> np.ndarray:
+    channels = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
     return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
 
 
@@ -45,13 +45,13 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 def contrast(a: str, b: str) -> float:
     """WCAG 2.2."""
-    low, high = sorted(float(np.array([0.2126, 0.7152, 0.0722]) @ linear(colour)) for colour in (a, b))
+    low, high = sorted(float(np.array([0.2126, 0.7152, 0.0722]) @ linear(color)) for color in (a, b))
     return (high + 0.05) / (low + 0.05)
 
 
 def palettes() -> dict[str, tuple[str, list[str]]]:
-    """Background and colours of the series, on light and dark paper, as the style sheet has them."""
-    css = resources.files("latentae.pages").joinpath("report.css").read_text(encoding="utf-8")
+    """Background and colors of the series, on light and dark paper, as the style sheet has them."""
+    css = resources.files("latentae.pages").joinpath("templates", "page.css").read_text(encoding="utf-8")
     names = ["accent", "second", *(f"series-{number}" for number in range(3, 9))]
     found = {name: re.findall(rf"--{name}: (#\w+);", css) for name in ["card", *names]}
     return {
@@ -61,18 +61,19 @@ def palettes() -> dict[str, tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_all_eight_colours_can_be_told_apart_by_all_eyes(mode):
-    paper, colours = palettes()[mode]
-    assert len(colours) == len(SERIES) == len(MARKERS) == 8
-    assert all(contrast(colour, paper) >= 3 for colour in colours)
+def test_all_eight_colors_can_be_told_apart_by_all_eyes(mode):
+    paper, colors = palettes()[mode]
+    assert len(colors) == len(COLORS) == 8
+    assert all(contrast(color, paper) >= 3 for color in colors)
     views = [np.eye(3), *map(np.array, BLINDNESS)]
-    for a, b in itertools.combinations(colours, 2):
+    for a, b in itertools.combinations(colors, 2):
         for view in views:
-            seen = [oklab(np.clip(view @ linear(colour), 0, 1)) for colour in (a, b)]
+            seen = [oklab(np.clip(view @ linear(color), 0, 1)) for color in (a, b)]
             assert np.linalg.norm(seen[0] - seen[1]) > 0.05, (a, b)
 
 
-def parsed(svg: str) -> ElementTree.Element:
+def parsed(chart: Chart) -> ElementTree.Element:
+    svg = chart.svg
     assert "#0102" not in svg
     assert "http" not in svg
     assert not re.search(r"\b(nan|inf)\b", svg)
@@ -92,83 +93,74 @@ points = st.lists(st.tuples(numbers, numbers), max_size=6)
 @settings(max_examples=12, deadline=None)
 @given(lines=st.lists(points, max_size=3), log_x=st.booleans(), log_y=st.sampled_from([None, True, False]))
 def test_any_points_make_a_chart(lines, log_x, log_y):
-    curves = [
-        Curve(f"<{number}>", line, number, strong=number == 0, line=number < 2)
-        for number, line in enumerate(lines)
-    ]
+    curves = [Curve(f"<{number}>", line, number, strong=number == 0) for number, line in enumerate(lines)]
     parsed(line_plot(curves, "any", x="a < b", y="c & d", log_x=log_x, log_y=log_y))
 
 
 @settings(max_examples=12, deadline=None)
-@given(values=st.lists(numbers, max_size=20), log=st.booleans(), lying=st.booleans(), named=st.booleans())
-def test_any_values_make_bars(values, log, lying, named):
+@given(
+    values=st.lists(numbers, max_size=20), log=st.booleans(), horizontal=st.booleans(), named=st.booleans()
+)
+def test_any_values_make_bars(values, log, horizontal, named):
     names = [f"stage {number}" for number in range(len(values))] if named else []
-    parsed(
-        bar_plot(
-            [Bars("a", values), Bars("b", values, 1)],
-            "any",
-            names=names,
-            log=log,
-            lying=lying,
-            level=(0.01, "limit"),
-        )
-    )
+    bars, level = {"a": values, "b": values}, (0.01, "limit")
+    parsed(bar_plot(bars, "any", names=names, log=log, horizontal=horizontal, level=level))
 
 
-def drawn(svg: str, colour: int) -> list[str]:
-    variable = ("--accent", "--second", *(f"--series-{number}" for number in range(3, 9)))[colour]
-    return re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*var\({variable}', svg)
+def drawn(chart: Chart, color: int) -> list[str]:
+    variable = ("--accent", "--second", *(f"--series-{number}" for number in range(3, 9)))[color]
+    return re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*var\({variable}', chart.svg)
 
 
 def places(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]
 
 
-def test_eight_curves_have_eight_colours_and_the_ninth_begins_again():
+def test_eight_curves_have_eight_colors_and_the_ninth_begins_again():
     curves = [Curve(f"run {number}", [(0.0, number), (1.0, number + 1.0)], number) for number in range(9)]
-    svg = line_plot(curves, "many")
-    assert svg == line_plot(curves, "many")  # to the byte
-    assert all(drawn(svg, colour) for colour in range(8))
-    without_style_sheet = dict.fromkeys(re.findall(r"var\(--(?:accent|second|series-\d), (#\w+)\)", svg))
+    chart = line_plot(curves, "many")
+    assert chart == line_plot(curves, "many")  # to the byte
+    assert all(drawn(chart, color) for color in range(8))
+    without_style_sheet = dict.fromkeys(
+        re.findall(r"var\(--(?:accent|second|series-\d), (#\w+)\)", chart.svg)
+    )
     assert list(without_style_sheet) == palettes()["light"][1]
-    keys = [key.html() for key in legend(curves)]
-    assert len({key.split("<span>")[0] for key in keys}) == 8
-    assert keys[8].split("<span>")[0] == keys[0].split("<span>")[0]
+    looks = [(key["color"], key["shape"]) for key in chart.legend]
+    assert len(set(looks)) == 8
+    assert looks[8] == looks[0]
 
 
 def test_bars_have_the_heights_of_their_values():
-    paths = drawn(bar_plot([Bars("", [1.0, 2.0, None, -1.0])], "bars"), 0)
+    paths = drawn(bar_plot({"": [1.0, 2.0, None, -1.0]}, "bars"), 0)
     ys = [[y for _, y in places(path)] for path in paths]
     heights = [max(row) - min(row) for row in ys]
     assert [height / heights[0] for height in heights] == pytest.approx([1, 2, 1], rel=1e-3)
 
 
 def test_a_logarithmic_axis_is_even_in_ratios():
-    svg = line_plot([Curve("", [(0.05, 1.0), (0.5, 2.0), (5.0, 3.0), (0.0, 9.0)])], "log", log_x=True)
-    xs = [x for x, _ in places(next(path for path in drawn(svg, 0) if path.count("L") == 2))]
+    chart = line_plot([Curve("", [(0.05, 1.0), (0.5, 2.0), (5.0, 3.0), (0.0, 9.0)])], "log", log_x=True)
+    xs = [x for x, _ in places(next(path for path in drawn(chart, 0) if path.count("L") == 2))]
     assert len(xs) == 3  # 0 has no place on it
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], rel=1e-3)
 
 
 def test_a_long_run_makes_no_large_chart_and_loses_no_spike():
-    svg = line_plot([Curve("", [(float(x), 9.0 if x == 123_457 else x % 2) for x in range(200_000)])], "long")
-    assert len(svg) < 60_000
-    ys = [y for path in drawn(svg, 0) for _, y in places(path)]
+    chart = line_plot(
+        [Curve("", [(float(x), 9.0 if x == 123_457 else x % 2) for x in range(200_000)])], "long"
+    )
+    assert len(chart.svg) < 60_000
+    ys = [y for path in drawn(chart, 0) for _, y in places(path)]
     assert 100 < len(ys) < 2500
     assert min(ys) < sorted(ys)[1] - 30  # one point is far above all others
 
 
-def test_a_legend_shows_what_is_drawn_and_escapes_names():
+def test_a_legend_shows_what_is_drawn():
     points = [(0.0, 1.0)]
-    curves = [
-        Curve("<model>", points),
-        Curve("jpeg", points, 1, strong=False),
-        Curve("", points, 2, line=False),
-    ]
-    strong, dashed, dots = (key.html() for key in legend(curves))
-    assert "&lt;model&gt;" in strong
-    assert "stroke-dasharray" in dashed
-    assert "stroke-dasharray" not in strong
-    assert "stroke=" not in dots
-    dense = legend([Curve("", [(float(x), 1.0) for x in range(100)])])[0].html()
-    assert 'fill="var' not in dense  # no markers on a long line
+    curves = [Curve("model", points), Curve("jpeg", points, 1, strong=False), Curve("", points, 2)]
+    strong, dashed = line_plot(curves, "legend").legend
+    assert (strong["name"], strong["line"], dashed["line"]) == ("model", "solid", "dashed")
+    (dense,) = line_plot([Curve("long", [(float(x), 1.0) for x in range(100)])], "dense").legend
+    assert not dense["shape"]  # no markers on a long line
+    (bars,) = bar_plot({"bars": [1.0]}, "bars").legend
+    assert bars["shape"]
+    assert not bars["line"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentae.errors import ImageError, OutputError
-from latentae.pages.images import image_grid, png_bytes, write_png
+from latentae.pages.images import image_grid, png_bytes, read_png, shrink, write_png
 
 
 def plain(value: int, height: int, width: int) -> torch.Tensor:
@@ -36,9 +36,9 @@ def test_rows_are_under_each_other_and_bad_grids_are_refused():
     assert (grid[:, 2:6, 2:8] == 1).all()
     assert (grid[:, 8:12, 2:8] == 2).all()
     assert (grid[:, :2] == 255).all()
-    with pytest.raises(ImageError, match="equally long"):
+    with pytest.raises(ImageError, match="equal length"):
         image_grid([[plain(1, 2, 2)], []])
-    with pytest.raises(ImageError, match="equally long"):
+    with pytest.raises(ImageError, match="equal length"):
         image_grid([])
     with pytest.raises(ImageError, match="uint8"):
         image_grid([[torch.zeros(3, 4, 4)]])
@@ -52,3 +52,14 @@ def test_png_is_lossless_and_written_whole(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError):
         write_png(tmp_path / "folder", image)
+
+
+def test_shrinking_averages_and_files_of_any_color_are_read(tmp_path):
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    image[:, :2, :2] = 200
+    assert shrink(image, 4) is image
+    assert torch.equal(shrink(image, 2)[0], torch.tensor([[200, 0], [0, 0]], dtype=torch.uint8))
+    Image.new("L", (3, 2), 90).save(tmp_path / "gray.png")
+    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert (read_png(tmp_path / "gray.png") == 90).all()
+    assert (read_png(tmp_path / "clear.png") == 255).all()

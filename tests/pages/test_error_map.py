@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentae.errors import ImageError
-from latentae.pages.heat import BRIGHTEST, TICKS, error_heat_map, heat_gradient, heat_level
+from latentae.pages.error_map import BRIGHTEST, TICKS, color_position, error_map, scale_gradient
 
 
 def lightness(pixels: torch.Tensor) -> torch.Tensor:
@@ -14,7 +14,7 @@ def lightness(pixels: torch.Tensor) -> torch.Tensor:
 
 def test_larger_errors_are_lighter_up_to_the_brightest():
     errors = torch.arange(0, 256, dtype=torch.uint8)[None, None, :]
-    light = lightness(error_heat_map(torch.zeros_like(errors), errors))[0]
+    light = lightness(error_map(torch.zeros_like(errors), errors))[0]
     until = int(BRIGHTEST) + 1
     assert (light[1:until] > light[: until - 1]).all()
     assert (light[until:] == light[until - 1]).all()
@@ -25,19 +25,19 @@ def test_a_map_is_of_the_error_alone_and_no_error_is_black(channels):
     base = torch.randint(0, 200, (channels, 5, 7))
     error = torch.randint(0, 50, (channels, 5, 7))
     a, b = base.to(torch.uint8), (base + error).to(torch.uint8)
-    heat = error_heat_map(a, b)
-    assert (heat.dtype, heat.shape) == (torch.uint8, (3, 5, 7))
-    assert torch.equal(heat, error_heat_map(b, a))
-    assert torch.equal(heat, error_heat_map(torch.zeros_like(a), error.to(torch.uint8)))  # for any image
-    alone = error_heat_map(a[:, :1, :1], b[:, :1, :1])
-    assert torch.equal(heat[:, :1, :1], alone)  # and for any neighbours
-    assert error_heat_map(a, a).max() < 8
+    colors = error_map(a, b)
+    assert (colors.dtype, colors.shape) == (torch.uint8, (3, 5, 7))
+    assert torch.equal(colors, error_map(b, a))
+    assert torch.equal(colors, error_map(torch.zeros_like(a), error.to(torch.uint8)))  # for any image
+    alone = error_map(a[:, :1, :1], b[:, :1, :1])
+    assert torch.equal(colors[:, :1, :1], alone)  # and for any neighbours
+    assert error_map(a, a).max() < 8
 
 
 def test_ticks_are_evenly_spaced_on_the_scale():
-    places = heat_level(torch.tensor(TICKS, dtype=torch.float64))
+    places = color_position(torch.tensor(TICKS, dtype=torch.float64))
     assert torch.allclose(places, torch.linspace(0, 1, len(TICKS), dtype=torch.float64))
-    gradient = heat_gradient()
+    gradient = scale_gradient()
     assert gradient.startswith("linear-gradient(to right, rgb(0 0 3)")
     assert '"' not in gradient
 
@@ -45,6 +45,6 @@ def test_ticks_are_evenly_spaced_on_the_scale():
 @pytest.mark.parametrize(("shape", "other"), [((3, 4, 4), (3, 4, 5)), ((1, 3, 4, 4), (1, 3, 4, 4))])
 def test_other_shapes_and_types_are_one_line(shape, other):
     with pytest.raises(ImageError, match="expected"):
-        error_heat_map(torch.zeros(shape, dtype=torch.uint8), torch.zeros(other, dtype=torch.uint8))
+        error_map(torch.zeros(shape, dtype=torch.uint8), torch.zeros(other, dtype=torch.uint8))
     with pytest.raises(ImageError, match="expected"):
-        error_heat_map(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
+        error_map(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))

@@ -1,46 +1,17 @@
-"""The page of a run, whatever the run has left."""
+"""The page of a run, finished, interrupted or damaged."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from page_reader import Page
 
 from latentae.errors import TrainingError
 from latentae.pages.images import write_png
 from latentae.training.summary import write_summary
-
-VOID = {"meta", "img", "link", "br"}
-
-
-class Page(HTMLParser):
-    """Text, addresses and tags of a page whose elements are all closed."""
-
-    def __init__(self, path) -> None:
-        super().__init__()
-        self.open, self.tags, self.addresses, self.texts = [], [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert self.open == []
-        for address in self.addresses:
-            assert address.startswith(("data:", "#")) or re.fullmatch(r"[\w.%-]+", address), address
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.texts.append(data)
 
 
 def report(images, **more):
@@ -94,9 +65,9 @@ def test_a_finished_run(run):
     found = Page(page)
     assert "Finished after 1,600 images." in found.text
     assert "20.50 best 21.00 at 800 images" in found.text
-    assert "No warnings, no steps left out" in found.text
+    assert "No warnings, no skipped steps" in found.text
     assert "2 processes, CPU, fp32" in found.text
-    assert "3 min 10 images a second" in found.text  # 1600 images at 10 a second
+    assert "3 min 10 images per second" in found.text  # 1600 images at 10 a second
     assert "Last after 1,600 images" in found.text
     assert "First after 800 images" in found.text
     assert sum(address.startswith("data:image/png") for address in found.addresses) == 2
@@ -130,16 +101,16 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
     (folder / "bad_samples.jsonl").write_text("{}\n{}\n")
     found = Page(write_summary(folder))
     assert "Not finished: 960 of 2,400 images seen." in found.text
-    assert "Trouble on the way: 100 warning, 1 rollback" in found.text
+    assert "Problems: 100 warning, 1 rollback" in found.text
     assert "2 samples could not be read" in found.text
     assert "trouble <99>" in found.text
     assert "trouble <9>" not in found.text
     assert "The last 60 of 101" in found.text
-    assert "Dashed: D, the discriminator begins to play; 1, head only begins." in found.text
+    assert "Dashed: D, the adversarial loss starts; 1, head only begins." in found.text
     assert "phase 2 never reached: 800 images" in found.text
     for title in (
         "Logits",
-        "Share judged rightly",
+        "Accuracy",
         "Adaptive ratio: adversarial",
         "Gradient norm: autoencoder",
         "New",
@@ -160,7 +131,7 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
         ["not a line\n", "[]\n", '{"step": "x", "images": null}\n'],
     ],
 )
-def test_whatever_a_run_has_left_makes_a_page(run, lines):
+def test_any_files_of_a_run_give_a_page(run, lines):
     found = Page(write_summary(run(lines)))
     assert "Not finished" in found.text
 
