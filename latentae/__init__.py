@@ -30,7 +30,7 @@ _HOME = {
     "AutoencoderOutput": "models.base",
     "DiagonalGaussian": "models.posterior",
     "LatentAEError": "errors",
-    "LatentDataset": "encoding.latents",
+    "LatentDataset": "encoding.latent_dataset",
     "LinearAutoencoder": "models.linear",
     "LinearAutoencoderConfig": "models.config",
     "fuse": "models.fuse",
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from latentae.data.shards import shards
     from latentae.encoding.decode import decode
     from latentae.encoding.encode import encode
-    from latentae.encoding.latents import LatentDataset
+    from latentae.encoding.latent_dataset import LatentDataset
     from latentae.encoding.stats import stats
     from latentae.encoding.verify import verify
     from latentae.errors import LatentAEError

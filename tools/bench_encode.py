@@ -48,9 +48,8 @@ from latentae.data.shard_files import read_shard
 from latentae.data.shard_index import load_index
 from latentae.data.transforms import resize_and_center_crop
 from latentae.encoding.encode import conclude, prepare
-from latentae.encoding.encoders import ModelEncoder
 from latentae.encoding.options import EncodeOptions
-from latentae.encoding.shard import encode_shards
+from latentae.encoding.shard_encoder import ModelEncoder, encode_shards
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import preset
@@ -220,8 +219,7 @@ def stages(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
                 **options_of(setting),
             )
         )
-        shards = [(shard.source, shard.name) for shard in work.pending]
-        for _ in encode_shards(shards, work.store, lambda images: (mean, logvar), work.settings):
+        for _ in encode_shards(work.pending, work.store, lambda images: (mean, logvar), work.settings):
             continue
         conclude(work)
 

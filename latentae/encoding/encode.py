@@ -1,252 +1,218 @@
-"""The verb `encode`: shards of images -> shards of latents, one for one, on as many machines as there are.
+"""The verb `encode`: shards of images to shards of latents, one to one, on any number of machines.
 
-Every task takes each num_tasks-th shard and never waits for another. What is done is what has a valid sidecar; whichever task
-finds all of them in place writes `statistics.json` and closes the job. `prepare` and `conclude` are its beginning and its end, for
-an engine that does what lies between in another way.
+Each task encodes every num_tasks-th shard and never waits for another task. A shard is done when it
+has a valid sidecar. The task that finds all shards done writes `statistics.json` and closes the job.
+`prepare` and `conclude` are the first and the last step, for callers that encode in their own way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from latentae.data.options import DataOptions
-from latentae.data.shard_files import expand_shards
+from latentae.data.decode import decode_sample
+from latentae.data.selection import default_buckets
+from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.shard_index import ShardEntry, ShardIndex, load_index
 from latentae.data.sources import is_remote, name_of, sizes_of
 from latentae.device import choose_device
-from latentae.encoding.encoders import Encoder, ModelEncoder, build_encoder
+from latentae.encoding import formats
+from latentae.encoding.class_labels import MISSING_LABELS, has_label
+from latentae.encoding.formats import kohya
+from latentae.encoding.image_batches import UNREADABLE
 from latentae.encoding.options import EncodeOptions
-from latentae.encoding.pipeline import default_workers
-from latentae.encoding.places import has_label
-from latentae.encoding.plan import Shard, find_finished, plan_digest, plan_shards, remove_leftovers
-from latentae.encoding.shard import UNREADABLE, ShardSettings, encode_shards
+from latentae.encoding.plan import Shard, ShardSettings, find_finished, plan_digest, plan_shards
+from latentae.encoding.ray_engine import encode_on_ray
+from latentae.encoding.shard_encoder import Encoder, build_encoder, encode_shards
 from latentae.encoding.sidecar import FORMAT_VERSION, Sidecar, sidecar_name
 from latentae.encoding.store import Store
+from latentae.encoding.threads import default_workers
 from latentae.errors import ImageError, RecipeError
 from latentae.file_names import STATISTICS
 from latentae.files import json_bytes
 from latentae.jobs import Job, RemoteJob, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
-from latentae.models.pretrained import ModelSource, resolve_model
+from latentae.models.pretrained import resolve_model
 from latentae.options import identity, verb
 from latentae.progress import Progress, say
 
-__all__ = ["ModelEncoder", "Work", "conclude", "encode", "prepare"]
+__all__ = ["Work", "conclude", "encode", "prepare"]
 
-PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"
-COMPUTE = ("auto", "fp32", "bf16")
-ENGINES = ("local", "ray")
-# formats of other trainers
-NEED_FLIPS, NEED_IMAGES, TAKE_BUCKETS = ("lightningdit", "mar"), ("repa",), ("kohya",)
-NEED_LABELS = ("lightningdit", "edm2", "repa", "mar")
+PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"  # part of the fingerprint
 
 
 @dataclass(frozen=True)
 class Work:
-    """A job that has been claimed, and this task's share of it."""
+    """A claimed job and this task's share of it."""
 
     job: Job | RemoteJob
     store: Store
+    settings: ShardSettings
+    make_encoder: Callable[[], Encoder]
+    """Loads the model. It can be pickled for another process, which chooses its own device."""
     plan: list[Shard]
     """All shards of the job."""
     mine: list[Shard]
-    """Those of this task."""
+    """The shards of this task."""
     pending: list[Shard]
-    """Those of this task that are not done."""
-    settings: ShardSettings
-    source: ModelSource
-    make_encoder: Callable[[], Encoder]
-    """Loads the model; can be pickled and called in another process, which then chooses its own device."""
+    """The shards of this task that are not done."""
     task: str
-    """For messages: "task 1 of 4", empty where there is one."""
-    max_bad_share: float
+    """For messages: "task 1 of 4" or "this task"."""
 
 
 @verb(EncodeOptions)
 def encode(options: EncodeOptions) -> dict[str, Any]:
-    """Encode image shards to latent shards; running the same command again goes on where it stopped, or says it is done.
+    """Encode image shards to latent shards. Run the same command again to resume.
 
     Returns:
-        A summary: `out`, `shards`, `samples`, `skipped`, `finished`. While other tasks have shards to do, `finished` is False and
-        the counts are of this task; once finished they are of all, and the statistics are with them (see LatentStatistics.summary).
+        `out`, `shards`, `samples`, `skipped` and `finished`. While other tasks have shards to do,
+        `finished` is False and the counts are of this task. Afterwards they are of all tasks, and
+        the statistics are included (see LatentStatistics.summary).
 
     Raises:
-        RecipeError: an option that is not allowed.
-        DataError: shards that are missing or damaged, or too many images that can't be read (shard and key are named).
-        ModelError: no such model, or one that takes no images.
-        OutputError: `out` can't be written or holds another job, such as that of another model, resolution or dtype.
+        RecipeError: an invalid option.
+        DataError: shards are missing or damaged, or too many images are unreadable.
+        ModelError: the model is missing or does not take image files.
+        OutputError: `out` can't be written or holds another job, such as another model's latents.
     """
     folder, layout = Path(options.out), options.format
     if layout == "latentae":
         return _encode(options)
     _check_format(options)
-    latents = replace(
-        options,
-        out=folder / "latents",
-        flip=options.flip or layout in NEED_FLIPS,
-        keep_images=options.keep_images or layout in NEED_IMAGES,
+    summary = _encode(
+        replace(
+            options,
+            out=folder / "latents",
+            flip=options.flip or formats.FORMATS[layout].flips,
+            keep_images=options.keep_images or formats.FORMATS[layout].images,
+        )
     )
-    summary = _encode(latents)
     if not summary["finished"]:
         return summary
-    from latentae.encoding import formats
-
     return {**summary, "out": str(formats.write(layout, folder / "latents", folder / layout))}
+
+
+def _check_format(options: EncodeOptions) -> None:
+    """Check before encoding what the writer of a layout needs."""
+    layout, needs = options.format, formats.FORMATS[options.format]
+    if is_remote(str(options.out)):
+        raise RecipeError(f"format {layout} is written to a local folder, not to a URL; copy it afterwards")
+    if options.buckets != "none" and not needs.buckets:
+        accept = ", ".join(name for name, other in formats.FORMATS.items() if other.buckets)
+        raise RecipeError(f"format {layout} holds latents of one size; use buckets none, or format {accept}")
+    if needs.labels and not has_label(expand_shards(options.shards)):
+        raise RecipeError(
+            f"format {layout} needs a class label for each sample, but the first sample of {options.shards} "
+            f"has none; {MISSING_LABELS}"
+        )
+    if layout == "kohya":
+        factor = resolve_model(options.model, options.weights).config.downsampling
+        if factor != kohya.FACTOR:
+            raise RecipeError(
+                f"kohya reads latents downsampled by {kohya.FACTOR}, but {options.model} downsamples by "
+                f"{factor}; choose another model or format"
+            )
+        index = _index(options)
+        if index.sources:  # keys in remote shards without an index are unknown until they are read
+            kohya.check_names(Path(options.out) / layout, index.names())
 
 
 def _encode(options: EncodeOptions) -> dict[str, Any]:
     work = prepare(options)
-    if work.pending and options.engine == "ray":
-        from latentae.encoding import ray_engine
-
-        ray_engine.run(work)
-    elif work.pending:
-        _run(work)
+    if work.pending:
+        total, left = (sum(shard.samples for shard in some) for some in (work.mine, work.pending))
+        if total > left:
+            say(f"encode: {total - left} of {total} samples are already done")
+        work.store.remove_leftovers()
+        engine = encode_on_ray if options.engine == "ray" else _encode_here
+        with Progress("encoding", total=total or None, initial=total - left) as progress:
+            engine(work.pending, work.store, work.make_encoder, work.settings, progress.advance)
     return conclude(work)
 
 
-def _check_format(options: EncodeOptions) -> None:
-    """Refuse before the work what the writer of a layout would refuse after it."""
-    layout, shards = options.format, options.shards
-    if is_remote(str(options.out)):
-        raise RecipeError(
-            f"format {layout} is written to a local folder, not to a URL; copy it there afterwards"
-        )
-    if options.buckets != "none" and layout not in TAKE_BUCKETS:
-        raise RecipeError(
-            f"format {layout} holds latents of one size; give buckets none, or one of {', '.join(TAKE_BUCKETS)}"
-        )
-    if layout in NEED_LABELS and not has_label(expand_shards(shards)):
-        raise RecipeError(
-            f"format {layout} needs a class label for each sample, and the first one of {shards} has none; give each a `cls` member, "
-            'or a `json` with a whole number as "label"'
-        )
-    if layout != "kohya":
-        return
-    if (factor := resolve_model(options.model, options.weights).config.downsampling) != 8:
-        raise RecipeError(
-            f"kohya reads latents of 8 pixels, but {options.model} downsamples by {factor}; choose another model or format"
-        )
-    index = _index(expand_shards(shards))
-    if index.sources:  # of remote shards without an index, keys are known once they have been read
-        from latentae.encoding.formats import kohya
-
-        kohya.check_names(Path(options.out) / layout, index.names())
+def _encode_here(
+    shards: list[Shard],
+    store: Store,
+    make_encoder: Callable[[], Encoder],
+    settings: ShardSettings,
+    advance: Callable[[int], object],
+) -> None:
+    """Encode shards in this process, except those that another task has done in the meantime."""
+    pending = (shard for shard in shards if shard.finished(store, settings.fingerprint) is None)
+    for _ in encode_shards(pending, store, make_encoder(), settings, advance):
+        continue  # `conclude` reads the sidecars, with those of other tasks
 
 
 def prepare(options: EncodeOptions) -> Work:
-    """Claim the output of `encode` and find out what is left to do."""
+    """Claim the output of `encode` and find the shards that are left to do."""
     task, tasks = resolve_task(options.task_id, options.num_tasks)
     source = resolve_model(options.model, options.weights)
-    side = _resolution(source, options.resolution)
-    sizes = _bucket_sizes(side, options.buckets, source.config.downsampling)
-    where = choose_device(options.device)
+    source.check_channels(decodes=False)
+    side = source.resolution if options.resolution is None else options.resolution
+    source.check_side(side)
+    buckets = default_buckets(side) if options.buckets == "auto" else ()
+    factor = source.config.downsampling
+    if any(length % factor for size in buckets for length in size):
+        raise ImageError(
+            f"the sides of buckets are multiples of 64 pixels, but the model needs multiples of {factor}; "
+            "use buckets none"
+        )
+    device = choose_device(options.device)
     store = Store.open(options.out)
-    index = _index(expand_shards(options.shards))
+    index = _index(options)
     plan = plan_shards(index)
-
+    auto = "bf16" if device.type == "cuda" else "fp32"
     about = {
         "model": source.fingerprint,
         "resolution": side,
-        "buckets": [list(size) for size in sizes] or "none",
+        "buckets": [list(size) for size in buckets] or "none",
         "preprocessing": PREPROCESSING,
-        "compute": _compute(options.compute_dtype, where),
+        "compute": auto if options.compute_dtype == "auto" else options.compute_dtype,
         **identity(options),
     }
-    fingerprint = hashlib.sha256(json.dumps([FORMAT_VERSION, about]).encode()).hexdigest()
     settings = ShardSettings(
-        side,
-        options.dtype,
-        options.batch_size,
-        options.keep_images,
+        options,
+        hashlib.sha256(json.dumps([FORMAT_VERSION, about]).encode()).hexdigest(),
+        buckets or ((side, side),),
+        source.config.in_channels,
         source.config.latent_channels,
-        fingerprint,
-        flip=options.flip,
-        packed=options.packed,
-        buckets=sizes,
-        workers=default_workers(where) if options.workers is None else options.workers,
-        in_channels=source.config.in_channels,
-        pin=where.type == "cuda",
-        max_pixels=options.max_pixels,
+        workers=default_workers(device) if options.workers is None else options.workers,
+        pin=device.type == "cuda",
     )
-    inputs = {
-        **about,
-        "shards": {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)},
-    }
-    job = store.claim("encode", inputs, {"model_path": str(Path(options.model).absolute())})
+    shards = {"count": len(plan), "samples": index.samples, "digest": plan_digest(plan)}
+    notes = {"model_path": str(Path(options.model).absolute())}
+    job = store.claim("encode", {**about, "shards": shards}, notes)
     mine = plan[task::tasks]
+    found = find_finished(store, mine, settings.fingerprint, store.sizes())
     return Work(
         job,
         store,
+        settings,
+        partial(build_encoder, source.weights_file, options.device, about["compute"]),
         plan,
         mine,
-        [
-            shard
-            for shard, sidecar in find_finished(store, mine, fingerprint, store.sizes())
-            if sidecar is None
-        ],
-        settings,
-        source,
-        partial(build_encoder, source.weights_file, options.device, about["compute"]),
-        f"task {task} of {tasks}" if tasks > 1 else "",
-        options.max_bad_share,
+        pending=[shard for shard, sidecar in found if sidecar is None],
+        task=f"task {task} of {tasks}" if tasks > 1 else "this task",
     )
 
 
-def _compute(compute_dtype: str, device: torch.device) -> str:
-    if compute_dtype != "auto":
-        return compute_dtype
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-def _bucket_sizes(side: int, buckets: str, factor: int) -> tuple[tuple[int, int], ...]:
-    sizes = DataOptions(resolution=side, buckets="auto" if buckets == "auto" else "none").bucket_sizes()
-    if any(length % factor for size in sizes for length in size):
-        raise ImageError(
-            f"the sides of buckets are no multiples of the model's downsampling factor {factor}; encode squares (buckets none)"
-        )
-    return sizes
-
-
-def _index(shards: list[str]) -> ShardIndex:
-    """What the shards hold; of remote ones only the sizes, which are had without reading them."""
+def _index(options: EncodeOptions) -> ShardIndex:
+    """The index of the shards; of remote shards only the sizes, which need no reading."""
+    shards = expand_shards(options.shards)
     if not any(map(is_remote, shards)):
         return load_index(shards)
     sizes = zip(shards, sizes_of(shards), strict=True)
     return ShardIndex(tuple(ShardEntry(path, name_of(path), 0, size) for path, size in sizes))
 
 
-def _run(work: Work) -> None:
-    """Encode the pending shards here."""
-    done, total = (sum(shard.samples for shard in some) for some in (work.pending, work.mine))
-    done = total - done
-    if done:
-        say(f"encode: {done} of {total} samples are already done")
-    remove_leftovers(work.store)
-    encoder = work.make_encoder()
-    with Progress("encoding", total=total or None, initial=done) as progress:
-        for _ in encode_shards(_still_pending(work), work.store, encoder, work.settings, progress.advance):
-            continue  # the sidecars are read again at the end, with those of other tasks
-
-
-def _still_pending(work: Work) -> Iterator[tuple[str, str]]:
-    """The pending shards that no other task, given the same ones, has done in the meantime."""
-    for shard in work.pending:
-        if shard.finished(work.store, work.settings.fingerprint) is None:
-            yield shard.source, shard.name
-
-
 @dataclass
 class _Total:
-    """What all finished sidecars say together."""
+    """Sums over finished shards."""
 
     statistics: LatentStatistics
     shards: int = 0
@@ -254,88 +220,96 @@ class _Total:
     samples: int = 0
     skipped: int = 0
     unreadable: int = 0
-    first_unreadable: str = ""
+    first_unreadable: tuple[Shard, str] | None = None
+    """Shard and key."""
 
-    def add(self, sidecar: Sidecar) -> None:
+    def add(self, shard: Shard, sidecar: Sidecar) -> None:
         self.statistics = self.statistics.merge(LatentStatistics.from_json(sidecar.statistics))
         self.shards += 1
         self.read += sidecar.input.samples
         self.samples += sidecar.output.samples
-        self.skipped += sum(len(keys) for keys in sidecar.skipped.values())
+        self.skipped += sidecar.skips
         unreadable = sidecar.skipped.get(UNREADABLE, [])
         self.unreadable += len(unreadable)
-        if unreadable and not self.first_unreadable:
-            self.first_unreadable = f"{unreadable[0]} in {sidecar.shard}"
+        if unreadable and self.first_unreadable is None:
+            self.first_unreadable = shard, unreadable[0]
 
 
 def _add_up(work: Work, shards: list[Shard], sizes: Mapping[str, int]) -> _Total:
-    total = _Total(LatentStatistics.empty(work.settings.channels))
-    for _, sidecar in find_finished(work.store, shards, work.settings.fingerprint, sizes):
+    total = _Total(LatentStatistics.empty(work.settings.latent_channels))
+    for shard, sidecar in find_finished(work.store, shards, work.settings.fingerprint, sizes):
         if sidecar is not None:
-            total.add(sidecar)
+            total.add(shard, sidecar)
     return total
 
 
 def conclude(work: Work) -> dict[str, Any]:
-    """Merge the statistics if all shards are in place, and say where the job stands.
+    """Close the job if all shards are done, and return the summary of `encode`.
 
     Raises:
-        ImageError: all shards are in place, but too many images could not be read.
+        ImageError: all shards are done, but too many images are unreadable.
     """
-    there = work.store.sizes()
-    listed = sum(shard.name in there and sidecar_name(shard.name) in there for shard in work.plan)
-    # With thousands of tasks at an object store, only the last one may read all sidecars: the others see from the listing that some lack.
-    total = _add_up(work, work.plan if listed == len(work.plan) else work.mine, there)
-    summary: dict[str, Any] = {
+    sizes = work.store.sizes()
+    listed = sum(shard.name in sizes and sidecar_name(shard.name) in sizes for shard in work.plan)
+    # Only the last task reads all sidecars: thousands of tasks would overload an object store.
+    total = _add_up(work, work.plan if listed == len(work.plan) else work.mine, sizes)
+    finished = total.shards == len(work.plan)
+    summary = {
         "out": work.store.shown,
         "shards": total.shards,
         "samples": total.samples,
         "skipped": total.skipped,
-        "finished": total.shards == len(work.plan),
+        "finished": finished,
     }
-    if not summary["finished"]:
-        place = f"{min(listed, len(work.plan) - 1)} of {len(work.plan)} shards are in place"
-        say(f"encode: {work.task or 'this task'} is done; {place}, the last task writes {STATISTICS}")
+    if not finished:
+        done = min(listed, len(work.plan) - 1)
+        say(
+            f"encode: {work.task} is done; {done} of {len(work.plan)} shards are done, the last task writes "
+            f"{STATISTICS}"
+        )
         return summary
-    _check_share(total, work.max_bad_share)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "model": work.source.fingerprint,
-        "fingerprint": work.settings.fingerprint,
-        "resolution": work.settings.resolution,
-        "dtype": work.settings.dtype,
-        "skipped": total.skipped,
-        **total.statistics.summary(),
-        "merged": total.statistics.to_json(),
-    }
-    text = json_bytes(record)
-    remove_leftovers(work.store)
+    _check_share(total, work.settings)
+    text = json_bytes(
+        {
+            "format_version": FORMAT_VERSION,
+            "model": work.job.inputs["model"],
+            "fingerprint": work.settings.fingerprint,
+            "resolution": work.job.inputs["resolution"],
+            "dtype": work.settings.options.dtype,
+            "skipped": total.skipped,
+            **total.statistics.summary(),
+            "merged": total.statistics.to_json(),
+        }
+    )
+    work.store.remove_leftovers()
+    found = f"{total.samples} latents in {total.shards} shards"
     if work.pending or work.job.state != "finished" or work.store.read(STATISTICS) != text:
         work.store.write_bytes(STATISTICS, text)
         work.job.finish(samples=total.samples, skipped=total.skipped)
-        say(
-            f"encode: {total.samples} latents in {total.shards} shards, {total.skipped} skipped, in {work.store.shown}"
-        )
+        say(f"encode: {found}, {total.skipped} skipped, in {work.store.shown}")
     else:
-        say(
-            f"encode: {work.store.shown} is already finished, {total.samples} latents in {total.shards} shards; nothing to do"
-        )
+        say(f"encode: {work.store.shown} is already finished, {found}; nothing to do")
     return {**summary, **total.statistics.summary()}
 
 
-def _check_share(total: _Total, limit: float) -> None:
-    if total.unreadable > limit * total.read:
-        share = total.unreadable / total.read
-        raise ImageError(
-            f"{total.unreadable} of {total.read} images can't be read ({share:.3g} of all, max_bad_share is {limit:g}), the first is "
-            f"{total.first_unreadable}; the sidecars name all: replace them and encode into another folder, or raise max_bad_share "
-            "and run the same command again"
-        )
+def _check_share(total: _Total, settings: ShardSettings) -> None:
+    limit = settings.options.max_bad_share
+    if total.first_unreadable is None or total.unreadable <= limit * total.read:
+        return
+    shard, key = total.first_unreadable
+    raise ImageError(
+        f"{total.unreadable} of {total.read} images are unreadable ({total.unreadable / total.read:.3g} of all, "
+        f"max_bad_share is {limit:g}), the first is {key} in {shard.name}{_reason(shard, key, settings)}; the "
+        "sidecars list all: replace them and encode into another folder, or raise max_bad_share and run the "
+        "same command again"
+    )
 
 
-def _resolution(source: ModelSource, resolution: int | None) -> int:
-    """The side to encode at, once it is sure that the model can."""
-    side = source.resolution if resolution is None else resolution
-    source.check_channels(decodes=False)
-    source.check_side(side)
-    return side
+def _reason(shard: Shard, key: str, settings: ShardSettings) -> str:
+    """Why an image is unreadable, from decoding it again: sidecars have no reasons."""
+    try:
+        for raw in read_shard(shard.source, [key]):
+            decode_sample(raw, channels=settings.in_channels, max_pixels=settings.options.max_pixels)
+    except ImageError as error:
+        return f" ({error})"
+    return ""

@@ -1,56 +1,45 @@
-"""`--engine ray`: the pending shards of a job on the workers of a Ray cluster, whichever worker is free takes the next.
+"""`--engine ray`: encode shards on a Ray cluster. Each free worker takes the next shard.
 
-Only paths go through Ray. Each worker loads the model once, reads its shards and writes to the output itself, so it must see both: a
-folder that all machines share, or URLs. A worker that dies is started again and its shard encoded anew; a driver that dies is started
-again by hand, and the sidecars say what is left, as they do for the local engine.
+Only paths go through Ray. Each worker loads the model once, reads shards and writes to the output,
+so it needs access to both: a folder that all machines share, or URLs. Ray restarts a crashed worker
+and its shard. After a crash of the driver, run the command again; finished shards are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from latentae.encoding.encoders import Encoder
-from latentae.encoding.plan import remove_leftovers
-from latentae.encoding.shard import ShardSettings, encode_shard
-from latentae.encoding.sidecar import finished_sidecar
+from latentae.encoding.plan import Shard, ShardSettings
+from latentae.encoding.shard_encoder import Encoder, encode_shards
 from latentae.encoding.store import Store
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
-from latentae.progress import Progress, say
+from latentae.progress import say
 
-if TYPE_CHECKING:
-    from latentae.encoding.encode import Work
+__all__ = ["encode_on_ray"]
 
-__all__ = ["run"]
-
-TRIES = 10  # deaths of workers over one shard: then it is the shard that kills them
+TRIES = 10  # crashes of workers on one shard before the run ends
 
 
-def run(work: Work) -> None:
-    """Encode the pending shards of `work` on the Ray cluster at RAY_ADDRESS, or on one that is started here and ends with this call.
+def encode_on_ray(
+    shards: Sequence[Shard],
+    store: Store,
+    make_encoder: Callable[[], Encoder],
+    settings: ShardSettings,
+    advance: Callable[[int], object],
+) -> None:
+    """Encode shards on the Ray cluster at RAY_ADDRESS, or on a local one that ends with this call.
 
-    A worker takes one GPU where the job computes on one, else as many cores as torch has threads here: the number of threads may
-    change last bits.
+    A worker takes one GPU if the job runs on a GPU, else as many cores as torch has threads here,
+    because the number of threads may change the last bits.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        OutputError: the workers can't write, or they die again and again.
-        LatentAEError: what a worker met, as from the local engine; shards that others had in hand are left to the next run.
+        OutputError: the cluster is too small or its workers keep crashing.
+        LatentAEError: the error of a worker. Shards in progress are left to the next run.
     """
-    ray = _import_ray()
-    started = not ray.is_initialized()
-    if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        _run(ray, work)
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _import_ray() -> Any:
     try:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -58,75 +47,69 @@ def _import_ray() -> Any:
         raise MissingDependencyError(
             f"engine ray needs Ray Data ({error}); run: pip install 'latentae[ray]'"
         ) from error
-    return ray
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        for row in _results(ray, shards, store, make_encoder, settings):
+            if row["error"]:
+                raise _rebuilt(row["kind"], row["error"])
+            advance(row["samples"])
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise OutputError(
+            f"the Ray workers failed ({lines[-1] if lines else type(error).__name__}); see Ray's logs, then run "
+            "the same command again, which keeps finished shards"
+        ) from error
+    finally:
+        if started:
+            ray.shutdown()
 
 
-def _run(ray: Any, work: Work) -> None:
-    total = sum(shard.samples for shard in work.mine)
-    done = total - sum(shard.samples for shard in work.pending)
-    if done:
-        say(f"encode: {done} of {total} samples are already done")
-    remove_leftovers(work.store)
-    share, workers = _workers(ray, work)
-    say(f"encode: {workers} Ray workers, {len(work.pending)} shards")
+def _results(
+    ray: Any,
+    shards: Sequence[Shard],
+    store: Store,
+    make_encoder: Callable[[], Encoder],
+    settings: ShardSettings,
+) -> Iterator[dict[str, Any]]:
+    share, workers = _workers(ray, settings.pin, len(shards))
+    say(f"encode: {workers} Ray workers, {len(shards)} shards")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [
-        {"source": shard.source, "name": shard.name, "samples": shard.samples, "bytes": shard.bytes}
-        for shard in work.pending
-    ]
-    results = ray.data.from_items(
-        rows, override_num_blocks=len(rows)
-    ).map(  # a block is what a worker takes, and repeats
+    rows = ray.data.from_items([vars(shard) for shard in shards], override_num_blocks=len(shards))
+    return rows.map(  # each block goes to one worker, which may retry it
         _Worker,
-        fn_constructor_args=(work.store, work.settings, work.make_encoder, torch.get_num_threads()),
+        fn_constructor_args=(store, settings, make_encoder, torch.get_num_threads()),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         max_restarts=-1,
         max_task_retries=TRIES,
         **share,
-    )
-    with Progress("encoding", total=total or None, initial=done) as progress:
-        try:
-            for row in results.iter_rows():
-                if row["error"]:
-                    raise _rebuilt(row["kind"], row["error"])
-                progress.advance(row["samples"])
-        except ray.exceptions.RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise OutputError(
-                f"the Ray workers could not go on ({lines[-1] if lines else type(error).__name__}); see Ray's logs, and run the same "
-                "command again, which keeps all finished shards"
-            ) from error
+    ).iter_rows()
 
 
-def _workers(ray: Any, work: Work) -> tuple[dict[str, Any], int]:
-    """What a worker takes of the cluster, and how many fit into it and have something to do."""
+def _workers(ray: Any, gpu: bool, most: int) -> tuple[dict[str, Any], int]:
+    """The resources of one worker, and the number of workers that fit into the cluster, at most `most`."""
     there = ray.cluster_resources()
-    if work.settings.pin:  # a GPU job
-        share, fit = {"num_gpus": 1}, int(there.get("GPU", 0))
-    else:
-        share = {"num_cpus": torch.get_num_threads()}
-        fit = int(there.get("CPU", 0)) // torch.get_num_threads()
+    name, kind, amount = ("num_gpus", "GPU", 1) if gpu else ("num_cpus", "CPU", torch.get_num_threads())
+    fit = int(there.get(kind, 0)) // amount
     if fit < 1:
-        name, amount = next(iter(share.items()))
         raise OutputError(
-            f"the Ray cluster has no room for a worker, which takes {name}={amount}; it has CPU={there.get('CPU', 0):g}, "
-            f"GPU={there.get('GPU', 0):g}: add machines, or set OMP_NUM_THREADS"
+            f"the Ray cluster is too small for a worker, which takes {name}={amount}; it has "
+            f"CPU={there.get('CPU', 0):g}, GPU={there.get('GPU', 0):g}: add machines, or set OMP_NUM_THREADS"
         )
-    return share, min(fit, len(work.pending))
+    return {name: amount}, min(fit, most)
 
 
 def _rebuilt(kind: str, message: str) -> LatentAEError:
-    """An error of a worker, of the class it had there."""
-    classes = {one.__name__: one for one in _subclasses(LatentAEError)}
-    return classes.get(kind, LatentAEError)(message)
-
-
-def _subclasses(cls: type[LatentAEError]) -> list[type[LatentAEError]]:
-    return [cls, *(deeper for one in cls.__subclasses__() for deeper in _subclasses(one))]
+    """A worker's error, of its original class."""
+    classes = [LatentAEError]
+    for one in classes:
+        classes += one.__subclasses__()
+    return next((one for one in classes if one.__name__ == kind), LatentAEError)(message)
 
 
 class _Worker:
-    """Lives in a process of Ray: the model, and one shard after another."""
+    """Runs in a Ray process: loads the model once and encodes one shard per call."""
 
     def __init__(
         self, store: Store, settings: ShardSettings, make_encoder: Callable[[], Encoder], threads: int
@@ -136,12 +119,14 @@ class _Worker:
         self.encoder: Encoder | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode a shard unless it is done, by a worker that died right after it, say. Errors of ours travel as text."""
-        result = {"name": row["name"], "samples": row["samples"], "kind": "", "error": ""}
+        """Encode a shard unless it is finished, for example by a worker that crashed afterwards."""
+        shard = Shard(**row)
+        result = {"name": shard.name, "samples": shard.samples, "kind": "", "error": ""}
         try:
-            if finished_sidecar(self.store, row["name"], self.settings.fingerprint, row["bytes"]) is None:
+            if shard.finished(self.store, self.settings.fingerprint) is None:
                 self.encoder = self.encoder or self.make_encoder()
-                encode_shard(row["source"], self.store, row["name"], self.encoder, self.settings)
-        except LatentAEError as error:
+                for _ in encode_shards([shard], self.store, self.encoder, self.settings):
+                    continue
+        except LatentAEError as error:  # sent as text
             result |= {"kind": type(error).__name__, "error": str(error)}
         return result

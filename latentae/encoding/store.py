@@ -1,204 +1,163 @@
-"""An output folder, on a disk or on any file system that fsspec knows: files in it are whole, or not there.
+"""Output folders on a local disk or on any fsspec file system. A file appears complete or not at all.
 
-On a disk a file gets its name by a rename after fsync; for other file systems see remote_store.py.
+On a disk a file gets its name by a rename after fsync. An object store has no rename, but takes a
+file in one piece; any other remote file system gets the file under a temporary name first. Every
+upload is read back and its SHA-256 compared, because a remote write can fail without an error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
+import secrets
+import tempfile
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
-from latentae.data.sources import is_remote
-from latentae.errors import OutputError
-from latentae.files import INCOMPLETE, atomic_file
+from latentae.data.sources import is_remote, shown
+from latentae.errors import LatentAEError, MissingDependencyError, OutputError
+from latentae.file_names import RECORD
+from latentae.files import INCOMPLETE, abandoned, atomic_file, sha256, write_advice
 from latentae.jobs import Job, RemoteJob
 
-__all__ = ["LocalStore", "Store"]
+__all__ = ["LocalStore", "RemoteStore", "Store"]
 
+WAITS = (1.0, 5.0, 20.0)  # seconds before each retry of a remote operation
 _BLOCK = 1 << 22
+_T = TypeVar("_T")
 
 
 class Store(ABC):
-    """An output folder. Cheap to make, and to pickle for another process; `Store.open` makes the right one.
+    """An output folder. It can be pickled for another process.
 
-    A name is a path inside the folder with forward slashes. Every method may raise OutputError: the file system fails, or the
-    name points outside.
+    A name is a path inside the folder with forward slashes. Every method raises OutputError if the
+    file system fails or the name points outside.
     """
 
-    is_local: bool
+    shown: str
+    """The address for messages and records, without password and query."""
 
     @staticmethod
     def open(out: str | Path) -> Store:
-        """The output folder at a path or URL; nothing is read or made yet.
+        """The output folder at a path or URL. Reads and creates nothing.
 
         Raises:
-            MissingDependencyError: the file system needs a package that is not there.
+            MissingDependencyError: the file system needs a package that is not installed.
             OutputError: fsspec does not know the address.
         """
         text = str(out).removeprefix("file://")
-        if not is_remote(text):
-            return LocalStore(Path(text))
-        from latentae.encoding.remote_store import RemoteStore
-
-        return RemoteStore(text)
-
-    @property
-    @abstractmethod
-    def shown(self) -> str:
-        """The address for messages and records, without password and query."""
+        return RemoteStore(text) if is_remote(text) else LocalStore(Path(text))
 
     def show(self, name: str) -> str:
         """The address of a file, for messages."""
         return f"{self.shown}/{name}"
 
-    def local(self, name: str | None = None) -> Path:
-        """The path of a file on this machine, or of the folder; OutputError for a remote store."""
-        raise OutputError(
-            f"{self.show(name) if name else self.shown} is not on this machine; choose a local folder"
-        )
-
-    def names(self) -> list[str]:
-        """All files, sorted; those on their way to another name left out. One listing."""
-        return sorted(self.sizes())
+    @abstractmethod
+    def address(self, name: str) -> str:
+        """The path or URL of a file, as `latentae.data.sources` reads it."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """All files and their sizes in bytes, as `names`."""
+        """Size in bytes of every file except temporary ones, by name. One listing."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """A whole file; None if it is not there."""
+        """The bytes of a file, or None if it does not exist."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None if it is not there."""
-
-    @abstractmethod
-    @contextmanager
-    def reader(self, name: str) -> Iterator[BinaryIO]:
-        """A file, open for reading at any place; DataError or OSError if it is not there or can't be read."""
+        """Size of a file in bytes, or None if it does not exist."""
 
     @abstractmethod
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:
-        """Yield a path on this machine to write to; on success it becomes `name`, on any error nothing is left."""
+        """Yield a local path to write to. It becomes `name` on success and is removed on any error."""
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file atomically."""
         with self.write(name) as path:
             path.write_bytes(data)
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def claim(
         self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
     ) -> Job | RemoteJob:
-        """Make this folder a job's, or find that it is; see `Job.open`, whose errors it raises."""
+        """Start or resume a job in this folder; see `Job.open`, whose errors it raises."""
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What job the folder is of; see `Job.read`, whose errors it raises."""
+        """The record of the folder's job; see `Job.read`, whose errors it raises."""
 
-    def sha256(self, name: str) -> str:
-        """Hex SHA-256 of a file, read in blocks."""
-        digest = hashlib.sha256()
-        with self.reader(name) as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of crashed writers. Only a disk shows which writers are alive."""
+        return
 
     def _check(self, name: str) -> str:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or name != str(path):
-            raise OutputError(f"{name!r} is no name of a file in {self.shown}; what holds it is damaged")
+            raise OutputError(
+                f"{name!r} is no valid file name in {self.shown}; the file that lists it is damaged"
+            )
         return name
 
 
 class LocalStore(Store):
-    """A folder on a disk of this machine, or one that it shares with others."""
-
-    is_local = True
+    """A folder on a local or shared disk."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.shown = folder, str(folder)
 
-    @property
-    def shown(self) -> str:
-        """The path as given."""
-        return str(self.folder)
+    def path(self, name: str) -> Path:
+        """The path of a file."""
+        return self.folder / self._check(name)
 
-    def local(self, name: str | None = None) -> Path:
-        """The path of a file, or of the folder."""
-        return self.folder if name is None else self.folder / self._check(name)
+    def address(self, name: str) -> str:
+        """The path as text."""
+        return str(self.path(name))
 
     def sizes(self) -> dict[str, int]:
-        """All files and their sizes, found in one walk."""
+        """Sizes by name, from one walk."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise self._failed("read", str(error.filename or self.folder), error) from error
+
         found: dict[str, int] = {}
-        pending = [(self.folder, "")]
-        while pending:
-            folder, prefix = pending.pop()
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.is_dir():
-                            pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
-                        elif not entry.name.endswith(INCOMPLETE):
-                            with suppress(FileNotFoundError):  # gone since the listing
-                                found[prefix + entry.name] = entry.stat().st_size
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise self._unreadable(str(folder), error) from error
+        for folder, _, files in os.walk(self.folder, onerror=fail, followlinks=True):
+            prefix = Path(folder).relative_to(self.folder)
+            for file in files:
+                if not file.endswith(INCOMPLETE):
+                    with suppress(FileNotFoundError):  # removed since the listing
+                        found[(prefix / file).as_posix()] = Path(folder, file).stat().st_size
         return found
 
     def read(self, name: str) -> bytes | None:
-        """A whole file."""
-        try:
-            return self.local(name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise self._unreadable(self.show(name), error) from error
+        """The bytes of a file."""
+        return self._if_there("read", name, Path.read_bytes)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file."""
-        try:
-            return self.local(name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise self._unreadable(self.show(name), error) from error
-
-    @contextmanager
-    def reader(self, name: str) -> Iterator[BinaryIO]:
-        """A file, open for reading."""
-        with self.local(name).open("rb") as file:
-            yield file
+        """Size of a file in bytes."""
+        return self._if_there("read", name, lambda path: path.stat().st_size)
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:
-        """A path beside the file, renamed to it at the end."""
-        with atomic_file(self.local(name)) as path:
+        """Yield a temporary path in the same folder, renamed at the end."""
+        with atomic_file(self.path(name)) as path:
             yield path
 
     def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
-        try:
-            self.local(name).unlink(missing_ok=True)
-        except NotADirectoryError:
-            return
-        except OSError as error:
-            raise OutputError(
-                f"could not remove {self.show(name)}: {error.strerror}; check its permissions"
-            ) from error
+        """Remove a file if it exists."""
+        self._if_there("remove", name, Path.unlink)
 
     def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
         """See `Job.open`."""
@@ -208,7 +167,194 @@ class LocalStore(Store):
         """See `Job.read`."""
         return Job.read(self.folder)
 
-    def _unreadable(self, what: str, error: OSError) -> OutputError:
-        return OutputError(
-            f"could not read {what}: {error.strerror or error}; check the disk and its permissions"
-        )
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of crashed writers, anywhere in the folder."""
+        for leftover in self.folder.rglob(f".*{INCOMPLETE}"):
+            if abandoned(leftover):
+                leftover.unlink(missing_ok=True)  # another task may be faster
+
+    def _if_there(self, action: str, name: str, call: Callable[[Path], _T]) -> _T | None:
+        try:
+            return call(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise self._failed(action, self.show(name), error) from error
+
+    def _failed(self, action: str, what: str, error: OSError) -> OutputError:
+        reason = error.strerror or error
+        return OutputError(f"could not {action} {what}: {reason}; check the disk and its permissions")
+
+
+class _DamagedUploadError(Exception):
+    """An upload came back with other bytes."""
+
+
+class RemoteStore(Store):
+    """A folder on an fsspec file system."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        _ = self._fs  # fails now if the address is invalid
+
+    @property
+    def shown(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The URL without password and query."""
+        return shown(self.url)
+
+    @property
+    def _fs(self) -> tuple[Any, str]:
+        """File system and root. fsspec caches one per process and thread; it must not cross a fork."""
+        try:
+            from fsspec.core import url_to_fs
+
+            fs, root = url_to_fs(self.url)
+        except ImportError as error:
+            raise MissingDependencyError(f"{self.shown}: {error}; install it and try again") from error
+        except ValueError as error:
+            raise OutputError(
+                f"{self.shown} can't be opened ({error}); use a scheme that fsspec knows"
+            ) from error
+        return fs, root.rstrip("/")
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        fs, root = self._fs
+        return fs, f"{root}/{self._check(name)}"
+
+    def address(self, name: str) -> str:
+        """The URL of a file, with its credentials."""
+        return f"{self.url}/{self._check(name)}"
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes by name, from one listing."""
+
+        def once() -> dict[str, int]:
+            fs, root = self._fs
+            fs.invalidate_cache()
+            found = fs.find(root, detail=True)
+            inside = {
+                path.removeprefix(root).lstrip("/"): int(info["size"] or 0) for path, info in found.items()
+            }
+            return {name: size for name, size in inside.items() if name and not name.endswith(INCOMPLETE)}
+
+        return self._try("list the files", once) or {}
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file."""
+        fs, path = self._at(name)
+        return self._try(f"read {name}", lambda: fs.cat_file(path))
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes."""
+        fs, path = self._at(name)
+
+        def once() -> int | None:
+            fs.invalidate_cache()
+            info = fs.info(path)
+            return int(info["size"]) if info["type"] == "file" else None
+
+        return self._try(f"read the size of {name}", once)
+
+    @contextmanager
+    def write(self, name: str) -> Iterator[Path]:
+        """Yield a path in a temporary folder, uploaded at the end."""
+        self._check(name)
+        with tempfile.TemporaryDirectory(prefix="latentae-") as folder:
+            path = Path(folder) / PurePosixPath(name).name
+            try:
+                yield path
+                digest, size = sha256(path), path.stat().st_size
+            except OSError as error:
+                reason, advice = error.strerror or error, write_advice(error.errno)
+                raise OutputError(
+                    f"could not write {name} to a temporary folder: {reason}; {advice} (TMPDIR)"
+                ) from error
+            self._upload(path, name, digest, size)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Upload a small file without a local copy."""
+        self._upload(data, name, hashlib.sha256(data).hexdigest(), len(data))
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it exists."""
+        fs, path = self._at(name)
+        self._try(f"remove {name}", lambda: fs.rm_file(path))
+
+    def claim(
+        self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> RemoteJob:
+        """See `Job.open`."""
+        there = self.read(RECORD)
+        others = sorted(set(self.sizes()) - {RECORD}) if there is None else []
+        write = partial(self.write_bytes, RECORD)
+        return RemoteJob.open(self.shown, there, others, verb, inputs, write, notes)
+
+    def record(self) -> dict[str, Any]:
+        """See `Job.read`."""
+        return RemoteJob.read(self.shown, self.read(RECORD))
+
+    def _upload(self, data: Path | bytes, name: str, digest: str, size: int) -> None:
+        fs, path = self._at(name)
+        # fsspec's asynchronous file systems are object stores, which show a file once it is complete.
+        first = path if fs.async_impl else f"{path}.{secrets.token_hex(8)}{INCOMPLETE}"
+
+        def once() -> None:
+            if not fs.async_impl:
+                fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            try:
+                fs.pipe_file(first, data) if isinstance(data, bytes) else fs.put_file(str(data), first)
+                if first != path:
+                    fs.mv(first, path)
+            except BaseException:
+                if first != path:
+                    with suppress(Exception):
+                        fs.rm_file(first)
+                raise
+            self._compare(name, digest, size)
+
+        try:
+            self._try(f"write {name}", once, missing=False)
+        except _DamagedUploadError as error:
+            with suppress(OutputError):
+                self.remove(name)
+            raise OutputError(
+                f"{self.show(name)}: {error}; check the storage and run the same command again"
+            ) from error
+
+    def _compare(self, name: str, digest: str, size: int) -> None:
+        fs, path = self._at(name)
+        found, length = hashlib.sha256(), 0
+        fs.invalidate_cache()
+        try:
+            with fs.open(path, "rb") as file:
+                while block := file.read(_BLOCK):
+                    found.update(block)
+                    length += len(block)
+        except FileNotFoundError as error:
+            raise _DamagedUploadError("the file was missing after the upload") from error
+        if length != size or found.hexdigest() != digest:
+            raise _DamagedUploadError(f"the upload came back with other bytes ({length} of {size})")
+
+    def _try(self, what: str, once: Callable[[], _T], *, missing: bool = True) -> _T | None:
+        """Call `once`, with retries and growing waits. Returns None for a missing file if `missing`."""
+        tries = 0
+        while True:
+            try:
+                return once()
+            except LatentAEError:
+                raise
+            except Exception as error:
+                if missing and isinstance(error, FileNotFoundError):
+                    return None
+                tries += 1
+                permanent = PermissionError | NotImplementedError | IsADirectoryError | NotADirectoryError
+                if tries <= len(WAITS) and not isinstance(error, permanent):
+                    time.sleep(WAITS[tries - 1] * (0.5 + random.random()))
+                    continue
+                if isinstance(error, _DamagedUploadError):
+                    raise
+                reason = " ".join(str(error).replace(self.url, self.shown).split()) or type(error).__name__
+                raise OutputError(
+                    f"could not {what} at {self.shown} ({reason}) in {tries} tries; check the address, your "
+                    "access and the free space, then run the same command again"
+                ) from error

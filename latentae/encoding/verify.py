@@ -1,4 +1,4 @@
-"""The verb `verify`: whether an output of `encode` is what its sidecars say, and if not, what to make again."""
+"""The verb `verify`: check that an output of `encode` matches its sidecars, and find what to encode again."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from latentae.data.shard_files import expand_shards
-from latentae.encoding.checks import deep_problems, input_problems, sidecar_problems, why_not_done
 from latentae.encoding.options import VerifyOptions
-from latentae.encoding.plan import output_names, read_sidecars
-from latentae.encoding.sidecar import SUFFIX, Sidecar, sidecar_name
+from latentae.encoding.plan import output_names
+from latentae.encoding.shard_checks import deep_problems, input_problems, sidecar_problems, why_not_done
+from latentae.encoding.sidecar import Sidecar, listed_shards, open_output, read_sidecars, sidecar_name
 from latentae.encoding.store import Store
-from latentae.errors import OutputError
 from latentae.file_names import STATISTICS
 from latentae.models.latent_statistics import LatentStatistics, merge
 from latentae.options import verb
 from latentae.progress import Progress
 
-__all__ = ["Fault", "VerifyReport", "open_output", "verify"]
+__all__ = ["Fault", "VerifyReport", "verify"]
+
+_AGAIN = "run the same encode command again"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is not as it should be."""
+    """A problem of a shard or of the output."""
 
     shard: str
-    """Its name inside the output folder; empty where it is no single shard's fault."""
+    """Name inside the output folder; empty for the output."""
     problem: str
 
     def __str__(self) -> str:
@@ -38,174 +38,133 @@ class Fault:
 
 @dataclass
 class VerifyReport:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     out: str
     deep: bool
     shards: int = 0
-    """Shards looked at, whole or not."""
+    """Shards checked."""
     samples: int = 0
-    """Samples in the shards without fault."""
+    """Samples in the shards without faults."""
     bytes: int = 0
-    """Of these shards and their packed files."""
+    """Size of these shards and their packed files."""
     faults: list[Fault] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
-    """Shards whose sidecar was removed, so that the same encode command makes them again."""
+    """Shards whose sidecar was removed, so that the same encode command encodes them again."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything is in place and as it should be."""
+        """Whether there are no faults."""
         return not self.faults
-
-
-def open_output(out: str | Path) -> tuple[Store, dict[str, Any]]:
-    """An output of `encode`, finished or not, and the record of its job.
-
-    Raises:
-        OutputError: it is none.
-    """
-    store = Store.open(out)
-    record = store.record()
-    if record.get("verb") != "encode" or not isinstance(record.get("inputs"), Mapping):
-        raise OutputError(
-            f"{store.shown} was made by latentae {record.get('verb')}; give an output folder of latentae encode"
-        )
-    return store, record
 
 
 @verb(VerifyOptions)
 def verify(options: VerifyOptions) -> VerifyReport:
-    """Check an output of `encode`, and let the same encode command repair what is damaged.
+    """Check an output of `encode`, so that the same encode command can repair damage.
 
-    Every shard must have a valid sidecar, all of one job, and the sizes it says; none may be missing; and `statistics.json` must be
-    what the sidecars add up to. `deep` reads everything: hashes, tars, the members of each sample, type, shape and values of each
-    tensor, and computes the statistics again. Run it while nothing is encoding into `out`.
+    Every shard must have a valid sidecar of the same job and files of the recorded sizes, no shard
+    may be missing, and `statistics.json` must be the sum of the sidecars. `deep` reads everything:
+    hashes, tars, members, and type, shape and values of each tensor, and computes the statistics
+    again. Do not run it while `out` is being encoded.
 
     Raises:
         OutputError: `out` is no output of encode, or can't be read.
-        ShardError: `shards` names none, or they can't be read.
+        ShardError: `shards` matches no shard, or one can't be read.
     """
     store, record = open_output(options.out)
     sizes = store.sizes()
-    sources = _sources(options.shards)
-    names = sorted(
-        {name.removesuffix(SUFFIX) for name in sizes if name.endswith((SUFFIX, ".tar"))} | set(sources)
-    )
+    shards = [] if options.shards is None else expand_shards(options.shards)
+    sources = {name: source for source, name in output_names(shards).items()}
+    tars = (name for name in sizes if name.endswith(".tar"))
+    names = sorted({*listed_shards(sizes), *tars, *sources})
     report = VerifyReport(store.shown, options.deep, shards=len(names))
-    good: Counter[str] = (
-        Counter()
-    )  # samples and bytes are counted by job until it is known which one most shards are of
-    held: Counter[str] = Counter()
-    jobs: dict[str, list[str]] = {}
-    parts: list[LatentStatistics] = []
-    skipped = 0
-    damaged: list[str] = []
+    done: dict[str, Sidecar] = {}
     with Progress("verifying", total=len(names), unit="shards") as progress:
         for name, sidecar in zip(names, read_sidecars(store, names, sizes), strict=True):
             if sidecar is None:
                 problems = [why_not_done(store, name, sizes)]
             else:
-                problems = list(_problems(store, record, sidecar, sources.get(name), options.deep))
-                jobs.setdefault(sidecar.fingerprint, []).append(name)
-                parts.append(LatentStatistics.from_json(sidecar.statistics))
-                skipped += sum(len(keys) for keys in sidecar.skipped.values())
-                if not problems:
-                    good[sidecar.fingerprint] += sidecar.output.samples
-                    held[sidecar.fingerprint] += sidecar.output.bytes + sum(
-                        file.bytes for file in sidecar.packed
-                    )
-            if problems:
-                damaged.append(name)
+                done[name] = sidecar
+                problems = _problems(store, record, sidecar, sources.get(name), options.deep)
             report.faults += [Fault(name, problem) for problem in problems]
             progress.advance(1)
-    usual = max(jobs, key=lambda fingerprint: len(jobs[fingerprint]), default="")
-    for fingerprint in set(jobs) - {usual}:
-        damaged += jobs[fingerprint]
-        problem = f"it is of another job than most shards here (fingerprint {fingerprint[:12]}..., not {usual[:12]}...)"
-        report.faults += [Fault(name, problem) for name in jobs[fingerprint]]
-    report.samples, report.bytes = good[usual], held[usual]
-    report.faults.sort(key=lambda fault: fault.shard)
+    jobs = Counter(sidecar.fingerprint for sidecar in done.values())
+    usual = max(jobs, key=lambda fingerprint: jobs[fingerprint], default="")
     report.faults += [
-        Fault("", problem)
-        for problem in _whole_problems(store, record, names, sources, parts, skipped, usual)
+        Fault(
+            name,
+            f"it is of another job than most shards here (fingerprint {sidecar.fingerprint[:12]}..., not "
+            f"{usual[:12]}...)",
+        )
+        for name, sidecar in done.items()
+        if sidecar.fingerprint != usual
     ]
+    damaged = {fault.shard for fault in report.faults}
+    good = [sidecar for name, sidecar in done.items() if name not in damaged]
+    report.samples = sum(sidecar.output.samples for sidecar in good)
+    report.bytes = sum(file.bytes for sidecar in good for file in sidecar.files.values())
+    report.faults.sort(key=lambda fault: fault.shard)
+    problems = _output_problems(store, record, names, sources, list(done.values()), usual)
+    report.faults += [Fault("", problem) for problem in problems]
     if options.forget and damaged:
-        _forget(store, record, [name for name in sorted(set(damaged)) if sidecar_name(name) in sizes], report)
+        if record.get("finished"):  # first, so that readers refuse the incomplete output
+            store.claim("encode", record["inputs"]).reopen()
+        report.forgotten = sorted(name for name in damaged if sidecar_name(name) in sizes)
+        for name in report.forgotten:
+            store.remove(sidecar_name(name))
     return report
-
-
-def _sources(shards: str | Path | Sequence[str | Path] | None) -> dict[str, str]:
-    """Name in the output -> input shard."""
-    return (
-        {}
-        if shards is None
-        else {name: source for source, name in output_names(expand_shards(shards)).items()}
-    )
 
 
 def _problems(
     store: Store, record: Mapping[str, Any], sidecar: Sidecar, source: str | None, deep: bool
-) -> Iterator[str]:
-    yield from sidecar_problems(sidecar)
-    changed = list(input_problems(sidecar, source, deep)) if source is not None else []
-    yield from changed
+) -> list[str]:
+    changed = [] if source is None else list(input_problems(sidecar, source, deep))
+    problems = [*sidecar_problems(sidecar), *changed]
     if deep:
-        yield from deep_problems(store, sidecar, record["inputs"], None if changed else source)
+        problems += deep_problems(store, sidecar, record["inputs"], None if changed else source)
+    return problems
 
 
-def _whole_problems(
+def _output_problems(
     store: Store,
     record: Mapping[str, Any],
     names: Sequence[str],
     sources: Mapping[str, str],
-    parts: Sequence[LatentStatistics],
-    skipped: int,
+    done: Sequence[Sidecar],
     fingerprint: str,
 ) -> Iterator[str]:
-    """What is wrong with the output as a whole. `parts` are the statistics of all shards with a valid sidecar, in order."""
+    """Check the output as a whole. `done` are all valid sidecars, in order."""
     shards = record["inputs"].get("shards")
     planned = shards.get("count", len(names)) if isinstance(shards, Mapping) else len(names)
     if len(names) > planned:
-        yield f"there are {len(names)} shards, expected {planned}; some are not of this job"
-    elif len(parts) < planned:
-        yield f"{len(parts)} of {planned} shards are done; run the same encode command again"
+        yield f"there are {len(names)} shards, expected {planned}; some are of another job"
+    elif len(done) < planned:
+        yield f"{len(done)} of {planned} shards are done; {_AGAIN}"
     foreign = sorted(set(names) - set(sources)) if sources else []
     if foreign:
-        yield f"{len(foreign)} shards here are of none of the input shards given, the first is {foreign[0]}"
-    if len(parts) != planned:
+        yield f"{len(foreign)} shards match no given input shard, the first is {foreign[0]}"
+    if len(done) != planned:
         return
     if not record.get("finished"):
-        yield "all shards are done, but the job is not closed; run the same encode command again"
-    elif not _holds(store.read(STATISTICS), record["inputs"], parts, skipped, fingerprint):
-        yield f"{STATISTICS} is missing, damaged or not what the sidecars add up to; run the same encode command again"
+        yield f"all shards are done, but the job is not closed; {_AGAIN}"
+    elif not _statistics_match(store.read(STATISTICS), record["inputs"], done, fingerprint):
+        yield f"{STATISTICS} is missing, damaged or not the sum of the sidecars; {_AGAIN}"
 
 
-def _holds(
-    data: bytes | None,
-    inputs: Mapping[str, Any],
-    parts: Sequence[LatentStatistics],
-    skipped: int,
-    fingerprint: str,
+def _statistics_match(
+    data: bytes | None, inputs: Mapping[str, Any], done: Sequence[Sidecar], fingerprint: str
 ) -> bool:
     try:
         found = json.loads(data or b"")
+        parts = (LatentStatistics.from_json(sidecar.statistics) for sidecar in done)
         total = merge(parts, len(found["merged"]["mean"]))
         expected = {
             **total.summary(),
             "merged": total.to_json(),
-            "skipped": skipped,
+            "skipped": sum(sidecar.skips for sidecar in done),
             "fingerprint": fingerprint,
+            **{name: inputs[name] for name in ("model", "resolution", "dtype") if name in inputs},
         }
-        expected |= {name: inputs[name] for name in ("model", "resolution", "dtype") if name in inputs}
         return all(name in found and found[name] == value for name, value in expected.items())
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _forget(store: Store, record: Mapping[str, Any], names: Sequence[str], report: VerifyReport) -> None:
-    """Let these shards count as not done."""
-    if record.get("finished"):  # first, so that no reader takes an output with shards missing for a whole one
-        store.claim("encode", record["inputs"]).reopen()
-    for name in names:
-        store.remove(sidecar_name(name))
-        report.forgotten.append(name)

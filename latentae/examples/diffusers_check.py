@@ -17,7 +17,7 @@ from latentae.errors import MissingDependencyError, ModelError
 from latentae.models.pretrained import load_model
 
 if TYPE_CHECKING:
-    from latentae.encoding.latents import LatentDataset
+    from latentae.encoding.latent_dataset import LatentDataset
 
 __all__ = ["DiffusersCheck", "decode_in_diffusers"]
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
-from latentae.encoding.batches import SizeBatches
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.latent_dataset import LatentDataset, SizeBatches
 from latentae.keyed import whole_seed
 
 __all__ = ["LatentTransformer", "flow_loss", "sample", "train"]

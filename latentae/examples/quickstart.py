@@ -8,7 +8,7 @@ from typing import Any
 
 from latentae.data.builtin import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.encoding.encode import encode
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.latent_dataset import LatentDataset
 from latentae.errors import RecipeError
 from latentae.evaluation.evaluate import evaluate
 from latentae.examples.diffusers_check import DiffusersCheck, decode_in_diffusers

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.latent_dataset import LatentDataset
 from latentae.errors import DataError, ImageError, ModelError, RecipeError
 from latentae.file_names import RECORD
 from latentae.jobs import Job

@@ -25,7 +25,7 @@ import torch
 
 from latentae import files
 from latentae.encoding import encode as module
-from latentae.encoding import output, samples
+from latentae.encoding import image_batches, shard_writer
 
 _memory = mmap.mmap(-1, 4096)
 # [0]: committing now; [1]: commits begun. Two racing children may lose each other's counts: they say where kills fall, no more.
@@ -56,7 +56,7 @@ def spawn(model: Path, shards: Path, out: Path, options: dict) -> int:
         log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        output.write_sidecar = marked(output.write_sidecar)
+        shard_writer.write_sidecar = marked(shard_writer.write_sidecar)
         os.replace = marked(os.replace)
         os.rename = marked(os.rename)
         module.encode(model, shards, out, **options)
@@ -134,7 +134,7 @@ def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     files.STALE_SECONDS = 1e9  # a racing child is alive, however slow this machine is
-    samples.SPAN = 2
+    image_batches.SPAN = 2
     options = json.loads(sys.argv[5])
     print(
         json.dumps(kill(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), options))

@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import ray
 import torch
 
-from latentae.encoding import ray_engine
 from latentae.encoding.encode import conclude, prepare
-from latentae.encoding.encoders import Encoder
 from latentae.encoding.options import EncodeOptions
+from latentae.encoding.ray_engine import encode_on_ray
+from latentae.encoding.shard_encoder import Encoder
 from latentae.errors import ModelError
 from latentae.options import parse
 
@@ -54,5 +53,6 @@ if __name__ == "__main__":
         object_store_memory=100 << 20,
     )
     work = prepare(parse(EncodeOptions, model, shards, out, dtype="fp32", batch_size=4, device="cpu"))
-    ray_engine.run(replace(work, make_encoder=partial(mortal, work.make_encoder, how, mark)))
+    make_encoder = partial(mortal, work.make_encoder, how, mark)
+    encode_on_ray(work.pending, work.store, make_encoder, work.settings, lambda count: None)
     print(conclude(work)["finished"])

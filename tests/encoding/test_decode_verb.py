@@ -75,7 +75,7 @@ def test_of_an_output_that_is_not_finished(encoded: Path, model: Path, tmp_path:
     Store.open(out).claim("encode", Store.open(out).record()["inputs"]).reopen()
     assert decode(out, model=model, device="cpu", file=tmp_path / "grid.png")["keys"][0] == "photos/0006"
     (out / "train-003.tar.done.json").unlink()
-    with pytest.raises(DataError, match="no latent is finished"):
+    with pytest.raises(DataError, match="no latents are finished"):
         decode(out, model=model, device="cpu", file=tmp_path / "grid.png")
 
 
@@ -86,7 +86,7 @@ def test_the_model_is_found_where_it_was(encoded: Path, model: Path, tmp_path: P
     job.finish()
     decode(out, ["photos/0001"], device="cpu", file=tmp_path / "grid.png")
     store.claim("encode", store.record()["inputs"], {}).finish()
-    with pytest.raises(ModelError, match="give the one it was encoded with"):
+    with pytest.raises(ModelError, match="does not record the path of its model"):
         decode(out, device="cpu", file=tmp_path / "grid.png")
 
 

@@ -16,8 +16,8 @@ import latentae.encoding.encode as encode_module
 from latentae import AutoencoderKL, encode
 from latentae.data.decode import decode_image
 from latentae.data.transforms import resize_and_center_crop, to_float
-from latentae.encoding.encode import ModelEncoder
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.latent_dataset import LatentDataset
+from latentae.encoding.shard_encoder import ModelEncoder
 from latentae.encoding.store import LocalStore
 from latentae.errors import DataError, ImageError, ModelError, OutputError, RecipeError, ShardError
 from latentae.files import read_json, sha256
@@ -250,7 +250,7 @@ def test_unreadable_images_are_left_out_and_recorded_up_to_a_share(
         {"y.jpg": jpeg(2, 40, 40), "bad.jpg": jpeg(3, 40, 40)[:100], "z.jpg": jpeg(2, 40, 40)},
     )
     with pytest.raises(
-        ImageError, match=r"1 of 4 images can't be read \(0.25 of all.*bad in b\.tar"
+        ImageError, match=r"1 of 4 images are unreadable \(0.25 of all.*bad in b\.tar \(image bad in .*b\.tar"
     ) as caught:
         encode(model, folder, out, **OPTIONS)
     assert "\n" not in str(caught.value)

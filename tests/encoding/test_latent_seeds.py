@@ -6,7 +6,7 @@ import torch
 from latent_writer import make_samples, write_output
 
 from latentae.encoding.formats import write
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.latent_dataset import LatentDataset
 from latentae.errors import RecipeError
 
 

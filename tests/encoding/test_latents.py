@@ -16,8 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch.utils.data import DataLoader
 
 from latentae import AutoencoderKL
-from latentae.encoding.batches import SizeBatches
-from latentae.encoding.latents import LatentDataset, decode_latent
+from latentae.encoding.latent_dataset import LatentDataset, SizeBatches, decode_latent
 from latentae.encoding.sidecar import DIGEST
 from latentae.errors import OutputError, ShardError
 
@@ -154,7 +153,7 @@ def test_what_is_not_stored_can_not_be_had(tmp_path):
     assert not LatentDataset(out).flips
     empty = write_output(tmp_path / "empty", {"a.tar": []})
     assert len(LatentDataset(empty)) == 0
-    with pytest.raises(OutputError, match="do not vary"):
+    with pytest.raises(OutputError, match="are constant"):
         LatentDataset(empty, scaled=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from latentae import encode
-from latentae.encoding.encoders import ModelEncoder
+from latentae.encoding.shard_encoder import ModelEncoder
 from latentae.errors import LatentAEError, MissingDependencyError, ModelError, OutputError
 
 DRIVER = Path(__file__).with_name("ray_worker.py")
@@ -127,13 +127,13 @@ def test_an_error_comes_back_as_the_class_it_was(fake_ray, model, photos, tmp_pa
         raise fake_ray.exceptions.RayError("a long story\n  the node died\n")
 
     fake_ray.answer = died
-    with pytest.raises(OutputError, match=r"could not go on \(the node died\)"):
+    with pytest.raises(OutputError, match=r"Ray workers failed \(the node died\)"):
         encode(model, photos, tmp_path / "out", **OPTIONS)
 
 
 def test_without_ray_or_without_room_one_line_says_what_to_do(fake_ray, model, photos, tmp_path, monkeypatch):
     fake_ray.resources = {"CPU": 0.0}
-    with pytest.raises(OutputError, match="no room for a worker, which takes num_cpus"):
+    with pytest.raises(OutputError, match="too small for a worker, which takes num_cpus"):
         encode(model, photos, tmp_path / "out", **OPTIONS)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'latentae\[ray\]'"):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from latentae.data.shard_index import load_index
-from latentae.encoding.plan import find_finished, plan_shards
-from latentae.encoding.shard import ShardSettings, encode_shards
+from latentae.encoding.options import EncodeOptions
+from latentae.encoding.plan import ShardSettings, find_finished, plan_shards
+from latentae.encoding.shard_encoder import encode_shards
 from latentae.encoding.store import Store
 from latentae.models.latent_statistics import LatentStatistics, merge
 
@@ -51,9 +52,9 @@ def test_memory_stays_flat_over_thousands_of_shards(tmp_path):
         tiny_shard(images / f"{number:05}.tar", 2 * number, 2)
     index = load_index(sorted(map(str, images.glob("*.tar"))))
     plan, store = plan_shards(index), Store.open(tmp_path / "out")
-    settings = ShardSettings(SIDE, "fp32", 64, False, 3, "stub", packed=True, workers=1)
-    work = ((shard.source, shard.name) for shard in plan)
-    held = [resident() for _ in encode_shards(work, store, stub, settings)]
+    options = EncodeOptions("model", images, tmp_path / "out", dtype="fp32", batch_size=64, packed=True)
+    settings = ShardSettings(options, "stub", ((SIDE, SIDE),), 3, 3, workers=1)
+    held = [resident() for _ in encode_shards(iter(plan), store, stub, settings)]
     found = [sidecar for _, sidecar in find_finished(store, plan, "stub", store.sizes()) if sidecar]
     total = merge((LatentStatistics.from_json(sidecar.statistics) for sidecar in found), 3)
     assert (len(held), len(found), total.samples) == (SHARDS, SHARDS, 2 * SHARDS)

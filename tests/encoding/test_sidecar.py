@@ -8,10 +8,10 @@ import pytest
 from latent_writer import digest
 from made_output import Made
 
+from latentae.encoding.plan import Shard
 from latentae.encoding.sidecar import (
     FORMAT_VERSION,
     Sidecar,
-    finished_sidecar,
     packed_name,
     parse_sidecar,
     read_sidecar,
@@ -54,9 +54,9 @@ def test_sizes_must_fit(made: Made) -> None:
 
 def test_of_this_very_job(made: Made) -> None:
     size = made.sidecars["a.tar"].input.bytes
-    assert finished_sidecar(made.store, "a.tar", "f" * 64, size) == made.sidecars["a.tar"]
-    assert finished_sidecar(made.store, "a.tar", "e" * 64, size) is None
-    assert finished_sidecar(made.store, "a.tar", "f" * 64, size + 1) is None
+    assert Shard("", "a.tar", 0, size).finished(made.store, "f" * 64) == made.sidecars["a.tar"]
+    assert Shard("", "a.tar", 0, size).finished(made.store, "e" * 64) is None
+    assert Shard("", "a.tar", 0, size + 1).finished(made.store, "f" * 64) is None
 
 
 def test_every_flipped_bit_is_noticed(made: Made) -> None:

@@ -15,7 +15,7 @@ from made_output import Made, latents
 from safetensors.torch import save
 
 from latentae import encode
-from latentae.encoding import remote_store
+from latentae.encoding import store as store_module
 from latentae.encoding.plan import Shard, find_finished
 from latentae.encoding.sidecar import write_sidecar
 from latentae.encoding.store import Store
@@ -42,9 +42,9 @@ def made(out: str | Path, tmp_path: Path) -> Made:
 
 def problems(made: Made, deep: bool = True, **options) -> list[str]:
     """What is found, each with its shard, nothing being changed."""
-    before = {name: made.store.read(name) for name in made.store.names()}
+    before = {name: made.store.read(name) for name in made.store.sizes()}
     report = verify(made.out, deep, forget=False, **options)
-    assert {name: made.store.read(name) for name in made.store.names()} == before
+    assert {name: made.store.read(name) for name in made.store.sizes()} == before
     assert report.ok == (not report.faults)
     return [str(fault) for fault in report.faults]
 
@@ -81,7 +81,7 @@ def test_a_good_output(out: str | Path, tmp_path: Path, kind: str) -> None:
 def test_any_flipped_bit_is_found(out: str | Path, tmp_path: Path) -> None:
     made = Made(out, tmp_path / "in", packed=True, counts={"a.tar": 2, "b.tar": 0}).finish()
     rng = random.Random(0)
-    for name in made.store.names():
+    for name in made.store.sizes():
         if name == "latentae.json":
             continue
         before = made.store.read(name) or b""
@@ -97,7 +97,7 @@ def test_a_damaged_shard_counts_as_not_done(made: Made) -> None:
     assert verify(made.out).ok  # sizes fit
     report = verify(made.out, deep=True)
     assert report.faults[0].shard == "deep/c.tar"
-    assert "deep/c.tar holds other bytes than were written" in report.faults[0].problem
+    assert "deep/c.tar has other bytes than were written" in report.faults[0].problem
     assert report.forgotten == ["deep/c.tar"]
     assert report.samples == 3
     assert pending(made) == ["deep/c.tar"]
@@ -131,7 +131,7 @@ def test_what_is_not_done(made: Made) -> None:
     faults = problems(made, deep=False)
     assert faults == [
         "a.tar: it has no sidecar, so it is not done",
-        "deep/b.tar: deep/b.tar is not there",
+        "deep/b.tar: deep/b.tar is missing",
         f"deep/c.tar: deep/c.tar has 9 bytes, expected {made.sidecars['deep/c.tar'].output.bytes}",
         "0 of 3 shards are done; run the same encode command again",
     ]
@@ -149,7 +149,7 @@ def test_an_output_that_is_not_finished(out: str | Path, tmp_path: Path) -> None
         "all shards are done, but the job is not closed; run the same encode command again"
     ]
     made.store.remove("a.latents-32x32.safetensors")
-    assert problems(made)[0] == "a.tar: a.latents-32x32.safetensors is not there"
+    assert problems(made)[0] == "a.tar: a.latents-32x32.safetensors is missing"
     made.store.remove("a.tar.done.json")
     report = verify(made.out)
     assert [str(fault) for fault in report.faults] == [
@@ -170,7 +170,7 @@ def test_statistics_of_the_output(made: Made) -> None:
     }.items():
         made.replace("statistics.json", json.dumps({**found, name: value}).encode())
         assert problems(made) == [
-            "statistics.json is missing, damaged or not what the sidecars add up to; run the same encode command again"
+            "statistics.json is missing, damaged or not the sum of the sidecars; run the same encode command again"
         ]
     made.store.remove("statistics.json")
     assert len(problems(made)) == 1
@@ -188,7 +188,7 @@ def test_a_shard_of_another_job_and_what_is_no_output(made: Made, tmp_path: Path
     assert problems(made)[0].startswith("a.tar: it is of another job than most shards here")
     write_sidecar(made.store, made.sidecars["a.tar"].model_copy(update={"shard": "new.tar"}))
     made.replace("new.tar", made.store.read("a.tar") or b"")
-    assert "there are 4 shards, expected 3; some are not of this job" in problems(made)
+    assert "there are 4 shards, expected 3; some are of another job" in problems(made)
 
 
 def test_counts_in_a_sidecar(made: Made) -> None:
@@ -196,13 +196,13 @@ def test_counts_in_a_sidecar(made: Made) -> None:
     write_sidecar(made.store, good.model_copy(update={"skipped": {"unreadable image": ["a/000"]}}))
     faults = problems(made)
     assert "a.tar: its sidecar counts 3 latents and 1 skipped of 3 samples" in faults
-    assert "a.tar: sample 'a/000' is there, though its sidecar says that it was skipped" in faults
+    assert "a.tar: sample 'a/000' is present, but its sidecar lists it as skipped" in faults
     write_sidecar(made.store, good.model_copy(update={"statistics": LatentStatistics.empty(3).to_json()}))
     assert "a.tar: its statistics are of 0 latents, expected 3" in problems(made, deep=False)
     part = LatentStatistics.from_json(good.statistics)
     off = {**part.to_json(), "m2": (part.m2 * (1 + 1e-5)).tolist()}
     write_sidecar(made.store, good.model_copy(update={"statistics": off}))
-    assert "a.tar: the statistics in its sidecar are not those of its latents (m2)" in problems(made)
+    assert "a.tar: the statistics in its sidecar do not match its latents (m2)" in problems(made)
 
 
 def members(made: Made, **changes: bytes | None) -> dict[str, bytes]:
@@ -233,7 +233,7 @@ INFO = {"source": "jpg", "source_sha256": "", "bucket": [32, 32]}
         ({"latent_safetensors": b"\0" * 20}, "can't be read"),
         ({"latent_json": b"{"}, "can't be read"),
         ({"latent_json": b"[1]"}, "can't be read"),
-        ({"latent_json": b"{}"}, "does not say which part"),
+        ({"latent_json": b"{}"}, "does not have the crop"),
         (
             {"latent_safetensors": save({"mean": numbers(3, 4, 4)})},
             "it has the tensors ['mean'], expected ['logvar', 'mean']",
@@ -257,7 +257,7 @@ INFO = {"source": "jpg", "source_sha256": "", "bucket": [32, 32]}
             {"latent_safetensors": tensors(logvar=numbers(3, 4, 4, fill=float("inf")))},
             "its logvar is not finite",
         ),
-        ({"latent_safetensors": tensors(mean=numbers(3, 4, 4))}, "are not those of its latents (mean)"),
+        ({"latent_safetensors": tensors(mean=numbers(3, 4, 4))}, "do not match its latents (mean)"),
         ({"jpg": b"other"}, "its jpg is not the image that latent.json names"),
         ({}, "its image (jpg) is missing"),
     ],
@@ -284,8 +284,8 @@ def test_samples_that_are_wrong_from_the_start(
         (b"x" * 1024, "is not a whole, uncompressed tar"),
         (tar_bytes({}), "it holds 0 samples, expected 1"),
         (tar_bytes({"k.latent.json": b"{}"})[:-9728], "damaged"),
-        (tar_bytes({"k.txt": b"", "l.txt": b"", "k.json": b"{}"}), "holds 'k', which has no place there"),
-        (tar_bytes({"k.txt": b"", "README": b""}), "holds 'README', which has no place there"),
+        (tar_bytes({"k.txt": b"", "l.txt": b"", "k.json": b"{}"}), "holds 'k', which does not belong there"),
+        (tar_bytes({"k.txt": b"", "README": b""}), "holds 'README', which does not belong there"),
     ],
 )
 def test_tars_that_are_wrong_from_the_start(tmp_path: Path, tar: bytes, problem: str) -> None:
@@ -318,7 +318,7 @@ def test_packed_rows(tmp_path: Path) -> None:
 def test_inputs_that_changed(made: Made) -> None:
     shards = [str(path) for path in made.sources.values()]
     others = problems(made, shards=shards[1:])
-    assert any("are of none of the input shards given" in fault for fault in others)
+    assert any("match no given input shard" in fault for fault in others)
     data = bytearray(made.sources["a.tar"].read_bytes())
     data[600] ^= 1
     made.sources["a.tar"].write_bytes(data)
@@ -327,8 +327,8 @@ def test_inputs_that_changed(made: Made) -> None:
     assert [fault.partition(":")[0] for fault in shallow] == ["deep/c.tar"]
     deep = problems(made, shards=shards)
     assert [fault.partition(":")[0] for fault in deep] == ["a.tar", "deep/c.tar"]
-    assert "holds other bytes by now" in deep[0]
-    assert "has 1024 bytes by now" in deep[1]
+    assert "has other bytes than when" in deep[0]
+    assert "has 1024 bytes, but" in deep[1]
     assert problems(made) == []
     with pytest.raises(ShardError):
         verify(made.out, shards=made.folder / "nothing.tar")
@@ -342,7 +342,7 @@ def test_keys_of_the_input(tmp_path: Path) -> None:
     made.place("a.tar", made.store.read("a.tar") or b"", 3, LatentStatistics.from_json(good.statistics), [])
     shards = [str(path) for path in made.sources.values()]
     assert problems(made, shards=shards) == [
-        "a.tar: its keys are not those of its input, less those skipped, in that order"
+        "a.tar: its keys differ from those of its input without the skipped ones"
     ]
 
 
@@ -359,7 +359,7 @@ def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, m
     }
     memory = fsspec.get_filesystem_class("memory")
     plain, calls = memory.put_file, count()
-    monkeypatch.setattr(remote_store, "WAITS", (0.0,))
+    monkeypatch.setattr(store_module, "WAITS", (0.0,))
 
     def broken(self, source, target, **rest):
         call = next(calls)
@@ -382,6 +382,6 @@ def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, m
     assert encode(model, photos, url, **options)["finished"]
     assert verify(url, deep=True, shards=photos).ok
     here, there = Store.open(kept), Store.open(url)
-    assert {name: there.read(name) for name in there.names()} == {
-        name: here.read(name) for name in here.names()
+    assert {name: there.read(name) for name in there.sizes()} == {
+        name: here.read(name) for name in here.sizes()
     }

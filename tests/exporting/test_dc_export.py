@@ -18,7 +18,7 @@ from latentae import (
     encode,
     export,
 )
-from latentae.encoding.latents import LatentDataset
+from latentae.encoding.latent_dataset import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.exporting.export import written_formats
 from latentae.exporting.graphs import coder_graphs

@@ -19,17 +19,27 @@ from latentae import AutoencoderKL, AutoencoderKLConfig, encode
 from latentae.data.decode import decode_image
 from latentae.data.selection import assign_buckets, default_buckets
 from latentae.data.transforms import crop_to_bucket, resize_and_center_crop
-from latentae.encoding import samples
-from latentae.encoding.encoders import ModelEncoder, PatientEncoder
-from latentae.encoding.pipeline import Crew, default_workers
-from latentae.encoding.samples import geometry
-from latentae.encoding.shard import ShardSettings, encode_shard, encode_shards
-from latentae.encoding.store import Store
+from latentae.encoding import image_batches
+from latentae.encoding.image_batches import geometry
+from latentae.encoding.options import EncodeOptions
+from latentae.encoding.plan import Shard, ShardSettings
+from latentae.encoding.shard_encoder import ModelEncoder, PatientEncoder, encode_shards
+from latentae.encoding.store import LocalStore, Store
+from latentae.encoding.threads import Crew, default_workers
 from latentae.errors import DataError, ModelError, RecipeError, ShardError
 from latentae.files import read_json, sha256
 
 OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu"}
-SETTINGS = ShardSettings(32, "fp32", 4, False, 3, "f" * 64)
+
+
+def settings(buckets=((32, 32),), workers=0, **options):
+    table = EncodeOptions("model", "shards", "out", **{**OPTIONS, **options})
+    return ShardSettings(table, "f" * 64, buckets, 3, 3, workers=workers)
+
+
+def encode_photos(shard, out, encoder, settings):
+    """One shard, as a.tar."""
+    return list(encode_shards([Shard(str(shard), "a.tar")], Store.open(out), encoder, settings))
 
 
 def small_encoder(images):
@@ -147,19 +157,18 @@ def test_packed_latents_are_the_same_and_lie_where_the_tar_says(model, wide, rea
 
 def test_few_samples_wait_for_their_bucket(jpeg, write_tar, tmp_path):
     """A rare shape does not hold back all that follow it."""
-    members = [(60, 130)] + [(64, 64)] * 4 * (samples.SPAN + 4)
+    members = [(60, 130)] + [(64, 64)] * 4 * (image_batches.SPAN + 4)
     write_tar(
         tmp_path / "a.tar", {f"{number:03}.jpg": jpeg(number, *shape) for number, shape in enumerate(members)}
     )
-    settings = ShardSettings(192, "fp32", 4, False, 3, "", buckets=default_buckets(192))
     sizes = []
 
     def encoder(images):
         sizes.append(tuple(images.shape[2:]))
         return small_encoder(images)
 
-    encode_shard(tmp_path / "a.tar", Store.open(tmp_path / "out"), "a.tar", encoder, settings)
-    assert [size != (192, 192) for size in sizes].index(True) == samples.SPAN
+    encode_photos(tmp_path / "a.tar", tmp_path / "out", encoder, settings(default_buckets(192)))
+    assert [size != (192, 192) for size in sizes].index(True) == image_batches.SPAN
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -220,30 +229,25 @@ def hungry(limit):
 
 
 def test_out_of_memory_halves_the_batch_for_good_and_is_recorded(photos, snapshot, tmp_path, capsys):
-    work = [(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
+    shards = [Shard(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
     one, other = Store.open(tmp_path / "one"), Store.open(tmp_path / "other")
-    found = list(encode_shards(work, one, hungry(1), SETTINGS))
-    plain = list(encode_shards(work, other, small_encoder, SETTINGS))
+    found = list(encode_shards(shards, one, hungry(1), settings()))
+    plain = list(encode_shards(shards, other, small_encoder, settings()))
     assert [sidecar.batch_sizes for sidecar in found] == [[1], [1]]
     assert [sidecar.batch_sizes for sidecar in plain] == [[], []]
     assert [s.output for s in found] == [s.output for s in plain], "this encoder has no last bits to lose"
     said = capsys.readouterr().err
-    assert (
-        said.count("going on with batches of 2 images of 32x32")
-        == said.count("going on with batches of 1 images")
-        == 1
-    )
+    assert said.count("reduced to 2 images of 32x32") == said.count("reduced to 1 images of 32x32") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_out_of_memory_with_one_image_is_an_error(workers, photos, tmp_path, monkeypatch):
-    settings = ShardSettings(32, "fp32", 4, False, 3, "", workers=workers)
     with pytest.raises(ModelError, match=r"single image of 32x32 pixels.*CUDA out of memory"):
-        encode_shard(photos / "train-000.tar", Store.open(tmp_path / "out"), "a.tar", hungry(0), settings)
+        encode_photos(photos / "train-000.tar", tmp_path / "out", hungry(0), settings(workers=workers))
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
-    monkeypatch.setattr(store := Store.open(tmp_path / "out"), "write", None)
+    monkeypatch.setattr(LocalStore, "write", None)
     with pytest.raises(TypeError):  # a writer that fails ends the job too
-        encode_shard(photos / "train-003.tar", store, "a.tar", small_encoder, settings)
+        encode_photos(photos / "train-003.tar", tmp_path / "out", small_encoder, settings(workers=workers))
 
 
 def test_out_of_memory_of_the_cpu_and_other_errors():
@@ -266,17 +270,15 @@ def test_out_of_memory_of_the_cpu_and_other_errors():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_reader_comes_after_the_shards_before_it(workers, photos, write_tar, tmp_path):
     (tmp_path / "bad.tar").write_bytes((photos / "train-003.tar").read_bytes()[:-20_000])
-    work = [
-        (str(photos / "train-000.tar"), "a.tar"),
-        (str(tmp_path / "bad.tar"), "b.tar"),
-        (str(photos / "train-001.tar"), "c.tar"),
-    ]
-    settings = ShardSettings(32, "fp32", 4, False, 3, "", workers=workers)
+    sources = (photos / "train-000.tar", tmp_path / "bad.tar", photos / "train-001.tar")
+    shards = [Shard(str(path), name) for path, name in zip(sources, ("a.tar", "b.tar", "c.tar"), strict=True)]
     found = []
     with pytest.raises(ShardError, match=r"bad\.tar"):
         found.extend(
             sidecar.shard
-            for sidecar in encode_shards(work, Store.open(tmp_path / "out"), small_encoder, settings)
+            for sidecar in encode_shards(
+                shards, Store.open(tmp_path / "out"), small_encoder, settings(workers=workers)
+            )
         )
     assert found == ["a.tar"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.tar", "a.tar.done.json"]
@@ -293,15 +295,18 @@ def test_ctrl_c_ends_all_threads_and_leaves_nothing_half_written(photos, tmp_pat
             time.sleep(30)
         return small_encoder(images)
 
-    settings = ShardSettings(32, "fp32", 2, False, 3, "", workers=2)
-    work = [(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
+    shards = [Shard(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
     began = time.monotonic()
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell's background job begins with Ctrl-C ignored
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(encode_shards(work, Store.open(tmp_path / "out"), interrupted, settings))
+            list(
+                encode_shards(
+                    shards, Store.open(tmp_path / "out"), interrupted, settings(workers=2, batch_size=2)
+                )
+            )
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 20, "the encoder is not waited for"
@@ -317,7 +322,7 @@ def test_what_waits_is_bounded(photos, tmp_path):
     def work():
         for number in range(20):
             begun.append(number)
-            yield str(shard), f"{number}.tar"
+            yield Shard(str(shard), f"{number}.tar")
 
     ahead = []
 
@@ -326,12 +331,12 @@ def test_what_waits_is_bounded(photos, tmp_path):
         ahead.append(begun[-1] - len(ahead) // 3)  # shards of 6 samples in batches of 2
         return small_encoder(images)
 
-    settings = ShardSettings(32, "fp32", 2, False, 3, "", workers=4)
-    assert len(list(encode_shards(work(), Store.open(tmp_path / "out"), slow, settings))) == 20
+    some = settings(workers=4, batch_size=2)
+    assert len(list(encode_shards(work(), Store.open(tmp_path / "out"), slow, some))) == 20
     assert max(ahead) <= 5
     assert max(ahead) >= 1, "and the next shard is read while this one is encoded"
-    assert list(encode_shards([], Store.open(tmp_path / "none"), small_encoder, settings)) == []
-    for _ in encode_shards(work(), Store.open(tmp_path / "left"), small_encoder, settings):
+    assert list(encode_shards([], Store.open(tmp_path / "none"), small_encoder, some)) == []
+    for _ in encode_shards(work(), Store.open(tmp_path / "left"), small_encoder, some):
         break
     assert list((tmp_path / "left").glob(".*")) == [], "a consumer that leaves ends the work"
 
