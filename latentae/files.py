@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary name, fsync, rename."""
+"""Files and folders that are written completely or not at all: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -30,17 +30,88 @@ __all__ = [
     "sha256",
     "staged_folder",
     "write_advice",
+    "write_bytes",
     "write_json",
     "write_text",
 ]
 
-INCOMPLETE = ".incomplete"  # files so named are on their way to another name, or were left by the dead
+INCOMPLETE = ".incomplete"  # suffix of files that are being written, or that a crashed process left
+STALE_SECONDS = 600.0  # a living writer touches its file more often, also on another machine
 _CAN_NOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-STALE_SECONDS = 600.0  # a living writer touches its file more often, also one on another machine
+_CAN_NOT_LIST = (errno.EACCES, errno.EPERM, errno.EISDIR)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; it is renamed to `path`, or removed on any error.
+
+    The file gets the permissions that the umask gives to a new file, even if its writer chose others,
+    as safetensors does.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with _as_output_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(stat.S_IMODE(mode))
+            _fsync(temporary)
+            temporary.replace(path)
+            _fsync(path.parent)
+    finally:
+        with suppress(OSError):  # if the parent is a file, the first error says more
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path`; it is renamed to `path`, or removed on any error.
+
+    Raises:
+        OutputError: `path` is not an empty folder (checked first), or can't be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} already exists and is not an empty folder; choose another output")
+    staging = _temporary(path)
+    try:
+        with _as_output_error(path):
+            staging.mkdir(parents=True)
+            yield staging
+            for entry in (*sorted(staging.rglob("*")), staging):
+                _fsync(entry)
+            if path.exists():
+                path.rmdir()
+            staging.replace(path)
+            _fsync(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name next to `path` that no other process uses, on any machine that shares the disk."""
+    tail = f".{here()}.{os.getpid()}{INCOMPLETE}"
+    name = path.name
+    if len(os.fsencode(f".{name}{tail}")) > 255:  # a name that just fits the file system
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return path.with_name(f".{name}{tail}")
+
+
+def here() -> str:
+    """Scope of process numbers: this machine, or a container, which may share its machine's name."""
+    with suppress(OSError):  # only Linux has it
+        return f"{platform.node()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    return platform.node()
 
 
 def _fsync(path: Path) -> None:
-    """Flush a file or the names in a folder. A file system that can't flush (FUSE, some network disks) is no error."""
+    """Flush a file or the names in a folder; some file systems (FUSE, network disks) can't."""
     if os.name == "nt":  # Windows can't open a folder to flush it, and flushes files on close
         return
     try:
@@ -50,13 +121,25 @@ def _fsync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        opened = path.is_dir() and error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EISDIR,
-        )  # it may be written but not listed
-        if error.errno not in _CAN_NOT_FLUSH and not opened:
+        unlisted = path.is_dir() and error.errno in _CAN_NOT_LIST  # writable, but can't be listed
+        if error.errno not in _CAN_NOT_FLUSH and not unlisted:
             raise
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    """A failed write as one line; safetensors has its own error, which ends in "(os error 28)"."""
+    try:
+        yield
+    except LatentAEError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if code is None and not isinstance(error, OSError):
+            raise
+        reason = error if code is None else os.strerror(code)
+        raise OutputError(f"could not write {path}: {reason}; {write_advice(code)}") from error
 
 
 def write_advice(number: int | None) -> str:
@@ -70,39 +153,22 @@ def write_advice(number: int | None) -> str:
     return "choose another folder"
 
 
-def _beside(path: Path) -> Path:
-    """A name that no other process, here or on another machine that shares the disk, uses at the same time."""
-    tail = f".{here()}.{os.getpid()}{INCOMPLETE}"
-    name = path.name
-    if len(os.fsencode(f".{name}{tail}")) > 255:  # a name that just fits the file system
-        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return path.with_name(f".{name}{tail}")
-
-
-def here() -> str:
-    """Where a process number means one process: this machine, or a container, which may have its machine's name and numbers of its own."""
-    with suppress(OSError):  # only Linux has it
-        return f"{platform.node()}-{Path('/proc/self/ns/pid').stat().st_ino}"
-    return platform.node()
-
-
 def abandoned(path: Path) -> bool:
-    """Whether nobody will finish this `*.incomplete`: its process ended on this machine, or nobody wrote to it for STALE_SECONDS.
+    """Whether an `*.incomplete` file has no writer: its process ended, or it is older than STALE_SECONDS.
 
-    A file that is gone is not abandoned: its writer has just given it its name, or removed it.
+    A missing file is not abandoned: its writer has just renamed or removed it.
     """
     try:
         idle = time.time() - path.stat().st_mtime
     except OSError:
         return False
     owner, _, number = path.name.removesuffix(INCOMPLETE).rpartition(".")
-    return idle > STALE_SECONDS or (
-        owner.endswith(f".{here()}") and number.isdecimal() and not alive(int(number))
-    )
+    ended = owner.endswith(f".{here()}") and number.isdecimal() and not alive(int(number))
+    return idle > STALE_SECONDS or ended
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this machine has not ended."""
+    """Whether a process of this machine is running."""
     if os.name == "nt":  # there, signal 0 ends a process
         return True
     try:
@@ -115,54 +181,11 @@ def alive(process: int) -> bool:
 
 
 @contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
-    """A failed write as one line. safetensors, written in Rust, has an error of its own that ends in "(os error 28)"."""
-    try:
-        yield
-    except LatentAEError:
-        raise
-    except Exception as error:
-        code = _errno(error)
-        if code is None and not isinstance(error, OSError):
-            raise
-        reason = error if code is None else os.strerror(code)
-        raise OutputError(f"could not write {path}: {reason}; {write_advice(code)}") from error
-
-
-def _errno(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success it becomes `path`, on any error it is removed.
-
-    The file has the permissions that the umask gives to a new file there, even if its writer chose others, as safetensors does.
-    """
-    path = Path(path)
-    temporary = _beside(path)
-    try:
-        with _as_output_error(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            yield temporary
-            if temporary.stat().st_mode != mode:
-                temporary.chmod(stat.S_IMODE(mode))
-            _fsync(temporary)
-            temporary.replace(path)
-            _fsync(path.parent)
-    finally:
-        with suppress(OSError):  # a parent that is a file: the error on its way says so better
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for `folder`, and keep others waiting; the system lets go when a process dies."""
+    """Wait for other processes in this block for `folder`, and keep others waiting.
+
+    The system releases the lock if a process dies.
+    """
     if os.name == "nt":  # Windows can't lock a folder
         yield
         return
@@ -177,48 +200,26 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextmanager
-def staged_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it becomes `path`, on any error it is removed.
-
-    An empty folder at `path` is replaced; anything else there is an error before work begins.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} already exists and is not an empty folder; choose another output")
-    staging = _beside(path)
-    try:
-        with _as_output_error(path):
-            staging.mkdir(parents=True)
-            yield staging
-            for entry in sorted(staging.rglob("*")):
-                _fsync(entry)
-            _fsync(staging)  # the names in it, too, before it gets its own
-            if path.exists():
-                path.rmdir()
-            staging.replace(path)
-            _fsync(path.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; what is not UTF-8 in names of files (surrogates) becomes an escape such as \\udce9."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    """Write a UTF-8 file atomically; file names that are not UTF-8 become escapes such as \\udce9."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in the order given."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(json_bytes(value))
+    """Write a JSON file atomically, indented, with keys in the given order."""
+    write_bytes(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
-    """The content of a JSON file. What is not UTF-8 in names of files is escaped, and read back unchanged."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
+    """The content of a JSON file; file names that are not UTF-8 are escaped and read back unchanged."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def read_json(path: str | Path) -> Any:
@@ -227,6 +228,6 @@ def read_json(path: str | Path) -> Any:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in blocks."""
+    """Hex SHA-256 of a file, read in blocks."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,9 +23,9 @@ def test_the_same_job_resumes_and_a_finished_one_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("verb", "inputs", "message"),
     [
-        ("train", {"a": {"b": 1}}, "made by latentae encode, not by train"),
-        ("encode", {"a": {"b": 2}}, "a.b is 1 there and 2 here"),
-        ("encode", {"a": {"b": 1}, "c": 3}, "c is None there and 3 here"),
+        ("train", {"a": {"b": 1}}, "written by latentae encode, not by train"),
+        ("encode", {"a": {"b": 2}}, "a.b was 1 and is now 2"),
+        ("encode", {"a": {"b": 1}, "c": 3}, "c was not set and is now 3"),
     ],
 )
 def test_anything_else_is_refused_by_name(verb, inputs, message, tmp_path):
@@ -36,7 +36,7 @@ def test_anything_else_is_refused_by_name(verb, inputs, message, tmp_path):
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "thesis.doc").write_text("mine")
-    with pytest.raises(OutputError, match=r"thesis\.doc is there"):
+    with pytest.raises(OutputError, match=r"already contains thesis.doc"):
         Job.open(tmp_path, "encode", {})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.doc"]
     with pytest.raises(OutputError, match="could not use"):

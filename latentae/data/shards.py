@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from latentae.data.builtin import BuiltinImages, is_builtin
 from latentae.data.decode import decode_image, image_extension
@@ -38,7 +38,7 @@ from latentae.data.shard_index import (
 )
 from latentae.data.shrinking import shrink
 from latentae.errors import DataError, ImageError, Interrupted, OutputError, RecipeError
-from latentae.file_names import BAD_SAMPLES, RECORD
+from latentae.file_names import BAD_SAMPLES
 from latentae.files import abandoned, atomic_file, read_json, write_text
 from latentae.jobs import Job
 from latentae.options import verb
@@ -125,7 +125,7 @@ def shards(options: ShardsOptions) -> ShardIndex:
         "resize": options.resize,
         "quality": options.quality,
     }  # without `skip_bad` and `max_pixels`, so that a run that stopped at a bad or large image can resume
-    job = _ShardsJob.claim(out, inputs)
+    job = Job.open(out, "shards", inputs, foreign=_is_shards)
     if job.state == "finished":
         index = load_index([str(out / row["name"]) for row in read_json(out / INDEX_NAME)["shards"]])
         say(f"{out} is finished: these images are already in shards{_bad(count - index.samples, out)}")
@@ -238,22 +238,8 @@ def _split(sized: Iterable[tuple[_T, int]], count: int, size: float) -> Iterator
         yield group
 
 
-class _ShardsJob(Job):
-    """A job in a folder that may contain other files, but no shard."""
-
-    @classmethod
-    def claim(cls, folder: Path, inputs: dict[str, Any]) -> Job:
-        if (folder / RECORD).exists() or not folder.is_dir():
-            return cls.open(folder, "shards", inputs)
-        ours = (".tar", ".tar" + SUFFIX)
-        for name in sorted(path.name for path in folder.iterdir()):
-            if name.endswith(ours) or name in (INDEX_NAME, BAD_SAMPLES):
-                raise OutputError(
-                    f"{folder} already contains {name}, which would mix with the shards; choose another folder"
-                )
-        job = cls(folder, "shards", inputs, "new")
-        job._write(finished=False)
-        return job
+def _is_shards(name: str) -> bool:
+    return name.endswith((".tar", ".tar" + SUFFIX)) or name in (INDEX_NAME, BAD_SAMPLES)
 
 
 class _Packer:

@@ -35,7 +35,7 @@ from latentae.encoding.threads import default_workers
 from latentae.errors import ImageError, RecipeError
 from latentae.file_names import STATISTICS
 from latentae.files import json_bytes
-from latentae.jobs import Job, RemoteJob, resolve_task
+from latentae.jobs import Job, resolve_task
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.models.pretrained import resolve_model
 from latentae.options import identity, verb
@@ -50,7 +50,7 @@ PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"
 class Work:
     """A claimed job and this task's share of it."""
 
-    job: Job | RemoteJob
+    job: Job
     store: Store
     settings: ShardSettings
     make_encoder: Callable[[], Encoder]

@@ -24,7 +24,7 @@ from latentae.data.sources import is_remote, shown
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
 from latentae.file_names import RECORD
 from latentae.files import INCOMPLETE, abandoned, atomic_file, sha256, write_advice
-from latentae.jobs import Job, RemoteJob
+from latentae.jobs import Job
 
 __all__ = ["LocalStore", "RemoteStore", "Store"]
 
@@ -89,9 +89,7 @@ class Store(ABC):
         """Remove a file if it exists."""
 
     @abstractmethod
-    def claim(
-        self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
-    ) -> Job | RemoteJob:
+    def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
         """Start or resume a job in this folder; see `Job.open`, whose errors it raises."""
 
     @abstractmethod
@@ -280,18 +278,17 @@ class RemoteStore(Store):
         fs, path = self._at(name)
         self._try(f"remove {name}", lambda: fs.rm_file(path))
 
-    def claim(
-        self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None
-    ) -> RemoteJob:
+    def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
         """See `Job.open`."""
         there = self.read(RECORD)
         others = sorted(set(self.sizes()) - {RECORD}) if there is None else []
         write = partial(self.write_bytes, RECORD)
-        return RemoteJob.open(self.shown, there, others, verb, inputs, write, notes)
+        record = None if there is None else Job.parse(there, self.show(RECORD))
+        return Job.claim(self.shown, record, others, verb, inputs, write, notes)
 
     def record(self) -> dict[str, Any]:
         """See `Job.read`."""
-        return RemoteJob.read(self.shown, self.read(RECORD))
+        return Job.parse(self.read(RECORD), self.show(RECORD))
 
     def _upload(self, data: Path | bytes, name: str, digest: str, size: int) -> None:
         fs, path = self._at(name)

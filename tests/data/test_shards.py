@@ -171,7 +171,7 @@ def test_larger_images_are_shrunk_and_smaller_ones_kept(tmp_path, make_png):
     assert large["jpg"].startswith(b"\xff\xd8")
     assert "png" not in large
     assert small["png"] == (tmp_path / "images" / "small.png").read_bytes()
-    with pytest.raises(OutputError, match="resize is 20 there and 30 here"):
+    with pytest.raises(OutputError, match="resize was 20 and is now 30"):
         shards(tmp_path / "images", tmp_path / "png", resize=30)
 
 

@@ -201,9 +201,9 @@ def test_damage_is_redone(encoded, model, photos, snapshot, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"dtype": "bf16"}, "dtype is 'fp32' there and 'bf16' here"),
-        ({"compute_dtype": "bf16"}, "compute is 'fp32' there and 'bf16' here"),
-        ({"resolution": 64}, "resolution is 32 there and 64 here"),
+        ({"dtype": "bf16"}, "dtype was 'fp32' and is now 'bf16'"),
+        ({"compute_dtype": "bf16"}, "compute was 'fp32' and is now 'bf16'"),
+        ({"resolution": 64}, "resolution was 32 and is now 64"),
         ({"keep_images": True}, "keep_images"),
         ({"flip": True}, "flip is False"),
         ({"packed": True}, "packed is"),
@@ -218,9 +218,9 @@ def test_another_job_into_the_same_output_is_refused(change, named, encoded, mod
 
 
 def test_another_model_or_other_shards_are_refused(encoded, photos, make_model, model, tmp_path):
-    with pytest.raises(OutputError, match="holds another encode job: model is"):
+    with pytest.raises(OutputError, match="holds another encode job: model was"):
         encode(make_model(tmp_path / "other", 1), photos, encoded, **OPTIONS)
-    with pytest.raises(OutputError, match=r"shards.count is 4 there and 1 here"):
+    with pytest.raises(OutputError, match=r"shards.count was 4 and is now 1"):
         encode(model, photos / "train-000.tar", encoded, **OPTIONS)
 
 

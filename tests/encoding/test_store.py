@@ -104,20 +104,20 @@ def test_job(store: Store) -> None:
     again.reopen()
     assert not store.record()["finished"]
     assert store.record()["notes"] == {"model_path": "/m"}
-    with pytest.raises(OutputError, match="model is 'a' there and 'b' here"):
+    with pytest.raises(OutputError, match="model was 'a' and is now 'b'"):
         store.claim("encode", {"model": "b"})
     with pytest.raises(OutputError, match="not by train"):
         store.claim("train", {"model": "a"})
 
 
 def test_foreign_folder_is_refused(store: Store) -> None:
-    with pytest.raises(OutputError, match="damaged or not ours"):
+    with pytest.raises(OutputError, match="damaged or not of latentae"):
         store.record()
     store.write_bytes("thesis.txt", b"x")
-    with pytest.raises(OutputError, match=r"is not empty .*thesis\.txt is there"):
+    with pytest.raises(OutputError, match=r"already contains thesis\.txt"):
         store.claim("encode", {})
     store.write_bytes("latentae.json", b"not json")
-    with pytest.raises(OutputError, match="damaged or not ours"):
+    with pytest.raises(OutputError, match="damaged or not of latentae"):
         store.claim("encode", {})
     store.write_bytes("latentae.json", json.dumps({"format_version": 99}).encode())
     with pytest.raises(OutputError, match="newer or unknown format"):

@@ -179,7 +179,7 @@ def test_statistics_of_the_output(made: Made) -> None:
 
 
 def test_a_shard_of_another_job_and_what_is_no_output(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="damaged or not ours"):
+    with pytest.raises(OutputError, match="damaged or not of latentae"):
         verify(tmp_path)
     (tmp_path / "latentae.json").write_text('{"format_version": 1, "verb": "train", "inputs": {}}')
     with pytest.raises(OutputError, match="was made by latentae train"):

@@ -97,7 +97,7 @@ def test_the_same_job_again_says_so_and_another_is_refused(workspace, evaluation
     assert again == json.loads(json.dumps(result))
     assert "already holds this evaluation" in capsys.readouterr().err
     assert (out / "metrics.json").stat().st_mtime_ns == before
-    with pytest.raises(OutputError, match="resolution is 32 there and 16 here"):
+    with pytest.raises(OutputError, match="resolution was 32 and is now 16"):
         evaluate(workspace / "model", workspace / "held_out", resolution=16, **arguments)
 
 

@@ -262,7 +262,7 @@ def test_same_export_again_says_so(model, tmp_path, capsys):
 
 def test_another_export_into_the_folder_is_refused(model, save_model, tmp_path):
     export(model, tmp_path / "vae")
-    with pytest.raises(OutputError, match="variant is None there and 'fp16' here"):
+    with pytest.raises(OutputError, match="variant was not set and is now 'fp16'"):
         export(model, tmp_path / "vae", variant="fp16")
     with pytest.raises(OutputError, match="holds another export job"):
         export(save_model(tmp_path / "other", config_of("kl-f8"), seed=1), tmp_path / "vae")

@@ -145,7 +145,7 @@ def test_another_recipe_is_refused_and_the_key_is_named(url, tmp_path):
     mirror.claim()
     mirror.push(make(tmp_path / "run", 4))
     other = Mirror(url, {**INPUTS, "recipe": {"seed": 0, "optimizer": {"lr": 2e-3}}}, keep=2)
-    refusal = rf"{url} holds checkpoints of another run: recipe.optimizer.lr is 0.001 there and 0.002 here; choose another"
+    refusal = rf"{url} holds checkpoints of another run: recipe.optimizer.lr was 0.001 and is now 0.002; choose another"
     with pytest.raises(OutputError, match=refusal):
         other.claim()
     with pytest.raises(OutputError, match=refusal):
@@ -350,7 +350,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_its_copies(small, whole_run, tmp_
         latentae.train(small(checkpoint_url=url), tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "lost")
     with pytest.raises(
-        OutputError, match=r"holds checkpoints of another run: recipe\.seed is 0 there and 1 here"
+        OutputError, match=r"holds checkpoints of another run: recipe\.seed was 0 and is now 1"
     ):
         latentae.train(small(checkpoint_url=url, seed=1), tmp_path / "other")
     capsys.readouterr()

@@ -82,7 +82,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path):
 
 def test_other_jobs_and_other_folders_are_refused(small, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
-    with pytest.raises(OutputError, match=r"recipe.optimizer.lr is 0.003 there and 0.002 here"):
+    with pytest.raises(OutputError, match=r"recipe.optimizer.lr was 0.003 and is now 0.002"):
         latentae.train(small(**{"optimizer.lr": 2e-3}), tmp_path / "run")
     with pytest.raises(OutputError, match="--resume is never"):
         latentae.train(small(), tmp_path / "run", resume="never")
