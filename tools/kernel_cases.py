@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import latentae_kernels
 import torch
 import torch.nn.functional as F
-from latentae_kernels.upsample import upsample_conv2d
+from latentae_kernels import Norm, lpips_head, norm_act, norm_act_conv2d, row_norm_act, upsample_conv2d
 from torch import Tensor
 
 __all__ = ["Bytes", "Case", "cases"]
@@ -127,7 +126,7 @@ def _norm_act() -> list[Case]:
 
 
 def _norm_act_kernels(case: Case) -> tuple[str, ...]:
-    from latentae_kernels.norm_act_launch import Problem, choose_config
+    from latentae_kernels.norm_act.launch import Problem, choose_config
 
     n, c, h, w = case.shape
     if choose_config(Problem(n, c, h * w, GROUPS, 2, True), H100_PROCESSORS, case.backward).resident_groups:
@@ -173,9 +172,7 @@ def _fused_group_norm(act: Any) -> Callable[..., Any]:
         pre_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Any:
-        return latentae_kernels.norm_act(
-            x, weight, bias, GROUPS, act=act, pre_bias=pre_bias, residual=residual
-        )
+        return norm_act(x, weight, bias, GROUPS, act=act, pre_bias=pre_bias, residual=residual)
 
     return ours
 
@@ -189,7 +186,7 @@ def _norm_act_conv2d() -> list[Case]:
         return torch.randn(shape), *_vectors(2, c), torch.randn(c, c, 3, 3) * (9 * c) ** -0.5
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, conv_weight: Tensor) -> Tensor:
-        return latentae_kernels.norm_act_conv2d(x, weight, bias, GROUPS, conv_weight, padding=1)
+        return norm_act_conv2d(x, Norm(weight, bias, GROUPS), conv_weight, padding=1)
 
     def kernels(
         case: Case,
@@ -219,7 +216,7 @@ def _row_norm_act() -> list[Case]:
         return (torch.randn(shape), *_vectors(2, shape[1]))
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return latentae_kernels.row_norm_act(x, weight, bias)
+        return row_norm_act(x, weight, bias)
 
     common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0, 1, 2)}
     common["kernels"] = lambda case: (f"row_norm_act/{'backward' if case.backward else 'forward'}",)
@@ -241,7 +238,7 @@ def _lpips_head() -> list[Case]:
         return torch.randn(shape), torch.randn(shape), torch.rand(shape[1])
 
     def ours(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-        return latentae_kernels.lpips_head(a, b, weight)
+        return lpips_head(a, b, weight)
 
     # in training only the reconstruction's features, the first, have a gradient
     common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0,)}

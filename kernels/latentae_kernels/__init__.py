@@ -1,18 +1,20 @@
-"""Fused normalization and activation kernels, each beside its plain-torch reference.
+"""Fused normalization, activation and convolution steps for training and inference of convolutional
+autoencoders.
 
-The package depends on torch alone (and on Triton where a kernel runs), uses relative imports inside, and knows nothing of latentae.
+The package needs only torch, and Triton where a kernel runs. It uses relative imports and does not
+import latentae.
 """
 
 from __future__ import annotations
 
 from .dispatch import Backend, BackendError, resolve_backend, use_backend
-from .group_norm import channel_moments, group_moments, group_norm
 from .lpips_head import lpips_head
-from .norm_act import norm_act
-from .norm_act_conv import norm_act_conv2d
+from .norm_act import Norm, norm_act
+from .norm_act.conv import norm_act_conv2d
+from .norm_act.group_norm import channel_moments, group_moments, group_norm
 from .row_norm_act import row_norm_act
 from .upsample import upsample_conv2d
-from .winograd import Norm, conv3x3
+from .winograd import conv3x3
 
 __all__ = [
     "Backend",

@@ -1,13 +1,16 @@
-"""Nearest-neighbour doubling and the 3x3 convolution after it, without the doubled input.
+"""Nearest-neighbor 2x upsampling and a 3x3 convolution, without the upsampled input.
 
-Every pixel that a 3x3 window sees in the doubled image is one of 2x2 pixels of the small one, so each of the four phases of the output is
-a 2x2 convolution whose weights are sums of the 3x3 weights: 16 multiplications where the plain form does 36. That is one transposed
-convolution with a 4x4 kernel and stride 2, with exact gradients of its own. In one dimension, with taps w0, w1, w2,
+Each pixel that a 3x3 window sees in the upsampled image is one of 2x2 pixels of the small one. So
+each of the four phases of the output is a 2x2 convolution whose weights are sums of the 3x3
+weights: 16 multiplications instead of 36. That is one transposed convolution with a 4x4 kernel and
+stride 2, with exact gradients. In one dimension, with taps w0, w1, w2,
 
-    y[2p]   = w0 x[p-1] + (w1 + w2) x[p] = s x[p] - w0 d[p]
-    y[2p+1] = (w0 + w1) x[p] + w2 x[p+1] = s x[p] + w2 d[p+1],        s = w0 + w1 + w2,  d[p] = x[p] - x[p-1],
+    s = w0 + w1 + w2,  d[p] = x[p] - x[p-1],
+    y[2p]   = w0 x[p-1] + (w1 + w2) x[p] = s x[p] - w0 d[p],
+    y[2p+1] = (w0 + w1) x[p] + w2 x[p+1] = s x[p] + w2 d[p+1],
 
-and the right side has 3 products for 2 outputs: 9 instead of 36 in two dimensions. Inference on a CPU takes that form in strips.
+and the right side has 3 products for 2 outputs: 9 instead of 36 in two dimensions. CPU inference
+uses that form in strips.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_choice
-from .cpu_strips import check_convolution, empty_output, is_plain_memory, scratch
+from .dispatch import is_plain_memory
+from .tensors import check_choice, check_convolution, empty_output, scratch
 
 __all__ = ["upsample_conv2d"]
 
@@ -42,22 +45,25 @@ def upsample_conv2d(
     Args:
         x: activations.
         weight, bias: as for `F.conv2d`.
-        method: "plain" (the two operators above), "folded" (one transposed convolution), "differences" (the form of fewest products:
-            CPU, fp32 or fp64, no gradient), or "auto": on a CPU "differences" for large inference and "folded" for the rest of fp32 and
-            fp64; "plain" in half precision, where rounding the sums of weights would cost accuracy, on a GPU, and in an export.
+        method: "plain" (the two operators above), "folded" (one transposed convolution),
+            "differences" (fewest products: CPU, fp32 or fp64, no gradient), or "auto": on a CPU
+            "differences" for large inference and "folded" otherwise in fp32 and fp64; "plain" in
+            half precision, where rounding summed weights costs accuracy, on a GPU, and in an
+            export.
 
     Returns:
-        [N, C_out, 2H, 2W], in the memory format of `x`. All but "differences" are twice differentiable.
+        [N, C_out, 2H, 2W], in the memory format of `x`. All but "differences" are twice
+        differentiable.
 
     Raises:
-        ValueError: an argument of the wrong kind or shape, or "differences" where it can't run; the message names it.
+        ValueError: an invalid shape, dtype or choice, or "differences" where it cannot run.
     """
     check_convolution("upsample_conv2d", x, weight, bias)
     check_choice("upsample_conv2d", "method", method, ("auto", "plain", "folded", "differences"))
     if method == "differences" and not _can_difference(x, weight, bias):
         raise ValueError(
-            f"upsample_conv2d: method='differences' is for fp32 or fp64 on a CPU without gradients, x is {x.dtype} on {x.device}; "
-            "run it in torch.no_grad(), or use method='auto'"
+            f"upsample_conv2d: method='differences' is for fp32 or fp64 on a CPU without gradients, x is "
+            f"{x.dtype} on {x.device}; run it in torch.no_grad(), or use method='auto'"
         )
     if method == "auto":
         method = _choose(x, weight, bias)
@@ -73,12 +79,11 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Method:
     if x.device.type != "cpu" or not precise or torch.compiler.is_exporting():
         return "plain"
     pixels, pairs = x.shape[2] * x.shape[3], weight.shape[:2].numel()
-    wide = (
-        min(weight.shape[:2]) >= _FEWEST_CHANNELS and pixels * pairs >= 4 * _FEWEST_PRODUCTS
-    )  # of each sample
-    if wide and _can_difference(x, weight, bias) and x.is_contiguous(memory_format=torch.channels_last):
+    # per sample
+    large = min(weight.shape[:2]) >= _FEWEST_CHANNELS and pixels * pairs >= 4 * _FEWEST_PRODUCTS
+    if large and _can_difference(x, weight, bias) and x.is_contiguous(memory_format=torch.channels_last):
         return "differences"
-    pixels *= x.shape[0]  # folding the weights costs as much as convolving a few hundred pixels
+    pixels *= x.shape[0]  # folding weights costs as much as convolving a few hundred pixels
     return "folded" if pixels >= _FEWEST_PIXELS and pixels * pairs >= _FEWEST_PRODUCTS else "plain"
 
 
@@ -87,7 +92,7 @@ def _can_difference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _fold(weight: Tensor) -> Tensor:
-    """[C_out, C, 3, 3] -> the transposed convolution's [C, C_out, 4, 4]: taps (w2, w1 + w2, w0 + w1, w0) along both sides."""
+    """[C_out, C, 3, 3] -> [C, C_out, 4, 4]; taps (w2, w1 + w2, w0 + w1, w0) along both sides."""
     out_channels, channels = weight.shape[:2]
     wide = torch.promote_types(weight.dtype, torch.float32)  # one rounding, of the sum
     side = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=wide, device=weight.device)
@@ -97,7 +102,7 @@ def _fold(weight: Tensor) -> Tensor:
 
 
 def _differences(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Strips of lines: x itself, its differences between lines, between columns, and both, each times its part of the weights."""
+    """Sum of x and its differences between lines, columns and both, times their weights."""
     samples, channels, height, width = x.shape
     out_channels = weight.shape[0]
     out = empty_output(x, out_channels, (2 * height, 2 * width))
@@ -114,7 +119,10 @@ def _differences(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _difference_weights(weight: Tensor) -> list[Tensor]:
-    """[o, c, 3, 3] -> six matrices: s s [c, o]; -w0 s, w2 s [c, o]; s (-w0, w2) [c, 2 o]; -w0 (-w0, w2), w2 (-w0, w2) [c, 2 o]."""
+    """[o, c, 3, 3] -> six matrices, from s = w0 + w1 + w2 and pair = (-w0, w2).
+
+    s s, -w0 s and w2 s are [c, o]; s pair, -w0 pair and w2 pair are [c, 2 o].
+    """
     out_channels, channels = weight.shape[:2]
     side = torch.tensor([[-1, 0, 0], [1, 1, 1], [0, 0, 1]], dtype=weight.dtype, device="cpu")  # -w0, s, w2
     both = torch.kron(side, side)[[4, 1, 7, 3, 5, 0, 2, 6, 8]]
@@ -151,34 +159,26 @@ def _difference_strip(
     if bias is not None:
         base += bias
     long = rows * (width + 1)
-    sides = torch.mm(
-        across.view(long, -1), parts[3], out=scratch("sides", 2 * long * out_channels, dtype).view(long, -1)
-    )
+    memory = {
+        name: scratch(name, 2 * long * out_channels, dtype).view(long, -1) for name in ("sides", "rest")
+    }
+    sides = torch.mm(across.view(long, -1), parts[3], out=memory["sides"])
+    column = scratch("column", size * out_channels, dtype).view(size, -1)
     for phase in (0, 1):  # even lines of the output, then odd ones
         even = down[phase : phase + rows].view(size, channels)
-        column = torch.addmm(
-            base, even, parts[1 + phase], out=scratch("column", size * out_channels, dtype).view(size, -1)
-        )
+        torch.addmm(base, even, parts[1 + phase], out=column)
         shifted = diagonal[phase : phase + rows].view(long, channels)
-        rest = torch.addmm(
-            sides,
-            shifted,
-            parts[4 + phase],
-            out=scratch("rest", 2 * long * out_channels, dtype).view(long, -1),
-        )
-        # the even column q of the output reads the first half of `rest` at q, the odd one the second half at q + 1
-        pairs = rest.as_strided(
-            (rows, width, 2, out_channels),
-            ((width + 1) * 2 * out_channels, 2 * out_channels, 3 * out_channels, 1),
-            rest.storage_offset(),
-        )
-        torch.add(
-            column.view(rows, width, 1, out_channels), pairs, out=target[phase::2].unflatten(1, (width, 2))
-        )
+        rest = torch.addmm(sides, shifted, parts[4 + phase], out=memory["rest"])
+        # the even column q of the output reads the first half of `rest` at q, the odd one the
+        # second half at q + 1
+        strides = ((width + 1) * 2 * out_channels, 2 * out_channels, 3 * out_channels, 1)
+        pairs = rest.as_strided((rows, width, 2, out_channels), strides, rest.storage_offset())
+        columns = column.view(rows, width, 1, out_channels)
+        torch.add(columns, pairs, out=target[phase::2].unflatten(1, (width, 2)))
 
 
 def _between_columns(lines: Tensor, name: str) -> Tensor:
-    """[lines, W, c] -> [lines, W + 1, c]: each column less the one before, zeros outside."""
+    """[lines, W, c] -> [lines, W + 1, c]: differences to the column before, zero outside."""
     count, width, channels = lines.shape
     out = scratch(name, count * (width + 1) * channels, lines.dtype).view(count, width + 1, channels)
     torch.sub(lines[:, 1:], lines[:, :-1], out=out[:, 1:-1])

@@ -120,11 +120,11 @@ def normalize_convolve(
     if not (is_plain_norm(norm) and is_plain_conv(conv)):
         total = x.value()
         return convolve(conv, normalize_activate(norm, total)), Pending(total)
+    step = Norm(norm.weight, norm.bias, norm.num_groups, norm.eps)
     if not _fused(x.x):
         total = x.value()
-        step = Norm(norm.weight, norm.bias, norm.num_groups, norm.eps)
         return Pending(conv3x3(total, conv.weight, conv.bias, step, overwrite=last_use)), Pending(total)
-    arguments = (norm.weight, norm.bias, norm.num_groups, conv.weight, None, 1, norm.eps, "silu", x.bias)
+    arguments = (step, conv.weight, None, 1, x.bias)
     if x.residual is None:
         return Pending(norm_act_conv2d(x.x, *arguments), conv.bias), Pending(x.x, x.bias)
     out, total = norm_act_conv2d(x.x, *arguments, residual=x.residual)

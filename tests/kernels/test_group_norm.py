@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from latentae_kernels import Norm, channel_moments, conv3x3, group_norm, norm_act
-from latentae_kernels.group_norm import _block, _Blocks
+from latentae_kernels.norm_act.group_norm import _block, _Blocks
 from torch.autograd import forward_ad
 
 EPS = 1e-6

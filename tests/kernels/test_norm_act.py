@@ -8,10 +8,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from latentae_kernels import BackendError, norm_act
-from latentae_kernels import norm_act_launch as launch
-from latentae_kernels import norm_act_ops as ops
-from latentae_kernels.norm_act_kernels import tile_offsets
-from latentae_kernels.reference import norm_act_reference
+from latentae_kernels.norm_act import launch
+from latentae_kernels.norm_act.kernels import tile_offsets
+from latentae_kernels.norm_act.reference import norm_act_reference
 
 HALF = (torch.bfloat16, torch.float16)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -110,6 +109,7 @@ def test_both_strategies_agree(device, groups, channels_last, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 def test_the_operators_are_well_registered(device):
+    ops = torch.ops.latentae_kernels
     x, weight, bias, pre_bias, residual = tensors(6, (2, 3, 5), torch.float32, device)
     grads = [t.clone().requires_grad_() for t in (x, residual, weight, bias, pre_bias)]
     torch.library.opcheck(ops.norm_act_forward, (*grads, 3, 1e-6, "silu"))
@@ -174,9 +174,9 @@ def test_bad_channel_vectors_are_named(name):
     given = {"weight": weight, "bias": bias, "pre_bias": pre_bias}
     for value, message in [
         (torch.randn(7), r"has shape \(7,\), expected \(8,\)"),
-        (given[name].double(), "has dtype torch.float64 beside x in torch.float32"),
-        (given[name].half(), "has dtype torch.float16 beside x in torch.float32"),
-        (given[name].to("meta"), "is on meta and x on cpu"),
+        (given[name].double(), "has dtype torch.float64, expected torch.float32"),
+        (given[name].half(), "has dtype torch.float16, expected torch.float32"),
+        (given[name].to("meta"), "is on meta, expected cpu"),
     ]:
         with pytest.raises(ValueError, match=f"norm_act: {name} {message}"):
             norm_act(x, groups=2, **(given | {name: value}))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from latentae_kernels import norm_act, norm_act_conv2d, use_backend
+from latentae_kernels import Norm, norm_act, norm_act_conv2d, use_backend
 
 
 def tensors(device, dtype=torch.float64, channels=6, size=(3, 4)):
@@ -17,9 +17,8 @@ def tensors(device, dtype=torch.float64, channels=6, size=(3, 4)):
 
 
 def step(x, weight, bias, pre_bias, conv_weight, conv_bias, residual=None, backend="triton"):
-    return norm_act_conv2d(
-        x, weight, bias, 3, conv_weight, conv_bias, 1, pre_bias=pre_bias, residual=residual, backend=backend
-    )
+    norm = Norm(weight, bias, 3)
+    return norm_act_conv2d(x, norm, conv_weight, conv_bias, 1, pre_bias, residual, backend)
 
 
 def plain(x, weight, bias, pre_bias, conv_weight, conv_bias, residual=None):
@@ -102,4 +101,4 @@ def test_bad_arguments_are_named(device):
     x, weight, bias, _, conv_weight, conv_bias, _ = tensors(device, torch.float32)
     for backend in ("triton", "torch"):
         with pytest.raises(ValueError, match="groups is 4, which does not divide the 6 channels"):
-            norm_act_conv2d(x, weight, bias, 4, conv_weight, conv_bias, backend=backend)
+            norm_act_conv2d(x, Norm(weight, bias, 4), conv_weight, conv_bias, backend=backend)

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from latentae_kernels import row_norm_act
-from latentae_kernels.reference import row_norm_act_reference
-from latentae_kernels.row_norm_act_kernels import row_tile
+from latentae_kernels.row_norm_act.kernels import row_tile
+from latentae_kernels.row_norm_act.reference import row_norm_act_reference
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentae_kernels import winograd
-from latentae_kernels.reference import norm_act_reference
-from latentae_kernels.winograd import Norm, conv3x3
-from latentae_kernels.winograd_strips import Strips, convolve_strips
+from latentae_kernels import Norm, conv3x3, winograd
+from latentae_kernels.norm_act.reference import norm_act_reference
+from latentae_kernels.winograd import Strips, convolve_strips
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
 

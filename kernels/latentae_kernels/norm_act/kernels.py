@@ -1,10 +1,12 @@
 """Triton kernels of `norm_act`.
 
-Element (n, p, c) of an activation lies at n*C*HW + p*C + c (NHWC) or n*C*HW + c*HW + p (NCHW); every kernel serves both. A program
-owns `CHUNK` pixels of `BLOCK_C` channels of one sample and writes partial results to slots of its own, which a small kernel merges
-in a fixed order: no atomics, so two runs are equal to the bit. Where a group fits into registers, one program does all of it.
+Element (n, p, c) is at n*C*HW + p*C + c (NHWC) or n*C*HW + c*HW + p (NCHW); every kernel handles
+both. A program processes `CHUNK` pixels of `BLOCK_C` channels of one sample and writes partial
+results to its own slots, which a small kernel merges in a fixed order: without atomics, two runs
+are bit-equal. Where a group fits into registers, one program does all of it.
 
-Statistics are centred throughout. A chunk shifts by the mean of its first tile; chunks are merged by Chan, Golub & LeVeque 1983.
+All statistics are centered. A chunk shifts by the mean of its first tile; chunks are merged as in
+Chan, Golub & LeVeque 1983.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_offsets(n, first, rows, cols, HW, C: tl.constexpr, NHWC: tl.constexpr):
-    """Where a tile of one sample begins (64 bits: activations can exceed 2^31 elements) and the offsets inside it."""
+    """64-bit start of a tile of one sample (x can exceed 2^31 elements), and offsets inside it."""
     if NHWC:
         base = (n * HW + first) * C
         offs = rows[:, None] * C + cols[None, :]
@@ -29,7 +31,7 @@ def tile_offsets(n, first, rows, cols, HW, C: tl.constexpr, NHWC: tl.constexpr):
 def _program(HW, chunks, CHUNK, BLOCK_C: tl.constexpr, BACKWARDS):
     """Sample, chunk, first and last pixel and channels of this program."""
     index = tl.program_id(0)
-    if BACKWARDS:  # what the pass before read last is still in the L2 cache
+    if BACKWARDS:  # the pass before left its last tiles in the L2 cache
         index = tl.num_programs(0) - 1 - index
     n = (index // chunks).to(tl.int64)
     chunk = index % chunks
@@ -47,7 +49,7 @@ def _channel(pointer, cols, inside, ACC: tl.constexpr):
 def _total(
     x_ptr, residual_ptr, total_ptr, pre_bias, base, offs, mask, RESIDUAL: tl.constexpr, ACC: tl.constexpr
 ):
-    """The tile that is normalized. With a residual it is the rounded, stored sum, so that the backward pass sees the same numbers."""
+    """The tile to normalize; with a residual the rounded sum, as the backward pass will see it."""
     value = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(ACC)
     if RESIDUAL:
         value += pre_bias[None, :] + tl.load(residual_ptr + base + offs, mask=mask, other=0.0).to(ACC)
@@ -114,7 +116,8 @@ def chunk_statistics(
 @triton.jit
 def merge_statistics(
     chunk_mean_ptr, chunk_m2_ptr, mean_ptr, rstd_ptr, HW, chunks, CHUNK,
-    C: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/sqrt(variance + eps) of one (sample, group) from its chunks."""
     n = (tl.program_id(0) // G).to(tl.int64)
@@ -152,24 +155,24 @@ def _affine(
 ):  # fmt: skip
     """Per channel: what to subtract from the stored x, rstd, gamma, beta."""
     at = n * G + cols // (C // G)
-    centre = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    center = tl.load(mean_ptr + at, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
     if PRE_BIAS:
-        centre -= _channel(pre_bias_ptr, cols, inside, ACC)
-    return centre, rstd, _channel(weight_ptr, cols, inside, ACC), _channel(bias_ptr, cols, inside, ACC)
+        center -= _channel(pre_bias_ptr, cols, inside, ACC)
+    return center, rstd, _channel(weight_ptr, cols, inside, ACC), _channel(bias_ptr, cols, inside, ACC)
 
 
 @triton.jit
 def apply(
     x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, y_ptr, HW, chunks, CHUNK,
-    C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, SILU: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = act(gamma * (x + pre_bias - mean) * rstd + beta)."""
     n, _, first, last, cols = _program(HW, chunks, CHUNK, BLOCK_C, BACKWARDS=True)
     inside = cols < C
     rows = tl.arange(0, BLOCK_HW)
-    centre, rstd, gamma, beta = _affine(
+    center, rstd, gamma, beta = _affine(
         pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, inside, C, G, PRE_BIAS, ACC
     )
     scale = rstd * gamma
@@ -177,21 +180,22 @@ def apply(
         mask = ((start + rows) < last)[:, None] & inside[None, :]
         base, offs = tile_offsets(n, start, rows, cols, HW, C, NHWC)
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        z = (x - centre[None, :]) * scale[None, :] + beta[None, :]
+        z = (x - center[None, :]) * scale[None, :] + beta[None, :]
         tl.store(y_ptr + base + offs, _activate(z, SILU).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def chunk_gradients(
-    dy_ptr, x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, s1_ptr, s2_ptr, HW, chunks, CHUNK,
-    C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, s1_ptr, s2_ptr, HW, chunks,
+    CHUNK,
+    C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, SILU: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """S1 = sum dz and S2 = sum dz * xh of each channel over one chunk: [N, chunks, C] each."""
     n, chunk, first, last, cols = _program(HW, chunks, CHUNK, BLOCK_C, BACKWARDS=False)
     inside = cols < C
     rows = tl.arange(0, BLOCK_HW)
-    centre, rstd, gamma, beta = _affine(
+    center, rstd, gamma, beta = _affine(
         pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, inside, C, G, PRE_BIAS, ACC
     )
     s1 = tl.zeros([BLOCK_HW, BLOCK_C], ACC)
@@ -201,10 +205,9 @@ def chunk_gradients(
         base, offs = tile_offsets(n, start, rows, cols, HW, C, NHWC)
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
-        xh = (x - centre[None, :]) * rstd[None, :]
-        dz = _activation_gradient(
-            dy, xh * gamma[None, :] + beta[None, :], SILU
-        )  # zero where masked, since dy is
+        xh = (x - center[None, :]) * rstd[None, :]
+        # zero where masked, since dy is
+        dz = _activation_gradient(dy, xh * gamma[None, :] + beta[None, :], SILU)
         s1 += dz
         s2 += dz * xh
     slot = (n * chunks + chunk) * C + cols
@@ -244,16 +247,17 @@ def merge_gradients(
 
 @triton.jit
 def input_gradient(
-    dy_ptr, dtotal_ptr, x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, dx_ptr, sums_ptr,
-    HW, chunks, CHUNK,
-    C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, DTOTAL: tl.constexpr, SUM: tl.constexpr,
-    SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, dtotal_ptr, x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr,
+    dx_ptr, sums_ptr, HW, chunks, CHUNK,
+    C: tl.constexpr, G: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, DTOTAL: tl.constexpr,
+    SUM: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_HW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (gamma * dz - A - xh * B) (+ dtotal), and its sum over each chunk, which is the gradient of a bias added to x."""
+    """dx = rstd * (gamma * dz - A - xh * B) (+ dtotal), and its sum per chunk and channel."""
     n, chunk, first, last, cols = _program(HW, chunks, CHUNK, BLOCK_C, BACKWARDS=True)
     inside = cols < C
     rows = tl.arange(0, BLOCK_HW)
-    centre, rstd, gamma, beta = _affine(
+    center, rstd, gamma, beta = _affine(
         pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, inside, C, G, PRE_BIAS, ACC
     )
     at = n * G + cols // (C // G)
@@ -265,7 +269,7 @@ def input_gradient(
         base, offs = tile_offsets(n, start, rows, cols, HW, C, NHWC)
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        xh = (x - centre[None, :]) * rstd[None, :]
+        xh = (x - center[None, :]) * rstd[None, :]
         dz = _activation_gradient(dy, xh * gamma[None, :] + beta[None, :], SILU)
         dx = rstd[None, :] * (gamma[None, :] * dz - a[None, :] - xh * b[None, :])
         if DTOTAL:
@@ -279,7 +283,7 @@ def input_gradient(
 
 @triton.jit
 def _over_group(per_channel, cols, width: tl.constexpr):
-    """Each channel's value replaced by the sum over its group; a tile holds whole groups, of any width."""
+    """The sum over a channel's group for each channel; a tile has complete groups."""
     same = (cols[:, None] // width) == (cols[None, :] // width)
     return tl.sum(tl.where(same, per_channel[None, :], 0.0), 1)
 
@@ -287,10 +291,11 @@ def _over_group(per_channel, cols, width: tl.constexpr):
 @triton.jit
 def resident_forward(
     x_ptr, residual_ptr, pre_bias_ptr, weight_ptr, bias_ptr, total_ptr, y_ptr, mean_ptr, rstd_ptr, HW,
-    C: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SILU: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, SILU: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The whole forward pass of `GROUPS` groups of one sample, held in registers: one read, one write."""
+    """The forward pass of `GROUPS` groups of one sample in registers: one read, one write."""
     width: tl.constexpr = C // G
     n = (tl.program_id(0) // (G // GROUPS)).to(tl.int64)
     group = (tl.program_id(0) % (G // GROUPS)) * GROUPS
@@ -310,9 +315,8 @@ def resident_forward(
     count = (tl.zeros([], ACC) + HW) * width
     mean = _over_group(tl.sum(value, 0), local, width) / count
     deviation = tl.where(mask, value - mean[None, :], 0.0)
-    slip = (
-        _over_group(tl.sum(deviation, 0), local, width) / count
-    )  # the sum's rounding, visible where mean >> std
+    # the sum's rounding, visible where mean >> std
+    slip = _over_group(tl.sum(deviation, 0), local, width) / count
     mean += slip
     deviation = tl.where(mask, deviation - slip[None, :], 0.0)
     rstd = 1.0 / tl.sqrt(_over_group(tl.sum(deviation * deviation, 0), local, width) / count + EPS)
@@ -327,11 +331,13 @@ def resident_forward(
 
 @triton.jit
 def resident_backward(
-    dy_ptr, dtotal_ptr, x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, HW,
-    C: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr, DTOTAL: tl.constexpr,
-    SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, dtotal_ptr, x_ptr, pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr,
+    HW,
+    C: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, NHWC: tl.constexpr, PRE_BIAS: tl.constexpr,
+    DTOTAL: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_HW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The whole backward pass of `GROUPS` groups of one sample; sums [N, 3, C] gets S2, S1 and the sum of dx."""
+    """The backward pass of `GROUPS` groups; sums [N, 3, C] gets S2, S1 and the sum of dx."""
     width: tl.constexpr = C // G
     n = (tl.program_id(0) // (G // GROUPS)).to(tl.int64)
     group = (tl.program_id(0) % (G // GROUPS)) * GROUPS
@@ -340,13 +346,13 @@ def resident_backward(
     inside = local < GROUPS * width
     rows = tl.arange(0, BLOCK_HW)
     mask = (rows < HW)[:, None] & inside[None, :]
-    centre, rstd, gamma, beta = _affine(
+    center, rstd, gamma, beta = _affine(
         pre_bias_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, inside, C, G, PRE_BIAS, ACC
     )
     base, offs = tile_offsets(n, tl.zeros([], tl.int64), rows, cols, HW, C, NHWC)
     x = tl.load(x_ptr + base + offs, mask=mask, other=0.0).to(ACC)
     dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0).to(ACC)
-    xh = (x - centre[None, :]) * rstd[None, :]
+    xh = (x - center[None, :]) * rstd[None, :]
     dz = _activation_gradient(dy, xh * gamma[None, :] + beta[None, :], SILU)
     s1 = tl.sum(dz, 0)
     s2 = tl.sum(dz * xh, 0)
@@ -361,130 +367,3 @@ def resident_backward(
     tl.store(sums_ptr + slot, s2, mask=inside)
     tl.store(sums_ptr + slot + C, s1, mask=inside)
     tl.store(sums_ptr + slot + 2 * C, tl.sum(tl.where(mask, dx, 0.0), 0), mask=inside)
-
-
-def plans() -> list:
-    """What is compiled ahead of time: every kernel at the widths of the shipped autoencoders, in half and single precision."""
-    from .aot import Plan
-    from .norm_act_launch import Problem, choose_config
-
-    def plan(
-        kernel,
-        label: str,
-        problem: Problem,
-        backward: bool,
-        dtype: str,
-        ints: tuple[str, ...],
-        gates: dict,
-        **constants,
-    ):
-        config = choose_config(problem, 132, backward)
-        constants |= {"C": problem.c, "ACC": tl.float32}
-        if kernel in (merge_statistics, merge_gradients):
-            constants |= {"BLOCK_K": 64, "BLOCK_C": triton.next_power_of_2(problem.c // problem.groups)}
-        else:
-            constants |= {
-                "BLOCK_HW": config.block_hw,
-                "BLOCK_C": config.block_c,
-                "NHWC": problem.channels_last,
-            }
-        if config.resident_groups:
-            constants["GROUPS"] = config.resident_groups
-        single = (
-            "weight_ptr",
-            "bias_ptr",
-            "pre_bias_ptr",
-            "mean_ptr",
-            "rstd_ptr",
-            "a_ptr",
-            "b_ptr",
-            "sums_ptr",
-            "m2_ptr",
-        )
-        signature = {}
-        for name in kernel.arg_names:
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name in ints:
-                signature[name] = "i32"
-            else:
-                signature[name] = "*fp32" if name in single or name.startswith("chunk_") else f"*{dtype}"
-        order = "nhwc" if problem.channels_last else "nchw"
-        aligned = tuple(n for n in signature if n.endswith("_ptr")) + (
-            () if problem.hw % 16 else ("HW", "CHUNK")
-        )
-        warps = 4 if "BLOCK_K" in constants else config.num_warps
-        return Plan(
-            f"norm_act/{label} {order} {dtype} C={problem.c} HW={problem.hw}", kernel, signature, constants,
-            tuple(n for n in aligned if n in signature), warps, **gates,
-        )  # fmt: skip
-
-    size = ("HW", "chunks", "CHUNK")
-    found = []
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        for c, hw, channels_last in (
-            (128, 65536, True),
-            (96, 65536, True),
-            (320, 4096, True),
-            (512, 4096, True),
-            (128, 65536, False),
-        ):
-            p = Problem(8, c, hw, 32, itemsize, channels_last)
-            common = {"G": 32, "PRE_BIAS": True, "SILU": True}
-            found += [
-                plan(
-                    chunk_statistics,
-                    "chunk_statistics",
-                    p,
-                    False,
-                    dtype,
-                    size,
-                    {"registers": 128},
-                    PRE_BIAS=True,
-                    RESIDUAL=True,
-                ),
-                plan(apply, "apply", p, False, dtype, size, {"registers": 96}, **common),
-                plan(chunk_gradients, "chunk_gradients", p, True, dtype, size, {"registers": 128}, **common),
-                plan(
-                    input_gradient,
-                    "input_gradient",
-                    p,
-                    True,
-                    dtype,
-                    size,
-                    {"registers": 128},
-                    DTOTAL=True,
-                    SUM=True,
-                    **common,
-                ),
-            ]
-        p = Problem(8, 512, 4096, 32, itemsize, True)
-        narrow = {"wide_loads": False}
-        found.append(
-            plan(merge_statistics, "merge_statistics", p, False, dtype, size, narrow, G=32, EPS=1e-6)
-        )
-        found.append(plan(merge_gradients, "merge_gradients", p, True, dtype, size[:2], narrow, G=32))
-        gates = {"registers": 128}
-        common = {"G": 32, "PRE_BIAS": True, "SILU": True}
-        p = Problem(8, 512, 1024, 32, itemsize, True)
-        found.append(
-            plan(
-                resident_forward,
-                "resident_forward",
-                p,
-                False,
-                dtype,
-                ("HW",),
-                gates,
-                RESIDUAL=True,
-                EPS=1e-6,
-                **common,
-            )
-        )
-        p = Problem(8, 512, 256, 32, itemsize, True)
-        found.append(
-            plan(
-                resident_backward, "resident_backward", p, True, dtype, ("HW",), gates, DTOTAL=True, **common
-            )
-        )
-    return found

@@ -1,10 +1,12 @@
-"""GroupNorm on a CPU with right statistics for any mean and any number of pixels.
+"""GroupNorm on a CPU, accurate for any mean and any number of pixels.
 
-In channels_last torch's operator adds x and x^2 pixel by pixel in fp32. Its relative error is 7e-3 where a group's mean is 300 standard
-deviations, 2e-4 for standard normal values of 1024 x 1024 pixels, and as much for 256 x 256 pixels with flat regions, where equal terms
-round alike. On few pixels around zero the operator is right and fastest. So large maps are cut into blocks that the operator normalizes
-one by one, and a result whose statistics show a large mean is computed again from values around zero. GroupNorm and its gradient don't
-change when a constant is subtracted from a group. Figures: docs/decisions/0018-cpu-group-norm.md.
+In channels_last torch's operator sums x and x^2 pixel by pixel in fp32. Its relative error is 7e-3
+where a group's mean is 300 standard deviations, and 2e-4 for standard normal values of 1024 x 1024
+pixels or for 256 x 256 pixels with flat regions, where equal terms round alike. On few pixels
+around zero the operator is accurate and fastest. Large maps are therefore normalized in blocks, and
+a result whose statistics show a large mean is computed again from centered values: GroupNorm and
+its gradient do not change when a constant is subtracted from a group. Figures:
+docs/decisions/0018-cpu-group-norm.md.
 """
 
 from __future__ import annotations
@@ -18,33 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu_strips import is_ordinary
+from ..dispatch import is_ordinary
+from ..tensors import compute_dtype
 from .reference import norm_act_gradients
 
 __all__ = ["channel_moments", "group_moments", "group_norm"]
 
-_BLOCK = 1024
-"""Pixels that the operator adds up at a time."""
-_FEW = 2 * _BLOCK
-"""Pixels up to which the operator is right."""
-_FEW_IN_HALF = 2**16
-"""The same in half precision: up to here the operator errs less than the rounding of y."""
+_BLOCK = 1024  # pixels that the operator sums at a time
+_FEW = 2 * _BLOCK  # pixels up to which the operator is accurate
+_FEW_IN_HALF = 2**16  # the same in half precision: the operator's error is below the rounding of y
+# Groups are centered if their mean is more than _FAR standard deviations; below it the operator's
+# error stays under 2e-5.
 _FAR = 2.0
-"""Ratio of mean and standard deviation above which groups are moved to zero: below it the operator's error stays under 2e-5."""
-_TINY = 1e-20
-"""eps of a block, which may be flat."""
+_TINY = 1e-20  # eps of a block, which may be flat
+# Moments are computed around the mean of one row in 17, which errs by at most sqrt(17) standard
+# deviations.
 _SAMPLE = 17
-"""Moments are taken around the mean of one row in 17, which errs by at most sqrt(17) standard deviations."""
-_STRIP = 2**17
-"""Values of a strip that stays in the cache."""
+_STRIP = 2**17  # values of a strip that stays in the cache
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.group_norm`, with a relative error of at most 2e-5 in fp32 on a CPU, forward and backward.
+    """`F.group_norm` with a relative error of at most 2e-5 in fp32 on a CPU, forward and backward.
 
-    An export shows the operator itself. A compiler, autograd's forward mode and transforms of `torch.func` can't branch on values. There
-    the mean is always subtracted first, which is right for any mean. Many pixels are then added as the compiler does it: accurately by
-    inductor, like torch's operator by the backends "eager" and "aot_eager".
+    An export contains the operator itself. A compiler, autograd's forward mode and transforms of
+    `torch.func` cannot branch on values, so there the mean is always subtracted. Many pixels are
+    then summed by the compiler: accurately by inductor, like torch's operator by "eager" and
+    "aot_eager".
 
     Args:
         x: [N, C, *spatial].
@@ -52,17 +53,12 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
         weight, bias: [C].
         eps: added to the variance.
     """
-    if (
-        not x.is_cpu
-        or x.dtype == torch.float64
-        or x.ndim < 3
-        or torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-    ):  # pyright: ignore[reportPrivateImportUsage]
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if not x.is_cpu or x.dtype == torch.float64 or x.ndim < 3 or exporting:
         return F.group_norm(x, groups, weight, bias, eps)
     if not is_ordinary(x, weight, bias):
-        centre = x.detach().unflatten(1, (groups, -1)).mean(tuple(range(2, x.ndim + 1)))
-        return F.group_norm(x - _per_channel(centre, x), groups, weight, bias, eps)
+        center = x.detach().unflatten(1, (groups, -1)).mean(tuple(range(2, x.ndim + 1)))
+        return F.group_norm(x - _per_channel(center, x), groups, weight, bias, eps)
     if not x.numel():
         return F.group_norm(x, groups, weight, bias, eps)
     y, mean, rstd = _normalize(x, groups, weight, bias, eps)
@@ -73,21 +69,21 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [N, C] in fp64 of the channels of `x` [N, C, H, W], right for any mean and any number of pixels."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    """fp64 mean and variance [N, C] of `x` [N, C, H, W], accurate for any mean and size."""
+    wide = compute_dtype(x)
     if not x.is_cpu:
         moments = [torch.batch_norm_update_stats(sample.to(wide), None, None, 0.0) for sample in x.split(1)]
         mean, variance = (torch.stack(values).double() for values in zip(*moments, strict=True))
         return mean, variance
     height = x.shape[2]
-    centre = x[:, :, min(_SAMPLE, height) // 2 :: _SAMPLE].mean((2, 3), keepdim=True, dtype=wide)
+    center = x[:, :, min(_SAMPLE, height) // 2 :: _SAMPLE].mean((2, 3), keepdim=True, dtype=wide)
     total, squares = (torch.zeros(x.shape[:2], dtype=torch.float64) for _ in range(2))
     for samples, rows in _strips(x):
-        difference = x[samples, :, rows] - centre[samples]
+        difference = x[samples, :, rows] - center[samples]
         total[samples] += difference.sum((2, 3))
         squares[samples] += difference.square_().sum((2, 3))
     mean, square = total / x.shape[2:].numel(), squares / x.shape[2:].numel()
-    return centre.double().flatten(1) + mean, (square - mean.square()).clamp(min=0)
+    return center.double().flatten(1) + mean, (square - mean.square()).clamp(min=0)
 
 
 def group_moments(mean: Tensor, variance: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +92,8 @@ def group_moments(mean: Tensor, variance: Tensor, groups: int) -> tuple[Tensor, 
     A group's variance is the mean of its channels' variances and the variance of their means.
     """
     mean, variance = mean.unflatten(1, (groups, -1)), variance.unflatten(1, (groups, -1))
-    centre = mean.mean(2, keepdim=True)
-    return centre.squeeze(2), (variance + (mean - centre).square()).mean(2)
+    center = mean.mean(2, keepdim=True)
+    return center.squeeze(2), (variance + (mean - center).square()).mean(2)
 
 
 def _strips(x: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -131,14 +127,14 @@ def _normalize(
 
 @functools.cache
 def _block(pixels: int) -> int:
-    """The divisor up to 2048 that is closest to 1024, as a ratio; all pixels where only tiny blocks would fit."""
+    """The divisor up to 2048 nearest to 1024 as a ratio; `pixels` if only tiny blocks would fit."""
     divisors = [d for d in range(1, 2 * _BLOCK + 1) if pixels % d == 0]
     found = min(divisors, key=lambda d: abs(math.log(d / _BLOCK)))
     return found if found >= 16 else pixels
 
 
 class _Blocks(torch.autograd.Function):
-    """GroupNorm of [N, blocks, pixels, C] in fp32: the operator normalizes each block, and what it says of them corrects its result."""
+    """GroupNorm of [N, blocks, pixels, C] in fp32: normalize each block, then correct by all."""
 
     @staticmethod
     def forward(
@@ -175,14 +171,15 @@ class _Blocks(torch.autograd.Function):
         dy, gamma, dx = dy.contiguous(), weight.to(x.dtype), None
         sums = [
             torch.ops.aten.native_group_norm_backward(
-                _images(dy[n : n + 1]), _images(x[n : n + 1]), mean[n].repeat(blocks, 1), rstd[n].repeat(blocks, 1), gamma,
-                blocks, channels, pixels, ctx.groups, [False, True, True],
+                _images(dy[n : n + 1]), _images(x[n : n + 1]), mean[n].repeat(blocks, 1),
+                rstd[n].repeat(blocks, 1), gamma, blocks, channels, pixels, ctx.groups, [False, True, True],
             )[1:]
             for n in range(samples)
         ]  # fmt: skip
         dweight, dbias = torch.stack([s for s, _ in sums]), torch.stack([s for _, s in sums])
         if ctx.needs_input_grad[0]:
-            # dx = (gamma dy - A - B xh) / std, with A and B the means over a group of gamma dy and gamma dy xh
+            # dx = (gamma dy - A - B xh) / std, with A and B the means over a group of gamma dy and
+            # gamma dy xh
             count = blocks * pixels * channels // ctx.groups
             a, b = (
                 (gamma * values).unflatten(1, (ctx.groups, -1)).sum(2) / count for values in (dbias, dweight)
