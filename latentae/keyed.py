@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, SupportsIndex
 
 from pydantic import BeforeValidator
@@ -19,6 +19,7 @@ __all__ = [
     "AnySeed",
     "Seed",
     "derive_seed",
+    "digest",
     "generator",
     "keyed_normal",
     "keyed_uniform",
@@ -70,11 +71,17 @@ def derive_seed(*words: SupportsIndex | str) -> int:
     )
 
 
-def generator(*words: SupportsIndex | str) -> torch.Generator:
-    """A generator on the CPU, seeded by all words."""
+def digest(*words: SupportsIndex | str) -> int:
+    """64 bits for these words, other than those of `derive_seed`: results of diffusability depend on them."""
+    text = "\0".join(str(plain_word(word)) for word in words).encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def generator(*words: SupportsIndex | str, hashed: Callable[..., int] = derive_seed) -> torch.Generator:
+    """A generator on the CPU, seeded by a hash of all words."""
     from torch import Generator  # an import of this module loads no torch
 
-    return Generator().manual_seed(derive_seed(*words) >> 1)  # torch takes 63 bits
+    return Generator().manual_seed(hashed(*words) >> 1)  # torch takes 63 bits
 
 
 def keyed_normal(

@@ -33,9 +33,10 @@ from torch import Tensor
 from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import LatentAEError
-from latentae.evaluation.measure import MODEL, Instruments, Loaded, load_images, measure
-from latentae.evaluation.setting import prepare
-from latentae.evaluation.work import PartsFolder
+from latentae.evaluation.loaded_inputs import load_inputs
+from latentae.evaluation.measure_images import Instruments, Loaded, load_images, measure
+from latentae.evaluation.measurement import MODEL, ChunkFiles
+from latentae.evaluation.options import EvaluateOptions
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.metrics import psnr, ssim
 from latentae.models.autoencoder import AutoencoderKL
@@ -46,23 +47,16 @@ Call = Callable[[], object]
 
 def instruments_of(options: argparse.Namespace, folder: Path, device: torch.device) -> Instruments:
     """As `evaluate` makes them, with the baselines fitted on the same images."""
-    setting = prepare(
+    given = EvaluateOptions(
         folder / "model",
         str(folder / "shards"),
-        compare=(),
         resolution=options.resolution,
         batch_size=options.batch,
-        limit=None,
-        perceptual="auto",
-        frechet="auto",
         details=False,
-        diffusability=False,
         pca_shards=str(folder / "shards"),
-        seed=0,
-        weights="ema",
         device=str(device),
     )
-    return setting.instruments()
+    return load_inputs(given).instruments()
 
 
 def calls(instruments: Instruments, images: list[Loaded], batch: int) -> dict[str, Call]:
@@ -126,7 +120,7 @@ def growth(instruments: Instruments, images: list[Loaded], count: int, folder: P
             item = images[position % len(images)]
             yield Loaded(position, f"{position:08}", item.image)
 
-    parts, early, late = PartsFolder(folder / "parts", count), 0.0, 0.0
+    parts, early, late = ChunkFiles(folder / "parts", count), 0.0, 0.0
     for number, chunk in enumerate(parts.chunks):
         measure(instruments, stream(chunk), 8).save(parts.path(number))
         if chunk.stop * 4 <= count:

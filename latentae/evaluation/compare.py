@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import OutputError, RecipeError
+from latentae.evaluation.compared_folders import Subject, read_subjects
 from latentae.evaluation.options import CompareOptions
-from latentae.evaluation.subjects import Subject, read_subjects
 from latentae.files import write_text
-from latentae.measures.ranking import SAME
-from latentae.measures.scores import HIGHER_IS_BETTER, Scores, interval_text, metric_label, paired
+from latentae.measures.scores import HIGHER_IS_BETTER, SAME, Scores, interval_text, metric_label, paired
 from latentae.options import verb
 from latentae.pages.curves import run_speed
 from latentae.progress import say

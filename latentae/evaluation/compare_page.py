@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentae.evaluation.subjects import Subject
+from latentae.evaluation.compared_folders import Subject
 from latentae.file_names import METRICS, METRICS_LOG, RECIPE, REPORT, SUMMARY
 from latentae.measures.scores import DIGITS, NAMES, UNITS, interval_text
 from latentae.pages.charts import Chart, legend_key

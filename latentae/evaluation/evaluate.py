@@ -1,7 +1,7 @@
-"""The verb `evaluate`: how well a model reconstructs images, beside honest baselines at the same budget.
+"""The verb `evaluate`: measure how well a model reconstructs images, compared with baselines at the same budget.
 
-One pass over the images, in chunks that several processes share, gives rows of numbers and sums; then one process merges them, takes a
-second look at a few images (pictures, disturbed latents, rate and distortion), and writes the report.
+Processes share one pass over the images, divided into chunks. The process that finishes last merges the chunks, measures details
+on a few images and writes the report.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import RecipeError
-from latentae.evaluation.finish import finish
-from latentae.evaluation.measure import MODEL, load_images, measure
-from latentae.evaluation.measurement import Measurement
+from latentae.evaluation.details import Details, measure_details
+from latentae.evaluation.loaded_inputs import LoadedInputs, load_inputs
+from latentae.evaluation.measure_images import Loaded, measure
+from latentae.evaluation.measurement import MODEL, ChunkFiles, Measurement
 from latentae.evaluation.options import EvaluateOptions
-from latentae.evaluation.setting import Setting, prepare
-from latentae.evaluation.showing import Shown
-from latentae.evaluation.work import PartsFolder, samples_at
+from latentae.evaluation.results import summarize
 from latentae.file_names import METRICS, PER_IMAGE, REPORT
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job, resolve_task
-from latentae.keyed import run_seed
 from latentae.measures.scores import print_table
 from latentae.options import verb
 from latentae.pages.images import write_png
@@ -34,124 +32,104 @@ from latentae.progress import Progress, say
 
 __all__ = ["evaluate"]
 
-EXAMPLES, PARTS = "examples", "parts"
-
 
 @verb(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Measure reconstruction, the latent space and the baselines on images in shards.
 
-    Started by torchrun, accelerate or a SLURM array, each process takes its share of the images; the one that finds all of them measured
-    writes the report. The same command goes on where it stopped.
+    Under torchrun, accelerate or a SLURM array, each process measures its share of the images. The process that finishes last
+    writes the report. Run the same command again to resume.
 
     Returns:
-        What metrics.json holds; empty where other processes are still at it.
+        The content of metrics.json; empty if other processes are still running.
 
     Raises:
-        LatentAEError: the model, the shards, an option or the output folder can't be used. A folder is claimed only after the
-            inputs were checked, and metrics.json is written last.
+        LatentAEError: the model, the shards, an option or the output folder can't be used. The folder is claimed only after
+            the inputs are checked, and metrics.json is written last.
     """
     task, tasks = resolve_task(None, None)
     if options.out is None and tasks > 1:
         raise RecipeError(f"{tasks} processes share this evaluation through a folder; give one with --out")
-    setting = prepare(
-        options.model,
-        options.shards,
-        compare=options.compare or (),
-        resolution=options.resolution,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        perceptual=options.perceptual,
-        frechet=options.frechet,
-        details=options.details,
-        diffusability=options.diffusability,
-        pca_shards=options.pca_shards,
-        seed=run_seed(options.seed),
-        weights=options.weights,
-        device=options.device,
-        max_pixels=options.max_pixels,
-    )
+    inputs = load_inputs(options)
     if options.out is None:
         with tempfile.TemporaryDirectory(prefix="latentae-") as temporary:
-            result, _, _ = finish(setting, _measured(setting, Path(temporary), 0, 1))
+            measurement = _measure_share(inputs, Path(temporary), 0, 1).merged()
+        result = summarize(inputs, measurement, measure_details(inputs, measurement))
         print_table(result)
         return result
-    job = Job.open(options.out, "evaluate", setting.inputs())
+    job = Job.open(options.out, "evaluate", inputs.identity())
     if job.state == "finished":
-        say(f"{options.out} already holds this evaluation; see {Path(options.out) / REPORT}")
-        return read_json(Path(options.out) / METRICS)
-    parts = _measured(setting, job.folder / PARTS, task, tasks)
-    return _conclude(setting, job, parts)
+        say(f"{options.out} already holds this evaluation; see {job.folder / REPORT}")
+        return read_json(job.folder / METRICS)
+    files = _measure_share(inputs, job.folder / "parts", task, tasks)
+    with files.lock() as locked:
+        if Job.read(job.folder).get("finished"):
+            return read_json(job.folder / METRICS)
+        if not locked or not files.complete():
+            say("this process has finished its share; the process that finishes last writes the report")
+            return {}
+        return _conclude(inputs, job, files)
 
 
-def _measured(setting: Setting, folder: Path, task: int, tasks: int) -> PartsFolder:
-    """The folder of chunks, with this process's share measured."""
-    parts = PartsFolder(folder, setting.total)
-    share = parts.share(task, tasks)
+def _measure_share(inputs: LoadedInputs, folder: Path, task: int, tasks: int) -> ChunkFiles:
+    """Measure this process's share of the chunks."""
+    files = ChunkFiles(folder, len(inputs.positions))
+    share = files.share(task, tasks)
     if not share:
-        return parts
-    instruments = setting.instruments()
-    counts = {number: len(parts.chunks[number]) for number in share}
-    done = setting.total - sum(counts.values()) if tasks == 1 else 0
-    with Progress("evaluating", done + sum(counts.values()), initial=done) as progress:
+        return files
+    instruments = inputs.instruments()
+    here = sum(len(files.chunks[number]) for number in share)
+    done = len(inputs.positions) - here if tasks == 1 else 0
+    with Progress("evaluating", done + here, initial=done) as progress:
         for number in share:
-            positions = [setting.positions[row] for row in parts.chunks[number]]
-            samples = samples_at(setting.index, positions)
-            images = _counted(
-                load_images(samples, setting.resolution, setting.channels, setting.max_pixels), progress
-            )
-            measure(instruments, images, setting.batch_size).save(parts.path(number))
-    return parts
+            images = inputs.images_at([inputs.positions[row] for row in files.chunks[number]])
+            chunk = measure(instruments, _counted(images, progress), inputs.options.batch_size)
+            chunk.save(files.path(number))
+    return files
 
 
-def _counted(images: Iterator[Any], progress: Progress) -> Iterator[Any]:
+def _counted(images: Iterator[Loaded], progress: Progress) -> Iterator[Loaded]:
     for image in images:
         yield image
         progress.advance()
 
 
-def _conclude(setting: Setting, job: Job, parts: PartsFolder) -> dict[str, Any]:
-    """Write the results, if every chunk is in place and no other process is writing them."""
-    folder = job.folder
-    with parts.alone() as mine:
-        if Job.read(folder).get("finished"):
-            return read_json(folder / METRICS)
-        if not mine or not parts.complete():
-            say("this process has done its share; the one that ends last writes the report")
-            return {}
-        result, measurement, shown = finish(setting, parts)
-        _write(folder, result, measurement, shown, setting)
-        job.finish(images=len(measurement.keys))
-        shutil.rmtree(parts.folder, ignore_errors=True)
-    say(f"evaluated {len(measurement.keys)} images; see {folder / REPORT}")
+def _conclude(inputs: LoadedInputs, job: Job, files: ChunkFiles) -> dict[str, Any]:
+    """Write pictures, table and report, then metrics.json."""
+    from latentae.evaluation.report import write_evaluation_report
+
+    measurement = files.merged()
+    details = measure_details(inputs, measurement)
+    result = summarize(inputs, measurement, details)
+    result["examples"] = _write_examples(job.folder, details)
+    for name, picture in details.pictures.items():
+        write_png(job.folder / name, picture)
+    write_text(job.folder / PER_IMAGE, _csv(measurement))
+    write_evaluation_report(job.folder, result, inputs.source.metrics_log)
+    write_json(job.folder / METRICS, result)
+    job.finish(images=len(measurement.keys))
+    shutil.rmtree(files.folder, ignore_errors=True)
+    say(f"evaluated {len(measurement.keys)} images; see {job.folder / REPORT}")
     return result
 
 
-def _write(
-    folder: Path, result: dict[str, Any], measurement: Measurement, shown: Shown, setting: Setting
-) -> None:
-    """Pictures, table and report first, metrics.json last."""
-    from latentae.evaluation.report import write_evaluation_report
+def _write_examples(folder: Path, details: Details) -> list[dict[str, Any]]:
     from latentae.pages.error_map import error_map
 
-    result["examples"] = []
-    for number, example in enumerate(shown.examples):
-        files = {}
+    written = []
+    for number, example in enumerate(details.examples):
         heat = error_map(example.original, example.images[MODEL])
+        files = {}
         for method, image in {"original": example.original, **example.images, "heat": heat}.items():
-            files[method] = f"{EXAMPLES}/{number}-{method}.png"
+            files[method] = f"examples/{number}-{method}.png"
             write_png(folder / files[method], image)
-        values = {method: value if math.isfinite(value) else None for method, value in example.psnr.items()}
-        result["examples"].append({"kind": example.kind, "key": example.key, "files": files, "psnr": values})
-    for name, picture in shown.pictures.items():
-        write_png(folder / name, picture)
-    write_text(folder / PER_IMAGE, _csv(measurement))
-    write_evaluation_report(folder, result, setting.source.metrics_log)
-    write_json(folder / METRICS, result)
+        psnr = {method: value if math.isfinite(value) else None for method, value in example.psnr.items()}
+        written.append({"kind": example.kind, "key": example.key, "files": files, "psnr": psnr})
+    return written
 
 
 def _csv(measurement: Measurement) -> str:
-    """One row per image, the model's own columns first; an empty cell where a method has no result."""
+    """One row per image, the model's columns first; an empty cell where a method has no result."""
     columns = {
         (name if method == MODEL else f"{method}_{name}"): values
         for method, scores in sorted(measurement.scores.items(), key=lambda item: item[0] != MODEL)
@@ -160,8 +138,6 @@ def _csv(measurement: Measurement) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", *columns])
-    for row, key in enumerate(measurement.keys):
-        writer.writerow(
-            [key, *("" if math.isnan(values[row]) else repr(values[row]) for values in columns.values())]
-        )
+    for row in zip(measurement.keys, *columns.values(), strict=True):
+        writer.writerow([row[0], *("" if math.isnan(value) else repr(value) for value in row[1:])])
     return text.getvalue()

@@ -54,7 +54,9 @@ class EvaluateOptions(ImageOptions):
         "Also interpolate latents and train tiny flows on them; takes minutes.", default=False, identity=True
     )
     pca_shards: Inputs | None = option(
-        "Images to fit the PCA and DCT baselines on; defaults to the run's training images.", default=None
+        "Images to fit the PCA and DCT baselines on; defaults to the run's training images.",
+        default=None,
+        identity=True,
     )
     seed: Seed = option("Random seed of the bootstrap, the noise and the flows.", default=0, identity=True)
 

@@ -1,4 +1,4 @@
-"""From a measurement to what metrics.json holds: summaries, baselines, findings and the conventions they rest on."""
+"""The content of metrics.json: summaries, baselines, findings, and the conventions behind the numbers."""
 
 from __future__ import annotations
 
@@ -11,196 +11,178 @@ from typing import Any
 import torch
 
 import latentae
-from latentae.evaluation.measure import MODEL, QUANTISED
-from latentae.evaluation.measurement import Measurement
-from latentae.evaluation.methods.dct import Dct
-from latentae.evaluation.methods.jpeg import Jpeg
-from latentae.evaluation.methods.pca import Pca
-from latentae.evaluation.methods.webp import WebP
-from latentae.evaluation.setting import DCT, JPEG, PCA, PCA_IMAGES, WEBP, Setting
-from latentae.evaluation.showing import Shown
+from latentae.evaluation.details import Details
+from latentae.evaluation.loaded_inputs import BASELINES, PCA_IMAGES, LoadedInputs, LoadedModel
+from latentae.evaluation.measurement import MODEL, QUANTIZED, Measurement
 from latentae.measures.extractors import Extractor
+from latentae.measures.frechet import noise_floor
 from latentae.measures.scores import finding, metric_label, paired
-from latentae.models.pretrained import ModelSource
 
-__all__ = ["FORMAT_VERSION", "summarise"]
+__all__ = ["FORMAT_VERSION", "summarize"]
 
 FORMAT_VERSION = 2
-NOT_ASKED = "not asked for"
-LISTED = 20  # images that could not be read; the others are counted
-LABELS = {PCA: Pca.label, DCT: Dct.label, JPEG: Jpeg.label, WEBP: WebP.label}
+MOST_SKIPPED = 20  # unreadable images that are listed
+NOT_REQUESTED = {"missing": "not asked for"}
 
 
-def summarise(setting: Setting, measurement: Measurement, shown: Shown) -> dict[str, Any]:
-    """Everything as plain JSON values.
-
-    Args:
-        setting: what was evaluated and how.
-        measurement: what the pass over the images gave.
-        shown: what the second look gave; its examples are not among the values.
-    """
+def summarize(inputs: LoadedInputs, measurement: Measurement, details: Details) -> dict[str, Any]:
+    """Everything as plain JSON values, except the examples of `details`."""
     z, height, width = measurement.latent_shape
-    pixels = setting.resolution**2
+    pixels = inputs.resolution**2
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "latentae": latentae.__version__,
-        "model": _model(setting.source, sum(parameter.numel() for parameter in setting.model.parameters())),
-        "data": _data(setting, measurement),
-        "metrics": measurement.scores[MODEL].summary(setting.seed),
-        "perceptual": {"name": setting.distance.name, "reason": setting.distance.reason},
-        "frechet": _frechet(setting, measurement),
+        "model": _model(inputs.models[0]),
+        "data": _data(inputs, measurement),
+        "metrics": measurement.scores[MODEL].summary(inputs.options.seed),
+        "perceptual": {"name": inputs.distance.name, "reason": inputs.distance.reason},
+        "frechet": _frechet(inputs, measurement),
         "latent": {
             "shape": [z, height, width],
             "floats_per_pixel": z * height * width / pixels,
-            "image_numbers_per_latent_number": setting.channels * pixels / (z * height * width),
+            "image_numbers_per_latent_number": inputs.channels * pixels / (z * height * width),
             **measurement.latents.result(),
-            "probe": measurement.probe,
+            "probe": measurement.probe(),
         },
         "baselines": {
-            QUANTISED: _quantised(setting, measurement),
-            **{name: _baseline(setting, measurement, name) for name in (PCA, DCT, JPEG, WEBP)},
+            QUANTIZED: _quantized(inputs, measurement),
+            **{name: _baseline(inputs, measurement, name) for name in BASELINES},
         },
-        "compared": list(_compared(setting, measurement)),
-        "diagnostics": _diagnostics(shown),
-        "rate_distortion": shown.rate_distortion or {"missing": NOT_ASKED},
-        "conventions": _conventions(setting),
-        "environment": _environment(setting.device),
+        "compared": list(_compared(inputs, measurement)),
+        "diagnostics": details.diagnostics or NOT_REQUESTED,
+        "rate_distortion": details.rate_distortion or NOT_REQUESTED,
+        "conventions": _conventions(inputs),
+        "environment": _environment(inputs.device),
     }
-    if shown.diffusability is not None:
-        result["diffusability"] = shown.diffusability
+    if details.diffusability is not None:
+        result["diffusability"] = details.diffusability
     result["findings"] = [
         *_comparisons(result),
-        *_omissions(result, setting),
-        *_images(result["data"]),
-        *_overlap(setting),
+        *_omissions(inputs, result),
+        *_unusual_images(result["data"]),
+        *_overlap(inputs),
     ]
     return result
 
 
-def _model(source: ModelSource, parameters: int) -> dict[str, Any]:
+def _model(loaded: LoadedModel) -> dict[str, Any]:
+    source = loaded.source
     return {
         "path": str(source.path),
         "kind": source.kind,
         "fingerprint": source.fingerprint,
         "weights": source.weights_file.name,
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "downsampling": source.config.downsampling,
     }
 
 
-def _data(setting: Setting, measurement: Measurement) -> dict[str, Any]:
-    index, counts = setting.index, measurement.counts
+def _data(inputs: LoadedInputs, measurement: Measurement) -> dict[str, Any]:
+    index, counts, skipped = inputs.index, measurement.counts, measurement.skipped
     return {
         "shards": [entry.name for entry in index.shards],
         "digest": index.digest,
         "images": len(measurement.keys),
         "available": index.samples,
-        "resolution": setting.resolution,
-        "channels": setting.channels,
-        "skipped": [{"key": key, "reason": reason} for key, reason in measurement.skipped[:LISTED]],
-        "skipped_count": len(measurement.skipped),
+        "resolution": inputs.resolution,
+        "channels": inputs.channels,
+        "skipped": [{"key": key, "reason": reason} for key, reason in skipped[:MOST_SKIPPED]],
+        "skipped_count": len(skipped),
         "enlarged": counts["enlarged"],
         "gray": counts["gray"],
         "sixteen_bit": counts["deep"],
     }
 
 
-def _frechet(setting: Setting, measurement: Measurement) -> dict[str, Any]:
-    if not isinstance(setting.extractor, Extractor):
-        return {"missing": setting.extractor}
+def _frechet(inputs: LoadedInputs, measurement: Measurement) -> dict[str, Any]:
+    if not isinstance(inputs.extractor, Extractor):
+        return {"missing": inputs.extractor}
     if len(measurement.keys) < 2:
         return {"missing": "one image has no spread"}
     return {
-        "name": setting.extractor.name,
-        "convention": setting.extractor.convention,
+        "name": inputs.extractor.name,
+        "convention": inputs.extractor.convention,
         "images": len(measurement.keys),
-        "floor": None if measurement.originals is None else measurement.originals.floor(),
+        "floor": None if measurement.halves is None else noise_floor(measurement.halves),
         "values": measurement.frechet(),
     }
 
 
-def _quantised(setting: Setting, measurement: Measurement) -> dict[str, Any]:
-    scores = measurement.scores[QUANTISED]
+def _quantized(inputs: LoadedInputs, measurement: Measurement) -> dict[str, Any]:
+    scores = measurement.scores[QUANTIZED]
     size = scores.mean("bytes") or 0.0
     return {
         "label": "this model, 8-bit latents",
-        "metrics": scores.summary(setting.seed),
+        "metrics": scores.summary(inputs.options.seed),
         "bytes_per_image": size,
-        "bits_per_pixel": 8 * size / setting.resolution**2,
+        "bits_per_pixel": 8 * size / inputs.resolution**2,
     }
 
 
-def _baseline(setting: Setting, measurement: Measurement, name: str) -> dict[str, Any]:
-    """One baseline, and how the model does against it: codecs meet the model with 8-bit latents, for they take its bytes."""
-    baseline: dict[str, Any] = {"label": LABELS[name]}
-    if name in setting.missing:
-        return baseline | {"missing": setting.missing[name]}
-    scores, images = measurement.scores[name], len(measurement.keys)
-    left_out = sum(math.isnan(value) for value in scores.values["psnr"])
-    if left_out == images:
-        budget = measurement.scores[QUANTISED].mean("bytes")
+def _baseline(inputs: LoadedInputs, measurement: Measurement, name: str) -> dict[str, Any]:
+    """One baseline, paired with the model; codecs are paired with the 8-bit latents, whose bytes they get."""
+    baseline: dict[str, Any] = {"label": BASELINES[name]}
+    if name in inputs.missing:
+        return baseline | {"missing": inputs.missing[name]}
+    scores, quantized = measurement.scores[name], measurement.scores[QUANTIZED]
+    left_out = _left_out(measurement, name)
+    if left_out == len(measurement.keys):
+        budget = quantized.mean("bytes")
         return baseline | {
             "missing": f"even at the lowest quality every file is larger than its budget, {budget:.0f} bytes on average"
         }
-    rival = MODEL if name in (PCA, DCT) else QUANTISED
-    extra = {"bytes_per_image": scores.mean("bytes"), "quality": scores.mean("quality"), "left_out": left_out}
-    pca, dct = setting.bases
-    basis = {PCA: pca, DCT: dct}.get(name)
-    if basis is not None:
-        extra = {"components": setting.source.config.latent_channels, "patch": basis.patch}
-    if name == PCA and pca is not None:
-        extra["patches"] = pca.patches
-    return baseline | {
-        "metrics": scores.summary(setting.seed),
-        **extra,
-        "paired": paired(measurement.scores[rival], scores, setting.seed),
-    }
+    basis = inputs.basis_of(name)
+    if basis is None:
+        rival = quantized
+        facts = {
+            "bytes_per_image": scores.mean("bytes"),
+            "quality": scores.mean("quality"),
+            "left_out": left_out,
+        }
+    else:
+        rival = measurement.scores[MODEL]
+        facts = {"components": inputs.source.config.latent_channels, "patch": basis.patch}
+        facts |= {"patches": basis.patches} if name == "pca" else {}
+    pairs = paired(rival, scores, inputs.options.seed)
+    return baseline | {"metrics": scores.summary(inputs.options.seed), **facts, "paired": pairs}
 
 
-def _compared(setting: Setting, measurement: Measurement) -> Iterator[dict[str, Any]]:
-    pixels = setting.resolution**2
-    for other in setting.compared:
-        scores, config = measurement.scores[other.name], other.source.config
-        side = setting.resolution // config.downsampling
+def _left_out(measurement: Measurement, name: str) -> int:
+    """Number of images without a result."""
+    return sum(map(math.isnan, measurement.scores[name].values["psnr"]))
+
+
+def _compared(inputs: LoadedInputs, measurement: Measurement) -> Iterator[dict[str, Any]]:
+    seed, pixels = inputs.options.seed, inputs.resolution**2
+    for other in inputs.compared:
+        scores, z = measurement.scores[other.name], other.source.config.latent_channels
+        side = inputs.resolution // other.source.config.downsampling
         about = {
             "name": other.name,
             "label": other.label,
-            **_model(other.source, sum(parameter.numel() for parameter in other.model.parameters())),
-            "latent": {
-                "shape": [config.latent_channels, side, side],
-                "floats_per_pixel": config.latent_channels * side**2 / pixels,
-            },
+            **_model(other),
+            "latent": {"shape": [z, side, side], "floats_per_pixel": z * side**2 / pixels},
         }
-        left_out = sum(math.isnan(value) for value in scores.values["psnr"])
+        left_out = _left_out(measurement, other.name)
         if left_out == len(measurement.keys):
             yield {**about, "missing": "every reconstruction has NaN or infinite values"}
             continue
         size = scores.mean("bytes")
         yield {
             **about,
-            "metrics": scores.summary(setting.seed),
+            "metrics": scores.summary(seed),
             "bytes_per_image": size,
             "bits_per_pixel": None if size is None else 8 * size / pixels,
             "left_out": left_out,
-            "paired": paired(measurement.scores[MODEL], scores, setting.seed),
+            "paired": paired(measurement.scores[MODEL], scores, seed),
         }
 
 
-def _diagnostics(shown: Shown) -> dict[str, Any]:
-    if shown.diagnosis is None:
-        return {"missing": NOT_ASKED}
-    found = dict(shown.diagnosis.result)
-    file = next((name for name in shown.pictures if "interpolation" in name), None)
-    if file is not None:
-        found["interpolation"] = {**found["interpolation"], "file": file}
-    return found
-
-
 def _comparisons(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Who wins against each baseline and model, at equal floats before equal bytes."""
-    rivals = [(result["baselines"][name], "this model") for name in (PCA, DCT)]
-    rivals += [(other, "this model") for other in result["compared"]]
-    rivals += [(result["baselines"][name], "this model with 8-bit latents") for name in (JPEG, WEBP)]
+    """Who wins against each baseline and model: first at equal floats, then at equal bytes."""
+    pca, dct, *codecs = (result["baselines"][name] for name in BASELINES)
+    rivals = [(rival, "this model") for rival in (pca, dct, *result["compared"])]
+    rivals += [(rival, "this model with 8-bit latents") for rival in codecs]
     found = []
     for rival, model in rivals:
         for metric in ("psnr", "perceptual"):
@@ -210,8 +192,8 @@ def _comparisons(result: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def _omissions(result: dict[str, Any], setting: Setting) -> list[dict[str, str]]:
-    """What was not measured, and why."""
+def _omissions(inputs: LoadedInputs, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Everything that was not measured, and why."""
     images, rivals = result["data"]["images"], [*result["baselines"].values(), *result["compared"]]
     texts = [f"{rival['label']}: not measured; {rival['missing']}." for rival in rivals if "missing" in rival]
     texts += [
@@ -219,8 +201,8 @@ def _omissions(result: dict[str, Any], setting: Setting) -> list[dict[str, str]]
         for rival in rivals
         if rival.get("left_out")
     ]
-    if setting.distance.module is None:
-        texts.append(f"Perceptual distance: not measured; {setting.distance.reason}.")
+    if inputs.distance.module is None:
+        texts.append(f"Perceptual distance: not measured; {inputs.distance.reason}.")
     if "missing" in result["frechet"]:
         texts.append(f"Frechet distance: not measured; {result['frechet']['missing']}.")
     if images == 1:
@@ -228,8 +210,8 @@ def _omissions(result: dict[str, Any], setting: Setting) -> list[dict[str, str]]
     return [{"kind": "note", "text": text} for text in texts]
 
 
-def _images(data: dict[str, Any]) -> list[dict[str, str]]:
-    """What is unusual about the images, and what was done about it."""
+def _unusual_images(data: dict[str, Any]) -> list[dict[str, str]]:
+    """Images that were skipped, enlarged or converted."""
     found = []
     if data["skipped_count"]:
         first = data["skipped"][0]
@@ -251,10 +233,10 @@ def _count(number: int) -> str:
     return f"{number:,} image{'s' if number != 1 else ''}"
 
 
-def _overlap(setting: Setting) -> list[dict[str, str]]:
-    """Say so when the images evaluated are among those that the model was trained on or PCA was fitted on."""
-    evaluated = {Path(entry.path).resolve() for entry in setting.index.shards}
-    trained = setting.training.index.shards if setting.training.index else ()
+def _overlap(inputs: LoadedInputs) -> list[dict[str, str]]:
+    """Warn if shards are both evaluated and used for training or for fitting PCA."""
+    evaluated = {Path(entry.path).resolve() for entry in inputs.index.shards}
+    trained = inputs.training.index.shards if inputs.training.index else ()
     shared = len(evaluated & {Path(entry.path).resolve() for entry in trained})
     if not shared:
         return []
@@ -262,17 +244,17 @@ def _overlap(setting: Setting) -> list[dict[str, str]]:
     return [{"kind": "bad", "text": text}]
 
 
-def _conventions(setting: Setting) -> dict[str, str]:
-    """How every number was computed; they move the numbers, so every report states them."""
-    size, distance = setting.resolution, setting.distance
-    kind = {1: "gray (BT.601 luma)", 3: "RGB", 4: "RGBA"}[setting.channels]
+def _conventions(inputs: LoadedInputs) -> dict[str, str]:
+    """How every number was computed."""
+    size, distance = inputs.resolution, inputs.distance
+    kind = {1: "gray (BT.601 luma)", 3: "RGB", 4: "RGBA"}[inputs.channels]
     perceptual = f"none; {distance.reason}"
     if distance.name:
         perceptual = f"{distance.name}, on the uint8 images as RGB scaled to [-1, 1]; one that was also a training loss flatters the model"
-    frechet = f"none; {setting.extractor}"
-    if isinstance(setting.extractor, Extractor):
+    frechet = f"none; {inputs.extractor}"
+    if isinstance(inputs.extractor, Extractor):
         frechet = (
-            f"{setting.extractor.name}: {setting.extractor.convention}; all images as one set, no interval (resampling repeats images, "
+            f"{inputs.extractor.name}: {inputs.extractor.convention}; all images as one set, no interval (resampling repeats images, "
             "which moves the distance itself); few images give larger values: compare at equal numbers, and with the floor"
         )
     return {
@@ -283,7 +265,7 @@ def _conventions(setting: Setting) -> dict[str, str]:
         "SSIM": "on [0, 255], 11-tap Gaussian window (sigma 1.5) inside the image, population covariance, mean of channels",
         "perceptual distance": perceptual,
         "Frechet distance": frechet,
-        "interval": f"95 %, percentile bootstrap over images, 2000 resamples, seed {setting.seed}; comparisons paired by image",
+        "interval": f"95 %, percentile bootstrap over images, 2000 resamples, seed {inputs.options.seed}; comparisons paired by image",
         "latent bytes": "8 bits between minimum and maximum of each image and channel, deflate level 9; ranges counted",
         "JPEG, WebP": "highest quality whose whole file fits the bytes of the image's own latent; JPEG 4:4:4 or 4:2:0, whichever is nearer",
         "PCA, DCT": f"patches as large as a latent pixel, z components; about {PCA_IMAGES} training images; floats not quantised",
@@ -292,7 +274,7 @@ def _conventions(setting: Setting) -> dict[str, str]:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, which can move the last digits."""
+    """Versions and hardware, which can change the last digits."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "latentae": latentae.__version__,

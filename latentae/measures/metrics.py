@@ -1,15 +1,15 @@
-"""Metrics of one image against another, and the interval of their mean.
+"""Metrics of images against others, and the bootstrap interval of their mean.
 
-Conventions: RGB, uint8, one value per image, fp64. SSIM is Wang et al. 2004 as scikit-image computes it with
-`gaussian_weights=True, use_sample_covariance=False, data_range=255`: only windows that lie inside the image count. torchmetrics
-1.x mirrors the border and counts those windows too; on the windows inside the image the two are equal. The lines are our
-own because importing torchmetrics takes longer than evaluating a hundred small images.
+Conventions: RGB, uint8, one value per image, fp64. SSIM is that of Wang et al. 2004 as scikit-image computes it with
+`gaussian_weights=True, use_sample_covariance=False, data_range=255`: only windows inside the image count. torchmetrics 1.x also
+counts windows that mirror the edge; on windows inside the image the two agree. torchmetrics is not used because importing it
+takes longer than evaluating a hundred small images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from latentae.errors import ImageError
 from latentae.keyed import whole_seed
 
-__all__ = ["Interval", "bootstrap_mean", "psnr", "ssim"]
+__all__ = ["Interval", "bootstrap_mean", "finite_mean", "psnr", "ssim"]
 
 PEAK = 255.0
 TAPS, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
@@ -100,11 +100,11 @@ class Interval:
     """A mean over images and its 95 % bootstrap interval.
 
     Attributes:
-        mean: over the finite values; None when there is none.
+        mean: over the finite values; None if there is none.
         low: 2.5th percentile of the resampled means.
         high: 97.5th percentile.
         n: number of values in the mean.
-        infinite: values left out because they are infinite (identical images have an infinite PSNR).
+        infinite: number of infinite values, which are left out (identical images have an infinite PSNR).
     """
 
     mean: float | None
@@ -117,7 +117,7 @@ class Interval:
 def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000) -> Interval:
     """Mean and percentile bootstrap interval (Efron & Tibshirani 1993, ch. 13) of one value per image.
 
-    NaN marks an image the value does not exist for and is left out; infinities are left out and counted.
+    NaN marks an image without a value and is left out. Infinite values are left out and counted.
     """
     array = np.asarray(values, dtype=np.float64)
     finite = array[np.isfinite(array)]
@@ -125,14 +125,16 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
     if not len(finite):
         return Interval(None, None, None, 0, infinite)
     generator = np.random.default_rng(whole_seed(seed))
-    rows = max(1_000_000 // len(finite), 1)  # so many resamples at a time: flat memory
-    means = np.concatenate(
-        [
-            finite[generator.integers(0, len(finite), (min(rows, resamples - start), len(finite)))].mean(
-                axis=1
-            )
-            for start in range(0, resamples, rows)
-        ]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
+    rows = max(1_000_000 // len(finite), 1)  # resamples at a time, to bound memory
+    means = []
+    for start in range(0, resamples, rows):
+        shape = min(rows, resamples - start), len(finite)
+        means.append(finite[generator.integers(0, len(finite), shape)].mean(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Interval(float(finite.mean()), float(low), float(high), len(finite), infinite)
+
+
+def finite_mean(values: Iterable[float]) -> float | None:
+    """Mean of the finite values; None if there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else None

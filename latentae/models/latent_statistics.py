@@ -17,9 +17,38 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["LatentStatistics", "merge"]
+__all__ = ["LatentStatistics", "Moments", "merge"]
 
 Vector = np.ndarray  # [z] float64
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and squared deviations of vectors, merged without loss of precision.
+
+    Attributes:
+        count: number of vectors.
+        mean: fp64 [d].
+        m2: sum of the squared deviations from the mean, fp64 [d], or their scatter matrix, fp64 [d, d].
+    """
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of vectors (Chan et al. 1979, eq. 2.1)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        delta, weight = other.mean - self.mean, self.count * (other.count / count)
+        if self.m2.ndim == 1:
+            m2 = self.m2 + other.m2 + np.square(delta) * weight
+        else:
+            m2 = np.outer(delta, delta * weight)
+            m2 += self.m2  # in place, for features of 2048 numbers
+            m2 += other.m2
+        return Moments(count, self.mean + delta * (other.count / count), m2)
 
 
 @dataclass(frozen=True)
@@ -53,17 +82,9 @@ class LatentStatistics:
 
     def merge(self, other: LatentStatistics) -> LatentStatistics:
         """The statistics of both sets together (Chan et al. 1979, eq. 2.1)."""
-        if not self.count or not other.count:
-            return self if self.count else other
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        return LatentStatistics(
-            self.samples + other.samples,
-            count,
-            self.mean + delta * (other.count / count),
-            self.m2 + other.m2 + np.square(delta) * (self.count * (other.count / count)),
-            self.variance_sum + other.variance_sum,
-        )
+        both = Moments(self.count, self.mean, self.m2).merge(Moments(other.count, other.mean, other.m2))
+        variance_sum = self.variance_sum + other.variance_sum
+        return LatentStatistics(self.samples + other.samples, both.count, both.mean, both.m2, variance_sum)
 
     def summary(self) -> dict[str, Any]:
         """What a diffusion model needs to know, as plain JSON values.

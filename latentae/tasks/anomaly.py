@@ -22,7 +22,7 @@ from latentae.files import read_json, write_json
 from latentae.keyed import derive_seed
 from latentae.measures.frechet import Moments
 from latentae.measures.perceptual_distance import Distance, choose_distance
-from latentae.measures.ranking import SAME, rank
+from latentae.measures.scores import SAME, rank
 from latentae.options import verb
 from latentae.pages.images import write_png
 from latentae.progress import Progress, say

@@ -158,8 +158,8 @@ def test_bad_input_is_one_clear_line_and_gives_no_result(workspace, tmp_path, ti
         (ShardError, "nowhere", {"shards": tmp_path / "nowhere"}),
         (ShardError, "nowhere", {"pca_shards": tmp_path / "nowhere"}),
         (ImageError, "multiple of 4; use 32", {"resolution": 33}),
-        (RecipeError, "at least 1", {"limit": 0}),
-        (RecipeError, "unknown perceptual", {"perceptual": "vggg"}),
+        (RecipeError, "limit is 0, expected 1 or more", {"limit": 0}),
+        (RecipeError, "perceptual is", {"perceptual": "vggg"}),
         (RecipeError, "unknown device", {"device": "gpu"}),
     ]:
         with pytest.raises(error, match=match):

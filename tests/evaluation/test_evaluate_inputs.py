@@ -13,7 +13,7 @@ from PIL import Image
 from latentae.data.shards import shards
 from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.evaluation.evaluate import evaluate
-from latentae.evaluation.part import Part
+from latentae.evaluation.measurement import Measurement
 from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.linear import LinearAutoencoder
 
@@ -161,20 +161,20 @@ def test_three_processes_give_the_numbers_of_one_even_if_one_of_them_breaks_off(
     with pytest.raises(RecipeError, match="give one with --out"):
         process(0, 3, None)
     one = process(0, 1, tmp_path / "one")
-    save, saved = Part.save, []
+    save, saved = Measurement.save, []
 
-    def broken(part, path):
+    def broken(chunk, path):
         saved.append(path.name)
         if path.name == "001.npz":
             raise KeyboardInterrupt
-        save(part, path)
+        save(chunk, path)
 
-    monkeypatch.setattr(Part, "save", broken)
+    monkeypatch.setattr(Measurement, "save", broken)
     assert process(0, 3, tmp_path / "three") == {}  # others are still at it
     with pytest.raises(KeyboardInterrupt):
         process(1, 3, tmp_path / "three")
     assert process(2, 3, tmp_path / "three") == {}
-    monkeypatch.setattr(Part, "save", lambda part, path: (saved.append(path.name), save(part, path)))
+    monkeypatch.setattr(Measurement, "save", lambda chunk, path: (saved.append(path.name), save(chunk, path)))
     assert process(1, 3, tmp_path / "three") == one
     assert sorted(saved) == ["000.npz", "001.npz", "001.npz", "002.npz"]
     for file in ("metrics.json", "per_image.csv"):

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import math
 
-from latentae.measures.scores import Scores, finding, paired
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentae.measures.scores import Scores, finding, paired, rank
 
 
 def scores(metric: str, values: list[float]) -> Scores:
@@ -46,3 +49,18 @@ def test_one_image_or_a_difference_that_prints_as_zero_settles_nothing():
             scores("psnr", [20.0 + difference, 25.0 + difference]), scores("psnr", [20.0, 25.0]), 0
         )["psnr"]
         assert found["better"] == better
+
+
+@given(st.lists(st.integers(-5, 5), max_size=30), st.randoms())
+def test_equal_values_keep_their_order_whatever_their_last_bits(levels, random):
+    noisy = [level * (1 + 1e-6 * random.random()) for level in levels]
+    assert list(rank(noisy)) == sorted(range(len(levels)), key=lambda row: levels[row])
+    noisy = [level + 1e-6 * random.random() for level in levels]
+    assert list(rank(noisy, relative=0.0, absolute=1e-5)) == sorted(
+        range(len(levels)), key=lambda row: levels[row]
+    )
+
+
+def test_differences_above_the_tolerance_count_and_infinite_values_are_equal():
+    assert list(rank([1.0, 1.0 - 2e-4, 1.0 - 0.5e-4])) == [1, 0, 2]
+    assert list(rank([math.inf, 3.0, math.inf, -math.inf])) == [3, 1, 0, 2]

@@ -1,5 +1,1 @@
-"""How easily a diffusion model could learn a latent space: a ranking aid for models that reconstruct about equally well."""
-
-from latentae.evaluation.diffusability.diffusing import DiffusabilityResult, diffusability
-
-__all__ = ["DiffusabilityResult", "diffusability"]
+"""How easily a diffusion model can learn a latent space: an aid to rank models that reconstruct about equally well."""

@@ -1,7 +1,8 @@
-"""A small rectified flow on whitened latents: trained for a fixed number of steps, then sampled (Liu et al. 2022; Lipman et al. 2022).
+"""A small rectified flow on whitened latents, trained for a fixed number of steps and sampled.
 
-With z_0 ~ N(0, I), a latent z_1 and t in [0, 1]: z_t = (1 - t) z_0 + t z_1, loss E |v(z_t, t) - (z_1 - z_0)|^2; a sample is the end of
-dz/dt = v from z_0 on. Every random number is keyed by the seed and the step, or the sample it is for.
+Liu et al. 2022; Lipman et al. 2022. With z_0 ~ N(0, I), a latent z_1 and t in [0, 1]: z_t = (1 - t) z_0 + t z_1, and the loss is
+E |v(z_t, t) - (z_1 - z_0)|^2. A sample is the solution of dz/dt = v at t = 1 that starts at z_0. Every random number is keyed by
+the seed and the step or sample.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentae.evaluation.diffusability.keyed import digest, generator, normal
 from latentae.evaluation.diffusability.latents import Latents, Whitening
 from latentae.evaluation.diffusability.network import TinyTransformer
+from latentae.keyed import digest, generator
 
 __all__ = ["EVALUATIONS", "Fitted", "draw", "fit_flow"]
 
-LEARNING_RATE, WARMUP = 2e-3, 0.05  # rises over the first twentieth of the steps, falls to 0 as a cosine
+LEARNING_RATE, WARMUP = 2e-3, 0.05  # linear warmup over 5 % of the steps, then a cosine to 0
 INTERVALS = 25
-EVALUATIONS = 2 * INTERVALS
-"""Of the network for one sample: 25 steps of Heun's method."""
-_LAST = 0.25  # share of the steps whose mean loss is reported
+EVALUATIONS = 2 * INTERVALS  # of the network for one sample, by Heun's method
+LAST = 0.25  # share of the steps whose mean loss is reported
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Fitted:
 
     Attributes:
         network: in evaluation mode.
-        loss: mean over the last quarter of the steps; None without steps, or where training diverged.
-        diverged: whether a loss was NaN or infinite; training stopped there.
+        loss: mean over the last quarter of the steps; None without steps, or if training diverged.
+        diverged: whether training stopped at a NaN or infinite loss.
     """
 
     network: TinyTransformer
@@ -53,18 +53,19 @@ def fit_flow(
     device: torch.device | None = None,
     advance: Callable[[float], None] = lambda loss: None,
 ) -> Fitted:
-    """Train a flow on samples of posteriors, new ones in each step.
+    """Train a flow on samples of posteriors, drawn anew in each step.
 
     Args:
         latents: posteriors of one shape.
         whitening: of their samples.
         steps: optimizer steps.
-        batch: latents in a step, drawn with repetition.
-        seed: of weights, draws, times and noise.
+        batch: latents per step, drawn with replacement.
+        seed: of weights, latents, times and noise.
         device: where to train.
         advance: called with the loss after each step.
     """
-    network = TinyTransformer(_shape(latents), seed=digest(seed, "weights") >> 1).to(device)
+    z, h, w = latents.means[0].shape
+    network = TinyTransformer((z, h, w), seed=digest(seed, "weights") >> 1).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
     for step in range(steps):
@@ -79,17 +80,32 @@ def fit_flow(
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         advance(losses[-1])
-    last = losses[-max(round(_LAST * steps), 1) :]
+    last = losses[-max(round(LAST * steps), 1) :]
     return Fitted(network.eval(), sum(last) / len(last) if last else None)
 
 
 @torch.inference_mode()
 def draw(network: TinyTransformer, count: int, *, seed: int, batch: int = 64, start: int = 0) -> Tensor:
-    """Whitened samples number `start`, `start` + 1, ... of a seed, fp32 [count, z, h, w]; each depends on its number, not on the batch."""
+    """Draw whitened samples.
+
+    Args:
+        network: a trained flow's.
+        count: number of samples.
+        seed: of the noise.
+        batch: samples at a time; does not change them.
+        start: number of the first sample; a sample depends only on its number and the seed.
+
+    Returns:
+        fp32 [count, z, h, w].
+    """
     device = next(network.parameters()).device
     parts = []
     for first in range(start, start + count, batch):
-        z = normal(range(first, min(first + batch, start + count)), network.shape, seed, "sample").to(device)
+        generators = [
+            generator(seed, "sample", number, hashed=digest)
+            for number in range(first, min(first + batch, start + count))
+        ]
+        z = torch.stack([torch.randn(network.shape, generator=each) for each in generators]).to(device)
         for interval in range(INTERVALS):
             z = _heun(network, z, interval / INTERVALS, 1 / INTERVALS)
         parts.append(z)
@@ -103,11 +119,6 @@ def _heun(network: TinyTransformer, z: Tensor, t: float, step: float) -> Tensor:
     return z + 0.5 * step * (velocity + network(z + step * velocity, times + step))
 
 
-def _shape(latents: Latents) -> tuple[int, int, int]:
-    z, h, w = latents.means[0].shape
-    return z, h, w
-
-
 def _schedule(step: int, steps: int) -> float:
     rise = (step + 1) / max(WARMUP * steps, 1.0)
     return min(rise, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -116,8 +127,8 @@ def _schedule(step: int, steps: int) -> float:
 def _batch(
     latents: Latents, whitening: Whitening, batch: int, seed: int, step: int, device: torch.device | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whitened posterior samples, noise [B, z, h, w] and times [B]; times are spread evenly over [0, 1], so that the loss is steadier."""
-    source = generator(seed, "step", step)
+    """Whitened posterior samples, noise [B, z, h, w] and times [B]; stratified times reduce the variance of the loss."""
+    source = generator(seed, "step", step, hashed=digest)
     rows = torch.randint(len(latents), (batch,), generator=source).tolist()
     mean, std = (torch.stack([column[row] for row in rows]) for column in (latents.means, latents.stds))
     z = whitening.whiten(mean + std * torch.randn(mean.shape, generator=source))

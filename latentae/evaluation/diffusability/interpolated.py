@@ -1,8 +1,9 @@
-"""Frechet distance half way between neighbours: what lies between latents must look like images, for a diffusion model will go there.
+"""Latents at the midpoint between neighbors, which should decode to images because a diffusion model will sample there.
 
-"iFID" of Xu et al. 2026, "Making reconstruction FID predictive of diffusion generation FID", arXiv 2603.05630, read from the authors' code:
-of the 10 reference latents nearest by cosine one is drawn with probability softmax(-mean squared difference), the two are interpolated
-spherically at 1/2 and decoded. Ours are whitened per channel first, so that no channel's scale or offset decides what is near.
+"iFID" of Xu et al. 2026, "Making reconstruction FID predictive of diffusion generation FID", arXiv 2603.05630, read from the
+authors' code. Of the 10 reference latents nearest by cosine, one is drawn with probability softmax(-mean squared difference). The
+two latents are interpolated spherically at 1/2 and decoded. Ours are whitened per channel first, so that no channel's scale or
+offset decides which latents are near.
 """
 
 from __future__ import annotations
@@ -12,44 +13,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentae.evaluation.diffusability.keyed import uniform
 from latentae.evaluation.diffusability.latents import Latents, Whitening
+from latentae.keyed import digest
 
-__all__ = ["NEIGHBOURS", "draw_neighbours", "halfway", "nearest"]
+__all__ = ["NEIGHBORS", "draw_neighbors", "midpoint", "nearest"]
 
-NEIGHBOURS = 10
-AT_A_TIME = 256  # latents: flat memory
-_DIGITS = 6  # of a cosine; fp32 leaves the seventh to chance
+NEIGHBORS = 10
+AT_A_TIME = 256  # latents per block, to bound memory
+DIGITS = 6  # of a cosine; the seventh is noise in fp32
 
 
-def draw_neighbours(
+def draw_neighbors(
     images: Latents,
     references: Latents,
     whitening: Whitening,
     *,
     itself: bool,
-    count: int = NEIGHBOURS,
+    count: int = NEIGHBORS,
     seed: int = 0,
 ) -> list[int]:
-    """For each latent the position of one of its `count` nearest references.
+    """Draw one of the `count` nearest references of each latent.
 
     Args:
-        images: the latents that are looked at.
-        references: where their neighbours are.
+        images: the latents.
+        references: latents to find neighbors in.
         whitening: of both.
-        itself: whether a reference may be the latent of the same position; False where both are the same latents.
-        count: how many nearest to draw from; all where there are fewer.
-        seed: of the draw, which depends on the key of each image besides.
+        itself: whether a reference may have the same position; False if both are the same latents.
+        count: number of nearest references to draw from; all if there are fewer.
+        seed: of the draw, which also depends on the image's key.
+
+    Returns:
+        A position in `references` for each latent.
     """
     chosen = []
-    for row, candidates in enumerate(
-        nearest(images.means, references.means, whitening, itself=itself, count=count)
-    ):
-        candidates.sort()  # a draw that followed the order of cosines would change with their last bits
+    found = nearest(images.means, references.means, whitening, itself=itself, count=count)
+    for row, candidates in enumerate(found):
+        candidates.sort()  # so that the last bits of cosines do not change the draw
         own = whitening.whiten(images.means[row])
         near = whitening.whiten(torch.stack([references.means[position] for position in candidates]))
         weights = torch.softmax(-(near - own).double().square().mean(dim=(1, 2, 3)), dim=0)
-        below = int((weights.cumsum(0) <= uniform(seed, "neighbour", images.keys[row])).sum())
+        uniform = (digest(seed, "neighbour", images.keys[row]) >> 11) / 2**53
+        below = int((weights.cumsum(0) <= uniform).sum())
         chosen.append(candidates[min(below, len(candidates) - 1)])
     return chosen
 
@@ -57,9 +61,9 @@ def draw_neighbours(
 def nearest(
     latents: Sequence[Tensor], references: Sequence[Tensor], whitening: Whitening, *, itself: bool, count: int
 ) -> list[list[int]]:
-    """Positions of the `count` references with the largest cosine to each latent, all whitened and flattened; nearest first.
+    """Positions of the `count` references with the largest cosine to each latent, nearest first.
 
-    Cosines count with six digits; of equal ones the earlier position comes first.
+    Latents are whitened and flattened. Cosines are rounded to six digits; ties go to the earlier position.
     """
     count = min(count, len(references) - (not itself))
     found = []
@@ -68,9 +72,8 @@ def nearest(
         best = torch.empty(len(queries), 0)
         positions = torch.empty(len(queries), 0, dtype=torch.long)
         for first in range(0, len(references), AT_A_TIME):
-            block = (queries @ _directions(references[first : first + AT_A_TIME], whitening).T).round(
-                decimals=_DIGITS
-            )
+            keys = _directions(references[first : first + AT_A_TIME], whitening)
+            block = (queries @ keys.T).round(decimals=DIGITS)
             columns = torch.arange(first, first + block.shape[1])
             if not itself:
                 block[torch.arange(start, start + len(queries))[:, None] == columns] = -torch.inf
@@ -81,10 +84,10 @@ def nearest(
     return found
 
 
-def halfway(a: Tensor, b: Tensor) -> Tensor:
+def midpoint(a: Tensor, b: Tensor) -> Tensor:
     """Spherical interpolation at 1/2 of latents [B, z, h, w] about 0 (Shoemake 1985): (a + b) / (2 cos(w / 2)), w the angle between them.
 
-    Linear where they are opposite, which leaves the arc open.
+    Linear if they are opposite, where the arc is not unique.
     """
     x, y = a.double().flatten(1), b.double().flatten(1)
     cosine = ((x * y).sum(dim=1) / (x.norm(dim=1) * y.norm(dim=1)).clamp_min(1e-300)).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""The latents that diffusability looks at: a bounded number, chosen by the hash of their keys, and whitened per channel."""
+"""The latents that diffusability uses: at most a fixed number, chosen by the hash of their keys, and whitened per channel."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float
 from latentae.errors import DataError, ModelError
-from latentae.evaluation.diffusability.keyed import digest
+from latentae.evaluation.methods.method import finite_rows
+from latentae.keyed import digest
 from latentae.measures.extractors import Extractor
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics
@@ -22,15 +22,13 @@ from latentae.progress import Progress
 
 __all__ = ["LATENTS", "NUMBERS", "Latents", "Whitening", "collect"]
 
-LATENTS = 4096
-"""Most latents kept."""
-NUMBERS = 2**25
-"""Most numbers in the kept means, 134 MB; as many again in their standard deviations."""
+LATENTS = 4096  # maximum number of latents
+NUMBERS = 2**25  # maximum numbers in all means, 134 MB; their standard deviations take the same again
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """(z - mean) / std of each channel of sampled latents, so that any two latent spaces look alike to first order.
+    """(z - mean) / std of each channel of sampled latents, so that latent spaces are comparable.
 
     Attributes:
         mean: fp32 [z, 1, 1].
@@ -42,19 +40,16 @@ class Whitening:
 
     @classmethod
     def of(cls, statistics: LatentStatistics) -> Whitening:
-        """By the statistics of sampled latents; DataError where they have seen none."""
+        """Whitening by the statistics of sampled latents.
+
+        Raises:
+            DataError: the statistics are empty.
+        """
         if not statistics.count:
-            raise DataError(
-                "the latent statistics have seen no latent; give those of the images that are looked at"
-            )
+            raise DataError("the latent statistics have seen no latent; give those of the measured images")
         summary = statistics.summary()
-        std = np.array(summary["latents_std"])
-        std = np.where(std > 0, std, 1.0)
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32)[:, None, None]
-            for values in (summary["latents_mean"], std)
-        )
-        return cls(mean, std)
+        mean, std = (torch.tensor(summary[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+        return cls(mean, torch.where(std > 0, std, 1.0))
 
     def whiten(self, z: Tensor) -> Tensor:
         """Raw latents [..., z, h, w] -> whitened, the same shape."""
@@ -73,8 +68,8 @@ class Latents:
         keys: of the images.
         means: fp32 [z, h, w] each.
         stds: of the posteriors, fp32 [z, h, w] each.
-        features: of the originals, fp32 [n, d]; None where no extractor was given.
-        seen: images that they were chosen from.
+        features: of the originals, fp32 [n, d]; None without an extractor.
+        seen: number of images that they were chosen from.
     """
 
     keys: tuple[str, ...]
@@ -85,14 +80,6 @@ class Latents:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-
-@dataclass(frozen=True, order=True)
-class _Kept:
-    """Smallest first in a heap: the largest hash, which goes first."""
-
-    order: tuple[int, str, int]
-    row: tuple[Tensor, ...]
 
 
 @torch.inference_mode()
@@ -106,45 +93,45 @@ def collect(
     purpose: str = "images",
     progress: bool = True,
 ) -> Latents:
-    """Encode the images whose keys have the smallest hashes: a sample that depends on nothing but the set of images.
+    """Encode the images whose keys have the smallest hashes: a sample that depends only on the set of images.
 
     Args:
         model: in evaluation mode, on `device`.
         batches: keys, and uint8 images of one size [B, C, H, W].
-        extractor: whose features are kept, too.
+        extractor: of features to keep as well.
         device: where model and extractor are.
-        limit: latents at most; fewer are kept where they would hold more than `NUMBERS` numbers.
-        purpose: what the images are, for the progress bar.
-        progress: whether to say how far it is.
+        limit: maximum number of latents; fewer if they would exceed `NUMBERS` numbers.
+        purpose: name of the images in the progress bar.
+        progress: whether to print progress.
 
     Raises:
         DataError: images of different sizes.
         ModelError: a latent is not finite.
     """
-    heap: list[_Kept] = []
+    # Entries are (order, row), smallest order first: the largest hash is dropped first. Orders are unique.
+    heap: list[tuple[tuple[int, str, int], tuple[Tensor, ...]]] = []
     seen, size = 0, None
     with Progress(f"encoding {purpose}", None, quiet=not progress) as bar:
         for batch in batches:
-            size = size or tuple(batch.images.shape[1:])
-            if tuple(batch.images.shape[1:]) != size:
-                raise DataError(
-                    f"found images of {tuple(batch.images.shape[1:])} after {size}; give images of one size"
-                )
-            kept = _capacity(model, size, limit)
+            shape = tuple(batch.images.shape[1:])
+            size = size or shape
+            if shape != size:
+                raise DataError(f"found images of {shape} after {size}; give images of one size")
+            most = _capacity(model, size, limit)
             orders = [(-digest("kept", key), key, seen + row) for row, key in enumerate(batch.keys)]
-            rows = [row for row, order in enumerate(orders) if len(heap) < kept or order > heap[0].order]
+            rows = [row for row, order in enumerate(orders) if len(heap) < most or order > heap[0][0]]
             if rows:
-                found = _encode(model, batch, rows, extractor, device)
-                for row, *values in zip(rows, *found, strict=True):
-                    heapq.heappush(heap, _Kept(orders[row], tuple(values)))
-                    if len(heap) > kept:
+                columns = _encode(model, batch, rows, extractor, device)
+                for row, *values in zip(rows, *columns, strict=True):
+                    heapq.heappush(heap, (orders[row], tuple(values)))
+                    if len(heap) > most:
                         heapq.heappop(heap)
             seen += len(batch.keys)
             bar.advance(len(batch.keys))
-    heap.sort(key=lambda kept: (-kept.order[0], kept.order[1]))
-    columns = list(zip(*(kept.row for kept in heap), strict=True)) or [(), ()]
+    heap.sort(key=lambda entry: (-entry[0][0], entry[0][1]))
+    columns = list(zip(*(row for _, row in heap), strict=True)) or [(), ()]
     features = torch.stack(columns[2]) if len(columns) > 2 else None
-    return Latents(tuple(kept.order[1] for kept in heap), columns[0], columns[1], features, seen)
+    return Latents(tuple(key for (_, key, _), _ in heap), columns[0], columns[1], features, seen)
 
 
 def _capacity(model: Autoencoder, size: tuple[int, ...], limit: int) -> int:
@@ -159,12 +146,10 @@ def _encode(
     extractor: Extractor | None,
     device: torch.device | None,
 ) -> list[tuple[Tensor, ...]]:
-    """Columns of means, standard deviations and, with an extractor, features of some rows of a batch, each row's in memory of its own."""
+    """Means, standard deviations and, with an extractor, features of some rows of a batch, each row in its own memory."""
     images = batch.images[rows].to(device)
     posterior = model.encode(to_float(images))
-    finite = torch.isfinite(posterior.mean).flatten(1).all(1) & torch.isfinite(posterior.std).flatten(1).all(
-        1
-    )
+    finite = finite_rows(posterior.mean, posterior.std)
     if not finite.all():
         key = batch.keys[rows[int((~finite).nonzero()[0])]]
         raise ModelError(

@@ -1,16 +1,16 @@
-"""The fixed network that every latent space is given to: a scalable interpolant transformer (SiT) of about 1.5 million parameters.
+"""The network of every flow: a scalable interpolant transformer (SiT) of about 1.5 million parameters.
 
-Adaptive layer norm with zeroed gates (Peebles & Xie 2022, DiT; Ma et al. 2024, SiT), without classes. Width, depth and heads never
-change; only the layers that read and write tokens know how many channels there are. The patch is the smallest that gives 64 tokens
-or fewer, so that a 32 x 32 latent is seen in patches of 2 as usual, and an 8 x 8 one number by number.
+adaLN-Zero (Peebles & Xie 2022, DiT; Ma et al. 2024, SiT) without classes. Width, depth and heads are fixed; only the first and the
+last layer depend on the number of latent channels. The patch is the smallest that gives at most 64 tokens: side 4 for a
+32 x 32 latent, side 1 for an 8 x 8 latent.
 
-Inputs and outputs are scaled for whitened data, as Karras et al. 2022 (EDM), sec. 5 and app. B.6, do for theirs. With
+Inputs and outputs are scaled for whitened data, like those of Karras et al. 2022 (EDM), sec. 5 and app. B.6. With
 z_t = (1 - t) z_0 + t z_1 of independent unit variances, s^2 = (1 - t)^2 + t^2 is the variance of z_t, and v = z_1 - z_0 is
 
     v = (2 t - 1) / s^2  z_t  +  1 / s  F(z_t / s, t)
 
-with F of unit variance: the first term is the best linear guess from z_t itself. A network that says 0, as a new one does, flows from
-white noise to white noise, and noise need not squeeze through tokens narrower than a patch.
+with F of unit variance. The first term is the best linear prediction from z_t. So a new network, whose F is 0, maps white noise to
+white noise, and noise need not pass through tokens narrower than a patch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,24 @@ from torch import Tensor, nn
 
 from latentae.keyed import whole_seed
 
-__all__ = ["DEPTH", "HEADS", "TOKENS", "WIDTH", "TinyTransformer", "patch_side"]
+__all__ = [
+    "DEPTH",
+    "HEADS",
+    "TOKENS",
+    "WIDTH",
+    "Block",
+    "TinyTransformer",
+    "patch_side",
+    "positions",
+    "waves",
+    "zeroed",
+]
 
 WIDTH, DEPTH, HEADS, TOKENS = 160, 3, 5, 64
 
 
 def patch_side(height: int, width: int, tokens: int = TOKENS) -> int:
-    """Side of the smallest square patch that cuts a latent into `tokens` or fewer."""
+    """Side of the smallest square patch that divides a latent into at most `tokens` tokens."""
     patch = 1
     while math.ceil(height / patch) * math.ceil(width / patch) > tokens:
         patch += 1
@@ -40,7 +51,7 @@ class TinyTransformer(nn.Module):
     """Velocity of whitened latents of one shape.
 
     Args:
-        shape: z, h, w; sides that the patch does not divide are padded with zeros at the end.
+        shape: z, h, w; sides are zero-padded at the end to multiples of the patch.
         seed: of the weights.
     """
 
@@ -53,19 +64,19 @@ class TinyTransformer(nn.Module):
             torch.manual_seed(whole_seed(seed))
             self.read = nn.Linear(numbers, WIDTH)
             self.time = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-            self.blocks = nn.ModuleList(_Block() for _ in range(DEPTH))
+            self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(DEPTH))
             self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
-            self.modulation = _zeroed(nn.Linear(WIDTH, 2 * WIDTH))
-            self.write = _zeroed(nn.Linear(WIDTH, numbers))
-        self.register_buffer("places", _places(*self.grid), persistent=False)
-        self.places: Tensor
+            self.modulation = zeroed(nn.Linear(WIDTH, 2 * WIDTH))
+            self.write = zeroed(nn.Linear(WIDTH, numbers))
+        self.register_buffer("positions", positions(*self.grid, WIDTH), persistent=False)
+        self.positions: Tensor
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """Latents z_t [B, z, h, w] at times [B] in [0, 1], 0 being noise -> v [B, z, h, w]."""
         time = t.view(-1, 1, 1, 1)
         variance = (1 - time).square() + time.square()
-        tokens = self.read(self._cut(z * variance.rsqrt())) + self.places
-        condition = F.silu(self.time(_waves(1000 * t, WIDTH)))
+        tokens = self.read(self._cut(z * variance.rsqrt())) + self.positions
+        condition = F.silu(self.time(waves(1000 * t, WIDTH)))
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
@@ -76,13 +87,8 @@ class TinyTransformer(nn.Module):
         """[B, z, h, w] -> tokens [B, n, z p p]."""
         (rows, columns), p = self.grid, self.patch
         z = F.pad(z, (0, columns * p - z.shape[3], 0, rows * p - z.shape[2]))
-        return (
-            z.unflatten(3, (columns, p))
-            .unflatten(2, (rows, p))
-            .permute(0, 2, 4, 1, 3, 5)
-            .flatten(3)
-            .flatten(1, 2)
-        )
+        patches = z.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
+        return patches.flatten(3).flatten(1, 2)
 
     def _join(self, tokens: Tensor) -> Tensor:
         """The inverse of `_cut`."""
@@ -91,45 +97,46 @@ class TinyTransformer(nn.Module):
         return z.reshape(-1, self.shape[0], rows * p, columns * p)[:, :, : self.shape[1], : self.shape[2]]
 
 
-class _Block(nn.Module):
-    """Attention and an MLP, each shifted, scaled and gated by the condition."""
+class Block(nn.Module):
+    """Attention and an MLP on tokens, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
-        self.queries, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH)
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
-        self.modulation = _zeroed(nn.Linear(WIDTH, 6 * WIDTH))
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Tokens [B, n, width], condition [B, width] -> tokens."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[:, None].chunk(
-            6, dim=-1
-        )
+        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
         tokens = tokens + gate * self._attend(self.norms[0](tokens) * (1 + scale) + shift)
         return tokens + gate_mlp * self.mlp(self.norms[1](tokens) * (1 + scale_mlp) + shift_mlp)
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        q, k, v = self.queries(tokens).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def _zeroed(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """Set a layer to 0, so that a new block changes nothing and a new network returns 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def _waves(values: Tensor, width: int) -> Tensor:
+def waves(values: Tensor, width: int) -> Tensor:
     """[n] -> [n, width]: cosines and sines of falling frequency (Vaswani et al. 2017, sec. 3.5)."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=values.device) / (width // 2))
     angles = values[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _places(rows: int, columns: int) -> Tensor:
-    """[rows * columns, width]: half of it says the row, half the column."""
-    row, column = (_waves(torch.arange(side).float(), WIDTH // 2) for side in (rows, columns))
+def positions(rows: int, columns: int, width: int) -> Tensor:
+    """Position embeddings [rows * columns, width]: the first half encodes the row, the second half the column."""
+    row, column = (waves(torch.arange(side).float(), width // 2) for side in (rows, columns))
     return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], dim=1)

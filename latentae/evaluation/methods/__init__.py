@@ -1,1 +1,1 @@
-"""Ways to make an image small and large again, each at a stated budget: the model, and what it must beat."""
+"""Methods that compress and restore images at a stated budget: other models and baselines."""

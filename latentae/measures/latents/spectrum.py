@@ -1,8 +1,8 @@
-"""The radial spectrum of latents beside that of their images: how much of what a diffusion model must make is fine detail."""
+"""Radial spectrum of latents, compared with that of their images: how much of a latent is fine detail."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,83 +13,69 @@ from torch import Tensor
 
 from latentae.losses.spectrum import dct2
 
-__all__ = ["HIGH", "MOST_BANDS", "SMALLEST", "PowerSums", "radial_bands"]
+__all__ = ["MOST_BANDS", "SMALLEST", "power_sums", "radial_bands", "spectrum"]
 
-HIGH = 0.25
-"""Cycles per latent pixel above which a frequency counts as high: half of the highest along a side."""
+HIGH = 0.25  # cycles per latent pixel above which a frequency is high: half of the highest along a side
 MOST_BANDS = 16
-SMALLEST = 4
-"""Sides of the smallest latent that has a spectrum."""
-NOTHING = 1e-12
-"""Power that is rounding: images have values in [-1, 1], and channels are divided by their variance."""
+SMALLEST = 4  # side of the smallest latent that has a spectrum
+NOTHING = 1e-12  # power of rounding errors: images are in [-1, 1], and channels are divided by their variance
 
 
-@dataclass(frozen=True)
-class PowerSums:
-    """Power of latents and of images shrunk to their size, by radial band, summed over images.
+def power_sums(latent: Tensor, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Power of a latent and of its image, shrunk to the same size, by radial band; sums over images add up.
 
-    Power is the square of a DCT-II coefficient (orthonormal, so that power adds up to the variance about the mean of the image); the
-    constant one, the mean itself, has no part in it.
+    Power is the square of a DCT-II coefficient. The DCT is orthonormal, so power adds up to the variance about the image's mean.
+    The constant coefficient, the mean itself, is left out.
 
-    Attributes:
-        latent: fp64 [z, bands + 2], for each channel of the posterior mean: the mean power of a coefficient in each band, then the
-            power of all coefficients above `HIGH`, and of all.
-        image: fp64 [bands + 2], the same, over all channels of the image together.
-        size: height and width of the latents.
+    Args:
+        latent: [z, h, w], a posterior mean with sides of at least `SMALLEST`.
+        image: [C, H, W] with H >= h and W >= w; area-averaged to h x w pixels.
+
+    Returns:
+        Per latent channel, fp64 [z, bands + 2]: the mean power of a coefficient in each band, then the power of all coefficients
+        above `HIGH`, and of all. The same over all channels of the image, fp64 [bands + 2].
     """
+    _, height, width = latent.shape
+    small = F.adaptive_avg_pool2d(image.double().contiguous(), (height, width))
+    return _band_power(latent.double()), _band_power(small).sum(axis=0)
 
-    latent: np.ndarray
-    image: np.ndarray
-    size: tuple[int, int]
 
-    @classmethod
-    def of(cls, latent: Tensor, image: Tensor) -> PowerSums:
-        """The sums of one image.
+def spectrum(
+    latent: np.ndarray, image: np.ndarray, size: Sequence[int], variance: np.ndarray
+) -> dict[str, Any] | None:
+    """Both spectra as plain JSON values.
 
-        Args:
-            latent: [z, h, w], sides of at least `SMALLEST`.
-            image: [C, H, W], sides of at least h and w; averaged over areas until it has h x w pixels.
-        """
-        size = (latent.shape[1], latent.shape[2])
-        small = F.adaptive_avg_pool2d(image.double().contiguous(), size)
-        of_image = _sums(small).sum(axis=0)
-        return cls(_sums(latent.double()), of_image, size)
+    `frequency` is the mean of each band in cycles per latent pixel (0.5 is the highest along a side, 0.707 that of a corner).
+    `latent` and `image` are the mean power of a coefficient in each band, divided by the sum over bands: white noise is flat.
+    Channels are divided by their variance, so that they have equal weight. `high_frequency_share` is the share of power above
+    `HIGH`.
 
-    def merge(self, other: PowerSums) -> PowerSums:
-        """The sums of both sets of images."""
-        return PowerSums(self.latent + other.latent, self.image + other.image, self.size)
+    Args:
+        latent, image: sums of `power_sums` over images.
+        size: height and width of the latents.
+        variance: [z], of the posterior mean over images and pixels; channels with variance 0 are left out.
 
-    def result(self, variance: np.ndarray) -> dict[str, Any] | None:
-        """Both spectra as plain JSON values.
-
-        `frequency` is the mean of each band in cycles per latent pixel (0.5 is the highest along a side, 0.707 that of a corner).
-        `latent` and `image` are the mean power of a coefficient in each band, divided by the sum over bands: white noise is flat.
-        Channels count alike, each divided by its variance. `high_frequency_share` is the part of all power above `HIGH`.
-
-        Args:
-            variance: [z], of the posterior mean over images and places; channels with 0, which do not vary, are left out.
-
-        Returns:
-            None where all images, or all latents, are without any detail.
-        """
-        varies = variance > 0
-        latent = (self.latent[varies] / variance[varies, None]).sum(axis=0)
-        if latent[-1] < NOTHING or self.image[-1] < NOTHING:
-            return None
-        rows = {"latent": latent, "image": self.image}
-        return {
-            "frequency": radial_bands(*self.size)[1].tolist(),
-            **{name: (row[:-2] / row[:-2].sum()).tolist() for name, row in rows.items()},
-            "high_frequency_share": {name: float(row[-2] / row[-1]) for name, row in rows.items()},
-        }
+    Returns:
+        None if all images, or all latents, are constant.
+    """
+    varies = variance > 0
+    standardized = (latent[varies] / variance[varies, None]).sum(axis=0)
+    if standardized[-1] < NOTHING or image[-1] < NOTHING:
+        return None
+    rows = {"latent": standardized, "image": image}
+    return {
+        "frequency": radial_bands(*size)[1].tolist(),
+        **{name: (row[:-2] / row[:-2].sum()).tolist() for name, row in rows.items()},
+        "high_frequency_share": {name: float(row[-2] / row[-1]) for name, row in rows.items()},
+    }
 
 
 @lru_cache(maxsize=8)
 def radial_bands(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which coefficients of a DCT belong to which band.
+    """Assign the coefficients of a DCT to radial bands.
 
-    Coefficient (ky, kx) has the radius sqrt((ky / 2h)^2 + (kx / 2w)^2) in cycles a pixel. Bands are equally wide from 0 to the highest,
-    at most 16 and no more than a side has pixels, so that none is empty.
+    Coefficient (ky, kx) has the radius sqrt((ky / 2h)^2 + (kx / 2w)^2) in cycles per pixel. Bands have equal widths. There are at
+    most 16, and at most as many as a side has pixels, so that none is empty.
 
     Returns:
         Membership [h w, bands] of 0 and 1 (the constant coefficient has none), the mean radius of each band [bands], and whether
@@ -97,17 +83,16 @@ def radial_bands(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """
     bands = min(MOST_BANDS, height, width)
     radius = np.hypot((np.arange(height) / (2 * height))[:, None], np.arange(width) / (2 * width)).ravel()
-    band = np.minimum(
-        np.floor(radius / radius.max() * bands + 1e-9), bands - 1
-    )  # rounding must not part equal radii
+    # The small offset keeps rounding from separating equal radii
+    band = np.minimum(np.floor(radius / radius.max() * bands + 1e-9), bands - 1)
     membership = (band[:, None] == np.arange(bands)).astype(np.float64)
     membership[0] = 0.0
     mean_radius = radius @ membership / membership.sum(axis=0)
     return membership, mean_radius, (radius > HIGH + 1e-9).astype(np.float64)
 
 
-def _sums(x: Tensor) -> np.ndarray:
-    """Of each channel of [C, h, w] the mean power by band, that above `HIGH`, and all: fp64 [C, bands + 2]."""
+def _band_power(x: Tensor) -> np.ndarray:
+    """Mean power by band, power above `HIGH`, and total power of each channel of [C, h, w]: fp64 [C, bands + 2]."""
     power = torch.square(dct2(x)).flatten(1).cpu().numpy()
     power[:, 0] = 0.0
     membership, _, high = radial_bands(*x.shape[1:])

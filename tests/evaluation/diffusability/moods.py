@@ -36,11 +36,11 @@ class Patches(Autoencoder):
 
 
 def moods(count: int, size: int = 16, channels: int = 3, seed: int = 0) -> Tensor:
-    """Images of one colour each, normally distributed, with a little noise: uint8 [N, C, size, size]."""
+    """Images of one color each, normally distributed, with a little noise: uint8 [N, C, size, size]."""
     generator = torch.Generator().manual_seed(seed)
-    colours = 128 + 35 * torch.randn(count, channels, 1, 1, generator=generator)
+    colors = 128 + 35 * torch.randn(count, channels, 1, 1, generator=generator)
     noise = torch.randn(count, channels, size, size, generator=generator)
-    return (colours + 2 * noise).round().clamp(0, 255).to(torch.uint8)
+    return (colors + 2 * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def batches(images: Tensor, size: int) -> Iterator[Batch]:
@@ -57,9 +57,9 @@ def statistics_of(model: Autoencoder, images: Tensor) -> LatentStatistics:
 
 
 def look(images: Tensor) -> Tensor:
-    """Mean and spread of each colour, [B, 6]."""
+    """Mean and spread of each color, [B, 6]."""
     values = images.float() / 64
     return torch.cat([values.mean(dim=(2, 3)), values.std(dim=(2, 3))], dim=1)
 
 
-MOODS = Extractor("FD-moods", 6, "mean and spread of each colour", "made for this test", look)
+MOODS = Extractor("FD-moods", 6, "mean and spread of each color", "made for this test", look)

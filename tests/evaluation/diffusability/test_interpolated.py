@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae.evaluation.diffusability import interpolated
-from latentae.evaluation.diffusability.interpolated import draw_neighbours, halfway, nearest
+from latentae.evaluation.diffusability.interpolated import draw_neighbors, midpoint, nearest
 from latentae.evaluation.diffusability.latents import Latents, Whitening
 
 PLAIN = Whitening(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
@@ -53,16 +53,16 @@ def test_the_nearest_are_those_of_the_whole_table_of_cosines(queries, references
 def test_no_latent_is_its_own_neighbour_among_the_same_images():
     same = latents(12)
     for seed in range(5):
-        chosen = draw_neighbours(same, same, PLAIN, itself=False, seed=seed)
+        chosen = draw_neighbors(same, same, PLAIN, itself=False, seed=seed)
         assert all(position != row for row, position in enumerate(chosen))
-    assert draw_neighbours(same, same, PLAIN, itself=True, count=1) == list(range(12))
+    assert draw_neighbors(same, same, PLAIN, itself=True, count=1) == list(range(12))
 
 
 def test_neighbours_are_drawn_by_the_softmax_of_minus_the_mean_squared_difference():
     own, references = latents(1), latents(3, seed=1)
     distances = [(mean - own.means[0]).double().square().mean().item() for mean in references.means]
     expected = np.exp(-np.array(distances)) / np.exp(-np.array(distances)).sum()
-    drawn = [draw_neighbours(own, references, PLAIN, itself=True, seed=seed)[0] for seed in range(1000)]
+    drawn = [draw_neighbors(own, references, PLAIN, itself=True, seed=seed)[0] for seed in range(1000)]
     np.testing.assert_allclose(
         np.bincount(drawn, minlength=3) / 1000, expected, atol=0.065
     )  # four standard errors
@@ -78,15 +78,15 @@ def test_equally_near_neighbours_are_chosen_by_their_position_not_by_rounding():
 def test_draws_depend_on_the_seed_and_the_key_not_on_the_position():
     images, references = latents(8), latents(20, seed=1)
     turned = Latents(images.keys[::-1], images.means[::-1], images.stds[::-1], None, 8)
-    chosen = draw_neighbours(images, references, PLAIN, itself=True)
-    assert draw_neighbours(turned, references, PLAIN, itself=True) == chosen[::-1]
-    assert draw_neighbours(images, references, PLAIN, itself=True, seed=1) != chosen
+    chosen = draw_neighbors(images, references, PLAIN, itself=True)
+    assert draw_neighbors(turned, references, PLAIN, itself=True) == chosen[::-1]
+    assert draw_neighbors(images, references, PLAIN, itself=True, seed=1) != chosen
 
 
 def test_half_way_on_the_sphere():
     a, b = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 2, 2, dtype=torch.float64)
     x, y = (z / z.flatten(1).norm(dim=1)[:, None, None, None] for z in (a, b))
-    middle = halfway(x, y).flatten(1)
+    middle = midpoint(x, y).flatten(1)
     torch.testing.assert_close(
         middle.norm(dim=1), torch.ones(5, dtype=torch.float64)
     )  # it stays on the sphere
@@ -97,7 +97,7 @@ def test_half_way_on_the_sphere():
         cosine = torch.nn.functional.cosine_similarity(a[row].flatten(), b[row].flatten(), dim=0)
         angle = cosine.acos()
         expected = (0.5 * angle).sin() / angle.sin() * (a[row] + b[row])
-        torch.testing.assert_close(halfway(a, b)[row], expected)
-    torch.testing.assert_close(halfway(a, a), a)
-    torch.testing.assert_close(halfway(a, -a), torch.zeros_like(a))  # opposite: there is no one arc
-    torch.testing.assert_close(halfway(torch.zeros_like(a), torch.zeros_like(a)), torch.zeros_like(a))
+        torch.testing.assert_close(midpoint(a, b)[row], expected)
+    torch.testing.assert_close(midpoint(a, a), a)
+    torch.testing.assert_close(midpoint(a, -a), torch.zeros_like(a))  # opposite: there is no one arc
+    torch.testing.assert_close(midpoint(torch.zeros_like(a), torch.zeros_like(a)), torch.zeros_like(a))

@@ -11,22 +11,21 @@ from pillow_files import channels_of
 from torch import Tensor
 
 from latentae.errors import DataError, ImageError
-from latentae.evaluation.methods.base import Method
-from latentae.evaluation.methods.dct import BlockDCT, Dct, DctVariances, fit_dct
-from latentae.evaluation.methods.pca import Pca
+from latentae.evaluation.methods.dct import BlockDCT, DctVariances, fit_dct
+from latentae.evaluation.methods.method import Method, PatchMethod
 from latentae.models.pca import fit_pca
 
-COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 
 def coefficients(images: Tensor, block: int) -> np.ndarray:
-    """Blocks' coefficients by scipy: [blocks, C, block, block], colours turned where there are three of them."""
+    """Blocks' coefficients by scipy: [blocks, C, block, block], colors rotated if there are three."""
     fft = pytest.importorskip("scipy.fft")
     count, channels, height, width = images.shape
     grid = images.double().numpy().reshape(count, channels, height // block, block, width // block, block)
     blocks = grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels, block, block)
     if channels >= 3:
-        blocks = np.concatenate([np.einsum("kc,nchw->nkhw", COLOURS, blocks[:, :3]), blocks[:, 3:]], axis=1)
+        blocks = np.concatenate([np.einsum("kc,nchw->nkhw", COLORS, blocks[:, :3]), blocks[:, 3:]], axis=1)
     return fft.dctn(blocks, axes=(2, 3), norm="ortho")
 
 
@@ -120,7 +119,7 @@ def test_what_it_can_not_take_is_refused(smooth_images):
 def test_pca_and_dct_as_methods_ignore_budgets(smooth_images):
     images = smooth_images(6, 16)
     pca, dct = fit_pca(images, 4, 5), fit_dct(images, 4, 5)
-    methods: list[Method] = [Pca(pca), Dct(dct)]
+    methods: list[Method] = [PatchMethod("pca", "PCA", pca), PatchMethod("dct", "DCT", dct)]
     for method, basis in zip(methods, (pca, dct), strict=True):
         made = method(images[:2], [0, 0])
         assert torch.equal(made.images, basis.reconstruct(images[:2]))

@@ -19,14 +19,13 @@ def diagnosed(model, images, **options):
         report.add(model.encode(to_float(images)))
     assert report.statistics is not None
     keys = [f"{number:03}" for number in range(len(images))]
-    found = diagnose(model, images, statistics=report.statistics, keys=keys, **options)
-    json.dumps(found.result, allow_nan=False)
-    return found, report.statistics
+    result, strip = diagnose(model, images, statistics=report.statistics, keys=keys, **options)
+    json.dumps(result, allow_nan=False)
+    return result, strip, report.statistics
 
 
 def test_everything_is_there_for_a_trained_architecture(tiny_model, smooth_images):
-    found, _ = diagnosed(tiny_model().eval(), smooth_images(3, 32), batch_size=2)
-    result = found.result
+    result, *_ = diagnosed(tiny_model().eval(), smooth_images(3, 32), batch_size=2)
     assert set(result) == {"images", "equivariance", "sensitivity", "half", "interpolation"}
     assert result["images"] == 3
     assert all(isinstance(row["encoder_error"], float) for row in result["equivariance"])
@@ -38,15 +37,15 @@ def test_everything_is_there_for_a_trained_architecture(tiny_model, smooth_image
 
 def test_the_strip_goes_from_one_reconstruction_to_the_other(smooth_images):
     model, images = blocks(4), smooth_images(4, 32)
-    found, statistics = diagnosed(model, images)
-    assert found.strip.dtype == torch.uint8
-    assert found.strip.shape == (3, 32, 32 * STEPS)
+    _, strip, statistics = diagnosed(model, images)
+    assert strip.dtype == torch.uint8
+    assert strip.shape == (3, 32, 32 * STEPS)
     with torch.no_grad():
         z = model.encode(to_float(images[[0, 3]])).mean
         center = torch.from_numpy(statistics.mean).view(-1, 1, 1)
         middle = to_uint8(model.decode(mix_latents(z[0], z[1], 0.5, "spherical", center)[None]))[0]
         ends = to_uint8(model.decode(z))
-    pictures = found.strip.split(32, dim=2)
+    pictures = strip.split(32, dim=2)
     for picture, expected in ((0, ends[0]), (4, middle), (8, ends[1])):
         assert (pictures[picture].int() - expected.int()).abs().max() <= 1
 
@@ -54,16 +53,16 @@ def test_the_strip_goes_from_one_reconstruction_to_the_other(smooth_images):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_one_and_four_channels(channels):
     images = torch.randint(0, 256, (2, channels, 16, 16), dtype=torch.uint8)
-    found, _ = diagnosed(blocks(2, channels), images)
-    assert found.strip.shape == (channels, 16, 16 * STEPS)
-    assert found.result["half"]["activation_maxima"]["encoder"]
+    result, strip, _ = diagnosed(blocks(2, channels), images)
+    assert strip.shape == (channels, 16, 16 * STEPS)
+    assert result["half"]["activation_maxima"]["encoder"]
 
 
 def test_a_single_image_has_no_strip(smooth_images):
-    found, _ = diagnosed(blocks(4), smooth_images(1, 16))
-    assert found.strip is None
-    assert "two images" in found.result["interpolation"]["missing"]
-    assert found.result["interpolation"]["steps"] == 9
+    result, strip, _ = diagnosed(blocks(4), smooth_images(1, 16))
+    assert strip is None
+    assert "two images" in result["interpolation"]["missing"]
+    assert result["interpolation"]["steps"] == 9
 
 
 def test_a_model_that_can_not_be_traced_says_why(smooth_images):
@@ -71,25 +70,25 @@ def test_a_model_that_can_not_be_traced_says_why(smooth_images):
         def _encode(self, x, keep_features):
             return super()._encode(x if x.sum() > 0 else -x, keep_features)
 
-    found, _ = diagnosed(Branching(4), smooth_images(2, 16))
-    assert "can't trace this Branching" in found.result["half"]["missing"]
-    assert "\n" not in found.result["half"]["missing"]
-    assert found.strip is not None
+    result, strip, _ = diagnosed(Branching(4), smooth_images(2, 16))
+    assert "can't trace this Branching" in result["half"]["missing"]
+    assert "\n" not in result["half"]["missing"]
+    assert strip is not None
 
 
 def test_a_decoder_that_overflows_between_images_has_no_strip(smooth_images):
     model = blocks(4)
-    found, statistics = diagnosed(model, smooth_images(2, 16))
+    _, strip, statistics = diagnosed(model, smooth_images(2, 16))
     model._decode = lambda z, keep_features: (torch.full((len(z), 3, 16, 16), torch.inf), None)
-    found = diagnose(model, smooth_images(2, 16), statistics=statistics, keys=["a", "b"])
-    json.dumps(found.result, allow_nan=False)
-    assert found.strip is None
-    assert "NaN or infinite" in found.result["interpolation"]["missing"]
-    assert all(row["psnr"] is None for row in found.result["sensitivity"])
+    result, strip = diagnose(model, smooth_images(2, 16), statistics=statistics, keys=["a", "b"])
+    json.dumps(result, allow_nan=False)
+    assert strip is None
+    assert "NaN or infinite" in result["interpolation"]["missing"]
+    assert all(row["psnr"] is None for row in result["sensitivity"])
 
 
 def test_no_images_too_few_keys_and_wrong_sizes_are_refused(smooth_images):
-    _, statistics = diagnosed(blocks(4), smooth_images(1, 16))
+    *_, statistics = diagnosed(blocks(4), smooth_images(1, 16))
     with pytest.raises(DataError, match="at least one image"):
         diagnose(blocks(4), smooth_images(2, 16)[:0], statistics=statistics, keys=[])
     with pytest.raises(DataError, match="a key for each"):

@@ -1,27 +1,15 @@
-"""keyed.py and latents.py: which latents are kept, and how they are whitened."""
+"""Which latents are kept, and how they are whitened."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from moods import MOODS, Patches, batches, moods
 
 from latentae.errors import DataError, ModelError
-from latentae.evaluation.diffusability import keyed, latents
+from latentae.evaluation.diffusability import latents
 from latentae.evaluation.diffusability.latents import Whitening, collect
 from latentae.models.latent_statistics import LatentStatistics, merge
-
-
-def test_numbers_depend_on_every_word_and_on_nothing_else():
-    assert keyed.digest(1, "ab") != keyed.digest("1a", "b")
-    assert keyed.uniform(0, "x") == keyed.uniform(0, "x") != keyed.uniform(1, "x")
-    draws = np.array([keyed.uniform("spread", number) for number in range(4000)])
-    assert 0 <= draws.min() < 0.01 < 0.99 < draws.max() < 1
-    assert draws.mean() == pytest.approx(0.5, abs=0.03)
-    rows = keyed.normal(range(10), (3, 4), 7)
-    assert torch.equal(rows[4:6], keyed.normal([4, 5], (3, 4), 7))
-    assert keyed.normal(range(3000), (2,), 7).std().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from latentae.evaluation.subjects import _rows
+from latentae.evaluation.compared_folders import _rows
 
 
 def test_every_image_of_a_key_that_shards_repeat_is_a_row(tmp_path):

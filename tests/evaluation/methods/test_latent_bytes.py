@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae.errors import ModelError, RecipeError
-from latentae.evaluation.methods.quantised import compress_latent, decompress_latent, quantise
+from latentae.evaluation.methods.latent_bytes import compress_latent, decompress_latent, quantize
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-1e4, 1e4), st.floats(0, 1e4), st.integers(1, 5), st.integers(1, 9), st.integers(2, 8))
-def test_a_quantised_latent_is_within_half_a_step(
+def test_a_quantized_latent_is_within_half_a_step(
     mean: float, spread: float, channels: int, side: int, bits: int
 ):
     latent = mean + spread * torch.randn(channels, side, side + 1, generator=torch.Generator().manual_seed(0))
@@ -60,9 +60,9 @@ def test_bytes_of_a_latent_are_those_of_codes_and_ranges():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 4), st.integers(2, 8), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_a_batch_is_quantised_image_by_image(count: int, bits: int, dtype: torch.dtype):
+def test_a_batch_is_quantized_image_by_image(count: int, bits: int, dtype: torch.dtype):
     latents = torch.randn(count, 3, 4, 5).to(dtype)
-    restored, sizes = quantise(latents, bits)
+    restored, sizes = quantize(latents, bits)
     assert restored.dtype == dtype
     assert restored.shape == latents.shape
     for latent, found, size in zip(latents, restored, sizes, strict=True):
@@ -77,4 +77,4 @@ def test_a_latent_with_nan_and_bits_out_of_range_are_refused():
             compress_latent(torch.full((2, 4, 4), value))
     for bits in (1, 9):
         with pytest.raises(RecipeError, match=f"bits is {bits}; .* 2 to 8"):
-            quantise(torch.zeros(1, 2, 4, 4), bits)
+            quantize(torch.zeros(1, 2, 4, 4), bits)
