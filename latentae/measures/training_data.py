@@ -1,4 +1,4 @@
-"""What a model was trained on, as its checkpoint recorded it: the PCA baseline is fitted on it, and overlaps are reported."""
+"""The training data of a model, as its checkpoint recorded it: PCA is fitted on it, and overlaps are reported."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class TrainingData:
     """Shards a model was trained on.
 
     Attributes:
-        index: None where they are not known or gone.
-        held_out: fraction of their samples kept out of training by key.
+        index: None if they are unknown or gone.
+        held_out: fraction of their samples held out of training by key.
         reason: why there are none.
-        max_pixels: of an image, as training had it.
+        max_pixels: the training's limit of pixels per image.
     """
 
     index: ShardIndex | None
@@ -47,7 +47,7 @@ class TrainingData:
 
 
 def given_training_data(shards: str | Path | Sequence[str | Path]) -> TrainingData:
-    """Training shards named by the user; ShardError if they are not there."""
+    """Training shards given by the user; ShardError if they do not exist."""
     return TrainingData(load_index(expand_shards(shards)))
 
 
@@ -63,18 +63,16 @@ def recorded_training_data(source: ModelSource) -> TrainingData:
         index = load_index(expand_shards(data["shards"]), data.get("index"))
     except ShardError as error:
         return TrainingData(None, reason=f"the training shards can't be read any more ({error})")
-    held_out = (
-        float(data.get("validation_fraction", 0.0)) if data.get("validation", "auto") == "auto" else 0.0
-    )
-    return TrainingData(index, held_out, max_pixels=int(data.get("max_pixels", MAX_PIXELS)))
+    held_out = data.get("validation_fraction", 0.0) if data.get("validation", "auto") == "auto" else 0.0
+    return TrainingData(index, float(held_out), max_pixels=int(data.get("max_pixels", MAX_PIXELS)))
 
 
 def recorded_recipe(source: ModelSource) -> dict[str, Any] | None:
-    """The resolved recipe beside a run or checkpoint; None for a model that came without."""
+    """The resolved recipe of a run or checkpoint; None for other models."""
     for folder in (source.weights_file.parent, Path(source.path)):
         try:
             return tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none there, as with an exported model
+        except (OSError, ValueError):
             continue
     return None
 
@@ -89,16 +87,14 @@ def training_images(
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """About `wanted` images uint8 [B, C, R, R] and their keys, as many from each shard, without those that training held out."""
+    """About `wanted` images uint8 [B, C, R, R] and their keys, equally many per shard, without held-out images."""
     entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
     random.Random(seed).shuffle(entries)
     share = math.ceil(wanted / max(len(entries), 1))
     with Progress("reading training images", None) as progress:
         for entry in entries[:wanted]:
-            batches = image_batches(
-                [entry.path], resolution, batch_size, limit=share, channels=channels, max_pixels=max_pixels
-            )
-            for batch in batches:
+            options: dict[str, Any] = {"limit": share, "channels": channels, "max_pixels": max_pixels}
+            for batch in image_batches([entry.path], resolution, batch_size, **options):
                 kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, training.held_out)]
                 progress.advance(len(kept))
                 if kept:

@@ -154,7 +154,7 @@ def test_bad_input_is_one_clear_line_and_gives_no_result(workspace, tmp_path, ti
     tiny_model(in_channels=1, out_channels=3).save_pretrained(gray)
     for error, match, arguments in [
         (ModelError, "does not exist", {"model": tmp_path / "none"}),
-        (ModelError, "as many in as out", {"model": gray}),
+        (ModelError, "expected the same number", {"model": gray}),
         (ShardError, "nowhere", {"shards": tmp_path / "nowhere"}),
         (ShardError, "nowhere", {"pca_shards": tmp_path / "nowhere"}),
         (ImageError, "multiple of 4; use 32", {"resolution": 33}),

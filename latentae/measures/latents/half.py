@@ -1,7 +1,7 @@
-"""Whether a model can run in half precision: how large its activations get, and what fp16 and bf16 make of its output.
+"""Audit of half precision: how large a model's activations get, and how fp16 and bf16 change its output.
 
-fp16 ends at 65504. A model whose activations get near it gives infinities, then NaN, on some image sooner or later; pipelines run
-such a model in fp32 where its config says `force_upcast`.
+The largest fp16 number is 65504. A model whose activations get near it produces infinities and then NaN on some image sooner or
+later. Pipelines run such a model in fp32 if its config says `force_upcast`.
 """
 
 from __future__ import annotations
@@ -16,73 +16,91 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from latentae.errors import DataError, ModelError
+from latentae.errors import DataError, ModelError, first_line
 from latentae.models.base import Autoencoder
 from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["FP16_MAX", "MARGIN", "PSNR_NEEDED", "HalfAudit", "HalfRun", "audit_half"]
 
 FP16_MAX = 65504.0
-MARGIN = 4.0  # images that were not seen may drive an activation further than all that were
+MARGIN = 4.0  # for larger activations on other images
 PSNR_NEEDED = 20 * math.log10(255)  # dB: fp16 changes an image by at most one of 255 levels, root mean square
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CPU_SIDE, CPU_PIXELS = 256, 2**16
-"""Of what a CPU runs in half precision, which without its own instructions takes six times fp32's time."""
+CPU_SIDE, CPU_PIXELS = (
+    256,
+    2**16,
+)  # run in half precision on a CPU, where it can take six times as long as fp32
 ENCODER, DECODER = "encoder", "decoder"
-_SMALLEST = 2  # latent pixels a side that are traced; one would be taken for a constant
-_MOST = (
-    32  # images that a traced model is given at once; diffusers' upsampling does something else from 64 on
-)
-_HANDED_ON = (
+SMALLEST = 2  # traced latent pixels per side; torch.export takes 1 for a constant
+MOST = 32  # images per batch of a traced model; diffusers' upsampling differs from 64 on
+POSTERIOR_OPERATORS = (
     torch.ops.aten.to.dtype,
     torch.ops.aten.chunk.default,
     operator.getitem,
     torch.ops.aten.clamp.default,
     torch.ops.aten.full_like.default,
     torch.ops.aten.cat.default,
-)  # what a posterior is made of
-_LOGIT_ROWS = 1024  # queries whose attention logits are looked at together
+)
+LOGIT_ROWS = 1024  # queries per block of attention logits
 
 
 @dataclass(frozen=True)
 class HalfRun:
-    """How far the model, weights and activations in half precision, is from itself in fp32. None where it is not finite."""
+    """Difference between the model in half precision, weights and activations, and the same model in fp32.
+
+    Attributes:
+        finite: whether everything was finite.
+        latent_max_abs: largest difference of the encoder's mean, in units of the raw latent; None if not finite.
+        image_max_abs: largest difference of images decoded from the same latent, range [-1, 1]; None if not finite.
+        image_psnr: of the decoded images against those of fp32, over all images, in dB with peak 2; infinite if equal, None if not
+            finite.
+    """
 
     finite: bool
     latent_max_abs: float | None
-    """Largest difference of the encoder's mean, in units of the raw latent."""
     image_max_abs: float | None
-    """Largest difference of an image decoded from the same latent, range [-1, 1]."""
     image_psnr: float | None
-    """Of the decoded images against those of fp32 over all images in dB, peak 2; infinite where they are equal."""
+
+    def __str__(self) -> str:
+        if not self.finite or self.image_psnr is None:
+            return "not finite"
+        psnr = f"{self.image_psnr:.1f} dB" if math.isfinite(self.image_psnr) else "no difference"
+        return (
+            f"decoded images {psnr} PSNR, at most {self.image_max_abs:.2g} off; "
+            f"latents at most {self.latent_max_abs:.2g} off"
+        )
 
 
 @dataclass(frozen=True)
 class HalfAudit:
-    """What `audit_half` found."""
+    """Result of `audit_half`.
+
+    Attributes:
+        images: number of images whose activations were measured.
+        half_images: number of images that were also run in half precision.
+        encoder, decoder: largest absolute activation by stage; infinite if fp32 was not finite.
+        runs: by "fp16" and "bf16".
+    """
 
     images: int
     half_images: int
-    """How many of them were run in half precision too."""
     encoder: Mapping[str, float]
-    """Stage -> largest absolute activation over all images; infinite where fp32 was not finite."""
     decoder: Mapping[str, float]
     runs: Mapping[str, HalfRun]
-    """"fp16" and "bf16"."""
 
     @property
     def largest(self) -> tuple[str, str, float]:
         """Coder, stage and value of the largest activation."""
-        found = [(ENCODER, *item) for item in self.encoder.items()] + [
-            (DECODER, *item) for item in self.decoder.items()
-        ]
-        return max(found, key=lambda item: item[2])
+        coders = ((ENCODER, self.encoder), (DECODER, self.decoder))
+        return max(
+            ((coder, *item) for coder, maxima in coders for item in maxima.items()), key=lambda item: item[2]
+        )
 
     @property
     def obstacle(self) -> str | None:
-        """Why the model should not run in fp16, in words; None if it can."""
+        """Why the model should not run in fp16; None if it can."""
         coder, stage, value = self.largest
         if value * MARGIN > FP16_MAX:
             limit = f"fp16 ends at {FP16_MAX:.0f} and {MARGIN:g} times less is asked for"
@@ -96,64 +114,56 @@ class HalfAudit:
 
     @property
     def force_upcast(self) -> bool:
-        """What a diffusers config should say: whether pipelines must run this model in fp32."""
+        """Value for a diffusers config: whether pipelines must run this model in fp32."""
         return self.obstacle is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; null for what is not finite."""
+        """Plain JSON values; null for a number that is not finite."""
         coder, stage, value = self.largest
-        return {
+        values = {
             "images": self.images,
             "half_images": self.half_images,
             "force_upcast": self.force_upcast,
             "obstacle": self.obstacle,
             "fp16_max": FP16_MAX,
             "margin": MARGIN,
-            "largest": {"coder": coder, "stage": stage, "activation": _finite(value)},
-            "activation_maxima": {
-                name: {stage: _finite(value) for stage, value in maxima.items()}
-                for name, maxima in ((ENCODER, self.encoder), (DECODER, self.decoder))
-            },
-            "runs": {
-                name: {
-                    key: _finite(value) if isinstance(value, float) else value
-                    for key, value in asdict(run).items()
-                }
-                for name, run in self.runs.items()
-            },
+            "largest": {"coder": coder, "stage": stage, "activation": value},
+            "activation_maxima": {ENCODER: dict(self.encoder), DECODER: dict(self.decoder)},
+            "runs": {name: asdict(run) for name, run in self.runs.items()},
         }
+        return tree_map(lambda value: _finite(value) if isinstance(value, float) else value, values)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Label and text of each line of a card."""
+        """Label and text of each line of a model card."""
         rows = [
             ("Images whose activations were measured", str(self.images)),
             ("Images run in half precision", str(self.half_images)),
         ]
         for name, maxima in ((ENCODER, self.encoder), (DECODER, self.decoder)):
-            stage = max(maxima, key=lambda stage: maxima[stage])
+            stage = max(maxima, key=maxima.__getitem__)
             rows.append((f"Largest activation, {name}", f"{maxima[stage]:.4g} ({stage})"))
-        rows += [(f"{name} against fp32", _in_words(run)) for name, run in self.runs.items()]
+        rows += [(f"{name} against fp32", str(run)) for name, run in self.runs.items()]
         return [*rows, ("fp16", "safe" if self.obstacle is None else f"not safe: {self.obstacle}")]
 
 
 @torch.no_grad()
 def audit_half(model: Autoencoder, batches: Iterable[Tensor]) -> HalfAudit:
-    """Measure activations in fp32, and run the model in fp16 and bf16, over images.
+    """Measure activations in fp32, and compare the model in fp16 and bf16 with fp32.
 
-    Maxima are of every intermediate result of the model as plain operators, attention logits included; the fused steps of a CPU or GPU,
-    which keep some of them to themselves, are not used for it. The decoder is given samples of the posterior, the same each time.
+    Maxima are over all intermediate results of the model as plain operators, including attention logits. Fused steps, which hide some
+    of them, are not used here. The decoder gets samples of the posterior, the same each time.
 
-    The half-precision runs are those of `model.to(dtype)` on its device, with whatever kernels that device uses. A GPU runs all images;
-    a CPU the middle, at most CPU_SIDE pixels a side, of the first ones, until it has run CPU_PIXELS pixels.
+    The half-precision runs are those of `model.to(dtype)` on its device, with the kernels of that device. A GPU runs all images.
+    A CPU runs the center of the first images, at most CPU_SIDE pixels a side, until it has run CPU_PIXELS pixels.
 
     Args:
-        model: in any dtype, on any device; it is copied, not changed.
-        batches: images [B, C, H, W] in [-1, 1], of any sizes that f divides.
+        model: in any dtype, on any device; copied, not changed.
+        batches: images [B, C, H, W] in [-1, 1], with sides that are multiples of f.
 
     Raises:
         DataError: no images.
         ImageError: images of the wrong shape.
-        ModelError: a model that `torch.export` can't take apart.
+        ModelError: `torch.export` can't trace the model.
     """
     device = next(model.parameters()).device
     exact = copy.deepcopy(model).float().eval()
@@ -166,8 +176,8 @@ def audit_half(model: Autoencoder, batches: Iterable[Tensor]) -> HalfAudit:
         x = batch.to(device, torch.float32)
         latent = _sample(exact.encode(x), images)
         for name, inputs in ((ENCODER, x), (DECODER, latent)):
-            for some in inputs.split(_MOST):
-                watched[name].run(some)
+            for part in inputs.split(MOST):
+                watched[name].run(part)
         part = _half_part(x, model.config.downsampling, half_pixels)
         if len(part):
             posterior = exact.encode(part)
@@ -175,11 +185,9 @@ def audit_half(model: Autoencoder, batches: Iterable[Tensor]) -> HalfAudit:
             decoded = exact.decode(latent)
             for comparison in comparisons.values():
                 comparison.add(part, posterior.mean, latent, decoded)
-        images, half_images, half_pixels = (
-            images + len(x),
-            half_images + len(part),
-            half_pixels + part[:, 0].numel(),
-        )
+        images += len(x)
+        half_images += len(part)
+        half_pixels += part[:, 0].numel()
     if not images:
         raise DataError("a half-precision audit has no images; give some")
     runs = {name: comparison.result() for name, comparison in comparisons.items()}
@@ -192,7 +200,7 @@ def _sample(posterior: DiagonalGaussian, seed: int) -> Tensor:
 
 
 def _half_part(x: Tensor, f: int, done: int) -> Tensor:
-    """What of a batch is run in half precision after `done` pixels; sides stay multiples of `f`."""
+    """The part of a batch to run in half precision after `done` pixels; sides stay multiples of `f`."""
     if x.device.type != "cpu":
         return x
     height, width = (min(side, max(CPU_SIDE // f, 1) * f) for side in x.shape[2:])
@@ -201,76 +209,57 @@ def _half_part(x: Tensor, f: int, done: int) -> Tensor:
     return x[: -(-left_over // (height * width)), :, top : top + height, left : left + width]
 
 
-class _Encode(nn.Module):
-    """The encoder as a module, which is what `torch.export` takes."""
+class _Coder(nn.Module):
+    """A method of a model as a module, which `torch.export` needs."""
 
-    def __init__(self, model: Autoencoder) -> None:
+    def __init__(self, model: Autoencoder, name: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.name = model, name
 
-    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, H, W] -> mean and log-variance, [B, z, h, w]."""
-        posterior = self.model.encode(sample)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        """Images -> mean and log-variance, [B, z, h, w]; or latents -> images."""
+        if self.name == DECODER:
+            return self.model.decode(x)
+        posterior = self.model.encode(x)
         return posterior.mean, posterior.logvar
-
-
-class _Decode(nn.Module):
-    """The decoder as a module."""
-
-    def __init__(self, model: Autoencoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        """[B, z, h, w] -> [B, C, f*h, f*w]."""
-        return self.model.decode(latent_sample)
 
 
 def _programs(model: Autoencoder, device: torch.device) -> dict[str, ExportedProgram]:
     """Encoder and decoder as plain operators, for any batch, height and width."""
     config = model.config
-    z, channels, f = config.latent_channels, config.in_channels, config.downsampling
-    # traced at sizes that are neither 1 nor equal: torch.export takes a 1 for a constant, and equal sides for one number
-    images, latents = (
-        torch.zeros(2, channels, 3 * f, 4 * f, device=device),
-        torch.zeros(2, z, 3, 4, device=device),
-    )
-    batch, height, width = (
-        Dim("batch", min=1, max=_MOST),
-        Dim("height", min=_SMALLEST),
-        Dim("width", min=_SMALLEST),
-    )
-    try:
-        return {
-            ENCODER: torch.export.export(
-                _Encode(model), (images,), dynamic_shapes={"sample": {0: batch, 2: f * height, 3: f * width}}
-            ),
-            DECODER: torch.export.export(
-                _Decode(model), (latents,), dynamic_shapes={"latent_sample": {0: batch, 2: height, 3: width}}
-            ),
-        }
-    except (
-        Exception
-    ) as error:  # whatever a model does that can't be traced, each thing with an exception of its own
-        reason = next(iter(str(error).splitlines()), "")
-        raise ModelError(
-            f"torch.export can't trace this {type(model).__name__} ({type(error).__name__}: {reason}), so its activations can't be measured"
-        ) from error
+    batch = Dim("batch", min=1, max=MOST)
+    sides = Dim("height", min=SMALLEST), Dim("width", min=SMALLEST)
+    programs = {}
+    for name, channels, f in (
+        (ENCODER, config.in_channels, config.downsampling),
+        (DECODER, config.latent_channels, 1),
+    ):
+        # Traced at unequal sides other than 1: torch.export takes a 1 for a constant, and equal sides for one number
+        example = torch.zeros(2, channels, 3 * f, 4 * f, device=device)
+        shapes = {"x": {0: batch, 2: f * sides[0], 3: f * sides[1]}}
+        try:
+            programs[name] = torch.export.export(_Coder(model, name), (example,), dynamic_shapes=shapes)
+        except Exception as error:  # many types, one for each thing that can't be traced
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ModelError(
+                f"torch.export can't trace this {type(model).__name__} ({reason}), so its activations can't be measured"
+            ) from error
+    return programs
 
 
 class _Watch(fx.Interpreter):
-    """Runs an exported coder operator by operator and remembers the largest magnitude in each stage."""
+    """Runs an exported coder operator by operator and records the largest magnitude in each stage."""
 
     def __init__(self, program: ExportedProgram, coder: str, model: Autoencoder) -> None:
         super().__init__(
             program.module(check_guards=False)
-        )  # they are about speed: strides of one-pixel maps
+        )  # guards concern speed: strides of one-pixel maps
         nodes = [n for n in self.module.graph.nodes if n.op == "call_function"]  # pyright: ignore  # a GraphModule
         self.coder, self.maxima = coder, dict[str, Tensor]()
         self.stages = dict(zip(nodes, _stages(nodes, coder, model), strict=True))
 
     def run_node(self, n: fx.Node) -> Any:
-        """One operator, and what it gave."""
+        """Run one operator and record its result."""
         out = super().run_node(n)
         if n.op == "call_function":
             for value in tree_leaves(out):
@@ -278,16 +267,14 @@ class _Watch(fx.Interpreter):
                     self._note(n, value)
         if n.target is torch.ops.aten.scaled_dot_product_attention.default:
             query, key = (self.env[argument] for argument in n.args[:2])  # pyright: ignore[reportArgumentType]
-            for rows in query.split(_LOGIT_ROWS, dim=-2):
+            for rows in query.split(LOGIT_ROWS, dim=-2):
                 self._note(n, rows @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]))
         return out
 
     def result(self) -> dict[str, float]:
         """Stage -> largest magnitude, in the order of execution."""
-        values = {stage: value.item() for stage, value in self.maxima.items()}
-        return {stage: math.inf if math.isnan(value) else value for stage, value in values.items()} or {
-            self.coder: 0.0
-        }
+        values = {stage: value.item() for stage, value in self.maxima.items()} or {self.coder: 0.0}
+        return {stage: math.inf if math.isnan(value) else value for stage, value in values.items()}
 
     def _note(self, n: fx.Node, value: Tensor) -> None:
         stage, largest = self.stages[n], value.abs().amax()
@@ -298,14 +285,11 @@ class _Watch(fx.Interpreter):
 def _stages(nodes: Sequence[fx.Node], coder: str, model: Autoencoder) -> list[str | None]:
     """The stage of each operator: conv_in, down_blocks.0 ..., mid_block, up_blocks.0 ..., conv_out, quant_conv.
 
-    What a coder does itself belongs to the stage before, and after the last one to its last convolution (with the normalization before
-    it), where it has one by that name; what is in no module, to the coder. None is what only hands the moments on.
+    An operator of the coder itself belongs to the stage before it. After the last stage it belongs to conv_out, if there is one. An
+    operator outside all modules belongs to the coder, or to no stage (None) if it only passes the moments on.
     """
-    last = (
-        "conv_out"
-        if any(f".{name}".endswith(f".{coder}.conv_out") for name, _ in model.named_modules())
-        else coder
-    )
+    names = (f".{name}" for name, _ in model.named_modules())
+    last = "conv_out" if any(name.endswith(f".{coder}.conv_out") for name in names) else coder
     found: list[str | None] = []
     stacks = [list(n.meta.get("nn_module_stack", {}).values()) for n in nodes]
     paths = [stack[-1][0].split(".") if stack else [] for stack in stacks]
@@ -315,17 +299,16 @@ def _stages(nodes: Sequence[fx.Node], coder: str, model: Autoencoder) -> list[st
         if parts:
             found.append(".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0])
         elif parts is not None:
-            found.append(
-                last if number > ends else next((stage for stage in reversed(found) if stage), coder)
-            )
+            before = next((stage for stage in reversed(found) if stage), coder)
+            found.append(last if number > ends else before)
         else:
             own = next((part for part in path if part not in ("", "model", "module")), None)
-            found.append(own or (None if n.target in _HANDED_ON else coder))
+            found.append(own or (None if n.target in POSTERIOR_OPERATORS else coder))
     return found
 
 
 class _Comparison:
-    """The model in half precision beside fp32, over batches."""
+    """Differences between the model in half precision and in fp32, over batches."""
 
     def __init__(self, model: Autoencoder, dtype: torch.dtype) -> None:
         self.model, self.dtype = copy.deepcopy(model).to(dtype).eval(), dtype
@@ -333,13 +316,12 @@ class _Comparison:
         self.count = 0
 
     def add(self, x: Tensor, mean: Tensor, latent: Tensor, decoded: Tensor) -> None:
-        """Images, and what fp32 makes of them: the posterior's mean, a latent and what it decodes to."""
+        """Compare on images, given fp32's posterior mean, a latent and the image decoded from it."""
         posterior = self.model.encode(x.to(self.dtype))
-        latent_error = torch.where(
-            posterior.logvar.isnan().any(), torch.nan, (posterior.mean - mean).abs().amax()
-        )
+        difference = (posterior.mean - mean).abs().amax()
+        latent_error = torch.where(posterior.logvar.isnan().any(), torch.nan, difference)
         image_error = self.model.decode(latent.to(self.dtype)).float() - decoded
-        squares = image_error.square().mean()  # sums of many squares would lose digits in fp32
+        squares = image_error.square().mean()  # a sum of many squares would lose digits in fp32
         self.latent = _larger(self.latent, latent_error.item())
         self.image = _larger(self.image, image_error.abs().amax().item())
         self.squares += squares.item() * image_error.numel()
@@ -354,16 +336,9 @@ class _Comparison:
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger; NaN if either is."""
+    """The larger value; NaN if either is NaN."""
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _in_words(run: HalfRun) -> str:
-    if not run.finite or run.image_psnr is None:
-        return "not finite"
-    psnr = f"{run.image_psnr:.1f} dB" if math.isfinite(run.image_psnr) else "no difference"
-    return f"decoded images {psnr} PSNR, at most {run.image_max_abs:.2g} off; latents at most {run.latent_max_abs:.2g} off"

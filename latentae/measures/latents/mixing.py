@@ -1,4 +1,4 @@
-"""Latents between two latents."""
+"""Interpolation between two latents."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ MODES = ("linear", "spherical")
 
 
 def mix_latents(a: Tensor, b: Tensor, share: float, mode: str, center: float | Tensor = 0.0) -> Tensor:
-    """A latent between two.
+    """Interpolate between two latents.
 
-    "linear" is a + t (b - a). "spherical" is sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b about the centre, w the angle between the two
-    (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3); linear where w is 0 or 180 degrees, which leaves the arc open.
+    "linear" is a + t (b - a). "spherical" is sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b about the center, with w the angle between
+    the two (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3). It is linear if w is 0 or 180 degrees, where
+    the arc is not unique.
 
     Args:
         a: [z, h, w].
         b: the same.
-        share: t, 0 is `a` and 1 is `b`.
+        share: t, from 0 for `a` to 1 for `b`.
         mode: one of `MODES`.
-        center: what is subtracted first, and added again; a number, or a tensor such as the channels' means [z, 1, 1].
+        center: center of the arc, a number or a tensor such as the channel means [z, 1, 1].
     """
     if mode == "linear":
         return torch.lerp(a, b, share)

@@ -1,4 +1,4 @@
-"""The linear probe: how well a linear classifier tells classes apart by features alone."""
+"""Linear probe: how well a linear classifier separates classes by their features."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from latentae.data.selection import is_held_out
 
 __all__ = ["HELD_OUT", "LinearProbe", "fit_probe", "pooled", "probe_report"]
 
-HELD_OUT = 0.2
-"""Share of the labelled images that the probe is tested on, chosen by key."""
-_ROUNDS = 1000
+HELD_OUT = 0.2  # share of the labeled images that the probe is tested on, chosen by key
+ROUNDS = 1000
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Softmax regression on standardised features.
+    """Softmax regression on standardized features.
 
     Attributes:
         weight: fp64 [classes, d].
         bias: fp64 [classes].
-        center, spread: fp64 [d], mean and standard deviation of the features it was fitted on.
+        center, spread: fp64 [d], mean and standard deviation of the training features.
     """
 
     weight: Tensor
@@ -42,25 +41,27 @@ class LinearProbe:
 
 
 def pooled(latents: Tensor) -> Tensor:
-    """What a latent says of its image as a whole, fp32 [B, 4z]: the mean of each channel over each quarter of the latent.
+    """Features of an image for the probe: the mean of each latent channel over each quarter of the latent.
 
-    Four quarters and not one mean over all places: a convolutional latent says what is where, and the mean alone keeps little but
-    brightness and colour. It is among what a linear classifier can make of the quarters. A side of one place is not divided.
+    A mean over all positions would keep little but brightness and color. A side of one pixel is not divided.
 
     Args:
-        latents: [B, z, h, w], such as the means of posteriors.
+        latents: [B, z, h, w], such as posterior means.
+
+    Returns:
+        fp32 [B, 4z].
     """
     parts = (min(latents.shape[2], 2), min(latents.shape[3], 2))
     return F.adaptive_avg_pool2d(latents.double(), parts).flatten(1).float()
 
 
 def fit_probe(features: Tensor, classes: Tensor, count: int, inverse_penalty: float = 1.0) -> LinearProbe:
-    """Minimise sum of cross-entropies + |W|^2 / (2 C), the bias free: scikit-learn's LogisticRegression, by L-BFGS in fp64.
+    """Minimize the sum of cross-entropies + |W|^2 / (2 C) by L-BFGS in fp64, like scikit-learn's LogisticRegression.
 
     Args:
         features: [N, d].
         classes: int64 [N], from 0.
-        count: of classes.
+        count: number of classes.
         inverse_penalty: C.
     """
     features = features.double()
@@ -69,19 +70,17 @@ def fit_probe(features: Tensor, classes: Tensor, count: int, inverse_penalty: fl
     standard, n = (features - center) / spread, len(features)
     weight = torch.zeros(count, features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(count, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=_ROUNDS,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
+    options: dict[str, Any] = {
+        "tolerance_grad": 1e-7,
+        "tolerance_change": 1e-12,
+        "line_search_fn": "strong_wolfe",
+    }
+    solver = torch.optim.LBFGS([weight, bias], max_iter=ROUNDS, **options)
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = F.cross_entropy(standard @ weight.T + bias, classes) + weight.square().sum() / (
-            2 * inverse_penalty * n
-        )
+        penalty = weight.square().sum() / (2 * inverse_penalty * n)
+        value = F.cross_entropy(standard @ weight.T + bias, classes) + penalty
         value.backward()
         return value
 
@@ -90,15 +89,15 @@ def fit_probe(features: Tensor, classes: Tensor, count: int, inverse_penalty: fl
 
 
 def probe_report(keys: Sequence[str], labels: Sequence[str], features: Tensor) -> dict[str, Any]:
-    """Fit a probe on four fifths of labelled images and test it on the rest, chosen by key.
+    """Fit a probe on four fifths of labeled images and test it on the rest, chosen by key.
 
     Args:
         keys: of N images.
-        labels: of them.
+        labels: of the images.
         features: [N, d].
 
     Returns:
-        Plain JSON values; `skipped` says why there is no accuracy, where there is none.
+        Plain JSON values; `skipped` is the reason if there is no accuracy.
     """
     names = sorted(set(labels))
     tested = torch.tensor([is_held_out(key, HELD_OUT) for key in keys], dtype=torch.bool)
@@ -111,20 +110,16 @@ def probe_report(keys: Sequence[str], labels: Sequence[str], features: Tensor) -
         "tested_on": int(tested.sum()),
     }
     if len(names) < 2 or not tested.any() or len(classes[~tested].unique()) < 2:
-        return {
-            **report,
-            "skipped": "a probe needs two classes to train on and an image to test on; give more labelled images",
-        }
+        reason = "a probe needs two classes to train on and an image to test on; give more labelled images"
+        return {**report, "skipped": reason}
     probe = fit_probe(features[~tested], classes[~tested], len(names))
-    right = probe.predict(features[tested]) == classes[tested]
+    right = (probe.predict(features) == classes).double()
     most = Counter(classes[~tested].tolist()).most_common(1)[0][0]
-    of_class = {name: classes[tested] == number for number, name in enumerate(names)}
+    of_class = {name: tested & (classes == number) for number, name in enumerate(names)}
     return {
         **report,
-        "accuracy": float(right.double().mean()),
-        "training_accuracy": float((probe.predict(features[~tested]) == classes[~tested]).double().mean()),
+        "accuracy": float(right[tested].mean()),
+        "training_accuracy": float(right[~tested].mean()),
         "most_frequent_class": float((classes[tested] == most).double().mean()),
-        "by_class": {
-            name: float(right[mask].double().mean()) for name, mask in of_class.items() if mask.any()
-        },
+        "by_class": {name: float(right[mask].mean()) for name, mask in of_class.items() if mask.any()},
     }
