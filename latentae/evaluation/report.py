@@ -11,8 +11,7 @@ from PIL import Image
 
 from latentae.file_names import REPORT
 from latentae.files import write_text
-from latentae.measures.ranking import rank
-from latentae.measures.scores import HIGHER_IS_BETTER, interval_text, methods, metric_label
+from latentae.measures.scores import HIGHER_IS_BETTER, interval_text, methods, metric_label, rank
 from latentae.pages.charts import WIDE, Chart, Curve, bar_plot, line_plot
 from latentae.pages.curves import curve_chart, curve_title, read_log
 from latentae.pages.error_map import BRIGHTEST, TICKS, scale_gradient
