@@ -138,7 +138,7 @@ def test_other_models_are_measured_on_the_same_images(workspace, tmp_path, tiny_
     tiny_model(in_channels=1, out_channels=1).save_pretrained(tmp_path / "gray")
     with pytest.raises(ModelError, match="1 channels in"):
         evaluate(workspace / "model", workspace / "held_out", compare=[tmp_path / "gray"])
-    with pytest.raises(ImageError, match="resolution is 30, .* needs a multiple of 4"):
+    with pytest.raises(ImageError, match=r"resolution is 30, .* needs a multiple of 4"):
         evaluate(
             tmp_path / "x" / "model", workspace / "held_out", resolution=30, compare=[workspace / "model"]
         )
