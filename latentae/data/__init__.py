@@ -1,1 +1,1 @@
-"""Images in: shards, decoding, crops, batches, and the writer of shards. This room alone splits data over ranks and workers."""
+"""Data: shards, decoding, crops, batches. Only this package splits data over ranks and workers."""

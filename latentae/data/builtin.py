@@ -1,4 +1,4 @@
-"""Images inside installed packages, by name: photos of scikit-image and scikit-learn, and scikit-learn's digits.
+"""Images inside installed packages: photos of scikit-image and scikit-learn, and digits.
 
 They need no download. The photos are split by source image and cut into overlapping tiles.
 """
@@ -34,9 +34,12 @@ __all__ = [
 
 BUILTIN = ("sklearn:digits", "sklearn:binary-digits", "skimage:photos")
 HELD_OUT_DIGITS = 360
-"""The last fifth of the 1,797 digits. They are ordered by writer, so most are by other writers than the rest."""
-# The held-out photos are in color and of different subjects, none of which is in training. Both motorcycle photos, a stereo
-# pair, are in training.
+"""The last fifth of the 1,797 digits.
+
+They are ordered by writer, so most are by other writers than the rest.
+"""
+# The held-out photos are in color and of different subjects, none of which is in training. Both
+# motorcycle photos, a stereo pair, are in training.
 HELD_OUT = ("chelsea.png", "china.jpg", "coffee.png")
 TRAINING = (
     *("astronaut.png", "brick.png", "camera.png", "cell.png", "coins.png", "flower.jpg", "grass.png"),
@@ -56,8 +59,9 @@ class BuiltinImages:
     """The images of a built-in set, to pack into shards; all are in memory (15 MB at most).
 
     Args:
-        spec: `sklearn:digits` (8 x 8, gray, labels in `.cls`), `sklearn:binary-digits` (the same in black and white) or
-            `skimage:photos` (color tiles of 128 pixels), each optionally with `:held-out` for the other split.
+        spec: `sklearn:digits` (8 x 8, gray, labels in `.cls`), `sklearn:binary-digits` (the same in
+            black and white) or `skimage:photos` (color tiles of 128 pixels), each optionally with
+            `:held-out` for the other split.
 
     Raises:
         DataError: no such set or split.
@@ -70,7 +74,7 @@ class BuiltinImages:
         name, split = f"{package}:{name}", split or "train"
         if name not in BUILTIN or split not in ("train", "held-out"):
             raise DataError(
-                f"{spec} is no built-in set; expected {', '.join(BUILTIN)}, or one of them with :held-out"
+                f"{spec} is no built-in set; expected {', '.join(BUILTIN)}, or one with :held-out"
             )
         self.location = f"{name}:{split}"
         rows = _photos(split) if name == "skimage:photos" else _digits(split, name == "sklearn:binary-digits")
@@ -97,8 +101,9 @@ class BuiltinImages:
 def digits(split: str = "train", *, binary: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """scikit-learn's digits: uint8 [N, 1, 8, 8] and their classes, int64 [N].
 
-    Their 17 levels are scaled to 0 to 255. They are the 1,797 digits of the test set of UCI's "Optical Recognition of
-    Handwritten Digits" (Alpaydin & Kaynak 1998). `held-out` is the last 360 of them.
+    Their 17 levels are scaled to 0 to 255. They are the 1,797 digits of the test set of UCI's
+    "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998). `held-out` is the last 360
+    of them.
 
     Args:
         split: train or held-out.
@@ -153,7 +158,8 @@ def photo_tiles(names: Sequence[str], size: int, stride: int) -> Iterator[tuple[
     Args:
         names: photos, from `TRAINING` or `HELD_OUT`.
         size: side of a tile in pixels.
-        stride: pixels between tiles; below `size` they overlap. The last tile of a side ends at the photo's edge.
+        stride: pixels between tiles; below `size` they overlap. The last tile of a side ends at the
+            photo's edge.
     """
     for name in names:
         file = photo_file(name)

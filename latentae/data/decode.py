@@ -1,4 +1,4 @@
-"""Decode image files: every common format to uint8 or uint16 in sRGB, or an error that names the file. Rules: docs/images.md."""
+"""Decode common image files to uint8 or uint16 in sRGB, by the rules of docs/images.md."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ __all__ = [
 ]
 
 LARGE = MAX_PIXELS  # JPEGs of more pixels may be decoded at a reduced scale
-MARGIN = (
-    4  # smallest ratio of the decoded to the final size; the error after resizing is 53 dB, docs/images.md
-)
+MARGIN = 4  # smallest ratio of decoded to final size; the error after resizing is 53 dB, docs/images.md
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,10 @@ class Sample:
     image: Tensor
     """uint8 or uint16 [C, H, W], sRGB."""
     size: tuple[int, int] = (0, 0)
-    """Height and width of the file's upright image in pixels; `image` is smaller if it was decoded at a reduced scale."""
+    """Height and width of the file's upright image in pixels.
+
+    `image` is smaller if it was decoded at a reduced scale.
+    """
 
 
 class ImageKind(NamedTuple):
@@ -55,7 +56,10 @@ class ImageKind(NamedTuple):
 
 
 def image_kind(raw: RawSample) -> ImageKind:
-    """How the image of a raw sample is stored, by its header; ImageError if it has no readable image."""
+    """How the image of a raw sample is stored, by its header.
+
+    ImageError if it has no readable image.
+    """
     extension = image_extension(raw)
     if extension is None:
         raise ImageError(f"sample {raw['__key__']} has no image")
@@ -77,7 +81,10 @@ def decode_sample(
     max_pixels: int | None = MAX_PIXELS,
     short: int | None = None,
 ) -> Sample:
-    """Decode the image of a raw sample as `decode_image` does; ImageError names its key and shard."""
+    """Decode the image of a raw sample as `decode_image` does.
+
+    ImageError names its key and shard.
+    """
     key, shard = raw["__key__"], raw.get("__url__")
     name = f"{key} in {shard}" if shard else key
     extension = image_extension(raw)
@@ -97,7 +104,10 @@ def read_image(
     max_pixels: int | None = MAX_PIXELS,
     short: int | None = None,
 ) -> Tensor:
-    """Decode the image file at `path` as `decode_image` does; an unreadable file is an ImageError too."""
+    """Decode the image file at `path` as `decode_image` does.
+
+    An unreadable file is an ImageError too.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -116,22 +126,25 @@ def decode_image(
 ) -> Tensor:
     """Decode an image file to uint8 or uint16 [channels, H, W], a view of [H, W, channels] memory.
 
-    The image is upright by EXIF, in sRGB by the embedded ICC profile, and the first frame of an animation. docs/images.md has
-    the rules of each format. Nothing in a file is executed, and its size is checked before it is decoded.
+    The image is upright by EXIF, in sRGB by the embedded ICC profile, and the first frame of an
+    animation. docs/images.md has the rules of each format. Nothing in a file is executed, and its
+    size is checked before it is decoded.
 
     Args:
         data: the file's bytes.
         name: its name in error messages.
         channels: 1 is luma, 3 is RGB over white, 4 is RGBA, opaque if the file has no transparency.
-        bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened. None keeps 16 bits of
-            files with more than 8 bits where possible, otherwise 8.
-        max_pixels: refuse an image of more pixels (height times width) by its header; None is no limit.
-        short: pixels of the short side that the caller keeps after resizing. A JPEG of more than 80 million pixels is then
-            decoded at 1/2, 1/4 or 1/8 of its size, with a short side of at least 4 * `short`. None decodes in full.
+        bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened.
+            None keeps 16 bits of files with more than 8 bits where possible, otherwise 8.
+        max_pixels: refuse an image of more pixels (height times width) by its header; None is no
+            limit.
+        short: pixels of the short side that the caller keeps after resizing. A JPEG of more than 80
+            million pixels is then decoded at 1/2, 1/4 or 1/8 of its size, with a short side of at
+            least 4 * `short`. None decodes in full.
 
     Raises:
-        ImageError: not an image, cut short, of an unknown format, more than `max_pixels` by its header, or with more than 8
-            bits that can't be decoded although 16 are requested.
+        ImageError: not an image, cut short, of an unknown format, more than `max_pixels` by its
+            header, or with more than 8 bits that can't be decoded although 16 are requested.
         DataError: an invalid number of channels or bits.
     """
     return _decode(data, name, channels, bits, max_pixels, short)[0]
@@ -164,7 +177,10 @@ def _decode(
 
 
 def _reduce(image: Image.Image, short: int) -> None:
-    """Request scaled decoding that keeps at least `short` pixels of the short side; only JPEG supports it."""
+    """Request scaled decoding that keeps at least `short` pixels of the short side.
+
+    Only JPEG supports it.
+    """
     for factor in (8, 4, 2):
         if min(image.size) // factor >= max(short, 1):
             image.draft(image.mode, (image.width // factor, image.height // factor))
@@ -182,16 +198,13 @@ def _open(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     except Exception as error:
         raise ImageError(f"image {name} is damaged ({first_line(error)}); replace or remove it") from error
     if image is None and data[4:12] == b"ftypavif" and not features.check("avif"):
-        raise ImageError(
-            f"{name} is AVIF, which this Pillow can't read; install a wheel of Pillow 11.3 or newer"
-        )
+        raise ImageError(f"{name} is AVIF, which this Pillow can't read; install Pillow 11.3 or newer")
     if image is None:
         found = "an empty file" if not data else f"{data[:12]!r}..."
         raise ImageError(f"{name} is not an image: found {found}, expected a {', '.join(EXTENSIONS)} file")
     pixels = image.width * image.height
     if max_pixels is not None and pixels > max_pixels:
-        raise ImageError(
-            f"image {name} is {image.width}x{image.height} by its header, above the limit of {max_pixels} pixels; give "
-            f"--max-pixels {pixels} (for training --data.max-pixels) or resize it"
-        )
+        found = f"{image.width}x{image.height} by its header, above the limit of {max_pixels} pixels"
+        advice = f"give --max-pixels {pixels} (for training --data.max-pixels) or resize it"
+        raise ImageError(f"image {name} is {found}; {advice}")
     return image

@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, the keys of their samples, and file names for samples."""
+"""Folders of images: find images, name their samples, and check file names of samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _UNREAD = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """An image file, the key of its sample, its size in bytes, and the sidecars that share its stem."""
+    """An image file, the key of its sample, its size in bytes, and its sidecars."""
 
     path: Path
     key: str
@@ -46,14 +46,17 @@ class SourceImage:
 
 
 class ImageFolder:
-    """The images under a folder, to pack into shards. What is left out is logged by type and number.
+    """The images under a folder, to pack into shards.
+
+    What is left out is logged by type and number.
 
     Args:
         folder: searched as by `find_images`.
         leave_out: a folder to skip.
 
     Attributes:
-        left_out: number of files by type: an extension such as `.gif`, "hidden", "broken link" or "no extension".
+        left_out: number of files by type: an extension such as `.gif`, "hidden", "broken link" or
+            "no extension".
 
     Raises:
         DataError: as `find_images`.
@@ -94,8 +97,8 @@ class ImageFolder:
 def escape_key(relative: str) -> str:
     """The sample key of a relative path without extension, `/` between folders.
 
-    Readers of tars would cut or quote dots and spaces. These, `%` and unprintable characters become `%XX` of their UTF-8
-    bytes. No two paths share a key.
+    Readers of tars would cut or quote dots and spaces. These, `%` and unprintable characters become
+    `%XX` of their UTF-8 bytes. No two paths share a key.
     """
     key = "".join(_escape(c) if c in ". %\\" or not c.isprintable() else c for c in relative)
     return _escape(key[0]) + key[1:] if key.startswith("__") else key  # webdataset skips __name__/...
@@ -106,7 +109,10 @@ def _escape(character: str) -> str:
 
 
 def unescape_key(key: str) -> str:
-    """The relative path, without extension, of a key from `escape_key`; any other key is returned unchanged."""
+    """The relative path, without extension, of a key from `escape_key`.
+
+    Any other key is returned unchanged.
+    """
     data = key.encode("utf-8", "surrogateescape")
     data = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes.fromhex(match[1].decode()), data)
     path = data.decode("utf-8", "surrogateescape")
@@ -118,10 +124,12 @@ def check_file_names(folder: str | Path, names: Iterable[tuple[str, str]]) -> No
 
     Args:
         folder: output folder; it need not exist yet.
-        names: each file's path in `folder`, with `/` between folders, and the name of its sample in messages.
+        names: each file's path in `folder`, with `/` between folders, and the name of its sample in
+            messages.
 
     Raises:
-        OutputError: two samples have one name, or a name is too long for the file system or points outside the folder.
+        OutputError: two samples have one name, or a name is too long for the file system or points
+            outside the folder.
     """
     folder = Path(folder).absolute()
     longest, longest_path = 255, 4095  # in bytes; the limits of nearly all file systems
@@ -135,29 +143,26 @@ def check_file_names(folder: str | Path, names: Iterable[tuple[str, str]]) -> No
             raise OutputError(f"{sample} can't be written as the file {name!r}; rename the sample")
         part = max(parts, key=lambda part: len(os.fsencode(part)))
         if (length := len(os.fsencode(part))) > longest:
-            raise OutputError(
-                f"{sample} needs a file name of {length} bytes, {folder} takes {longest}; shorten its name: {part!r}"
-            )
+            found = f"{sample} needs a file name of {length} bytes, {folder} takes {longest}"
+            raise OutputError(f"{found}; shorten its name: {part!r}")
         if (length := len(os.fsencode(folder / name))) > longest_path:
-            raise OutputError(
-                f"{sample} needs a path of {length} bytes, {folder} takes {longest_path}; choose a shorter folder"
-            )
+            found = f"{sample} needs a path of {length} bytes, {folder} takes {longest_path}"
+            raise OutputError(f"{found}; choose a shorter folder")
         if name in seen:
-            raise OutputError(
-                f"{seen[name]} and {sample} would both be written to {name!r}; give them different keys, or write their "
-                "shards to separate folders"
-            )
+            advice = "give them different keys, or write their shards to separate folders"
+            raise OutputError(f"{seen[name]} and {sample} would both be written to {name!r}; {advice}")
         seen[name] = sample
 
 
 def find_images(folder: str | Path, leave_out: Path | None = None) -> list[SourceImage]:
     """Every image under a folder, sorted by path.
 
-    Links to folders are followed. Each real folder is read once, so a loop of links ends. Hidden files and folders,
-    everything under `leave_out` and files of other types are skipped.
+    Links to folders are followed. Each real folder is read once, so a loop of links ends. Hidden
+    files and folders, everything under `leave_out` and files of other types are skipped.
 
     Raises:
-        DataError: the folder is missing, can't be read or has no image, or two files would get the same key.
+        DataError: the folder is missing, can't be read or has no image, or two files would get the
+            same key.
     """
     return _find(Path(folder), leave_out)[0]
 
@@ -175,9 +180,8 @@ def find_sidecars(image: Path, names: Mapping[tuple[str, str], list[str]]) -> tu
     found = [names.get((image.stem, suffix), []) for suffix in SIDECARS]
     twice = next((same for same in found if len(same) > 1), None)
     if twice:
-        raise DataError(
-            f"{' and '.join(twice)} in {image.parent} would both belong to {image.name}; remove one"
-        )
+        found = " and ".join(twice)
+        raise DataError(f"{found} in {image.parent} would both belong to {image.name}; remove one of them")
     return tuple(path for same in found for name in same if (path := image.with_name(name)).is_file())
 
 
@@ -221,7 +225,7 @@ def _find(folder: Path, leave_out: Path | None) -> tuple[list[SourceImage], Coun
 
 
 def _walk(root: Path, skip: Path | None) -> Iterator[tuple[Path, int, list[str]]]:
-    """Folders, with the number of hidden entries and the other files: real folders first, then links outside them."""
+    """Folders, their numbers of hidden entries, and their other files. Links come last."""
     seen: set[Path] = set()
     roots = [root]
     while roots:
@@ -240,9 +244,7 @@ def _walk(root: Path, skip: Path | None) -> Iterator[tuple[Path, int, list[str]]
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(
-        f"folder {error.filename} can't be read ({error.strerror}); change its permissions or move it"
-    )
+    raise DataError(f"folder {error.filename} can't be read ({error.strerror}); change its permissions")
 
 
 def _reason(path: Path) -> str:

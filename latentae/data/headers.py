@@ -1,4 +1,7 @@
-"""Image headers: which files are images, which readers may open them, and height and width. Loads no torch."""
+"""Image headers: which files are images, which readers may open them, and height and width.
+
+Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,16 @@ EXTENSIONS = {
     "TIFF": ("tif", "tiff"),
     "AVIF": ("avif", "avifs"),
 }
-"""Allow-list of Pillow's readers, with the extensions of their files. The EPS reader, for one, would start a program."""
+"""Allow-list of Pillow's readers, with the extensions of their files.
+
+The EPS reader, for one, would start a program.
+"""
 
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "avif")
 IMAGE_EXTENSIONS = (*_PREFERRED, *(e for group in EXTENSIONS.values() for e in group if e not in _PREFERRED))
 """Lower case, without a dot. Decoding uses the first of these that a sample has."""
 
-_STEPS = (
-    1 << 12,
-    1 << 16,
-    1 << 26,
-)  # bytes of a file to try; the size of an image with a larger header is unknown
+_STEPS = (1 << 12, 1 << 16, 1 << 26)  # bytes of a file to try; larger headers are not read
 _METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that may contain its orientation
 _ORIENTATION = 0x0112
 _SIDE = 1 << 31  # sides are stored as signed 32-bit integers
@@ -57,12 +59,15 @@ class _MoreNeeded(Exception):
 def image_size(
     take: Callable[[int], bytes], size: int, skip: Callable[[int], object] | None = None
 ) -> tuple[int, int] | None:
-    """Height and width of an image, upright by its EXIF orientation; None if its header can't be read. Nothing is decoded.
+    """Height and width of an image, upright by its EXIF orientation.
+
+    None if its header can't be read. Nothing is decoded.
 
     Args:
         take: `take(count)` returns the next `count` bytes of the file.
         size: bytes of the file.
-        skip: `skip(count)` skips the next `count` bytes; by default they are read. A PNG may have metadata after its pixels.
+        skip: `skip(count)` skips the next `count` bytes; by default they are read. A PNG may have
+            metadata after its pixels.
     """
     head = b""
     for step in _STEPS:
@@ -112,7 +117,10 @@ def _jpeg(head: bytes) -> tuple[int, int]:
 
 
 class _Bytes:
-    """Reads a file in order, first from its head; never beyond its end, where another file may begin."""
+    """Reads a file in order, first from its head.
+
+    Never beyond its end, where another file may begin.
+    """
 
     def __init__(
         self, head: bytes, size: int, take: Callable[[int], bytes], skip: Callable[[int], object]
@@ -133,7 +141,10 @@ class _Bytes:
 
 
 def _png(file: _Bytes) -> tuple[int, int] | None:
-    """PNG specification, section 5: walk the chunks. Metadata with the orientation may follow the pixels."""
+    """PNG specification, section 5: walk the chunks.
+
+    Metadata with the orientation may follow the pixels.
+    """
     file.skip(len(_PNG))
     first, metadata, pixels = b"", b"", False
     while len(start := file.read(8)) == 8 and (kind := start[4:]).isalpha() and kind != b"IEND":
@@ -204,7 +215,9 @@ def _readers(head: bytes) -> Iterator[str]:
 
 
 def open_image(data: bytes) -> Any:
-    """Open an image like `PIL.Image.open`, with the readers of EXTENSIONS only. The caller must check the size.
+    """Open an image like `PIL.Image.open`, with the readers of EXTENSIONS only.
+
+    The caller must check the size.
 
     Returns:
         The opened image, of which only the header is read; None if no reader accepts the data.

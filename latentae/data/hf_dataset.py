@@ -1,4 +1,7 @@
-"""Images of a Hugging Face dataset: a folder of `save_to_disk`, or a dataset by name. Image files are copied unchanged."""
+"""Images of a Hugging Face dataset: a folder of `save_to_disk`, or a dataset by name.
+
+Image files are copied unchanged.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,17 @@ def is_dataset(images: str | Path) -> bool:
 
 
 class ImageDataset:
-    """The images of a dataset, to pack into shards. The package datasets 4 or newer must be installed.
+    """The images of a dataset, to pack into shards.
+
+    The package datasets 4 or newer must be installed.
 
     Args:
         spec: `hf://NAME`, `hf://NAME:SPLIT`, or a folder of `save_to_disk`.
 
     Raises:
         MissingDependencyError: without the package datasets.
-        DataError: the dataset can't be loaded, has several splits and none is named, or has no image column.
+        DataError: the dataset can't be loaded, has several splits and none is named, or has no
+            image column.
     """
 
     def __init__(self, spec: str) -> None:
@@ -71,7 +77,7 @@ class ImageDataset:
         return f"row {number} of {self.location}"
 
     def load(self, number: int) -> dict[str, bytes]:
-        """Extension -> bytes: the image file, which comes first, `cls` with the class number, `json` with all other columns.
+        """Extension -> bytes: the image file first, `cls` (class number), `json` (other columns).
 
         Raises:
             ImageError: the row has no image, or its file can't be read.
@@ -83,9 +89,7 @@ class ImageDataset:
             if data is None and stored.get("path"):
                 data = Path(stored["path"]).read_bytes()
         except (OSError, ValueError) as error:
-            raise ImageError(
-                f"image {self.name(number)} can't be read ({error}); check the dataset"
-            ) from error
+            raise ImageError(f"{self.name(number)} can't be read ({error}); check the dataset") from error
         if not data:
             raise ImageError(f"{self.name(number)} has no image; leave such rows out")
         members: dict[str, bytes] = {image_extension_of(data) or "png": data}  # decoding rejects other data
@@ -145,15 +149,12 @@ def _try(load: Callable[[], Any], spec: str) -> Any:
 def _image_column(datasets: Any, features: Any, location: str) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        found = ", ".join(features)
-        raise DataError(
-            f"{location} has no image column, found {found}; cast one to datasets.Image() and save it again"
-        )
+        found = f"{location} has no image column, found {', '.join(features)}"
+        raise DataError(f"{found}; cast one to datasets.Image() and save it again")
     known = [name for name in _IMAGE_COLUMNS if name in columns]
     if len(columns) > 1 and not known:
-        raise DataError(
-            f"{location} has the image columns {', '.join(columns)}; keep one, or name one 'image'"
-        )
+        found = f"{location} has the image columns {', '.join(columns)}"
+        raise DataError(f"{found}; keep one, or name one 'image'")
     return (known or columns)[0]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from latentae.data.options import IndexOptions
 from latentae.data.shard_files import expand_shards
@@ -23,7 +24,7 @@ from latentae.data.shard_index import (
 )
 from latentae.data.sources import is_remote, shown
 from latentae.data.tables import scan
-from latentae.data.tars import DamagedTar, Problem
+from latentae.data.tars import DamagedTar
 from latentae.errors import OutputError, ShardError
 from latentae.files import abandoned, write_text
 from latentae.options import verb
@@ -42,9 +43,10 @@ class Finding:
 
     Attributes:
         shard: path or URL.
-        level: `damaged shard` and `unread shard` are not indexed. The SHA-256 of a `changed shard` differs from its index. A
-            `damaged sample` is not used. A `bad image` is a sample that is used although the header of its image can't be
-            read. `left out` is no part of an image sample: links, hidden files, samples without an image.
+        level: `damaged shard` and `unread shard` are not indexed. The SHA-256 of a `changed shard`
+            differs from its index. A `damaged sample` is not used. A `bad image` is a sample that
+            is used although the header of its image can't be read. `left out` is no part of an
+            image sample: links, hidden files, samples without an image.
         name: of the member or sample; empty for a shard.
         byte: its first byte in the tar; None for a shard.
         reason: what is wrong.
@@ -63,7 +65,8 @@ class IndexSummary:
 
     Attributes:
         index: of the complete shards; None if there are none.
-        findings: damaged shards and samples, bad images and what was left out; at most 1000 per shard.
+        findings: damaged shards and samples, bad images and what was left out; at most 1000 per
+            shard.
         counts: number of findings of each level, including those beyond the 1000.
     """
 
@@ -90,10 +93,11 @@ def _counted(count: int, what: str) -> str:
 
 @verb(IndexOptions)
 def index(options: IndexOptions) -> IndexSummary:
-    """Index shards: the offsets of all samples, the sizes of their images, and the SHA-256 of every shard.
+    """Index shards: sample offsets, image sizes, and the SHA-256 of every shard.
 
-    Writes `NAME.tar.index` for each shard, atomically, so that a stopped run resumes with the missing ones. With `out`, it
-    also writes `index.json` (the manifest) and `damaged.jsonl` (what is damaged or left out).
+    Writes `NAME.tar.index` for each shard, atomically, so that a stopped run resumes with the
+    missing ones. With `out`, it also writes `index.json` (the manifest) and `damaged.jsonl` (what
+    is damaged or left out).
 
     Returns:
         What was found. Damage is no error: the other shards are indexed.
@@ -105,27 +109,36 @@ def index(options: IndexOptions) -> IndexSummary:
     paths = tuple(expand_shards(options.shards))
     remote = next((path for path in paths if is_remote(path)), None)
     if remote and options.out is None:
-        raise OutputError(
-            f"the index of {shown(remote)} can't be written next to it; name a folder: latentae index SHARDS OUT"
-        )
+        advice = "name a folder: latentae index SHARDS OUT"
+        raise OutputError(f"the index of {shown(remote)} can't be written next to it; {advice}")
     files = IndexFiles(paths, None if options.out is None else Path(options.out))
     _remove_leftovers(files)
     run = _Run(files, options.verify)
     threads = options.workers or max(os.cpu_count() or 1, 4 if remote else 1)
     with Progress("indexing", total=len(paths), unit="shards") as progress:
-        in_parallel(run.do, paths, threads, run.stop, lambda: progress.advance(note=run.note()))
-    summary = run.summary(paths)
+        found = in_parallel(run.do, paths, threads, run.stop, lambda: progress.advance(note=run.note()))
+    entries = tuple(one.entry for one in found if one.entry)
+    manifest = ShardIndex(entries, tuple(files.of(entry.path) for entry in entries)) if entries else None
+    findings = tuple(itertools.chain.from_iterable(one.findings for one in found))
+    counts = sum((one.counts for one in found), Counter[str]())
+    summary = IndexSummary(manifest, findings, dict(counts))
     _record(files, summary)
     return summary
 
 
+class _Found(NamedTuple):
+    """What was found in one shard; the counts include findings that are not listed."""
+
+    entry: ShardEntry | None
+    findings: list[Finding]
+    counts: Counter[str]
+
+
 class _Run:
-    """What several threads find in shards."""
+    """The work of several threads."""
 
     def __init__(self, files: IndexFiles, verify: bool) -> None:
         self.files, self.verify, self.stop = files, verify, threading.Event()
-        self.done: dict[str, tuple[ShardEntry, list[Problem], dict[str, int]]] = {}
-        self.damage: dict[str, Finding] = {}
         self._began, self._bytes, self._lock = time.monotonic(), 0, threading.Lock()
 
     def _advance(self, count: int) -> None:
@@ -136,48 +149,36 @@ class _Run:
         """The speed so far, for the progress line."""
         return f"{self._bytes / 1e6 / max(time.monotonic() - self._began, 1e-9):.0f} MB/s"
 
-    def do(self, path: str) -> None:
+    def do(self, path: str) -> _Found:
         """Index or verify one shard; a shard whose index fits is skipped."""
         try:
-            self._do(path)
+            return self._do(path)
         except ShardError as error:
-            self._fail(path, "damaged shard" if isinstance(error, DamagedTar) else "unread shard", str(error))
+            level = "damaged shard" if isinstance(error, DamagedTar) else "unread shard"
+            return _failed(path, level, str(error))
 
-    def _do(self, path: str) -> None:
+    def _do(self, path: str) -> _Found:
         table = self.files.open(path) if self.verify else self.files.find(path)
         if table is None and self.files.open(path) is not None:
             say(f"the index of {shown(path)} no longer fits and is built again")
         if table is None or self.verify or not table.record["sha256"]:
             place = self.files.place(path)
-            found = scan(path, hashed=True, place=place, stop=self.stop, advance=self._advance)
-            if self.verify and table and table.record["sha256"] not in ("", found.record["sha256"]):
-                reason = "its SHA-256 differs from its index; fetch it again, or remove its index to accept the new file"
-                self._fail(path, "changed shard", f"{shown(path)}: {reason}")
-                return
-            table = found
-            self.files.write(path, found.data)
-        self.done[path] = entry_of(path, table), table.problems, table.record["problem_counts"]
+            new = scan(path, hashed=True, place=place, stop=self.stop, advance=self._advance)
+            if self.verify and table and table.record["sha256"] not in ("", new.record["sha256"]):
+                advice = "fetch it again, or remove its index to accept the new file"
+                reason = f"{shown(path)}: its SHA-256 differs from its index; {advice}"
+                return _failed(path, "changed shard", reason)
+            table = new
+            self.files.write(path, new.data)
+        findings = [Finding(shown(path), _level(p.code), p.name, p.byte, p.reason) for p in table.problems]
+        counts = Counter[str]()
+        for code, count in table.record["problem_counts"].items():
+            counts[_level(code)] += count
+        return _Found(entry_of(path, table), findings, counts)
 
-    def _fail(self, path: str, level: str, reason: str) -> None:
-        self.damage[path] = Finding(shown(path), level, "", None, reason)
 
-    def summary(self, paths: Sequence[str]) -> IndexSummary:
-        """Everything found, in the order of the shards."""
-        good = [path for path in paths if path in self.done]
-        counts = Counter(finding.level for finding in self.damage.values())
-        for _, _, found in self.done.values():
-            for code, count in found.items():
-                counts[_level(code)] += count
-        entries, sources = tuple(self.done[path][0] for path in good), tuple(map(self.files.of, good))
-        findings = tuple(finding for path in paths for finding in self._findings(path))
-        return IndexSummary(ShardIndex(entries, sources) if good else None, findings, dict(counts))
-
-    def _findings(self, path: str) -> Iterator[Finding]:
-        if path in self.damage:
-            yield self.damage[path]
-            return
-        for problem in self.done[path][1]:
-            yield Finding(shown(path), _level(problem.code), problem.name, problem.byte, problem.reason)
+def _failed(path: str, level: str, reason: str) -> _Found:
+    return _Found(None, [Finding(shown(path), level, "", None, reason)], Counter([level]))
 
 
 def _level(code: str) -> str:
@@ -185,7 +186,7 @@ def _level(code: str) -> str:
 
 
 def _record(files: IndexFiles, summary: IndexSummary) -> None:
-    """Write the manifest and the list of findings if there is a folder, and print the first damaged ones."""
+    """Write the manifest and all findings to the folder, and print the first damaged ones."""
     where = "give OUT to list them"
     if files.folder is not None:
         rows = (json.dumps(asdict(finding)) for finding in summary.findings)

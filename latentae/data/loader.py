@@ -1,4 +1,6 @@
-"""Batches of images: endless for training, in order for evaluation. The training loader splits the data over ranks and workers.
+"""Batches of images: endless for training, in order for evaluation.
+
+The training loader splits the data over ranks and workers.
 
 Never pass the loader to `accelerator.prepare`, which would split the data a second time.
 """
@@ -100,7 +102,9 @@ def image_batches(
     index: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """Yield every image once, resized and center-cropped, in shard order; the last batch may be smaller.
+    """Yield every image once, resized and center-cropped, in shard order.
+
+    The last batch may be smaller.
 
     Args:
         shards: files, as from `expand_shards`.
@@ -109,7 +113,8 @@ def image_batches(
         limit: maximum number of images.
         only_held_out: only the held-out slice of this fraction (see `is_held_out`).
         channels: 1, 3 or 4.
-        index: folder of the shards' indexes, for `only_held_out`; defaults to the folder of the shards.
+        index: folder of the shards' indexes, for `only_held_out`; defaults to the folder of the
+            shards.
         max_pixels: larger images are errors.
 
     Raises:
@@ -139,10 +144,8 @@ def decode_for_training(
     raw: RawSample, options: DataOptions, bucket: tuple[int, int] | None = None
 ) -> Tensor:
     """The image that `augment` crops, by the `[data]` table; ImageError if it can't be read."""
-    short, limit = kept_short_side(options, bucket), options.max_pixels
-    return decode_sample(
-        raw, channels=options.channels, bits=options.bits, max_pixels=limit, short=short
-    ).image
+    wanted = {name: getattr(options, name) for name in ("channels", "bits", "max_pixels")}
+    return decode_sample(raw, **wanted, short=kept_short_side(options, bucket)).image
 
 
 def _check_apart(validation: str, training: ShardIndex) -> None:
@@ -151,9 +154,8 @@ def _check_apart(validation: str, training: ShardIndex) -> None:
     trained = {_resolved(shard.path) for shard in training.shards}
     both = [path for path in expand_shards(validation) if _resolved(path) in trained]
     if both:
-        raise DataError(
-            f"{both[0]} is among the training shards and the validation shards; separate them, or use validation 'auto'"
-        )
+        advice = "separate them, or use validation 'auto'"
+        raise DataError(f"{both[0]} is among the training shards and the validation shards; {advice}")
 
 
 def _resolved(path: str) -> str:
@@ -163,7 +165,8 @@ def _resolved(path: str) -> str:
 class _DecodedImages:
     """A cache of decoded images for later epochs.
 
-    It fills up once and evicts nothing: every epoch needs every image once, so the oldest image is the one needed soonest.
+    It fills up once and evicts nothing: every epoch needs every image once, so the oldest image is
+    the one needed soonest.
     """
 
     def __init__(self, budget: int, options: DataOptions) -> None:
@@ -183,7 +186,7 @@ class _DecodedImages:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that determines the order and the pixels of the samples: plain values, sent to worker processes."""
+    """Everything that determines the order and the pixels of the samples, sent to workers."""
 
     selection: Selection
     counts: tuple[tuple[int, ...], ...]  # samples in use, of each shard in each pool
@@ -240,7 +243,7 @@ class _EpochReader:
             yield from read_samples(self.plan.selection.index, run.shard, rows.tolist())
 
     def _sample(self, raw: RawSample, pool: int, step: int, bad: list[BadSample]) -> Sample:
-        """The sample's crop. An unreadable one is replaced by a sample that its key determines, the same on all ranks."""
+        """The sample's crop, or a replacement that its key determines, the same on all ranks."""
         try:
             return self._crop(raw, pool)
         except ImageError as error:
@@ -270,8 +273,8 @@ class _EpochReader:
 class TrainLoader:
     """Endless training batches of one rank.
 
-    The order depends only on seed, data and global batch. A run resumes exactly on any number of ranks and workers, as long as
-    ranks times `batch_size` is the same.
+    The order depends only on seed, data and global batch. A run resumes exactly on any number of
+    ranks and workers, as long as ranks times `batch_size` is the same.
 
     Args:
         options: the `[data]` table; `shards` must name shards.
@@ -287,7 +290,8 @@ class TrainLoader:
         steps, tail: global batches per epoch, and samples that an epoch skips.
 
     Raises:
-        DataError: no shards, shards that validation names too, or fewer training samples than one batch over all ranks.
+        DataError: no shards, shards that validation names too, or fewer training samples than one
+            batch over all ranks.
     """
 
     def __init__(
@@ -302,9 +306,8 @@ class TrainLoader:
         if options.shards is None:
             raise DataError("no training data: data.shards is not set; name a folder of shards or of images")
         if batch_size < 1 or not 0 <= rank < world_size:
-            raise DataError(
-                f"batch size is {batch_size} and rank is {rank} of {world_size}; expected 1 or more, and a rank below {world_size}"
-            )
+            found = f"batch size is {batch_size} and rank is {rank} of {world_size}"
+            raise DataError(f"{found}; expected 1 or more, and a rank from 0 to {world_size - 1}")
         index = load_index(expand_shards(options.shards), options.index)
         _check_apart(options.validation, index)
         held_out = options.validation_fraction if options.validation == "auto" else None
@@ -322,10 +325,9 @@ class TrainLoader:
         if not self.steps:
             more = f" ({self.held_out} more are held out for validation)" if self.held_out else ""
             each = " in any bucket" if selection.buckets else ""
-            raise DataError(
-                f"found {self.samples} training images{more} in {options.shards}, but one batch over all ranks takes "
-                f"{batch}{each}; lower the batch size or add images"
-            )
+            found = f"found {self.samples} training images{more} in {options.shards}"
+            needed = f"one batch over all ranks takes {batch}{each}"
+            raise DataError(f"{found}, but {needed}; lower the batch size or add images")
 
     def announce(self) -> None:
         """Log the number of images and steps, and what an epoch skips."""
@@ -334,7 +336,10 @@ class TrainLoader:
         say(f"data: {self.samples} training images{kept}, {self.steps} steps per epoch; {skipped}")
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Resume after the last iteration or the loaded state. Only one iteration may run at a time."""
+        """Resume after the last iteration or the loaded state.
+
+        Only one iteration may run at a time.
+        """
         workers = min(self._plan.options.workers, len(self._lanes))
         parts = parallel_batches(_PartStream(self._plan, self._lanes, self._epoch, self._step), workers)
         pin = torch.cuda.is_available()
@@ -363,10 +368,9 @@ class TrainLoader:
         too_many = self._bad > _FORGIVEN and self._bad / self._seen > limits.max_bad_share
         if too_many or self._bad_in_a_row >= limits.max_bad_in_a_row:
             where = f"; all are listed in {self._bad_log}" if self._bad_log else ""
-            raise DataError(
-                f"{self._bad} of {self._seen} images could not be read ({batch.bad[-1].reason}){where}; repair the data set or "
-                "raise data.max_bad_share and data.max_bad_in_a_row"
-            )
+            found = f"{self._bad} of {self._seen} images could not be read ({batch.bad[-1].reason}){where}"
+            advice = "repair the data set or raise data.max_bad_share and data.max_bad_in_a_row"
+            raise DataError(f"{found}; {advice}")
 
     @property
     def epoch(self) -> int:
@@ -391,9 +395,7 @@ class TrainLoader:
         epoch, step = state.get("epoch", -1), state.get("step", -1)
         valid = isinstance(epoch, int) and isinstance(step, int) and epoch >= 0 <= step
         if not valid or step >= max(self._plan.order(epoch).steps, 1):
-            raise DataError(
-                f"can't resume the data order at epoch {epoch!r}, step {step!r}; the state is damaged"
-            )
+            raise DataError(f"can't resume the data at epoch {epoch!r}, step {step!r}; the state is damaged")
         self._epoch, self._step = epoch, step
 
     def _identity(self) -> dict[str, Any]:
@@ -409,7 +411,9 @@ class TrainLoader:
 
 
 def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch, None, None]:
-    """The batches of a dataset from worker processes, or from this process without workers. Close it to end the workers.
+    """The batches of a dataset from worker processes, or from this process without workers.
+
+    Close it to end the workers.
 
     Args:
         dataset: yields the batches of `share`.
@@ -418,10 +422,8 @@ def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch,
     Raises:
         LatentAEError: as the dataset; DataError if a worker dies.
     """
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_parent
-    )
-    iterator = iter(loader)
+    start = _leave_signals_to_parent
+    iterator = iter(DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=start))
     try:
         while True:
             try:
@@ -429,17 +431,16 @@ def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch,
             except RuntimeError as error:
                 if not workers:
                     raise
-                reason = first_line(error)
-                raise DataError(
-                    f"a data worker died ({reason}); lower data.workers or data.cache_mb"
-                ) from error
+                found = f"a data worker died ({first_line(error)})"
+                raise DataError(f"{found}; lower data.workers or data.cache_mb") from error
             if isinstance(part, LatentAEError):
                 raise part
             if part is None:
                 return
             yield part
     finally:
-        # A process can hang at its end without this: a traceback keeps the iterator, and workers ignore the first SIGTERM.
+        # A process can hang at its end without this: a traceback keeps the iterator, and workers
+        # ignore the first SIGTERM.
         shut_down = getattr(iterator, "_shutdown_workers", None)  # torch has no public name for it
         if shut_down is not None:
             shut_down()
@@ -448,8 +449,8 @@ def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch,
 def share(batches: Iterator[Batch]) -> Iterator[Batch | LatentAEError]:
     """Send batches from a data worker: images in shared memory, and an error as the last item.
 
-    DataLoader would wrap an error in a long traceback. torch would move images to shared memory in a thread whose errors are
-    lost, and the parent would wait forever.
+    DataLoader would wrap an error in a long traceback. torch would move images to shared memory in
+    a thread whose errors are lost, and the parent would wait forever.
     """
     try:
         for batch in batches:
@@ -464,17 +465,19 @@ def _to_shared_memory(images: Tensor) -> None:
     try:
         images.share_memory_()
     except (RuntimeError, OSError) as error:  # as in containers with a small /dev/shm
-        raise DataError(
-            f"a data worker could not put a batch of {images.nbytes / 1e6:.2g} MB into shared memory ({first_line(error)}); "
-            "give the container more (docker run --shm-size=8g) or set data.workers to 0"
-        ) from error
+        found = f"a batch of {images.nbytes / 1e6:.2g} MB into shared memory ({first_line(error)})"
+        advice = "give the container more (docker run --shm-size=8g) or set data.workers to 0"
+        raise DataError(f"a data worker could not put {found}; {advice}") from error
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """For DataLoader's `worker_init_fn`. A scheduler signals every process of a job, but the run must finish its step and save.
+    """For DataLoader's `worker_init_fn`.
 
-    PyTorch's workers die on SIGTERM, which raises an error at any point of the trainer. Here only the parent handles the first
-    SIGTERM. Workers obey the second one, with which DataLoader ends a worker that does not stop.
+    A scheduler signals every process of a job, but the run must finish its step and save.
+
+    PyTorch's workers die on SIGTERM, which raises an error at any point of the trainer. Here only
+    the parent handles the first SIGTERM. Workers obey the second one, with which DataLoader ends a
+    worker that does not stop.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):

@@ -1,4 +1,4 @@
-"""Options of the data: the `[data]` table of a recipe, and the option tables of `shards`, `index` and `order`."""
+"""The `[data]` table of a recipe, and the option tables of `shards`, `index` and `order`."""
 
 from __future__ import annotations
 
@@ -34,82 +34,60 @@ class DataOptions(BaseModel):
 
     shards: str | None = Field(
         default=None,
-        description="Training shards (folder, file, glob or brace pattern, several joined by '::'), or a folder of images.",
+        description="Folder of images, or shards: folder, file, glob or brace pattern, joined by '::'.",
     )
     validation: str = Field(
         default="auto",
-        description="Held-out images: 'auto' (chosen by sample key, not used in training), 'none', or separate shards.",
+        description="Held-out images: 'auto' (a slice by sample key), 'none', or separate shards.",
     )
     validation_fraction: float = Field(
-        default=0.02,
-        gt=0,
-        lt=1,
-        description="Share of the samples that validation 'auto' holds out, from 0 to 1.",
+        default=0.02, gt=0, lt=1, description="Share of the samples that validation 'auto' holds out."
     )
     resolution: int = Field(default=256, ge=8, description="Side of the square crops in pixels.")
     crop: Literal["random", "center", "random-resized"] = Field(
         default="random",
-        description="'random' crops squares of scale_min to scale_max, 'center' the central square, and 'random-resized' "
+        description="'random' squares of scale_min to scale_max, the 'center' square, or 'random-resized' "
         "rectangles of 8 to 100 % of the area.",
     )
     scale_min: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="Smallest crop before resizing, as a share of the short side, and at least `resolution` pixels. "
-        "0 crops at native scale.",
+        description="Smallest crop as a share of the short side, at least `resolution` px; 0 is native scale.",
     )
     scale_max: float = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description="Largest crop before resizing, as a share of the short side. The share is drawn log-uniformly.",
+        default=1.0, ge=0, le=1, description="Largest crop as a share of the short side, drawn log-uniformly."
     )
     flip: bool = Field(default=True, description="Flip crops left to right half of the time.")
     index: str | None = Field(
-        default=None,
-        description="Folder of the indexes from `latentae index`; defaults to the folder of the shards.",
+        default=None, description="Folder of the indexes; defaults to the folder of the shards."
     )
-    pad: bool = Field(
-        default=False,
-        description="Fill the last batch of an epoch from the next epoch, instead of skipping its samples.",
-    )
-    channels: Literal[1, 3, 4] = Field(
-        default=3, description="Channels of the images: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."
-    )
+    pad: bool = Field(default=False, description="Fill an epoch's last batch from the next epoch.")
+    channels: Literal[1, 3, 4] = Field(default=3, description="Channels: 1 (gray), 3 (RGB) or 4 (RGBA).")
     bits: Literal[8, 16] = Field(default=8, description="Bits per channel of decoded images.")
     buckets: Literal["none", "auto"] = Field(
         default="none",
-        description="'auto' batches images by aspect ratio, with about resolution^2 pixels each. 'none' crops squares.",
+        description="'auto' batches by aspect ratio, with about resolution^2 pixels; 'none' crops squares.",
     )
-    bucket_step: int = Field(
-        default=64, ge=8, description="Sides of aspect-ratio buckets are multiples of this number of pixels."
-    )
-    bucket_max_ratio: float = Field(
-        default=2.0, ge=1, description="Largest ratio of a bucket's long side to its short side."
-    )
+    bucket_step: int = Field(default=64, ge=8, description="Bucket sides are multiples of this, in pixels.")
+    bucket_max_ratio: float = Field(default=2.0, ge=1, description="Largest ratio of a bucket's sides.")
     max_pixels: int = Field(
         default=MAX_PIXELS,
         ge=1,
-        description="Refuse images of more pixels by their header, as decompression bombs. JPEGs above 80 million pixels "
-        "are decoded at 1/2, 1/4 or 1/8 if the crop is at most a quarter of that.",
+        description="Refuse images of more pixels by their header. JPEGs above 80 million pixels are decoded "
+        "at 1/2, 1/4 or 1/8 if the crop is at most a quarter of that.",
     )
     max_bad_share: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="Stop when more than this share of the images is unreadable. A few are replaced.",
+        default=0.01, ge=0, le=1, description="Stop when a larger share is unreadable; a few are replaced."
     )
     max_bad_in_a_row: int = Field(
-        default=32, ge=1, description="Stop after this number of unreadable images in a row."
+        default=32, ge=1, description="Stop after this many unreadable images in a row."
     )
     workers: int = Field(
         default=0, ge=0, description="Decoding processes per rank; 0 decodes in the training process."
     )
     cache_mb: int = Field(
-        default=512,
-        ge=0,
-        description="Memory per rank in MB for decoded images, reused in later epochs; 0 disables it.",
+        default=512, ge=0, description="MB per rank for decoded images, reused in later epochs; 0 is none."
     )
 
     @model_validator(mode="after")
@@ -143,28 +121,23 @@ class ShardsOptions:
     """Pack images into WebDataset shards. Run the same command again to resume."""
 
     images: PathLike = argument(
-        "Folder of images, searched recursively; a Hugging Face dataset: its folder, or hf://NAME:SPLIT; or images of "
-        "installed packages: sklearn:digits, sklearn:binary-digits or skimage:photos, or these with :held-out."
+        "Folder of images, searched recursively; a Hugging Face dataset (its folder, or hf://NAME:SPLIT); or "
+        "sklearn:digits, sklearn:binary-digits or skimage:photos, optionally with :held-out."
     )
     out: PathLike = argument("Folder for the shards.")
     _: KW_ONLY
     shard_size: int | None = option(
-        "Maximum samples per shard. By default 16 to 1000, chosen so that there are at least 8 shards.",
-        default=None,
-        ge=1,
+        "Maximum samples per shard. By default 16 to 1000, for at least 8 shards.", default=None, ge=1
     )
     max_shard_mb: float = option("Maximum MB per shard, before resizing.", default=1000.0, gt=0)
     resize: int | None = option(
-        "Shrink images to this short side in pixels. By default files are copied unchanged.",
-        default=None,
-        ge=1,
+        "Shrink images to this short side in pixels. By default files are copied.", default=None, ge=1
     )
     quality: int | None = option(
-        "JPEG quality of shrunk images. By default they are PNGs.", default=None, ge=1, le=100
+        "JPEG quality of shrunk images; by default they are PNGs.", default=None, ge=1, le=100
     )
     skip_bad: bool = option(
-        "Skip unreadable images and list them in bad_samples.jsonl. By default they stop the run.",
-        default=False,
+        "Skip unreadable images and list them in bad_samples.jsonl, instead of stopping.", default=False
     )
     workers: int | None = option(
         "Threads that read images; defaults to one per core, at most 16.", default=None, ge=1
@@ -174,7 +147,10 @@ class ShardsOptions:
 
 @table
 class IndexOptions:
-    """Index shards for training: sample offsets, image sizes, SHA-256. Lists damaged shards and fails if there are any."""
+    """Index shards for training: sample offsets, image sizes, SHA-256.
+
+    Lists damaged shards and fails if there are any.
+    """
 
     shards: Inputs = argument(SHARDS)
     out: PathLike | None = argument(
@@ -206,5 +182,5 @@ class OrderOptions:
         "Share of the samples held out by key; training holds out 0.02 by default.", default=0.0, ge=0, le=1
     )
     index: PathLike | None = option(
-        "Folder of the shards' indexes; defaults to the folder of the shards.", default=None
+        "Folder of the indexes; defaults to the folder of the shards.", default=None
     )

@@ -1,14 +1,15 @@
-"""Data order: which sample comes in which step, a pure function of seed, epoch, data set and global batch. The verb `order`.
+"""The verb `order` and the data order: a function of seed, epoch, data set and global batch only.
 
-Shards are cut into slices of consecutive samples. Each epoch joins all slices in a new order and shuffles the samples inside
-each slice. The result is a virtual array of N samples, which is never stored. A global batch of B samples has B lanes, and
-lane l reads the stretch
+Shards are cut into slices of consecutive samples. Each epoch joins all slices in a new order and
+shuffles the samples inside each slice. The result is a virtual array of N samples, which is never
+stored. A global batch of B samples has B lanes, and lane l reads the stretch
 
-    virtual[l * S : (l + 1) * S],   S = N // B steps,   so that   sample(step, lane) = virtual[lane * S + step].
+    virtual[l * S : (l + 1) * S],   S = N // B steps,   so that   sample(step, lane) = virtual[lane
+    * S + step].
 
-A batch mixes B distant slices, and a lane reads its slices one after the other. Each process owns some lanes, so any number of
-processes that divides B sees the same batches. Resuming needs only the epoch and the step. The last N - B * S samples are the
-tail.
+A batch mixes B distant slices, and a lane reads its slices one after the other. Each process owns
+some lanes, so any number of processes that divides B sees the same batches. Resuming needs only the
+epoch and the step. The last N - B * S samples are the tail.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class _Pool:
 
     @cached_property
     def _cuts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First slice of each shard (and the total), slices in epoch order, start of each in the virtual array."""
+        """First slice of each shard (and the total), slices in epoch order, and their starts."""
         counts = np.asarray(self.counts, dtype=np.int64)
         first = np.concatenate(([0], np.cumsum(-(-counts // self.slice_samples))))
         order = _permutation(int(first[-1]), derive_seed("slices", self.seed, self.name))
@@ -84,7 +85,7 @@ class _Pool:
 
 
 def _permutation(size: int, seed: int) -> np.ndarray:
-    """Counter-based: Philox' raw stream is fixed across platforms and NumPy versions (Salmon et al. 2011)."""
+    """By Philox, whose raw stream is the same on all platforms and NumPy versions."""
     if not size:
         return np.zeros(0, dtype=np.int64)
     return np.argsort(np.random.Philox(key=seed).random_raw(size), kind="stable")
@@ -94,7 +95,8 @@ class EpochOrder:
     """One epoch of one data set.
 
     Args:
-        counts: samples in use in each shard, one list per pool of samples that share batches (aspect-ratio buckets).
+        counts: samples in use in each shard, one list per pool of samples that share batches
+            (aspect-ratio buckets).
         seed: of the run.
         epoch: from 0.
         digest: of the data set; another data set has another order.
@@ -119,10 +121,9 @@ class EpochOrder:
     ) -> None:
         self.batch_size, self.pad = batch_size, pad
         base, following = (derive_seed("order", whole_seed(seed), e, digest) for e in (epoch, epoch + 1))
-        self._pools, self._next = (
-            [_Pool(str(number), tuple(count), key, slice_samples) for number, count in enumerate(counts)]
-            for key in (base, following)
-        )
+        pools = [(str(number), tuple(count)) for number, count in enumerate(counts)]
+        self._pools = [_Pool(name, count, base, slice_samples) for name, count in pools]
+        self._next = [_Pool(name, count, following, slice_samples) for name, count in pools]
         self._full = [pool.samples // batch_size for pool in self._pools]
         left = [pool.samples % batch_size for pool in self._pools]
         padded = [full + (pad and rest > 0) for full, rest in zip(self._full, left, strict=True)]
@@ -138,7 +139,7 @@ class EpochOrder:
         return int(self._deal[step]) if len(self._pools) > 1 else 0
 
     def lane(self, lane: int, pool: int, start: int = 0) -> Iterator[Run]:
-        """What a lane reads of one pool from its step `start`: one sample for each step dealt to that pool."""
+        """Samples of one pool for a lane, from its step `start`: one per step of that pool."""
         full = self._full[pool]
         if start < full:
             yield from self._pools[pool].runs(lane * full + start, (lane + 1) * full)
@@ -148,7 +149,7 @@ class EpochOrder:
         if lane < rest:  # the last batch begins with the tail
             at = self.batch_size * full + lane
             yield from self._pools[pool].runs(at, at + 1)
-        else:  # then come the first samples of the next epoch's lanes, or of its array if there is no full batch
+        else:  # then the first samples of the next epoch's lanes, or of its array without full batches
             at = lane * full if full else lane % self._next[pool].samples
             yield from self._next[pool].runs(at, at + 1)
 
@@ -169,7 +170,8 @@ class EpochOrder:
 class Listing:
     """The samples of some steps of one rank.
 
-    Iterating gives (step, key): step by step, counted from the epoch's start, and lane by lane inside a step.
+    Iterating gives (step, key): step by step, counted from the epoch's start, and lane by lane
+    inside a step.
     """
 
     selection: Selection
@@ -205,26 +207,25 @@ class Listing:
 def order(options: OrderOptions) -> Listing:
     """List which samples one rank gets in which step of an epoch. No image is read.
 
-    The order is that of `latentae train` with the same seed, data and global batch, for any number of ranks and workers.
+    The order is that of `latentae train` with the same seed, data and global batch, for any number
+    of ranks and workers.
 
     Raises:
-        DataError: ranks that do not divide the batch, fewer samples than one batch, or a start outside the epoch.
+        DataError: ranks that do not divide the batch, fewer samples than one batch, or a start
+            outside the epoch.
     """
     batch, ranks, rank = options.global_batch, options.world_size, options.rank
     if rank >= ranks or batch % ranks:
-        raise DataError(
-            f"global batch {batch}, rank {rank} of {ranks}: expected a batch that the ranks divide, "
-            "and a rank from 0 to world size - 1"
-        )
+        expected = "expected a batch that the ranks divide, and a rank from 0 to world size - 1"
+        raise DataError(f"global batch {batch}, rank {rank} of {ranks}: {expected}")
     selection = Selection(load_index(expand_shards(options.shards), options.index), options.held_out or None)
     counts = selection.counts()
     digest = selection.index.digest
     epoch_order = EpochOrder(counts, options.seed, options.epoch, digest, batch, options.pad)
     steps = epoch_order.steps
     if not steps:
-        raise DataError(
-            f"found {sum(counts[0])} samples in {options.shards}, but one batch takes {batch}; lower the global batch"
-        )
+        found = f"found {sum(counts[0])} samples in {options.shards}"
+        raise DataError(f"{found}, but one batch takes {batch}; lower the global batch")
     if options.start > steps:
         raise DataError(f"start {options.start} is outside the epoch, which has steps 0 to {steps - 1}")
     each = batch // ranks

@@ -1,7 +1,7 @@
-"""Pixels of an opened image file as an array in sRGB: depth, color profile, orientation, transparency. Rules: docs/images.md.
+"""Pixels of an opened image file in sRGB, by the rules of docs/images.md.
 
-Arrays are [H, W, n], uint8 or uint16, over the full range of their type. n is 1 for gray, 2 for gray and alpha, 3 for RGB, 4 for
-RGB and alpha. Colors are never multiplied by alpha.
+Arrays are [H, W, n], uint8 or uint16, over the full range of their type. n is 1 for gray, 2 for
+gray and alpha, 3 for RGB, 4 for RGB and alpha. Colors are never multiplied by alpha.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ __all__ = ["fit", "read_pixels", "stored_kind", "upright"]
 Pixels = NDArray[np.uint8 | np.uint16]
 
 _DEEP_COLOR = re.compile(r"(RGBA?|RGBX);16[BLN]")  # raw modes of which Pillow keeps the high byte
-_LOW_BYTE = {
-    "B": "L",
-    "L": "B",
-    "N": "B",
-}  # the byte order that gives the low byte; N is little-endian on all platforms
+_LOW_BYTE = {"B": "L", "L": "B", "N": "B"}  # byte order for the low byte; N is little-endian everywhere
 _HIGH_BITDEPTH = 0x40  # in the third byte of an av1C box, AV1-ISOBMFF section 2.3.3
 _ROWS = 32
 
@@ -57,9 +53,7 @@ def read_pixels(
     tags = getattr(image, "tag_v2", {})
     bits_stored = tags.get(ExifTags.Base.BitsPerSample, (8,))
     if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and max(bits_stored) > 8:
-        raise ImageError(
-            f"image {name} is a 16-bit TIFF with planar channels; save it with interleaved channels"
-        )
+        raise ImageError(f"image {name} is a 16-bit TIFF with planar channels; save them interleaved")
     _check_covered(image, name)
     if image.mode.startswith("I"):
         pixels = _deep_gray(image, name)
@@ -81,7 +75,7 @@ def read_pixels(
 
 
 def stored_kind(image: Image.Image, data: bytes) -> tuple[int, bool]:
-    """How an image is stored, by its header: number of colors (1 gray, 3 otherwise), and whether it has more than 8 bits."""
+    """Number of colors in the file (1 gray, 3 otherwise), and whether it has more than 8 bits."""
     raw_mode = _raw_mode(image)
     deep = image.mode.startswith("I") or ";16" in raw_mode or _hidden_depth(image, raw_mode, data) is not None
     gray = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
@@ -103,7 +97,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _load_as(image: Image.Image, raw_mode: str) -> NDArray[np.uint8]:
-    """Decode with another raw mode: Pillow has no image type for 16-bit color, but it can read either byte."""
+    """Decode with another raw mode: Pillow can read either byte of 16-bit color."""
     tiles = []
     for tile in image.tile:  # pyright: ignore[reportAttributeAccessIssue]
         arguments = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
@@ -137,7 +131,10 @@ def _deep_gray(image: Image.Image, name: str) -> NDArray[np.uint16]:
 
 
 def _hidden_depth(image: Image.Image, raw_mode: str, data: bytes) -> str | None:
-    """The format of a file with more than 8 bits of which Pillow can only read 8; None for all others."""
+    """The format of a file with more than 8 bits of which Pillow can only read 8.
+
+    None for all others.
+    """
     if ";16" in raw_mode:
         return f"a 16-bit {image.format} of type {raw_mode.split(';')[0]}"
     if image.format == "PPM":
@@ -149,7 +146,10 @@ def _hidden_depth(image: Image.Image, raw_mode: str, data: bytes) -> str | None:
 
 
 def _jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
-    """Decode by simplejpeg at the opened image's size; None if it is not installed, or for anything but a sound JPEG."""
+    """Decode by simplejpeg at the opened image's size.
+
+    None if it is not installed, or for anything but a sound JPEG.
+    """
     color = {"L": "GRAY", "RGB": "RGB"}.get(image.mode)
     if simplejpeg is None or not data or color is None or image.format not in ("JPEG", "MPO"):
         return None
@@ -160,7 +160,7 @@ def _jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
 
 
 def _shallow(image: Image.Image, name: str) -> NDArray[np.uint8]:
-    """Convert to 8 bits by Pillow: palettes, YCbCr and premultiplied alpha become plain channels."""
+    """Convert by Pillow to 8-bit channels, also palettes, YCbCr and premultiplied alpha."""
     mode = image.mode
     image.load()  # a transparent color may follow the pixels
     keyed = "transparency" in image.info or getattr(image.palette, "mode", "") == "RGBA"
@@ -192,10 +192,8 @@ def _to_srgb(pixels: Pixels, profile: bytes, name: str, bits: int) -> Pixels:
         return pixels
     if pixels.dtype == np.uint16:
         if bits == 16:
-            raise ImageError(
-                f"image {name} has 16 bits and a color profile that is not sRGB, which is converted with 8 bits only; "
-                "save it in sRGB, or decode it with 8 bits"
-            )
+            found = "16 bits and a color profile that is not sRGB, which is converted with 8 bits only"
+            raise ImageError(f"image {name} has {found}; save it in sRGB, or decode it with 8 bits")
         pixels = _to_8_bits(pixels)
     source = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if colors == 1 else pixels[..., :3]))
     return np.dstack([np.asarray(ImageCms.applyTransform(source, transform)), pixels[..., colors:]])
@@ -203,10 +201,10 @@ def _to_srgb(pixels: Pixels, profile: bytes, name: str, bits: int) -> Pixels:
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from an embedded profile to sRGB: relative colorimetric, with black point compensation.
+    """Transform to sRGB: relative colorimetric, with black point compensation.
 
-    None if the profile is damaged, is for another color model than the image's, or is sRGB under any name: it moves no color
-    of a coarse grid by more than one level.
+    None if the profile is damaged, is for another color model than the image's, or is sRGB under
+    any name: it moves no color of a coarse grid by more than one level.
     """
     levels = np.arange(0, 256, 17, dtype=np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(256, 16, 3)
@@ -273,7 +271,10 @@ def _over_white(pixels: Pixels) -> Pixels:
 
 
 def _luma(pixels: Pixels) -> Pixels:
-    """0.299 R + 0.587 G + 0.114 B, ITU-R BT.601-7 section 2.5.1; with 8 bits identical to Pillow's "L"."""
+    """0.299 R + 0.587 G + 0.114 B, ITU-R BT.601-7 section 2.5.1.
+
+    With 8 bits identical to Pillow's "L".
+    """
     weights = np.array([19595, 38470, 7471], np.uint32)  # of 65536
 
     def weigh(rows: Pixels) -> NDArray[np.uint32]:
@@ -293,7 +294,7 @@ def _to_8_bits(pixels: Pixels) -> NDArray[np.uint8]:
 def _by_rows(
     convert: Callable[[Pixels], NDArray[np.uint32]], pixels: Pixels, channels: int, dtype: Any
 ) -> NDArray[Any]:
-    """Convert a few rows at a time: 32-bit copies of a large image would take gigabytes and miss the caches."""
+    """Convert a few rows at a time: 32-bit copies of a large image would take gigabytes."""
     converted = np.empty((*pixels.shape[:2], channels), dtype)
     for top in range(0, len(pixels), _ROWS):
         converted[top : top + _ROWS] = convert(pixels[top : top + _ROWS])

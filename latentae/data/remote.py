@@ -1,7 +1,8 @@
-"""Remote files through fsspec: ranges and streams that are retried after server errors, broken streams and timeouts.
+"""Remote files through fsspec: ranges and streams, with retries.
 
-HTTP requests use fsspec's session directly, so that a broken stream resumes and a server that ignores ranges is noticed. All
-other file systems use fsspec's `cat_file`. Nothing is shared across a fork: fsspec creates a file system per process and thread.
+HTTP requests use fsspec's session directly, so that a broken stream resumes and a server that
+ignores ranges is noticed. All other file systems use fsspec's `cat_file`. Nothing is shared across
+a fork: fsspec creates a file system per process and thread.
 """
 
 from __future__ import annotations
@@ -34,13 +35,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_PACKAGES = {
-    **dict.fromkeys(("http", "https"), "aiohttp"),
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs"), "adlfs"),
-    "hf": "huggingface_hub",
-}
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")  # two letters or more: C:// is a drive
 _BLOCK = 1 << 23  # bytes per request of a stream, except HTTP
 _LISTED = 16  # files of one folder from which the folder is listed, instead of one request per file
@@ -90,7 +84,7 @@ def is_remote(path: str) -> bool:
 
 
 def shown(path: str) -> str:
-    """A path for messages and records: a URL without password and query, which may contain a signature."""
+    """A path for messages and records: URLs without password and query (signatures)."""
     if not is_remote(path):
         return path
     scheme, _, rest = path.partition("://")
@@ -105,14 +99,14 @@ def size_of(path: str) -> int:
         return _try(path, "the size", 0, lambda seconds: _sync(fs, _http_size, fs, key, seconds))
     size = _try(path, "the size", 0, lambda seconds: fs.info(key).get("size"))
     if not isinstance(size, int):
-        raise ShardError(
-            f"the server does not report the size of {shown(path)}; copy the shard to a local folder"
-        )
+        raise ShardError(f"the server does not report the size of {shown(path)}; copy the shard here")
     return size
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
-    """Bytes of each file, from one listing per folder if many files share it; errors as `sources.size_of`.
+    """Bytes of each file, from one listing per folder if many files share it.
+
+    Errors as `sources.size_of`.
 
     HTTP servers get one request per file: their listings have no reliable sizes.
     """
@@ -213,18 +207,15 @@ def _open_fs(path: str) -> tuple[Any, str]:
         options = {"timeout": timeout, "trust_env": True, **conf.get(scheme, {}).get("client_kwargs", {})}
         return fsspec.filesystem(scheme, client_kwargs=options), path
     except ImportError as error:
-        package = _PACKAGES.get(scheme, "the package that fsspec names")
-        raise MissingDependencyError(
-            f"{scheme}:// needs {package} ({_reason(error, path)}); install it with pip and try again"
-        ) from error
+        found = f"{scheme}:// needs another package ({_reason(error, path)})"
+        raise MissingDependencyError(f"{found}; install it with pip and try again") from error
     except ValueError as error:
-        raise ShardError(
-            f"{shown(path)} can't be opened ({_reason(error, path)}); use a scheme that fsspec knows"
-        ) from error
+        found = f"{shown(path)} can't be opened ({_reason(error, path)})"
+        raise ShardError(f"{found}; use a scheme that fsspec knows") from error
 
 
 def _try(path: str, what: str, count: int, once: Callable[[float], _T]) -> _T:
-    """Call `once(seconds it may take)` until it returns, with growing waits, within the limit for `count` bytes."""
+    """Call `once(timeout)` until it returns, with growing waits, within a limit."""
     began = time.monotonic()
     limit = patience.seconds + count / patience.slowest
     tries = 0
@@ -243,17 +234,16 @@ def _try(path: str, what: str, count: int, once: Callable[[float], _T]) -> _T:
                 raise ShardError(message) from error
             wait = min(patience.first * 2 ** (tries - 1), patience.longest) * (0.5 + random.random())
             if time.monotonic() - began + wait >= limit:
-                raise ShardError(
-                    f"could not read {what} of {shown(path)} in {tries} tries over {time.monotonic() - began:.0f} s "
-                    f"(last: {reason}); check the server and run the same command again"
-                ) from error
+                found = f"{what} of {shown(path)} in {tries} tries over {time.monotonic() - began:.0f} s"
+                advice = "check the server and run the same command again"
+                raise ShardError(f"could not read {found} (last: {reason}); {advice}") from error
             if tries == 3:
                 say(f"{shown(path)}: {reason}; retrying for up to {limit:.0f} s")
             time.sleep(wait)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: server errors, broken connections and timeouts."""
+    """Whether the request may succeed later: server errors, broken connections, timeouts."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and status >= 400:
         return status >= 500 or status in _TEMPORARY
@@ -346,9 +336,7 @@ async def _pour(response: Any, skip: int, count: int, out: bytearray) -> None:
 
 @cache
 def _warn_of_ranges(host: str) -> None:
-    say(
-        f"{host} does not serve ranges, so every read starts at the beginning of its shard; copy the shards here"
-    )
+    say(f"{host} does not serve ranges, so every read starts at the start of a shard; copy the shards here")
 
 
 class _HttpStream:

@@ -1,6 +1,7 @@
-"""Which samples training uses: the held-out slice, and aspect-ratio buckets, whose samples share batches.
+"""Which samples training uses: the held-out slice, and aspect-ratio buckets.
 
-A bucket is an image size. All buckets have about the same area, so batches need not be square (NovelAI 2022; SDXL, appendix I).
+A bucket is an image size. All buckets have about the same area, so batches need not be square
+(NovelAI 2022; SDXL, appendix I).
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ _CACHED = 64  # shards whose row numbers stay in memory
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a sample belongs to the held-out slice. Only the key decides, so every run and data set agrees."""
+    """Whether a sample belongs to the held-out slice.
+
+    Only the key decides, so every run and data set agrees.
+    """
     return hash_key(key) < fraction * 2**64
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples of an index that are in use, in pools that share batches: one pool, or one per bucket.
+    """The samples in use of an index, in pools that share batches: one, or one per bucket.
 
     Args:
         index: of the data set.
         held_out: fraction left out of training, by key; None leaves out nothing.
-        buckets: (height, width) of each aspect-ratio bucket in pixels; empty for one pool of all samples.
+        buckets: (height, width) of each aspect-ratio bucket in pixels; empty for one pool of all
+            samples.
     """
 
     index: ShardIndex
@@ -63,7 +68,8 @@ class Selection:
         if not self.buckets:
             return [np.flatnonzero(used)]
         bucket = assign_buckets(table.height, table.width, self.buckets)
-        # An image of unknown size is probably unreadable. It stays in bucket 0, where the loader replaces and lists it.
+        # An image of unknown size is probably unreadable. It stays in bucket 0, where the loader
+        # replaces and lists it.
         bucket = np.maximum(bucket, 0)
         return [np.flatnonzero(used & (bucket == number)) for number in range(len(self.buckets))]
 
@@ -76,10 +82,10 @@ class Selection:
 
 
 def default_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[Bucket, ...]:
-    """Sizes of at most `resolution` x `resolution` pixels, from the tallest to the widest, including the square.
+    """Sizes of at most `resolution` x `resolution` pixels, from tallest to widest.
 
-    Each side is a multiple of `step`. For each shorter side, the longer side is the largest that keeps to the area; both
-    orientations are listed.
+    Each side is a multiple of `step`. For each shorter side, the longer side is the largest that
+    keeps to the area; both orientations are listed.
 
     Args:
         resolution: side of the square bucket in pixels.
@@ -100,7 +106,7 @@ def default_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> 
 
 
 def assign_buckets(height: ArrayLike, width: ArrayLike, buckets: Sequence[Bucket]) -> NDArray[np.int64]:
-    """The bucket of each image: the one whose aspect ratio differs from the image's by the smallest factor.
+    """The bucket of each image: the one with the nearest aspect ratio, by factor.
 
     Of two equally near buckets the earlier one wins, so the choice is the same on every machine.
 
@@ -118,7 +124,8 @@ def assign_buckets(height: ArrayLike, width: ArrayLike, buckets: Sequence[Bucket
         raise DataError(f"buckets are {list(buckets)}; expected (height, width) pairs above zero")
     heights, widths = np.asarray(height, np.float64), np.asarray(width, np.float64)
     known = (heights > 0) & (widths > 0)
-    # A bucket's bounds are the geometric means with its neighbors' ratios, so one sorted search finds all buckets.
+    # A bucket's bounds are the geometric means with its neighbors' ratios, so one sorted search
+    # finds all buckets.
     ratios = np.array([wide / high for high, wide in buckets])
     order = np.argsort(ratios, kind="stable")
     first = order[np.concatenate([[True], np.diff(ratios[order]) > 0])]  # the earliest of each ratio

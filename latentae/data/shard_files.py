@@ -1,7 +1,7 @@
-"""Shards by name: which files or URLs a pattern matches, and the samples inside a shard, in order or by their index.
+"""Shards by name, and their samples, in tar order or by an index.
 
-A complete shard is read or none of it: all headers are checked before the first sample is yielded. Nothing is decoded here, so
-nothing is unpickled, and no URL runs a program.
+A complete shard is read or none of it: all headers are checked before the first sample is yielded.
+Nothing is decoded here, so nothing is unpickled, and no URL runs a program.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
     """The shards that a specification names, in order.
 
     Args:
-        spec: a folder (its `*.tar`, sorted), a file, a glob, a brace pattern, several joined by `::`, or a sequence. URLs of
-            any scheme that fsspec knows work the same way, if the server can list its files. Files named by a brace pattern
-            are returned without a request to the server.
+        spec: a folder (its `*.tar`, sorted), a file, a glob, a brace pattern, several joined by
+            `::`, or a sequence. URLs of any scheme that fsspec knows work the same way, if the
+            server can list its files. Files named by a brace pattern are returned without a request
+            to the server.
 
     Raises:
-        ShardError: nothing matches, a named file is missing or named twice, or the path is a `pipe:`.
+        ShardError: nothing matches, a named file is missing or named twice, or the path is a
+            `pipe:`.
     """
     if isinstance(spec, str):
         paths = [path for part in spec.split("::") if part for path in _expand_one(part)]
@@ -71,9 +73,7 @@ def _expand_one(spec: str) -> list[str]:
     if local and Path(spec).is_dir():
         paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
         if not paths:
-            raise ShardError(
-                f"folder {spec} has no .tar shard; pack images with `latentae shards IMAGES OUT`"
-            )
+            raise ShardError(f"folder {spec} has no .tar shard; pack images with `latentae shards`")
         return paths
     if local and Path(spec).is_file():
         return [spec]
@@ -106,13 +106,13 @@ def _match_remote(candidate: str) -> list[str]:
     paths = remote.find(candidate if pattern else candidate.rstrip("/") + "/*.tar")
     if not paths:
         raise ShardError(
-            f"no shard matches {shown(candidate)}; {_HINT}, and check that the server lists its files"
+            f"no shard matches {shown(candidate)}, or the server does not list its files; {_HINT}"
         )
     return paths
 
 
 def shard_keys(path: str | Path) -> list[str]:
-    """The keys of a shard's samples in tar order, from its headers, after a check that the tar is complete.
+    """The keys of a shard's samples in tar order, after a check that the tar is complete.
 
     Raises:
         ShardError: missing, not a plain tar, cut short, damaged, or with a key that occurs twice.
@@ -122,11 +122,11 @@ def shard_keys(path: str | Path) -> list[str]:
 
 
 def read_shard(path: str | Path, keys: Collection[str] | None = None) -> Iterator[RawSample]:
-    """Yield the samples of a shard in tar order: `{"__key__": str, "__url__": shard, extension: bytes, ...}`.
+    """Yield the samples of a shard in tar order.
 
     Args:
-        path: an uncompressed tar in the WebDataset convention (members of a sample are consecutive). A remote shard is copied
-            to a temporary file first.
+        path: an uncompressed tar in the WebDataset convention (members of a sample are
+            consecutive). A remote shard is copied to a temporary file first.
         keys: yield only these, each of which must exist; None yields all.
 
     Raises:
@@ -163,9 +163,8 @@ def _wanted(path: str, file: str, keys: Collection[str] | None) -> list[Sample]:
         return samples
     missing = set(keys).difference(sample.key for sample in samples)
     if missing:
-        raise ShardError(
-            f"shard {shown(path)} has changed: sample {min(missing)!r} is gone; start again with the current shards"
-        )
+        found = f"shard {shown(path)} has changed: sample {min(missing)!r} is gone"
+        raise ShardError(f"{found}; start again with the current shards")
     return [sample for sample in samples if sample.key in set(keys)]
 
 
@@ -174,14 +173,11 @@ def _samples(path: str, file: str) -> list[Sample]:
 
     def refuse(problem: Problem) -> None:
         if problem.code in ("twice", "outside"):
-            raise ShardError(
-                f"shard {shown(path)} contains {problem.name!r}, which can't be used ({problem.reason}); "
-                "write the shard again with unique, plain keys"
-            )
+            found = f"{problem.name!r}, which can't be used ({problem.reason})"
+            raise ShardError(f"shard {shown(path)} contains {found}; write it again with unique, plain keys")
 
-    return list(
-        group(walk(Reader(partial(read_range, file), size_of(file), chunk=1 << 13), shown(path)), refuse)
-    )
+    reader = Reader(partial(read_range, file), size_of(file), chunk=1 << 13)
+    return list(group(walk(reader, shown(path)), refuse))
 
 
 def _read_samples(path: str, file: str, samples: list[Sample]) -> Iterator[RawSample]:
@@ -193,8 +189,9 @@ def _read_samples(path: str, file: str, samples: list[Sample]) -> Iterator[RawSa
 def read_samples(index: ShardIndex, shard: int, rows: Sequence[int]) -> Iterator[RawSample]:
     """Yield the samples in `rows` of one shard's table, in that order.
 
-    Only images, `txt`, `json`, `cls` and `caption` are read. A local shard is read sample by sample. The part of a remote
-    shard from the first to the last of `rows` is fetched at once, in several requests if there are large gaps.
+    Only images, `txt`, `json`, `cls` and `caption` are read. A local shard is read sample by
+    sample. The part of a remote shard from the first to the last of `rows` is fetched at once, in
+    several requests if there are large gaps.
 
     Args:
         index: from `load_index`.
@@ -234,14 +231,13 @@ def _plan(index: ShardIndex, shard: int, rows: list[int]) -> Sequence[tuple[str,
     except (IndexError, ValueError):
         plan = None
     if plan is None or any(not start < stop <= entry.bytes for *_, (start, stop) in plan):
-        raise ShardError(
-            f"the index of shard {shown(entry.path)} is damaged; remove it and run `latentae index` again"
-        )
+        path = shown(entry.path)
+        raise ShardError(f"the index of shard {path} is damaged; remove it and run `latentae index` again")
     return plan
 
 
 def _fetch(path: str, spans: list[tuple[int, int]]) -> list[tuple[int, memoryview]]:
-    """First byte and bytes of the parts that contain these spans, in as few requests as possible."""
+    """Parts (first byte, bytes) that contain these spans, from as few requests as possible."""
     parts: list[list[int]] = []
     for start, stop in sorted(spans):
         if parts and start <= parts[-1][1] + _GAP:
@@ -278,7 +274,6 @@ def _read_checked(
             return {"__key__": key, "__url__": path, **found[0][1]}
     except ShardError as error:
         reason = str(error)
-    raise ShardError(
-        f"shard {shown(path)} has changed since it was indexed: sample {key!r} is not where its index says ({reason}); "
-        "write or fetch it again, or run `latentae index` and start again"
-    )
+    found = f"sample {key!r} is not where its index says ({reason})"
+    advice = "write or fetch it again, or run `latentae index` and start again"
+    raise ShardError(f"shard {shown(path)} has changed since it was indexed: {found}; {advice}")

@@ -1,4 +1,4 @@
-"""The index of a set of shards: one table per shard (`NAME.tar.index`) and the manifest of all shards."""
+"""The index of a set of shards: a table per shard (`NAME.tar.index`) and a manifest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The manifest: the shards of a data set, in order. The index of each shard is opened at its first use."""
+    """The manifest: the shards of a data set, in order.
+
+    The index of each shard is opened at its first use.
+    """
 
     shards: tuple[ShardEntry, ...]
     sources: tuple[_Source, ...] = field(default=(), compare=False, repr=False)
@@ -76,7 +79,10 @@ class ShardIndex:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of names, sizes, keys and members of all shards. It does not depend on their folder."""
+        """Hex digest of names, sizes, keys and members of all shards.
+
+        It does not depend on their folder.
+        """
         facts = [[shard.name, shard.bytes, shard.samples, shard.headers] for shard in self.shards]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
@@ -106,9 +112,8 @@ class ShardIndex:
         try:
             table = _open(self.sources[number])
         except (OSError, ValueError) as error:
-            raise ShardError(
-                f"the index of shard {path} can't be read ({error}); run `latentae index` again"
-            ) from None
+            advice = "run `latentae index` again"
+            raise ShardError(f"the index of shard {path} can't be read ({error}); {advice}") from None
         if entry_of(entry.path, table) != entry:
             raise ShardError(f"shard {path} has changed since the start; start again with the current shards")
         return table
@@ -140,13 +145,11 @@ class IndexFiles:
         for path in self.shards if self.folder is not None else ():
             other = seen.setdefault(name_of(path), path)
             if other != path:
-                raise ShardError(
-                    f"{shown(other)} and {shown(path)} have one name, and so would their indexes in {self.folder}; "
-                    "index each folder of shards into its own folder"
-                )
+                found = f"{shown(other)} and {shown(path)} have one name, and so would their indexes"
+                raise ShardError(f"{found} in {self.folder}; index each folder of shards into its own folder")
 
     def of(self, shard: str) -> str:
-        """The index file of a shard: a path, or a URL if the shard is remote and there is no folder."""
+        """The index file of a shard: a path, or a URL for a remote shard without a folder."""
         if self.folder is not None:
             return str(self.folder / (name_of(shard) + SUFFIX))
         if not is_remote(shard):
@@ -176,25 +179,25 @@ class IndexFiles:
         """Write a new index; returns its path.
 
         Raises:
-            OutputError: it can't be written, or the file is the index of another shard of this name.
+            OutputError: it can't be written, or the file is the index of another shard of this
+                name.
         """
         target = self.of(shard)
         if is_remote(target):
-            raise OutputError(
-                f"the index of {shown(shard)} can't be written next to it; name a folder for indexes"
-            )
+            raise OutputError(f"the index of {shown(shard)} can't be written next to it; name a folder")
         other = self.open(shard) if self.folder is not None else None
         if other is not None and other.record["place"] not in ("", self.place(shard)):
-            place = other.record["place"]
-            raise OutputError(
-                f"{target} is the index of {place}; choose another folder for the index of {shown(shard)}"
-            )
+            found = f"{target} is the index of {other.record['place']}"
+            raise OutputError(f"{found}; choose another folder for the index of {shown(shard)}")
         with atomic_file(target) as temporary:
             temporary.write_bytes(data)
         return target
 
     def place(self, shard: str) -> str:
-        """The location of a shard, for the record of an index in another folder; empty otherwise."""
+        """The location of a shard, for the record of an index in another folder.
+
+        Empty otherwise.
+        """
         if self.folder is None:
             return ""
         return shown(shard) if is_remote(shard) else str(Path(shard).absolute())
@@ -202,10 +205,8 @@ class IndexFiles:
 
 def entry_of(path: str, table: SampleTable) -> ShardEntry:
     """The entry of a shard in the manifest."""
-    record = table.record
-    return ShardEntry(
-        path, name_of(path), table.samples, record["bytes"], record["sha256"], record["headers"]
-    )
+    facts = {name: table.record[name] for name in ("bytes", "sha256", "headers")}
+    return ShardEntry(path, name_of(path), table.samples, **facts)
 
 
 def scan_shard(path: str | Path) -> ShardEntry:
@@ -224,7 +225,10 @@ def scan_shard(path: str | Path) -> ShardEntry:
 
 
 def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> ShardIndex:
-    """Write a folder's manifest `index.json` and return it; the shards' own indexes are next to them."""
+    """Write a folder's manifest `index.json` and return it.
+
+    The shards' own indexes are next to them.
+    """
     entries = tuple(entries)
     sources = (e.path + SUFFIX if e.samples else scan(e.path, hashed=False).source for e in entries)
     index = ShardIndex(entries, tuple(sources))
@@ -235,20 +239,16 @@ def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> ShardIndex
 def write_manifest(folder: str | Path, index: ShardIndex) -> None:
     """Write `index.json`: names, sizes, counts and hashes of the shards, and the digest of all."""
     rows = [{name: value for name, value in asdict(e).items() if name != "path"} for e in index.shards]
-    record = {
-        "format_version": FORMAT_VERSION,
-        "samples": index.samples,
-        "digest": index.digest,
-        "shards": rows,
-    }
-    write_json(Path(folder) / INDEX_NAME, record)
+    facts = {"format_version": FORMAT_VERSION, "samples": index.samples, "digest": index.digest}
+    write_json(Path(folder) / INDEX_NAME, {**facts, "shards": rows})
 
 
 def load_index(shards: Sequence[str], folder: str | Path | None = None, *, build: bool = True) -> ShardIndex:
     """The index of these shards, in this order.
 
-    A shard's own index is used if it fits the shard (its size, and the header blocks at its ends). Missing indexes are built
-    in parallel from the shards' headers, and written to files if possible.
+    A shard's own index is used if it fits the shard (its size, and the header blocks at its ends).
+    Missing indexes are built in parallel from the shards' headers, and written to files if
+    possible.
 
     Args:
         shards: local files or URLs, as from `expand_shards`.
@@ -256,7 +256,8 @@ def load_index(shards: Sequence[str], folder: str | Path | None = None, *, build
         build: build missing indexes; remote shards need a folder for that.
 
     Raises:
-        ShardError: a shard is missing or damaged, has no index that fits and `build` is false, or all shards are empty.
+        ShardError: a shard is missing or damaged, has no index that fits and `build` is false, or
+            all shards are empty.
     """
     paths = tuple(str(path) for path in shards)
     files = IndexFiles(paths, None if folder is None else Path(folder))
@@ -283,10 +284,9 @@ def _build(files: IndexFiles, missing: list[str], build: bool) -> dict[str, tupl
     remote = next((path for path in missing if is_remote(path)), None)
     if not build or (remote and files.folder is None):
         where = f"in {files.folder}" if files.folder else "next to it"
-        raise ShardError(
-            f"{len(missing)} shards have no index that fits, the first is {shown(remote or missing[0])} (looked {where}); "
-            "run `latentae index SHARDS FOLDER` and name that folder"
-        )
+        found = f"{len(missing)} shards have no index that fits, the first is {shown(remote or missing[0])}"
+        advice = "run `latentae index SHARDS FOLDER` and name that folder"
+        raise ShardError(f"{found} (looked {where}); {advice}")
     for path in missing:
         if files.open(path) is not None:
             say(f"the index of {shown(path)} no longer fits and is built again")
@@ -297,9 +297,8 @@ def _build(files: IndexFiles, missing: list[str], build: bool) -> dict[str, tupl
     def make(path: str) -> tuple[ShardEntry, _Source]:
         table = scan(path, hashed=False, place=files.place(path), stop=stop)
         _refuse_damage(path, table)
-        left_out.extend(
-            [(shown(path), problem) for problem in table.problems if problem.code == "left_out"][:1]
-        )
+        first = next((problem for problem in table.problems if problem.code == "left_out"), None)
+        left_out.extend([(shown(path), first)] if first else [])
         try:
             return entry_of(path, table), files.write(path, table.data)
         except OutputError as error:  # such as a read-only folder
@@ -313,10 +312,9 @@ def _build(files: IndexFiles, missing: list[str], build: bool) -> dict[str, tupl
         say(f"{unwritten[0]}; {len(unwritten)} indexes stay in memory and are built again at the next start")
     if left_out:
         path, problem = left_out[0]
-        say(
-            f"{len(left_out)} shards contain files that are no part of an image sample and are left out, the first is "
-            f"{problem.name!r} in {path} ({problem.reason}); `latentae index` lists them"
-        )
+        found = f"{len(left_out)} shards contain files that are no part of an image sample and are left out"
+        first = f"{problem.name!r} in {path} ({problem.reason})"
+        say(f"{found}, the first is {first}; `latentae index` lists them")
     return dict(zip(missing, pairs, strict=True))
 
 
@@ -358,7 +356,6 @@ def _refuse_damage(path: str, table: SampleTable) -> None:
     """Damaged samples are skipped only after `latentae index` has listed them."""
     bad = next((problem for problem in table.problems if problem.code in ("twice", "outside", "name")), None)
     if bad is not None:
-        raise ShardError(
-            f"shard {shown(path)} contains {bad.name!r} at byte {bad.byte}, which can't be used ({bad.reason}); write it "
-            "again, or run `latentae index` to list such samples and skip them"
-        )
+        found = f"{bad.name!r} at byte {bad.byte}, which can't be used ({bad.reason})"
+        advice = "write it again, or run `latentae index` to list such samples and skip them"
+        raise ShardError(f"shard {shown(path)} contains {found}; {advice}")

@@ -1,7 +1,7 @@
-"""The verb `shards`: pack images into shards, from a folder, a Hugging Face dataset, built-in images, or samples in memory.
+"""The verb `shards`: pack images or samples in memory into shards.
 
-A shard gets its name only when it is complete, and `index.json` is written after the last shard. The same input gives the same
-bytes: sorted order, fixed tar metadata, original image files.
+A shard gets its name only when it is complete, and `index.json` is written after the last shard.
+The same input gives the same bytes: sorted order, fixed tar metadata, original image files.
 """
 
 from __future__ import annotations
@@ -91,26 +91,26 @@ def default_shard_size(count: int) -> int:
 
 @verb(ShardsOptions)
 def shards(options: ShardsOptions) -> ShardIndex:
-    """Pack images into WebDataset shards `OUT/000000.tar ...`, each with its index, and a manifest `index.json`.
+    """Pack images into WebDataset shards `OUT/000000.tar ...`, with their indexes and manifest.
 
-    Files of a folder are copied unchanged, with a `.txt`, `.json`, `.cls` or `.caption` of the same name. A sample's key is its
-    path in the folder without extension, with dots and spaces escaped. A Hugging Face dataset gives the files of its image
-    column; a class label becomes `.cls`, other numbers and texts `.json`, and the key is the row's number.
+    Files of a folder are copied unchanged, with a `.txt`, `.json`, `.cls` or `.caption` of the same
+    name. A sample's key is its path in the folder without extension, with dots and spaces escaped.
+    A Hugging Face dataset gives the files of its image column; a class label becomes `.cls`, other
+    numbers and texts `.json`, and the key is the row's number.
 
-    Every image is decoded once as a check. A stopped run resumes with the missing shards and ends with the same bytes. Other
-    files in `out` are not touched.
+    Every image is decoded once as a check. A stopped run resumes with the missing shards and ends
+    with the same bytes. Other files in `out` are not touched.
 
     Raises:
         DataError: no such images, none at all, or two files with the same key.
         ImageError: an image can't be read (without `skip_bad`), or none can.
-        MissingDependencyError: the package datasets, or the package of the built-in images, is missing.
+        MissingDependencyError: the package datasets, or the package of the built-in images, is
+            missing.
         OutputError: the output can't be written, or contains other shards.
     """
     out = Path(options.out)
     if options.quality is not None and options.resize is None:
-        raise RecipeError(
-            "quality is for resized images; give resize too, or omit quality to copy files unchanged"
-        )
+        raise RecipeError("quality is for resized images; give resize too, or omit quality to copy files")
     source = _source(options.images, out)
     count = len(source.sizes)
     shard_size = options.shard_size or default_shard_size(count)
@@ -135,9 +135,8 @@ def shards(options: ShardsOptions) -> ShardIndex:
             leftover.unlink(missing_ok=True)
     entries = _Packer(source, options).run(plan)
     if not any(entry.samples for entry in entries):
-        raise ImageError(
-            f"none of the {count} images of {options.images} can be read; see {out / BAD_SAMPLES}"
-        )
+        found = f"none of the {count} images of {options.images} can be read"
+        raise ImageError(f"{found}; see {out / BAD_SAMPLES}")
     for entry in entries:
         if not entry.samples:  # every image of this shard was bad
             Path(entry.path).unlink()
@@ -164,10 +163,11 @@ def _source(images: str | Path, out: Path) -> ImageSource:
 def write_shards(
     samples: Iterable[Members], out: str | Path, *, shard_size: int = 1000, max_shard_mb: float = 1000.0
 ) -> ShardIndex:
-    """Write samples from memory to `OUT/000000.tar ...` in their order, each with its index, and a manifest `index.json`.
+    """Write samples from memory to shards `OUT/000000.tar ...`, with their indexes and manifest.
 
     Args:
-        samples: `{"__key__": "folder/name", "png": bytes, ...}` with unique keys, escaped as by `escape_key`.
+        samples: `{"__key__": "folder/name", "png": bytes, ...}` with unique keys, escaped as by
+            `escape_key`.
         out: folder without shards.
         shard_size: maximum samples per shard.
         max_shard_mb: maximum MB per shard, unless one sample is larger.
@@ -179,7 +179,7 @@ def write_shards(
     out = Path(out)
     if shard_size < 1 or max_shard_mb <= 0:
         raise DataError(
-            f"shard_size is {shard_size} and max_shard_mb {max_shard_mb}; expected numbers above zero"
+            f"shard_size is {shard_size} and max_shard_mb {max_shard_mb}; expected more than zero"
         )
     if any(out.glob("*.tar")):
         raise OutputError(f"{out} already contains shards; choose another output or remove them")
@@ -203,9 +203,7 @@ def _checked(samples: Iterable[Members]) -> Iterator[Members]:
             raise DataError(f"a sample has the key {key!r}; expected a text such as 'folder/name'")
         plain = key.replace("%", "")
         if escape_key(plain) != plain or key.startswith("/"):
-            raise DataError(
-                f"sample key {key!r} has characters that readers would misread; pass it through escape_key"
-            )
+            raise DataError(f"sample key {key!r} has characters that readers misread; use escape_key")
         if key in seen:
             raise DataError(f"two samples have the key {key!r}; keys must be unique")
         seen.add(key)
@@ -218,7 +216,8 @@ def fill_tar(path: Path, samples: Iterable[Members]) -> None:
         for sample in samples:
             for extension, data in sample.items():
                 if extension != "__key__" and isinstance(data, bytes):
-                    # The defaults of TarInfo are constant: mtime, uid and gid 0, mode 0o644, no names.
+                    # The defaults of TarInfo are constant: mtime, uid and gid 0, mode 0o644, no
+                    # names.
                     info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -243,7 +242,7 @@ def _is_shards(name: str) -> bool:
 
 
 class _Packer:
-    """Packs the images of a source into shards: some threads read, check and shrink images, others write tars."""
+    """Packs images into shards: some threads read, check and shrink images, others write tars."""
 
     def __init__(self, source: ImageSource, options: ShardsOptions) -> None:
         self.source, self.options, self.out = source, options, Path(options.out)
@@ -302,7 +301,7 @@ class _Packer:
         return scan_shard(path)
 
     def _ahead(self, readers: ThreadPoolExecutor, numbers: range, depth: int) -> Iterator[Future[Members]]:
-        """Load images in order, a few ahead: `readers.map` would keep a complete shard in memory."""
+        """Load images in order, a few ahead. `readers.map` would load a complete shard."""
         running: deque[Future[Members]] = deque()
         todo = iter(numbers)
         try:
@@ -332,7 +331,7 @@ class _Packer:
         return {**sample, **members}
 
     def _record_bad(self, path: Path, bad: list[dict[str, str]]) -> None:
-        """Replace the lines of this shard in `bad_samples.jsonl`, which a killed run may have written."""
+        """Replace the lines of this shard in `bad_samples.jsonl`, perhaps from a killed run."""
         record = self.out / BAD_SAMPLES
         with self._lock:
             if self._bad is None:

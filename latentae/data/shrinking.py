@@ -1,4 +1,7 @@
-"""Shrink image files: resize them by the short side and encode them as PNG or JPEG. Small images stay unchanged."""
+"""Shrink image files: resize them by the short side and encode them as PNG or JPEG.
+
+Small images stay unchanged.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ _CAN_BE_DEEP = (b"\x89PNG", b"II", b"MM", b"P")  # PNG, TIFF, PPM
 def shrink(
     data: bytes, name: str, short: int, quality: int | None, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[str, bytes] | None:
-    """Resize an image file to a short side of `short` pixels, by antialiased bicubic, and encode it again.
+    """Resize an image file by antialiased bicubic, and encode it again.
 
-    The result is upright and in sRGB, by the rules of docs/images.md. PNG keeps gray, transparency and 16 bits. JPEG has 8
-    bits, and transparency becomes white.
+    The result is upright and in sRGB, by the rules of docs/images.md. PNG keeps gray, transparency
+    and 16 bits. JPEG has 8 bits, and transparency becomes white.
 
     Args:
         data: the file's bytes.
@@ -41,7 +44,8 @@ def shrink(
         max_pixels: as in `decode_image`.
 
     Returns:
-        Extension and bytes of the new file; None if the short side is at most `short`, as images are never enlarged.
+        Extension and bytes of the new file; None if the short side is at most `short`, as images
+        are never enlarged.
 
     Raises:
         ImageError: as `decode_image`, also for an unchanged image.
@@ -51,9 +55,7 @@ def shrink(
     side = min(height, width)
     if side <= short:
         return None
-    resized = crop_to_bucket(
-        image, (height * short // side, width * short // side)
-    )  # the same shape: no crop
+    resized = crop_to_bucket(image, (height * short // side, width * short // side))  # without a crop
     return ("png", encode_png(resized)) if quality is None else ("jpg", encode_jpeg(resized, quality))
 
 
@@ -65,7 +67,8 @@ def encode_png(image: Tensor) -> bytes:
         raise DataError(f"can't write {found} as PNG; expected uint8 or uint16 [1, 3 or 4, H, W]")
     if image.dtype == torch.uint8:
         return _save(image, "PNG")
-    # Pillow writes no 16-bit color. Each row is stored as its difference to the row above: filter 2, PNG section 9.
+    # Pillow writes no 16-bit color. Each row is stored as its difference to the row above: filter
+    # 2, PNG section 9.
     rows = image.permute(1, 2, 0).contiguous().numpy().astype(">u2").view(np.uint8).reshape(height, -1)
     above = np.vstack([np.zeros_like(rows[:1]), rows[:-1]])
     lines = np.hstack([np.full((height, 1), 2, np.uint8), rows - above])
@@ -91,7 +94,10 @@ def _save(image: Tensor, form: str, **options: Any) -> bytes:
 
 
 def _decode(data: bytes, name: str, keep: bool, max_pixels: int, short: int) -> Tensor:
-    """Decode with as few channels and bits as the pixels need; without `keep`, without transparency and 16 bits."""
+    """Decode with as few channels and bits as the pixels need.
+
+    Without `keep`, without transparency and 16 bits.
+    """
     image = _deep(data, name, max_pixels) if keep else None
     if image is None:
         channels = 4 if keep and not data.startswith(_JPEG) else 3

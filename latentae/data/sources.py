@@ -1,4 +1,4 @@
-"""The bytes of shards, local or remote: ranges and streams that return all requested bytes or raise an error."""
+"""The bytes of local and remote shards: ranges and streams return all requested bytes, or raise."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def sizes_of(paths: Sequence[str]) -> list[int]:
 def read_range(path: str, start: int, stop: int) -> bytes:
     """All bytes from `start` to `stop` of a file.
 
-    Each process keeps a few dozen local files open. Remote ranges are retried after server errors, broken streams and
-    timeouts, within the limits of `remote.patience`.
+    Each process keeps a few dozen local files open. Remote ranges are retried after server errors,
+    broken streams and timeouts, within the limits of `remote.patience`.
 
     Raises:
         ShardError: missing, shorter than `stop`, or unreadable.
@@ -71,14 +71,16 @@ def read_range(path: str, start: int, stop: int) -> bytes:
     with _errors(path):
         found = _files().read(path, start, stop)
     if len(found) != stop - start:
-        raise ShardError(
-            f"shard {path} ends at byte {start + len(found)}, expected {stop} or more; it changed or was cut short"
-        )
+        end = start + len(found)
+        raise ShardError(f"shard {path} ends at byte {end}, expected {stop} or more; it has changed")
     return found
 
 
 def will_read(path: str, start: int, stop: int) -> None:
-    """Tell the system that a range of a local file will be read soon. Remote files ignore the hint."""
+    """Tell the system that a range of a local file will be read soon.
+
+    Remote files ignore the hint.
+    """
     if hasattr(os, "posix_fadvise") and not is_remote(path):
         with _errors(path):
             _files().advise(path, start, stop)
@@ -131,9 +133,8 @@ class _OpenFiles:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, tuple[int, int, int]] = (
-            OrderedDict()
-        )  # path -> descriptor, device, inode
+        # path -> descriptor, device, inode
+        self._files: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
 
     def read(self, path: str, start: int, stop: int) -> bytes:
         if not hasattr(os, "pread"):  # Windows
@@ -174,7 +175,10 @@ _open_files: _OpenFiles | None = None
 
 
 def _files() -> _OpenFiles:
-    """This process's files. After a fork, the parent's lock may be locked by a thread that does not exist here."""
+    """This process's files.
+
+    After a fork, the parent's lock may be locked by a thread that does not exist here.
+    """
     global _open_files
     if _open_files is None or _open_files.process != os.getpid():
         _open_files = _OpenFiles()

@@ -1,7 +1,8 @@
 """Training on remote shards without an index: webdataset's resampled stream.
 
-It promises less than `TrainLoader`. Samples are drawn shard by shard with replacement, and there are no epochs. Another number of
-ranks or workers sees other batches, and a resumed run draws new samples.
+It promises less than `TrainLoader`. Samples are drawn shard by shard with replacement, and there
+are no epochs. Another number of ranks or workers sees other batches, and a resumed run draws new
+samples.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from latentae.data.loader import BadSample, Batch, decode_for_training, parallel
 from latentae.data.options import DataOptions
 from latentae.data.shard_files import READ_EXTENSIONS, RawSample, expand_shards
 from latentae.data.shard_index import IndexFiles
-from latentae.data.sources import ByteStream, is_remote, shown, stream
+from latentae.data.sources import is_remote, shown, stream
 from latentae.data.transforms import augment
 from latentae.errors import DataError, ImageError, LatentAEError, ShardError, first_line
 from latentae.keyed import derive_seed, whole_seed
@@ -33,7 +34,7 @@ _FORMAT = "stream-1"
 
 
 def streams(shards: Sequence[str], index: str | None) -> bool:
-    """Whether these shards can only be streamed: remote, and without an index next to them or in the given folder."""
+    """Whether these shards can only be streamed: remote ones without an index."""
     if index is not None or not shards or not is_remote(shards[0]):
         return False
     return IndexFiles(tuple(shards), None).find(shards[0]) is None
@@ -78,19 +79,8 @@ class _Stream(IterableDataset):
         return iter(shuffle(SHUFFLE, initial=min(SHUFFLE, 100), rng=random.Random(seed))(every))
 
 
-class _File:
-    """A file object for tarfile."""
-
-    def __init__(self, source: ByteStream) -> None:
-        self._source = source
-
-    def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes."""
-        return self._source.read(1 << 20 if count < 0 else count)
-
-
 def _read_stream(url: str) -> Iterator[RawSample]:
-    """The samples of one shard in their order. webdataset opens no URL here, so no command can run, and decodes nothing."""
+    """The samples of one shard in order. webdataset neither opens URLs nor decodes here."""
     from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
     def wanted(name: str) -> bool:
@@ -98,14 +88,12 @@ def _read_stream(url: str) -> Iterator[RawSample]:
         return extension is not None and extension.lower() in READ_EXTENSIONS
 
     with stream(url) as file:
-        members = tar_file_expander([{"url": url, "stream": _File(file)}], select_files=wanted)
+        members = tar_file_expander([{"url": url, "stream": file}], select_files=wanted)
         try:
             yield from group_by_keys(members)
         except (tarfile.TarError, ValueError, EOFError) as error:
-            advice = "fetch or write it again, or leave it out"
-            raise ShardError(
-                f"shard {shown(url)} could not be read ({first_line(error)}); {advice}"
-            ) from error
+            found = f"shard {shown(url)} could not be read ({first_line(error)})"
+            raise ShardError(f"{found}; fetch or write it again, or leave it out") from error
 
 
 class StreamLoader:
@@ -125,18 +113,17 @@ class StreamLoader:
 
     def __init__(self, options: DataOptions, batch_size: int, seed: int, rank: int = 0) -> None:
         if options.buckets != "none":
-            advice = "run `latentae index SHARDS FOLDER` and give --data.index FOLDER"
-            raise DataError(
-                f"data.buckets is {options.buckets}, which needs the sizes of all images; {advice}"
-            )
+            found = f"data.buckets is {options.buckets}, which needs the sizes of all images"
+            raise DataError(f"{found}; run `latentae index SHARDS FOLDER` and give --data.index FOLDER")
         self._options, self._batch_size, self._seed, self._rank = options, batch_size, whole_seed(seed), rank
         self._shards, self._batches = expand_shards(str(options.shards)), 0
 
     def announce(self) -> None:
         """Log what this loader does not promise."""
         say(
-            f"data: {len(self._shards)} remote shards without an index are streamed: samples are drawn with replacement, and "
-            "only a statistical resume is promised; `latentae index SHARDS FOLDER` and --data.index FOLDER give the exact order"
+            f"data: {len(self._shards)} remote shards without an index are streamed: samples are drawn with "
+            "replacement, and only a statistical resume is promised; "
+            "`latentae index SHARDS FOLDER` and --data.index FOLDER give the exact order"
         )
 
     def __iter__(self) -> Generator[Batch, None, None]:
@@ -164,7 +151,6 @@ class StreamLoader:
         """
         batches = state.get("batches")
         if state.get("format_version") != _FORMAT or not isinstance(batches, int) or batches < 0:
-            raise DataError(
-                "can't resume the stream: the run began on indexed shards; give its --data.index, or start a new run"
-            )
+            advice = "give its --data.index, or start a new run"
+            raise DataError(f"can't resume the stream: the run began on indexed shards; {advice}")
         self._batches = batches

@@ -1,7 +1,8 @@
-"""The index of one shard: a table of its samples, built by one walk over the tar and read by memory mapping. Loads no torch.
+"""The index of one shard: a table of its samples, built in one pass and memory-mapped.
 
-The file is a safetensors file. It has arrays of unsigned integers in the smallest type that fits, and under the metadata key
-`latentae_index` a JSON record after its CRC-32. The same shard gives the same bytes.
+The file is a safetensors file. It has arrays of unsigned integers in the smallest type that fits,
+and under the metadata key `latentae_index` a JSON record after its CRC-32. The same shard gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def hash_key(key: str) -> int:
 class SampleTable:
     """The samples of one shard, in tar order.
 
-    A memory-mapped table costs only pages of the file cache, which all processes share. A pickled one is the path of its file.
+    A memory-mapped table costs only pages of the file cache, which all processes share. A pickled
+    one is the path of its file.
 
     Args:
         data: the index, as bytes or as a memory map.
@@ -81,9 +83,8 @@ class SampleTable:
         if name not in self._checked:
             if zlib.crc32(values.data) != self.record["crc32"][name]:
                 where = self.source if isinstance(self.source, str) else "in memory"
-                raise ShardError(
-                    f"the index {where} is damaged ({name}); remove it and run `latentae index` again"
-                )
+                found = f"the index {where} is damaged ({name})"
+                raise ShardError(f"{found}; remove it and run `latentae index` again")
             self._checked.add(name)
         return values
 
@@ -107,7 +108,7 @@ class SampleTable:
 
     @property
     def size(self) -> np.ndarray:
-        """int64 [n]: bytes of each sample from its first header, including the padding of its last member."""
+        """int64 [n]: bytes of each sample, from its first header to its last padding."""
         return self._checked_array("blocks").astype(np.int64) * BLOCK
 
     @property
@@ -141,7 +142,7 @@ class SampleTable:
         return [text[a:b].decode("utf-8", "surrogateescape") for a, b in zip([0, *ends], ends, strict=False)]
 
     def members(self, row: int) -> tuple[tuple[str, int, int], ...]:
-        """Extension (lower case, no dot), first byte of the data in the tar, and bytes of data, for each member."""
+        """Extension (lower case, no dot), first byte in the tar, and bytes of each member."""
         inside, start = self._range("last", row), int(self._arrays["start"][row])
         columns = zip(*(self._arrays[name][inside].tolist() for name in _MEMBERS), strict=True)
         names: list[str] = self.record["extensions"]
@@ -203,11 +204,12 @@ def scan(
     stop: threading.Event | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> SampleTable:
-    """Index one shard: walk its headers, read the sizes of its images, and hash the shard in the same pass.
+    """Index one shard: walk its headers, read image sizes, and hash it in the same pass.
 
     Args:
         path: local or remote.
-        hashed: read and hash every byte; otherwise only headers of a local shard are read. Remote shards are always hashed.
+        hashed: read and hash every byte; otherwise only headers of a local shard are read. Remote
+            shards are always hashed.
         place: location of the shard, for the record; empty if the index is in the same folder.
         stop: when set, the scan ends with Interrupted.
         advance: called with numbers of bytes passed.
@@ -246,7 +248,7 @@ def _changed(path: str) -> ShardError:
 
 
 def marks_match(path: str, marks: list[list[Any]]) -> bool:
-    """Whether a local shard still has the indexed blocks: its first, last and end-of-archive headers."""
+    """Whether a local shard still has its indexed first, last and end-of-archive headers."""
     return is_remote(path) or all(_block_hash(path, int(start)) == digest for start, digest in marks)
 
 
@@ -289,9 +291,8 @@ class _Builder:
                     self._report_bare(other)
                 bare = None
                 if image not in sizes:
-                    self._report(
-                        Problem("image", sample.start, sample.key, "the header of its image can't be read")
-                    )
+                    reason = "the header of its image can't be read"
+                    self._report(Problem("image", sample.start, sample.key, reason))
                 self._add(sample, sizes.get(image, (0, 0)))
         for sample in bare or ():  # a shard without images, such as one of latents
             self._add(sample, (0, 0))
@@ -331,12 +332,15 @@ class _Builder:
         c["last"].append(len(c["extension"]))
 
     def marked(self, end: int) -> list[int]:
-        """Offsets of the headers that show a change of the shard when its size does not: first, last and `end`."""
+        """Offsets of the headers that `marks_match` checks: first, last and `end`."""
         starts = self._columns["start"]
         return sorted({*(start * BLOCK for start in (*starts[:1], *starts[-1:])), end})
 
     def _headers(self) -> str:
-        """Hex digest of keys, members and their offsets. Tars that differ only inside their members share it."""
+        """Hex digest of keys, members and their offsets.
+
+        Tars that differ only inside their members share it.
+        """
         digest = hashlib.blake2b(json.dumps(list(self._extensions)).encode(), digest_size=16)
         for name in ("start", "blocks", "key_end", "keys", "last", "extension", "skip", "bytes"):
             column = self._values(name)
@@ -356,9 +360,7 @@ class _Builder:
         """The index file; `facts` (plain JSON values) join its record."""
         from safetensors.numpy import save
 
-        self._columns["problems"] = array(
-            "B", json.dumps([list(problem) for problem in self._problems]).encode()
-        )
+        self._columns["problems"] = array("B", json.dumps(self._problems).encode())
         arrays = {name: self._smallest(name) for name in _NAMES}
         record = {
             "format_version": FORMAT_VERSION,

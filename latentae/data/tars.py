@@ -1,7 +1,8 @@
-"""A strict walk over a tar: every member with its byte offsets, or an error that names the damaged byte.
+"""A strict walk over a tar: every member with its offsets, or an error that names the byte.
 
-It reads plain (V7), ustar, GNU and PAX headers, including long names. Python's tarfile silently stops at a header that it can't
-read. This walk ends only at the end-of-archive block, with only zeros after it. It never writes and never follows a link.
+It reads plain (V7), ustar, GNU and PAX headers, including long names. Python's tarfile silently
+stops at a header that it can't read. This walk ends only at the end-of-archive block, with only
+zeros after it. It never writes and never follows a link.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ class Problem(NamedTuple):
     """Something in a shard that is not used.
 
     Attributes:
-        code: `twice`, `outside` and `name` are damaged samples. `image` is a sample that is used although the header of its
-            image can't be read. `left_out` is no part of a sample: links, hidden files, samples without an image.
+        code: `twice`, `outside` and `name` are damaged samples. `image` is a sample that is used
+            although the header of its image can't be read. `left_out` is no part of a sample:
+            links, hidden files, samples without an image.
     """
 
     code: str
@@ -85,10 +87,13 @@ class Problem(NamedTuple):
 
 
 class Reader:
-    """The bytes of a file in order, fetched in chunks. Skipped bytes are not fetched, unless every byte is observed.
+    """The bytes of a file in order, fetched in chunks.
+
+    Skipped bytes are not fetched, unless every byte is observed.
 
     Args:
-        fetch: `fetch(start, stop)` returns exactly these bytes. With `observe`, ranges ascend without gaps.
+        fetch: `fetch(start, stop)` returns exactly these bytes. With `observe`, ranges ascend
+            without gaps.
         stop: end of the file, or of the part to read.
         start: first byte to read.
         chunk: bytes to fetch at once.
@@ -146,13 +151,15 @@ class Reader:
 
 
 def walk(reader: Reader, shard: str, *, whole: bool = True) -> Iterator[Member]:
-    """Yield the members of a tar in order. After each one, the caller may read its data from `reader`.
+    """Yield the members of a tar in order.
+
+    After each one, the caller may read its data from `reader`.
 
     Args:
         reader: at the first header.
         shard: its name in error messages.
-        whole: the tar must end with an end-of-archive block and nothing after it. Otherwise `reader` must cover complete
-            members only.
+        whole: the tar must end with an end-of-archive block and nothing after it. Otherwise
+            `reader` must cover complete members only.
 
     Raises:
         DamagedTar: cut short, damaged, compressed or no tar at all; the message names the byte.
@@ -211,9 +218,8 @@ def _padded(size: int) -> int:
 
 
 def _damaged(shard: str, position: int, reason: str) -> DamagedTar:
-    return DamagedTar(
-        f"shard {shard} is cut short or damaged at byte {position} ({reason}); fetch or write it again"
-    )
+    found = f"shard {shard} is cut short or damaged at byte {position} ({reason})"
+    return DamagedTar(f"{found}; fetch or write it again")
 
 
 def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]:
@@ -253,9 +259,8 @@ def _no_tar(header: bytes, shard: str) -> DamagedTar:
     kind = next((name for magic, name in _COMPRESSED.items() if header.startswith(magic)), None)
     if kind:
         return DamagedTar(f"shard {shard} is compressed with {kind}; decompress it to a plain tar")
-    return DamagedTar(
-        f"shard {shard} is not a complete, uncompressed tar (it begins with {header[:12]!r}...); fetch or write it again"
-    )
+    found = f"it begins with {header[:12]!r}..."
+    return DamagedTar(f"shard {shard} is not a complete, uncompressed tar ({found}); fetch or write it again")
 
 
 def _extended(reader: Reader, shard: str, position: int, size: int) -> bytes:
@@ -324,7 +329,8 @@ def walk_samples(
 
     Args:
         reader, shard, whole: as in `walk`.
-        take: called for every member; it may read the member's data from `reader`. None takes nothing.
+        take: called for every member; it may read the member's data from `reader`. None takes
+            nothing.
         report: as in `group`.
 
     Yields:
@@ -346,9 +352,10 @@ def walk_samples(
 
 
 def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Iterator[Sample]:
-    """Group members into samples as WebDataset does: the first dot of the base name splits key and extension.
+    """Group members into samples like WebDataset: the first dot splits key and extension.
 
-    The first sample of a key and the first member of an extension are used. Everything else is reported, except folders.
+    The first sample of a key and the first member of an extension are used. Everything else is
+    reported, except folders.
     """
     seen: set[str] = set()
     named = ((*name, member) for member in members if (name := _split(member, report)) is not None)
@@ -361,16 +368,18 @@ def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Ite
         used = list(found.values())
         sample = Sample(key, used[0].start, used[-1].end, [(e, m.offset, m.size) for e, m in found.items()])
         if key in seen:
-            report(
-                Problem("twice", sample.start, key, "a sample of this key came before, and not side by side")
-            )
+            reason = "a sample of this key came before, and not side by side"
+            report(Problem("twice", sample.start, key, reason))
         else:
             seen.add(key)
             yield sample
 
 
 def _split(member: Member, report: Callable[[Problem], object]) -> tuple[str, str] | None:
-    """Key and extension of a member; None for what is no part of a sample, which is reported, except folders."""
+    """Key and extension of a member.
+
+    None for what is no part of a sample, which is reported, except folders.
+    """
     name = member.name
     if member.kind == "folder":
         return None

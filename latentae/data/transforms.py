@@ -1,7 +1,8 @@
 """Crops and value ranges: uint8 or uint16 images outside, float in [-1, 1] inside.
 
-Every resize is antialiased bicubic. Random crops and flips are pure functions of a seed, on every platform and library version.
-With 4 channels, colors are multiplied by alpha before resizing, as in Pillow, so that invisible colors do not bleed.
+Every resize is antialiased bicubic. Random crops and flips are pure functions of a seed, on every
+platform and library version. With 4 channels, colors are multiplied by alpha before resizing, as in
+Pillow, so that invisible colors do not bleed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def crop_to_bucket(image: Tensor, bucket: tuple[int, int], *, seed: int | None =
     if height > most_high or width > most_wide:
         strip = _cut(image, min(height, most_high), min(width, most_wide), seed)
         return crop_to_bucket(strip, bucket, seed=seed)
-    # Cropping first would change the filter at the edge. The long side is rounded down as in torchvision's Resize.
+    # Cropping first would change the filter at the edge. The long side is rounded down as in
+    # torchvision's Resize.
     if width * high >= wide * height:
         resized = _resize(image, high, max(int(high * width / height), wide))
     else:
@@ -79,8 +81,9 @@ def random_crop_flip(
 ) -> Tensor:
     """Crop a random square, resize it to `size` and flip it half of the time.
 
-    The side of the square is drawn log-uniformly between two shares of the short side. It is at least `size` source pixels if
-    the image is large enough. (1, 1) is LDM's resize and crop, (0, 0) crops at native scale, and (0, 1) mixes both.
+    The side of the square is drawn log-uniformly between two shares of the short side. It is at
+    least `size` source pixels if the image is large enough. (1, 1) is LDM's resize and crop, (0, 0)
+    crops at native scale, and (0, 1) mixes both.
 
     Args:
         image: uint8 or uint16 [C, H, W].
@@ -111,10 +114,11 @@ def random_resized_crop_flip(
     seed: int,
     flip: bool = True,
 ) -> Tensor:
-    """Crop a random rectangle, resize it to a square and flip it half of the time: torchvision's RandomResizedCrop, keyed.
+    """torchvision's RandomResizedCrop and a random flip, as functions of a seed.
 
-    The share of the image's area is uniform and the aspect ratio log-uniform (Szegedy et al. 2015, section 6). A draw that
-    does not fit is repeated. After ten draws the crop is the largest centered rectangle with a ratio in range.
+    The share of the image's area is uniform and the aspect ratio log-uniform (Szegedy et al. 2015,
+    section 6). A draw that does not fit is repeated. After ten draws the crop is the largest
+    centered rectangle with a ratio in range.
 
     Args:
         image: uint8 or uint16 [C, H, W].
@@ -151,7 +155,8 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
         image: uint8 or uint16 [C, H, W].
         options: the `[data]` table.
         seed: 0 <= seed < 2**64.
-        bucket: height and width of an aspect-ratio bucket; None crops a square of `options.resolution`.
+        bucket: height and width of an aspect-ratio bucket; None crops a square of
+            `options.resolution`.
 
     Returns:
         [C, height, width] of the image's type.
@@ -167,7 +172,10 @@ def augment(image: Tensor, options: DataOptions, seed: int, bucket: tuple[int, i
 
 
 def kept_short_side(options: DataOptions, bucket: tuple[int, int] | None = None) -> int | None:
-    """Smallest short side in pixels that `augment` keeps, over all seeds; None if it crops at native scale."""
+    """Smallest short side in pixels that `augment` keeps, over all seeds.
+
+    None if it crops at native scale.
+    """
     if bucket is None and options.crop == "random-resized":
         return math.ceil(options.resolution / math.sqrt(AREA[0] * RATIO[0]))  # of the smallest rectangle
     if bucket is None and options.crop == "random":
@@ -181,7 +189,9 @@ def keyed_flip(image: Tensor, seed: int) -> Tensor:
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """Reflect images at their right and bottom edges until both sides are multiples of `factor`; `[..., :H, :W]` undoes it.
+    """Reflect images at their right and bottom edges until both sides are multiples of `factor`.
+
+    `[..., :H, :W]` undoes it.
 
     The edge itself is not repeated. An image smaller than its padding is reflected several times.
 
@@ -190,7 +200,8 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
         factor: pixels.
 
     Returns:
-        [..., H', W'], less than `factor` larger on each side; the same tensor if no padding is needed.
+        [..., H', W'], less than `factor` larger on each side; the same tensor if no padding is
+        needed.
     """
     for axis in (-2, -1):
         side = images.shape[axis]
@@ -201,7 +212,7 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
 
 
 def _uniform(seed: int, count: int) -> list[float]:
-    """Uniform in [0, 1). Philox is the same everywhere, while Generator's methods may change (NEP 19)."""
+    """Uniform in [0, 1), by Philox. Generator's methods may change between versions (NEP 19)."""
     draws = np.random.Philox(key=whole_seed(seed)).random_raw(count) >> np.uint64(11)
     return [float(draw) * 2.0**-53 for draw in draws]
 
@@ -209,10 +220,9 @@ def _uniform(seed: int, count: int) -> list[float]:
 def _shape(image: Tensor) -> tuple[int, int]:
     known = image.dtype in (torch.uint8, torch.uint16)
     if not known or image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
-        raise ImageError(
-            f"expected a uint8 or uint16 image [1, 3 or 4, H, W], found {image.dtype} {list(image.shape)}; "
-            "decode it with decode_image"
-        )
+        expected = "expected a uint8 or uint16 image [1, 3 or 4, H, W]"
+        found = f"found {image.dtype} {list(image.shape)}"
+        raise ImageError(f"{expected}, {found}; decode it with decode_image")
     return image.shape[1], image.shape[2]
 
 
@@ -246,8 +256,9 @@ def _resize_transparent(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _bicubic(image: Tensor, height: int, width: int) -> Tensor:
-    # uint8 in [H, W, C] memory has a vectorized path with 16-bit weights: within two levels of Pillow, and five times as fast.
-    # A crop is copied into this layout first. Otherwise the result would be planar, and joining a batch a fifth slower.
+    # uint8 in [H, W, C] memory has a vectorized path with 16-bit weights: within two levels of
+    # Pillow, and five times as fast. A crop is copied into this layout first. Otherwise the result
+    # would be planar, and joining a batch a fifth slower.
     batch = image[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
 

@@ -44,7 +44,7 @@ def write_tar() -> Callable[[Path, Members], Path]:
 
 @pytest.fixture(scope="session")
 def make_shards() -> Callable[[Path, list[int]], str]:
-    """`make_shards(folder, [samples in shard 0, ...])` -> the folder; keys are `s<shard>/<number>`."""
+    """`make_shards(folder, [samples in shard 0, ...])` -> folder; keys are `s<shard>/<number>`."""
 
     def make(folder: Path, counts: list[int]) -> str:
         for shard, count in enumerate(counts):
@@ -57,7 +57,7 @@ def make_shards() -> Callable[[Path, list[int]], str]:
 
 @pytest.fixture
 def memory():
-    """fsspec's file system in memory, the bucket `memory://bucket` of which is this test's own."""
+    """fsspec's file system in memory, with the bucket `memory://bucket` of this test."""
     fs = pytest.importorskip("fsspec").filesystem("memory")
     yield fs
     if fs.exists("/bucket"):
@@ -66,7 +66,7 @@ def memory():
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
-    """A server that fails when it is told to, and a client that tries again soon. A healthy request may take as long as it needs."""
+    """A server that fails on request, and a client that retries soon. Healthy requests have no limit."""
     pytest.importorskip("aiohttp")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(remote, "patience", Patience(seconds=60, first=0.01, longest=0.05))

@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FlakyServer:
-    """Serves `files`; each request takes the next of `faults`, and `always` when they are used up.
+    """Serves `files`; each request uses the next of `faults`, then `always`.
 
-    Faults: an HTTP status; ("cut", n): n bytes, then the connection breaks; ("stall", n): n bytes, then silence; ("trickle", n): n
-    bytes at a time, slowly; "whole": ranges are ignored; "unsized": no length; "shifted": a range that begins elsewhere;
-    "compressed": says that the content is gzip.
+    Faults: an HTTP status; ("cut", n): n bytes, then the connection breaks; ("stall", n): n bytes,
+    then silence; ("trickle", n): n bytes at a time, slowly; "whole": ranges are ignored; "unsized":
+    no length; "shifted": another range; "compressed": the content type is gzip.
     """
 
     def __init__(self) -> None:

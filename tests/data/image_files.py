@@ -29,11 +29,11 @@ def png(
     width: int,
     rows: bytes = bytes(1000),
     bits: int = 8,
-    colour: int = 2,
+    color: int = 2,
     interlaced: int = 0,
     extra: bytes = b"",
 ) -> bytes:
-    """A PNG with this header, whatever its rows hold; `extra` are chunks before them."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    """A PNG with this header, with any rows; `extra` are chunks before them."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, interlaced)
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body

@@ -69,7 +69,7 @@ def test_avif_is_close_to_its_source():
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", *(["AVIF"] if HAS_AVIF else [])])
 def test_the_first_frame_stands_for_all(kind):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
     with Image.open(io.BytesIO(data)) as image:
         assert image.n_frames == 3
@@ -284,7 +284,7 @@ def test_the_kind_of_an_image_is_what_its_file_stores(pixels, mode, kind, expect
     assert image_kind({"__key__": "a", kind: saved(image.convert(mode) if mode else image, kind)}) == expected
 
 
-def test_a_16_bit_colour_png_is_deep_and_what_is_no_image_has_no_kind():
+def test_a_16_bit_color_png_is_deep_and_what_is_no_image_has_no_kind():
     assert image_kind({"__key__": "a", "png": png(1, 2, bytes(1 + 2 * 6), bits=16)}) == ImageKind(
         gray=False, deep=True
     )

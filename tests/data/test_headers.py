@@ -1,16 +1,25 @@
+"""The size by the header is that of the upright image, for every format and source of orientation."""
+
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
+import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import noise, png, saved
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from latentae.data import decode, headers
-from latentae.data.headers import image_size
+from latentae.data.decode import decode_image
+from latentae.data.headers import IMAGE_EXTENSIONS, image_extension_of, image_size
+from latentae.data.shard_index import load_index
+from latentae.data.shards import write_shards
+from latentae.data.tables import scan
 
 KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if features.check("avif") else [])]
 
@@ -97,3 +106,184 @@ def test_a_header_is_enough():
     assert headers.IMAGE_EXTENSIONS == decode.IMAGE_EXTENSIONS, (
         "decoding and measuring choose the same member"
     )
+
+
+FORMATS = [
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "PPM",
+    *(["AVIF"] if features.check("avif") else []),
+]
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
+ORIENTATIONS = st.integers(0, 9)
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def raw_profile(orientation: int, compressed: bool) -> bytes:
+    """As ImageMagick writes EXIF into a text chunk."""
+    data = exif(orientation).hex()
+    text = f"\nexif\n{len(data) // 2:8}\n{data}\n".encode()
+    key = b"Raw profile type exif\0"
+    return chunk(b"zTXt", key + b"\0" + zlib.compress(text)) if compressed else chunk(b"tEXt", key + text)
+
+
+def png_metadata(orientation: int) -> dict[str, bytes]:
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP.format(orientation).encode()
+    return {
+        "eXIf": chunk(b"eXIf", exif(orientation)[6:]),
+        "zTXt": raw_profile(orientation, compressed=True),
+        "tEXt": raw_profile(orientation, compressed=False),
+        "iTXt": chunk(b"iTXt", xmp),
+        "text": chunk(b"tEXt", b"Comment\0a text that says nothing"),
+        "private": chunk(b"prVt", bytes(70)),
+    }
+
+
+def noise_file(kind: str, size: tuple[int, int], **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def check(data: bytes) -> tuple[int, int] | None:
+    """The size by the header, after a comparison with Pillow's upright image and ours."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+    found = image_size(io.BytesIO(data).read, len(data))
+    assert found == (upright.height, upright.width) == tuple(decode_image(data, "x").shape[1:])
+    stream = io.BytesIO(data)  # and by jumping over the pixels
+    assert found == image_size(stream.read, len(data), lambda count: stream.seek(count, io.SEEK_CUR))
+    return found
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["eXIf", "zTXt", "tEXt", "iTXt"])
+def test_a_png_is_turned_wherever_it_says_so(how, when):
+    data = noise_file("PNG", (3, 5))
+    at = data.index(b"IDAT") - 4 if when == "before" else data.index(b"IEND") - 4
+    assert check(data[:at] + png_metadata(6)[how] + data[at:]) == (5, 3)
+
+
+def test_the_end_of_a_large_png_is_read_without_its_pixels():
+    data = noise_file("PNG", (300, 500))
+    at = data.index(b"IEND") - 4
+    data = data[:at] + png_metadata(8)["eXIf"] + data[at:]
+    stream, taken = io.BytesIO(data), []
+
+    def take(count: int) -> bytes:
+        taken.append(count)
+        return stream.read(count)
+
+    assert image_size(take, len(data), lambda count: stream.seek(count, io.SEEK_CUR)) == (500, 300)
+    assert len(data) > 400_000 > 10_000 > sum(taken)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    before=st.lists(st.tuples(st.sampled_from(sorted(png_metadata(1))), ORIENTATIONS), max_size=3),
+    after=st.lists(st.tuples(st.sampled_from(sorted(png_metadata(1))), ORIENTATIONS), max_size=3),
+)
+def test_any_metadata_of_a_png_counts_as_pillow_counts_it(size, before, after):
+    data = noise_file("PNG", size)
+    first, last = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
+    head, tail = (b"".join(png_metadata(value)[name] for name, value in chunks) for chunks in (before, after))
+    check(data[:first] + head + data[first:last] + tail + data[last:])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(FORMATS),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    turned=st.none() | ORIENTATIONS,
+    in_xmp=st.none() | ORIENTATIONS,
+    padding=st.sampled_from([0, 5000]),
+)
+def test_the_header_of_every_format_has_the_size_of_the_upright_image(kind, size, turned, in_xmp, padding):
+    options: dict = {}
+    if kind in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF") and turned is not None:
+        options["exif"] = exif(turned)
+    if kind in ("JPEG", "MPO", "WEBP", "AVIF") and in_xmp is not None:
+        options["xmp"] = (XMP.format(in_xmp) + " " * padding).encode()
+    if kind == "TIFF" and in_xmp is not None:
+        options["tiffinfo"] = {700: (XMP.format(in_xmp) + " " * padding).encode()}
+    if kind == "PNG" and in_xmp is not None:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.format(in_xmp) + " " * padding)
+    if kind == "MPO":
+        options["save_all"] = True
+    if kind == "TIFF" and padding:
+        options["compression"] = "tiff_lzw"  # its tags come after its pixels
+    check(noise_file(kind, size, **options))
+
+
+def test_a_jpeg_may_say_that_it_is_turned_after_its_frame_header():
+    plain, turned = noise_file("JPEG", (3, 5)), noise_file("JPEG", (3, 5), exif=exif(6))
+    start = turned.index(b"\xff\xe1")
+    segment = turned[start : start + 2 + int.from_bytes(turned[start + 2 : start + 4], "big")]
+    scan = plain.index(b"\xff\xda")
+    assert check(plain[:scan] + segment + plain[scan:]) == (5, 3)
+
+
+def test_an_animated_png_has_the_metadata_of_its_first_frame():
+    frames = [Image.new("RGB", (5, 3), color) for color in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
+    data = file.getvalue()
+    at = data.index(b"IEND") - 4
+    check(data[:at] + png_metadata(6)["eXIf"] + data[at:])
+
+
+def test_an_index_has_the_upright_size(tmp_path):
+    data = noise_file("PNG", (3, 5))
+    at = data.index(b"IEND") - 4
+    write_shards([{"__key__": "a", "png": data[:at] + png_metadata(6)["eXIf"] + data[at:]}], tmp_path)
+    for indexed in tmp_path.glob("*.index"):
+        indexed.unlink()
+    table = load_index([str(tmp_path / "000000.tar")]).table(0)
+    assert (int(table.height[0]), int(table.width[0])) == (5, 3)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a length that points beyond the file", "long metadata"])
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_tar, tmp_path):
+    data = noise_file("PNG", (40, 50))
+    at = data.index(b"IDAT") - 4
+    if damage == "cut short":
+        data = data[:5000]
+    else:
+        kind = b"IDAT" if damage.startswith("a length") else b"tEXt"
+        data = data[:at] + struct.pack(">I", 1 << 20) + kind + data[at + 8 :]
+    shard = write_tar(
+        tmp_path / "a.tar",
+        [("a.png", data), ("b.png", noise_file("PNG", (3, 5))), ("c.png", noise_file("PNG", (4, 6)))],
+    )
+    table = scan(str(shard), hashed=hashed)
+    assert table.keys() == ["a", "b", "c"]
+    assert list(zip(table.height.tolist(), table.width.tolist(), strict=True))[1:] == [(3, 5), (4, 6)]
+    if hashed:
+        assert table.record["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_first_bytes_say_which_extension_a_file_should_have(kind):
+    assert (
+        image_extension_of(noise_file(kind, (3, 5), **({"save_all": True} if kind == "MPO" else {})))
+        in IMAGE_EXTENSIONS
+    )
+    assert image_extension_of(b"<html>") is None

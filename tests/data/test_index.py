@@ -34,7 +34,7 @@ def folder(tmp_path, make_shards):
 
 @pytest.fixture
 def mixed(folder, write_tar, make_png):
-    """Whole shards, a cut one, one that is a web page, and one with all that a sample can suffer."""
+    """Complete shards, a cut one, a web page, and one with every type of damaged sample."""
     (folder / "cut.tar").write_bytes((folder / "003.tar").read_bytes()[:3000])
     (folder / "page.tar").write_text("<html>not found</html>")
     files = [
@@ -105,7 +105,7 @@ def test_damage_is_listed_and_the_rest_is_indexed(mixed, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "cut short" in printed
     assert "'../c.jpg'" in printed
-    # what was listed may be used: the samples that are whole
+    # what was listed may be used: the complete samples
     usable = [path for path in expand_shards(mixed) if Path(path).name not in ("cut.tar", "page.tar")]
     assert load_index(usable, out, build=False) == summary.index
 

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from latentae.data.loader import Batch, TrainLoader, image_batches
 from latentae.data.options import DataOptions
 from latentae.data.selection import is_held_out
 from latentae.data.shard_files import expand_shards
+from latentae.data.shards import write_shards
+from latentae.data.shrinking import encode_png
+from latentae.data.streaming import StreamLoader
 from latentae.errors import DataError, ShardError
 
 
@@ -80,7 +85,7 @@ def test_every_sample_comes_at_most_once_per_epoch_over_all_ranks(
 
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory, make_shards):
-    """The options of a set that 12 does not divide, and its first 16 batches of 12: an epoch has 7."""
+    """Options of a set that 12 does not divide, and its first 16 batches of 12: 7 per epoch."""
     settings = options(make_shards(tmp_path_factory.mktemp("elastic"), [37, 5, 0, 50]))
     return settings, stream(settings, 12, 1, None, 16)
 
@@ -135,7 +140,7 @@ def test_a_saved_state_goes_on_exactly(folder, workers, stop):
     first = TrainLoader(settings, 3, 1)
     assert same(take(first, stop), whole[:stop])
     state = json.loads(json.dumps(first.state_dict()))
-    assert state["epoch"] * 6 + state["step"] == stop  # not what workers made in advance
+    assert state["epoch"] * 6 + state["step"] == stop  # not what workers prepared
     second = TrainLoader(settings, 3, 1)
     second.load_state_dict(state)
     assert same(take(second, 18 - stop), whole[stop:])
@@ -236,9 +241,8 @@ def test_a_bad_image_is_replaced_and_listed(tmp_path, write_tar, make_png, worke
     assert [(r["key"], r["epoch"]) for r in records] == [("07", 0), ("07", 1)]
     assert "is not an image" in records[0]["reason"]
     assert records[0]["replaced_by"] in keys
-    assert (
-        take(TrainLoader(options(tmp_path, max_bad_share=0.2), 5, 0), 8)[1].keys == batches[1].keys
-    )  # on any worker the same
+    # On any worker the same.
+    assert take(TrainLoader(options(tmp_path, max_bad_share=0.2), 5, 0), 8)[1].keys == batches[1].keys
 
 
 def test_replacements_do_not_depend_on_the_world_size(tmp_path, write_tar, make_png):
@@ -305,9 +309,8 @@ def test_decoded_images_are_kept_up_to_a_limit_of_memory(tmp_path, write_tar, ma
         return decode_sample(raw, **rest)
 
     monkeypatch.setattr("latentae.data.loader.decode_sample", counted)
-    write_tar(
-        tmp_path / "a.tar", [(f"{number}.png", make_png(number, 500, 500)) for number in range(3)]
-    )  # 0.75 MB each
+    # 0.75 MB each.
+    write_tar(tmp_path / "a.tar", [(f"{number}.png", make_png(number, 500, 500)) for number in range(3)])
     for megabytes, expected in ((0, 9), (1, 3 + 2 + 2), (3, 3)):
         decoded.clear()
         take(TrainLoader(options(tmp_path, cache_mb=megabytes), 3, 0), 3)
@@ -349,3 +352,71 @@ def test_a_batch_is_channels_last_and_has_the_channels_and_bits_asked_for(
     assert batch.images.dtype == dtype
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert len(batch.keys) == 4
+
+
+PROGRAM = """
+import os, signal, sys, time
+from latentae.data.loader import TrainLoader
+from latentae.data.options import DataOptions
+
+got = []
+for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    signal.signal(getattr(signal, name), lambda number, frame: got.append(number))
+loader = TrainLoader(DataOptions(shards=sys.argv[1], resolution=8, validation="none", workers=2), 4, 0)
+for number in map(int, sys.argv[2:]):
+    batches = iter(loader)
+    next(batches)
+    os.killpg(os.getpgrp(), number)
+    time.sleep(0.3)
+    for _ in range(20):
+        next(batches)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 5, "workers that do not end when they are asked are waited for 5 s each"
+print(got)
+"""
+
+
+def test_a_signal_to_the_whole_job_is_left_to_the_trainer(tmp_path, make_shards):
+    numbers = [int(signal.SIGTERM), int(signal.SIGUSR1), int(signal.SIGINT)]
+    command = [sys.executable, "-c", PROGRAM, make_shards(tmp_path, [12, 12]), *map(str, numbers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(numbers)
+    assert "Traceback" not in done.stderr
+
+
+class NoRoom:
+    """`Tensor.share_memory_` in a container whose /dev/shm is full."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)\nmore"
+        )
+
+
+@pytest.mark.parametrize("loader", [TrainLoader, StreamLoader])
+def test_no_room_for_a_batch_is_said_in_one_line(loader, tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    write_shards(
+        ({"__key__": str(i), "png": encode_png(image)} for i, image in enumerate(images)), tmp_path / "shards"
+    )
+    # Workers are forked, so they see it.
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda tensor: NoRoom()(tensor))
+    options = DataOptions(shards=str(tmp_path / "shards"), resolution=16, workers=2, validation="none")
+    says = (
+        r"could not put a batch of 0\.0\d+ MB into shared memory .*--shm-size=8g.* or set data.workers to 0"
+    )
+    with pytest.raises(DataError, match=says):
+        next(iter(loader(options, 2, seed=0)))
+    assert not multiprocessing.active_children()  # the end of the process would wait for them
+
+
+def test_without_workers_nothing_is_shared(tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    write_shards(
+        ({"__key__": str(i), "png": encode_png(image)} for i, image in enumerate(images)), tmp_path / "shards"
+    )
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda tensor: NoRoom()(tensor))
+    options = DataOptions(shards=str(tmp_path / "shards"), resolution=16, workers=0, validation="none")
+    assert len(next(iter(TrainLoader(options, 2, seed=0))).images) == 2

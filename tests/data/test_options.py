@@ -31,5 +31,6 @@ def test_unknown_and_impossible_values_are_refused(values):
 
 
 def test_options_load_without_torch():
-    code = "import sys; import latentae.data.options; assert not {'torch', 'webdataset', 'numpy', 'PIL'} & set(sys.modules)"
+    heavy = "{'torch', 'webdataset', 'numpy', 'PIL'}"
+    code = f"import sys; import latentae.data.options; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Depth, colour profiles, transparency, channels and orientation: the rules of docs/images.md, one after the other."""
+"""The rules of docs/images.md: depth, color profiles, transparency, channels and orientation."""
 
 from __future__ import annotations
 
@@ -16,16 +16,9 @@ from latentae.data.decode import decode_image
 from latentae.data.pixels import read_pixels
 from latentae.errors import DataError, ImageError
 
-DEEP = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> PNG colour type
-ADAM7 = [
-    (0, 0, 8, 8),
-    (0, 4, 8, 8),
-    (4, 0, 8, 4),
-    (0, 2, 4, 4),
-    (2, 0, 4, 2),
-    (0, 1, 2, 2),
-    (1, 0, 2, 1),
-]  # y, x, step y, step x
+DEEP = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> PNG color type
+# Y, x, step y, step x.
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
 
 
 def array(data: bytes, **options) -> np.ndarray:
@@ -75,10 +68,10 @@ def test_a_16_bit_png_keeps_every_bit_and_rounds_to_8(channels, interlaced):
         assert np.array_equal(array(data, bits=16), pixels)
     if channels == 1:
         assert np.array_equal(array(data, channels=1, bits=16), pixels)
-    if channels in (1, 3):  # the colour of the first pixel is the transparent one
-        colour = chunk(b"tRNS", struct.pack(f">{channels}H", *pixels[0, 0].tolist()))
+    if channels in (1, 3):  # the color of the first pixel is the transparent one
+        color = chunk(b"tRNS", struct.pack(f">{channels}H", *pixels[0, 0].tolist()))
         seen = (pixels != pixels[0, 0]).any(-1) * 65535
-        assert np.array_equal(array(deep_png(pixels, interlaced, colour), channels=4, bits=16)[..., 3], seen)
+        assert np.array_equal(array(deep_png(pixels, interlaced, color), channels=4, bits=16)[..., 3], seen)
 
 
 @pytest.mark.parametrize(
@@ -111,38 +104,29 @@ def test_16_bit_tiffs_of_other_kinds():
     assert np.array_equal(
         array(tiff(gray, photometric="miniswhite"), channels=1, bits=16)[..., 0], 65535 - gray
     )
-    colour = noise(4, 5, 4, dtype=np.uint16)
-    premultiplied = tiff(colour, photometric="rgb", extrasamples=["assocalpha"])
+    color = noise(4, 5, 4, dtype=np.uint16)
+    premultiplied = tiff(color, photometric="rgb", extrasamples=["assocalpha"])
     with pytest.raises(ImageError, match="8 bits only"):
         array(premultiplied, bits=16)
     assert array(premultiplied).shape == (4, 5, 3)
-    turned = tiff(
-        colour[..., :3], photometric="rgb", extratags=[(274, "H", 1, 6, True)]
-    )  # it lies on its side
-    assert np.array_equal(array(turned, bits=16), np.rot90(colour[..., :3], -1))
+    # It is rotated.
+    turned = tiff(color[..., :3], photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    assert np.array_equal(array(turned, bits=16), np.rot90(color[..., :3], -1))
     with pytest.raises(ImageError, match="interleaved"):
-        array(tiff(colour[..., :3].transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate"))
+        array(tiff(color[..., :3].transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate"))
 
 
 def test_12_bit_gray_fills_the_range():
-    sizes = {
-        256: 2,
-        257: 1,
-        258: 12,
-        259: 1,
-        262: 1,
-        273: 8,
-        277: 1,
-        278: 1,
-        279: 3,
-    }  # the tags of a TIFF of 2 x 1 pixels
+    # The tags of a TIFF of 2 x 1 pixels.
+    sizes = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
     tags = b"".join(
         struct.pack("<HHII", tag, 4 if tag in (256, 257, 273, 278, 279) else 3, 1, n)
         for tag, n in sizes.items()
     )
+    # 4095, 1.
     data = (
         b"II*\0" + struct.pack("<I", 12) + b"\xff\xf0\x01\0" + struct.pack("<H", len(sizes)) + tags + bytes(4)
-    )  # 4095, 1
+    )
     assert array(data, channels=1, bits=16).ravel().tolist() == [65535, 16]
 
 
@@ -173,18 +157,17 @@ def test_a_deep_avif_is_not_passed_off_as_16_bits():
     assert read_pixels(image, lambda: image, bytes(data), "x", 8).shape == (16, 16, 3)
 
 
-# ---- colour profiles
+# ---- color profiles
 
 D50 = (0.9642, 1.0, 0.8249)
-SRGB = np.array(
-    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
-)  # XYZ under D50
+# XYZ under D50.
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 DISPLAY_P3 = np.array(
     [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
 )
 
 
-def icc(device: bytes, colours: bytes, space: bytes, tags: dict[bytes, bytes]) -> bytes:
+def icc(device: bytes, colors: bytes, space: bytes, tags: dict[bytes, bytes]) -> bytes:
     """An ICC profile of version 2 (ICC.1:2001-04)."""
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
@@ -195,7 +178,7 @@ def icc(device: bytes, colours: bytes, space: bytes, tags: dict[bytes, bytes]) -
     for name, data in tags.items():
         table += name + struct.pack(">II", start + len(body), len(data))
         body += data + bytes(-len(data) % 4)
-    head = struct.pack(">8x4s4s4s4s12x4s28x", b"\x02\x20\0\0", device, colours, space, b"acsp") + xyz(D50)[8:]
+    head = struct.pack(">8x4s4s4s4s12x4s28x", b"\x02\x20\0\0", device, colors, space, b"acsp") + xyz(D50)[8:]
     whole = head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + table + body
     return struct.pack(">I", len(whole)) + whole[4:]
 
@@ -265,7 +248,7 @@ def test_gray_profiles():
     linear = (gray / 255) ** 1.8
     expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     assert np.abs(array(data, channels=1)[..., 0] - expected).max() < 2
-    # A gray image with a profile for RGB: of another kind, so ignored.
+    # A gray image with a profile for RGB: of another color model, so ignored.
     assert np.array_equal(array(saved(gray, "PNG", icc_profile=p3()), channels=1)[..., 0], gray)
 
 
@@ -282,7 +265,7 @@ def test_cmyk_goes_through_its_profile_or_a_formula():
     image = Image.frombytes("CMYK", (4, 4), ink.tobytes())
     rest = 255 - ink.astype(int)
     assert np.abs(array(saved(image, "TIFF")) - rest[..., :3] * rest[..., 3:] / 255).max() <= 1
-    # A press that prints no colour: lightness falls with the ink, an 8-bit lookup table from ink to Lab.
+    # A press without color: lightness falls with the ink. An 8-bit lookup table from ink to Lab.
     table = b"".join(bytes([255 - 60 * number.bit_count(), 128, 128]) for number in range(16))
     identity = struct.pack(">9i", *(65536 * (number % 4 == 0) for number in range(9)))
     ramp = bytes(range(256))
@@ -318,7 +301,7 @@ def test_channels_of_every_kind_of_image():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
-def test_a_transparent_colour(mode):
+def test_a_transparent_color(mode):
     image = Image.new(mode, (2, 1))
     if mode == "P":
         image.putpalette([0, 0, 0, 255, 255, 255])
@@ -328,7 +311,7 @@ def test_a_transparent_colour(mode):
     assert array(data, channels=3).min() == 255
 
 
-def test_a_palette_with_alpha_for_each_colour():
+def test_a_palette_with_alpha_for_each_color():
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     for column in range(3):

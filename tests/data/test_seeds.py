@@ -1,4 +1,4 @@
-"""A seed is a whole number, whatever its type; anything else is refused wherever a seed enters."""
+"""A seed is an integer of any type; anything else is refused wherever a seed enters."""
 
 from __future__ import annotations
 

@@ -34,10 +34,8 @@ def names(paths: list[str]) -> list[str]:
 )
 def test_every_kind_of_specification_names_the_same_shards(three, spec):
     assert names(expand_shards(spec.format(three))) == ["000.tar", "001.tar", "002.tar"]
-    assert names(expand_shards([three / "002.tar", f"{three}/000.tar"])) == [
-        "002.tar",
-        "000.tar",
-    ]  # a sequence keeps its order
+    # A sequence keeps its order.
+    assert names(expand_shards([three / "002.tar", f"{three}/000.tar"])) == ["002.tar", "000.tar"]
 
 
 def test_a_name_with_special_characters_is_taken_as_it_is(tmp_path, write_tar):

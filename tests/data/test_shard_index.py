@@ -80,12 +80,11 @@ def test_a_table_says_where_everything_lies(tmp_path, write_tar, make_png):
     dtypes = [column.dtype for column in (table.offset, table.size, table.height, table.key_hash)]
     assert dtypes == [np.int64, np.int64, np.int32, np.uint64]
     assert table.offset[0] == 0
-    assert list(table.offset[1:]) == list(
-        (table.offset + table.size)[:-1]
-    )  # nothing lies between these samples
+    # No bytes are between these samples.
+    assert list(table.offset[1:]) == list((table.offset + table.size)[:-1])
     with tarfile.open(path) as archive:
         assert table.offset[1] == archive.getmembers()[3].offset  # with the header of the long name
-    assert list(table.height) == [0, 12, 0]  # of several images the first kind counts: a.jpg is none
+    assert list(table.height) == [0, 12, 0]  # of several images the first format counts: a.jpg is none
     assert list(table.width) == [0, 16, 0]
     for fraction in (0.0, 0.3, 0.7, 1.0):
         kept = [int(value) < fraction * 2**64 for value in table.key_hash]
@@ -256,7 +255,7 @@ def test_remote_shards_need_a_folder_or_an_index_beside_them(folder, tmp_path, m
     assert [raw["png"] for raw in everything(index)] == [
         raw["png"] for raw in everything(load_index(expand_shards(folder)))
     ]
-    assert len(index.shards[0].sha256) == 64  # they were read whole
+    assert len(index.shards[0].sha256) == 64  # they were read completely
     for path in (tmp_path / "indexes").iterdir():
         memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
     beside = load_index(urls, build=False)
@@ -342,7 +341,7 @@ def test_tars_made_by_others_work(tmp_path, make_png, style, form):
 
 
 def test_a_large_manifest_is_small_in_memory(tmp_path, write_tar):
-    """300 shards of 200 samples; what is held for each shard does not depend on its samples."""
+    """300 shards of 200 samples; the memory per shard does not depend on its samples."""
     path = write_tar(tmp_path / "first.tar", [(f"{number:06}.jpg", b"") for number in range(200)])
     load_index([str(path)])
     paths = []

@@ -181,7 +181,7 @@ def test_an_unreadable_image_stops_and_leaves_nothing_that_looks_complete(images
     with pytest.raises(ImageError, match=r"5\.png") as caught:
         shards(images, tmp_path / "out", shard_size=3)
     assert "\n" not in str(caught.value)
-    left = contents(tmp_path / "out")  # whole shards with their indexes, and an unfinished record
+    left = contents(tmp_path / "out")  # complete shards with their indexes, and an unfinished record
     assert "latentae.json" in left
     assert set(left) <= {"000000.tar", "000000.tar.index", "000002.tar", "000002.tar.index", "latentae.json"}
 
@@ -191,7 +191,7 @@ def test_bad_images_can_be_skipped_and_are_on_record(images, tmp_path):
     (images / "b" / "5.png").write_bytes(b"<html>404</html>")
     with pytest.raises(ImageError):
         shards(images, tmp_path / "out", shard_size=3)
-    index = shards(images, tmp_path / "out", shard_size=3, skip_bad=True)  # the same job goes on
+    index = shards(images, tmp_path / "out", shard_size=3, skip_bad=True)  # the same job resumes
     assert [shard.samples for shard in index.shards] == [2, 2, 1]
     records = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
     assert [(record["file"], record["key"], record["shard"]) for record in records] == [
@@ -201,9 +201,8 @@ def test_bad_images_can_be_skipped_and_are_on_record(images, tmp_path):
     assert all(record["reason"] for record in records)
     assert shards(images, tmp_path / "out", shard_size=3, skip_bad=True) == index
     (images / "a" / "1.png").write_bytes(b"x")
-    index = shards(
-        images, tmp_path / "left out", shard_size=2, skip_bad=True
-    )  # the first shard would have bad images only
+    # The first shard would have bad images only.
+    index = shards(images, tmp_path / "left out", shard_size=2, skip_bad=True)
     assert [shard.name for shard in index.shards] == ["000001.tar", "000002.tar", "000003.tar"]
     assert index == load_index(expand_shards(tmp_path / "left out"))
     for path in images.rglob("*.png"):
@@ -229,7 +228,7 @@ def dying(function, when, seen):
 def die(what, when, workers):
     if what == "decoding":
         shards.decode_image = dying(shards.decode_image, when, [])
-    elif what == "naming":  # the record of the job, then shards, indexes, the manifest and the record again take their names
+    elif what == "naming":  # the job's record, shards, indexes, the manifest and the record again are renamed
         Path.replace = dying(Path.replace, when, [])
     else:
         shards.scan_shard = dying(shards.scan_shard, when, [])

@@ -227,9 +227,8 @@ def test_what_is_no_file_is_reported_and_never_followed():
     data = tar([*(entry(f"{number}.jpg", kind) for number, kind in enumerate(kinds)), ("a.jpg", b"x")])
     found, problems = samples(data)
     assert [sample.key for sample in found] == ["a"]
-    assert [problem.name for problem in problems] == [
-        f"{number}.jpg" for number in (0, 1, 2, 3, 4, 6)
-    ]  # folders hold nothing
+    # Folders hold nothing.
+    assert [problem.name for problem in problems] == [f"{number}.jpg" for number in (0, 1, 2, 3, 4, 6)]
     assert {problem.code for problem in problems} == {"left_out"}
     assert "symbolic link" in problems[0].reason
 
@@ -237,7 +236,7 @@ def test_what_is_no_file_is_reported_and_never_followed():
 def test_a_sparse_file_is_left_out_whole():
     data = bytearray(tar([("s.jpg", b"x" * 600), ("a.jpg", b"y")], tarfile.GNU_FORMAT))
     data[156:157] = b"S"
-    data[482] = 1  # its map goes on in a block of its own
+    data[482] = 1  # its map continues in its own block
     data[0:512] = with_checksum(bytes(data[:512]))
     data[512:512] = bytes(512)
     found, problems = samples(bytes(data))
@@ -310,7 +309,7 @@ def test_noise_is_an_error(data):
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_header_with_a_good_checksum_is_walked_or_refused(data):
-    """Headers that somebody made on purpose: every field at random, the checksum right."""
+    """Headers that somebody wrote on purpose: every field at random, the checksum right."""
     good = tar(
         [("a.jpg", b"x" * 40), ("d" * 300 + ".jpg", b"y"), ("b.txt", b"z")],
         data.draw(st.sampled_from([1, 2])),

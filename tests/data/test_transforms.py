@@ -22,7 +22,7 @@ from latentae.errors import ImageError
 
 
 def photo(height: int, width: int) -> torch.Tensor:
-    """Smooth colours with some noise: ramps show a shift, noise shows the filter."""
+    """Smooth colors with some noise: ramps show a shift, noise shows the filter."""
     y, x = np.mgrid[0:height, 0:width]
     noise = np.random.default_rng(0).integers(0, 40, (height, width))
     pixels = np.stack(
@@ -125,7 +125,7 @@ def test_a_crop_is_the_same_on_every_machine():
     assert crop[0, 0].tolist() == [196, 195, 194, 193, 192, 191, 190, 189]
 
 
-# Side, top, left and mirrored, recorded once for 512 x 683 pixels to 256 with scale (0.5, 1): the data of every saved run.
+# Side, top, left and flipped for 512 x 683 pixels to 256 with scale (0.5, 1), as in saved runs.
 BOXES = {
     0: (258, 61, 47, False),
     1: (316, 167, 57, True),
@@ -270,7 +270,7 @@ def test_16_bits_are_resized_with_16_bits(channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
-def test_invisible_colours_do_not_bleed(dtype):
+def test_invisible_colors_do_not_bleed(dtype):
     top = torch.iinfo(dtype).max
     image = torch.zeros(4, 32, 32, dtype=torch.int32)
     image[0, :, :16], image[3, :, :16] = top, top  # red and opaque on the left
