@@ -53,7 +53,7 @@ class DataOptions(BaseModel):
         default=1.0,
         ge=0,
         le=1,
-        description="Smallest crop as a share of the short side, at least `resolution` px; 0 is native scale.",
+        description="Smallest crop as a share of the short side (at least `resolution` px); 0: native scale.",
     )
     scale_max: float = Field(
         default=1.0, ge=0, le=1, description="Largest crop as a share of the short side, drawn log-uniformly."

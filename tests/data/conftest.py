@@ -66,7 +66,7 @@ def memory():
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
-    """A server that fails on request, and a client that retries soon. Healthy requests have no limit."""
+    """A server that fails on request, and a client that retries soon."""
     pytest.importorskip("aiohttp")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(remote, "patience", Patience(seconds=60, first=0.01, longest=0.05))

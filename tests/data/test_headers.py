@@ -1,4 +1,4 @@
-"""The size by the header is that of the upright image, for every format and source of orientation."""
+"""The size by the header is that of the upright image, for every format and orientation."""
 
 from __future__ import annotations
 
