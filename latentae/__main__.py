@@ -1,4 +1,4 @@
-"""`python -m latentae`, so that `accelerate launch -m latentae train ...` and torchrun work."""
+"""`python -m latentae`, for `accelerate launch -m latentae train ...` and torchrun."""
 
 from latentae.cli import main
 

@@ -1,4 +1,4 @@
-"""Which device a verb runs on."""
+"""The device of a verb."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["choose_device"]
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; any other name is torch's own.
+    """The device of this name; "auto" is CUDA if available, else the CPU.
 
-    Of several processes that a launcher started on one machine, `auto` gives each a GPU of its own.
+    With several processes per machine, "auto" gives each its own GPU.
 
     Raises:
-        RecipeError: an unknown device, or CUDA where there is none.
+        RecipeError: an unknown device, or a GPU that torch does not see.
     """
     if name == "auto":
         rank = os.environ.get("LOCAL_RANK")
@@ -28,6 +28,6 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         raise RecipeError(f"unknown device {name!r}; give auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(
-            f"device {name} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; give auto or cpu"
+            f"device is {name}, but torch sees {torch.cuda.device_count()} CUDA devices; give auto or cpu"
         )
     return device

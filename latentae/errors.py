@@ -1,15 +1,15 @@
-"""The exception tree: every error a user can cause or meet is one of these.
+"""The exception tree: every error that a user can cause or meet.
 
     LatentAEError
     |-- RecipeError             a recipe key or value
-    |-- DataError               something about the input data
+    |-- DataError               input data
     |   |-- ShardError          a shard: missing, empty, damaged
     |   `-- ImageError          an image: unreadable, wrong size, wrong channels
     |-- ModelError              a model folder, its config or its weights
-    |-- WeightsError            pretrained weights of a perceptual network that can't be had
+    |-- WeightsError            pretrained weights of a perceptual network that can't be loaded
     |-- OutputError             an output folder that can't be written or holds something else
     |   `-- BusyError           an output folder that another process is working in
-    |-- TrainingError           a run that can't go on
+    |-- TrainingError           a run that can't continue
     |-- MissingDependencyError  an optional package that this step needs
     `-- Interrupted             Ctrl-C, SIGTERM or SIGUSR1, after the state was saved
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class LatentAEError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what the command line exits with."""
+    """Base of all errors; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -67,7 +67,7 @@ class ModelError(LatentAEError):
 
 
 class WeightsError(LatentAEError):
-    """Pretrained weights of a perceptual network that can't be had."""
+    """Pretrained weights of a perceptual network that can't be loaded."""
 
 
 class OutputError(LatentAEError):
@@ -81,7 +81,7 @@ class BusyError(OutputError):
 
 
 class TrainingError(LatentAEError):
-    """A training run that can't go on."""
+    """A training run that can't continue."""
 
 
 class MissingDependencyError(LatentAEError):
@@ -93,11 +93,11 @@ class Interrupted(LatentAEError):
 
     Args:
         message: where it stopped.
-        exit_code: `SIGINT` for Ctrl-C, `REQUEUE` where a scheduler asked for the end.
+        exit_code: `SIGINT` for Ctrl-C, `REQUEUE` for a scheduler's signal.
     """
 
     SIGINT = 130  # 128 + SIGINT, as shells expect
-    REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
+    REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
 
     def __init__(self, message: str, exit_code: int = SIGINT) -> None:
         super().__init__(message)
@@ -105,7 +105,7 @@ class Interrupted(LatentAEError):
 
 
 def some(names: Collection[str], most: int = 4) -> str:
-    """The first names of several for a message, and how many more there are."""
+    """The first names for a message, and the number of further names."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

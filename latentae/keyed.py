@@ -1,4 +1,4 @@
-"""Random numbers as functions of a key: of seed and purpose, never of a generator's state or the process that draws them."""
+"""Random numbers that depend on a key (seed and purpose), not on a generator's state or the process."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = [
     "whole_seed",
 ]
 
-MAX_SEED = 2**63 - 1  # torch's generators take 64 bits, and a training also begins one from the seed plus one
+MAX_SEED = 2**63 - 1  # torch takes 64 bits; a training also uses the seed plus one
 
 
 def whole_seed(seed: SupportsIndex) -> int:
-    """A seed as a plain int: 3 for `3`, `np.int64(3)` and `torch.tensor(3)`.
+    """A seed as an int: 3 for `3`, `np.int64(3)` and `torch.tensor(3)`.
 
     Raises:
-        RecipeError: anything but a whole number, such as 3.0 or a torch.Generator.
+        RecipeError: not an integer, such as 3.0 or a torch.Generator.
     """
     try:
         return operator.index(seed)
@@ -47,10 +47,10 @@ def whole_seed(seed: SupportsIndex) -> int:
 
 
 def run_seed(seed: SupportsIndex) -> int:
-    """A seed that a training takes, as a plain int: generators of torch and NumPy begin from it, too.
+    """A training's seed as an int; generators of torch and NumPy also use it.
 
     Raises:
-        RecipeError: no whole number from 0 to MAX_SEED.
+        RecipeError: not an integer from 0 to MAX_SEED.
     """
     plain = whole_seed(seed)
     if not 0 <= plain <= MAX_SEED:
@@ -59,12 +59,12 @@ def run_seed(seed: SupportsIndex) -> int:
 
 
 def plain_word(word: SupportsIndex | str) -> int | str:
-    """The plain form in which a word of a key is hashed: equal numbers and equal texts give one word, of any type."""
+    """A word of a key as it is hashed: the same for equal numbers, or equal texts, of any type."""
     return str(word) if isinstance(word, str) else whole_seed(word)
 
 
 def derive_seed(*words: SupportsIndex | str) -> int:
-    """A 64-bit seed for these words, the same on every machine and run."""
+    """A 64-bit seed of these words, the same on every machine."""
     text = repr(tuple(map(plain_word, words)))
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
@@ -72,14 +72,14 @@ def derive_seed(*words: SupportsIndex | str) -> int:
 
 
 def digest(*words: SupportsIndex | str) -> int:
-    """64 bits for these words, other than those of `derive_seed`: results of diffusability depend on them."""
+    """Like `derive_seed` with another hash, which results of diffusability depend on."""
     text = "\0".join(str(plain_word(word)) for word in words).encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def generator(*words: SupportsIndex | str, hashed: Callable[..., int] = derive_seed) -> torch.Generator:
     """A generator on the CPU, seeded by a hash of all words."""
-    from torch import Generator  # an import of this module loads no torch
+    from torch import Generator  # importing this module must not load torch
 
     return Generator().manual_seed(hashed(*words) >> 1)  # torch takes 63 bits
 
@@ -87,14 +87,14 @@ def generator(*words: SupportsIndex | str, hashed: Callable[..., int] = derive_s
 def keyed_normal(
     shape: Sequence[int], seed: SupportsIndex, step: int, first: int, purpose: str = "noise"
 ) -> torch.Tensor:
-    """Standard normal noise [B, ...] on the CPU, each sample from a key of its own.
+    """Standard normal noise [B, ...] on the CPU, with a key per sample.
 
     Args:
         shape: of the noise.
         seed: of the run.
         step: of the run.
         first: position of the first sample in the global batch.
-        purpose: what the numbers are for.
+        purpose: part of the key.
     """
     from torch import empty
 
@@ -107,7 +107,7 @@ def keyed_normal(
 def keyed_uniform(
     count: int, seed: SupportsIndex, step: int, first: int, purpose: str, shape: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Numbers [count, *shape] in [0, 1) on the CPU, keyed as those of `keyed_normal`."""
+    """Numbers [count, *shape] in [0, 1) on the CPU, with the keys of `keyed_normal`."""
     from torch import rand, stack
 
     return stack(
@@ -118,7 +118,7 @@ def keyed_uniform(
 def _generators(
     count: int, seed: SupportsIndex, step: int, first: int, purpose: str
 ) -> Iterator[torch.Generator]:
-    seed = whole_seed(seed)  # text is a word of other keys, but no seed
+    seed = whole_seed(seed)  # text may be a word of other keys, but not a seed
     for position in range(first, first + count):
         yield generator(purpose, seed, step, position)
 
@@ -130,6 +130,6 @@ def _number(seed: Any) -> Any:
 
 
 AnySeed = Annotated[int, BeforeValidator(lambda seed: whole_seed(_number(seed)))]
-"""A whole number, of any type."""
+"""An integer of any type."""
 Seed = Annotated[int, BeforeValidator(lambda seed: run_seed(_number(seed)))]
-"""A whole number from 0 to MAX_SEED, of any type."""
+"""An integer from 0 to MAX_SEED of any type."""

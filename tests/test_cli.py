@@ -40,7 +40,11 @@ def call(*words: str, capsys) -> tuple[int, str, str]:
         (["export", "nowhere", "x"], 1, "nowhere does not exist"),
         (["reconstruct", "nowhere", "a.png"], 1, "nowhere does not exist"),
         (["shards", "nowhere", "x"], 1, "nowhere does not exist"),
-        (["quickstart", "--out", "x", "--minutes", "0"], 2, "give a positive number"),
+        (
+            ["quickstart", "--out", "x", "--minutes", "0"],
+            2,
+            "minutes is '0', expected above 0 and below 100000",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(words, code, message, tmp_path, monkeypatch, capsys):

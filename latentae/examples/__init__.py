@@ -1,1 +1,1 @@
-"""The whole line on photos that ship with the dependencies."""
+"""The quickstart, and a small diffusion model on latents."""

@@ -1,4 +1,4 @@
-"""The exported component in plain diffusers: the same reconstructions, and a stored latent decoded."""
+"""Check of an export in plain diffusers: equal reconstructions, and a decoded latent."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersCheck", "decode_in_diffusers"]
 
 TOLERANCE = 1e-5
+IMAGES = 8
 
 
 @dataclass(frozen=True)
 class DiffusersCheck:
-    """What plain diffusers made of the export.
+    """Result of `decode_in_diffusers`.
 
     Attributes:
         version: of diffusers.
         key: sample whose stored latent was decoded.
-        decoded: that latent's image, uint8 [3, H, W].
-        largest_difference: between our reconstructions of held-out images and diffusers', in units of [-1, 1].
-        images: how many were compared.
+        decoded: image of that latent, uint8 [3, H, W].
+        largest_difference: between our and diffusers' reconstructions, range [-1, 1].
+        images: number of images compared.
     """
 
     version: str
@@ -45,13 +46,13 @@ class DiffusersCheck:
 
 @torch.inference_mode()
 def decode_in_diffusers(
-    run: Path, exported: Path, latents: LatentDataset, shards: Path, resolution: int, limit: int = 8
+    run: Path, exported: Path, latents: LatentDataset, shards: Path, resolution: int
 ) -> DiffusersCheck:
-    """Load an export with diffusers' own class, compare reconstructions on a CPU, and decode a stored latent.
+    """Load an export with diffusers, compare reconstructions on a CPU, and decode a stored latent.
 
     Raises:
         MissingDependencyError: diffusers is not installed.
-        ModelError: the two differ by more than rounding.
+        ModelError: the reconstructions differ by more than rounding.
     """
     if importlib.util.find_spec("diffusers") is None:
         raise MissingDependencyError(
@@ -62,17 +63,17 @@ def decode_in_diffusers(
     ours, _ = load_model(run)
     theirs: Any = getattr(diffusers, ours.config.class_name).from_pretrained(exported).eval()
     largest, count = 0.0, 0
-    for batch in image_batches(expand_shards(shards), resolution, 4, limit=limit):
+    for batch in image_batches(expand_shards(shards), resolution, 4, limit=IMAGES):
         images = to_float(batch.images)
         expected = ours.decode(ours.encode(images).mode())
-        encoded = theirs.encode(images)  # an AutoencoderDC of diffusers has no posterior
-        got = theirs.decode(
-            encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        ).sample
-        largest, count = max(largest, (got - expected).abs().max().item()), count + len(images)
+        encoded = theirs.encode(images)  # diffusers' AutoencoderDC has no posterior
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        difference = (theirs.decode(latent).sample - expected).abs().max().item()
+        largest, count = max(largest, difference), count + len(images)
     if not largest <= TOLERANCE:
         raise ModelError(
-            f"diffusers' reconstructions differ by {largest:.3g} from ours, expected at most {TOLERANCE}; please report this"
+            f"diffusers' reconstructions differ by {largest:.3g} from ours, expected at most {TOLERANCE}; "
+            "please report this"
         )
     stored = latents[len(latents) // 3]
     decoded = to_uint8(theirs.decode(stored.mean.float()[None]).sample)[0]

@@ -1,23 +1,24 @@
-"""A small diffusion transformer on latents, to be read in one sitting and to start from.
+"""A small diffusion transformer on latents, as a starting point for your own.
 
-Flow matching (Lipman et al. 2022; Liu et al. 2022, rectified flow): with z_0 ~ N(0, I), a latent z_1 and t in [0, 1],
+Flow matching (Lipman et al. 2022; Liu et al. 2022, rectified flow): with z_0 ~ N(0, I), a latent z_1 and
+t in [0, 1],
 
     z_t = (1 - t) z_0 + t z_1,     loss = E || v(z_t, t, label) - (z_1 - z_0) ||^2,
 
-and a sample is the end of dz/dt = v from z_0 on. The network is a DiT with adaLN-Zero (Peebles & Xie 2022).
+and sampling integrates dz/dt = v from z_0 to t = 1. The network is a DiT with adaLN-Zero (Peebles & Xie
+2022).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
 from latentae.encoding.latent_dataset import LatentDataset, SizeBatches
+from latentae.evaluation.diffusability.network import Block, positions, waves, zeroed
 from latentae.keyed import whole_seed
 
 __all__ = ["LatentTransformer", "flow_loss", "sample", "train"]
@@ -28,11 +29,11 @@ class LatentTransformer(nn.Module):
 
     Args:
         channels: z.
-        classes: number of class labels; a label of -1 is none.
+        classes: number of class labels; -1 is the label for none.
         width: of a token.
-        depth: blocks.
+        depth: number of blocks.
         heads: of attention.
-        patch: side of the square that becomes a token.
+        patch: side of the square of a token.
     """
 
     def __init__(
@@ -68,57 +69,10 @@ class LatentTransformer(nn.Module):
         return out.permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
 
 
-class Block(nn.Module):
-    """Attention and an MLP on tokens [B, n, width], each moved, scaled and gated by the condition [B, width] (adaLN-Zero)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
-        self.modulation = zeroed(nn.Linear(width, 6 * width))
-
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Tokens [B, n, width] -> the same shape."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[:, None].chunk(
-            6, dim=-1
-        )
-        tokens = tokens + gate * self.attention(self.norms[0](tokens) * (1 + scale) + shift)
-        return tokens + gate_mlp * self.mlp(self.norms[1](tokens) * (1 + scale_mlp) + shift_mlp)
-
-    def attention(self, tokens: Tensor) -> Tensor:
-        """Every token looks at every other."""
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def zeroed(layer: nn.Linear) -> nn.Linear:
-    """So that a new block changes nothing, and a new network says 0."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def waves(values: Tensor, width: int) -> Tensor:
-    """[n] -> [n, width]: cosines and sines of falling frequency (Vaswani et al. 2017, section 3.5)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=values.device) / (width // 2))
-    angles = values[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def positions(high: int, wide: int, width: int) -> Tensor:
-    """[high * wide, width]: half of it says the row, half the column."""
-    rows, columns = (waves(torch.arange(side).float(), width // 2) for side in (high, wide))
-    return torch.cat([rows.repeat_interleave(wide, 0), columns.repeat(high, 1)], dim=1)
-
-
 def flow_loss(
     model: nn.Module, latents: Tensor, labels: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Mean squared error of the velocity at random times; 1 + E[z^2] for a model that says 0."""
+    """Mean squared error of the velocity at random times; 1 + E[z^2] for a model that gives 0."""
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     t = torch.rand(len(latents), generator=generator).to(latents)
     mixed = torch.lerp(noise, latents, t[:, None, None, None])
@@ -134,7 +88,10 @@ def train(
     lr: float = 1e-3,
     workers: int = 0,
 ) -> Iterator[float]:
-    """Train on a data set made with `scaled=True, sample=True`; yields the loss of each step. Epochs draw new noise and flips."""
+    """Train on a dataset with `scaled=True, sample=True`, and yield the loss of each step.
+
+    Every epoch has new noise and flips.
+    """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     batches = SizeBatches(latents, batch_size, drop_last=False)
@@ -156,7 +113,7 @@ def train(
 def sample(
     model: LatentTransformer, labels: Tensor, size: tuple[int, int], *, steps: int = 50, seed: int = 0
 ) -> Tensor:
-    """Latents [B, z, *size] as the model saw them, scaled, one for each label [B]: Euler steps from noise at t = 0 to t = 1."""
+    """Sample scaled latents [B, z, *size], one per label [B], by Euler steps from t = 0 to t = 1."""
     device = next(model.parameters()).device
     noise = torch.randn(
         len(labels), model.channels, *size, generator=torch.Generator().manual_seed(whole_seed(seed))

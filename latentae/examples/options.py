@@ -10,10 +10,12 @@ __all__ = ["QuickstartOptions"]
 
 @table
 class QuickstartOptions:
-    """Run the main job on photos that ship with the dependencies: shards, training, evaluation, latents, export, report."""
+    """Try everything on photos that ship with the dependencies. From shards to an export and a report."""
 
-    out: PathLike = argument("Folder for everything it writes.", default="quickstart")
+    out: PathLike = argument("Output folder.", default="quickstart")
     _: KW_ONLY
-    minutes: float = option("Minutes of training; the speed is measured first.", default=6.0)
-    images: int | None = option("Images to train on, instead of minutes.", default=None)
+    minutes: float = option(
+        "Minutes of training; the speed is measured first.", default=6.0, gt=0, lt=100_000
+    )
+    images: int | None = option("Number of images to train on, instead of minutes.", default=None, ge=1)
     seed: Seed = option("Random seed of the run.", default=0)

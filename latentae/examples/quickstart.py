@@ -1,47 +1,49 @@
-"""The whole line on embedded photos: shards, training, evaluation, encoding, export, and the export in plain diffusers."""
+"""The verb `quickstart`: shards, training, evaluation, latents and an export from bundled photos."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentae.data.builtin import HELD_OUT, TRAINING, write_photo_tiles
+from latentae.data.shards import shards
 from latentae.encoding.encode import encode
 from latentae.encoding.latent_dataset import LatentDataset
-from latentae.errors import RecipeError
 from latentae.evaluation.evaluate import evaluate
+from latentae.evaluation.report import evaluation_context, example_pictures
 from latentae.examples.diffusers_check import DiffusersCheck, decode_in_diffusers
 from latentae.examples.options import QuickstartOptions
-from latentae.examples.quickstart_page import write_quickstart_page
 from latentae.exporting.export import export
-from latentae.file_names import REPORT
-from latentae.files import read_json, write_json
+from latentae.file_names import METRICS_LOG, REPORT
+from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job
+from latentae.measures.scores import interval_text
 from latentae.options import verb
-from latentae.progress import say
+from latentae.pages.images import picture, write_png
+from latentae.pages.render import render
+from latentae.progress import duration, say
 from latentae.training.init import init
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.rehearsal import measure_speed
 from latentae.training.train import train
 
-__all__ = ["quickstart"]
+__all__ = ["quickstart", "write_quickstart_page"]
 
 RECIPE = "dc-tiny"
-TRAINING_TILE, TRAINING_STRIDE = (
-    256,
-    128,
-)  # overlapping: crops of any position, small enough to decode quickly
-HELD_OUT_TILE = 128  # side by side: every pixel is judged once
+TRAINING_TILE, TRAINING_STRIDE = 256, 128  # overlapping, for crops at any position; quick to decode
+HELD_OUT_TILE = 128  # without overlap: every pixel counts once
 PLAN, START = "plan.json", "step-0"
+PROGRESS_IMAGES = 4  # rows of pictures from PCA to the trained model
 
 
 @verb(QuickstartOptions)
 def quickstart(options: QuickstartOptions) -> Path:
-    """Run the main job on photos that ship with scikit-image and scikit-learn; run again, it goes on where it stopped.
+    """Run all verbs on photos that ship with scikit-image and scikit-learn; run again to resume.
 
-    The speed is measured first; the number of images that fits into `minutes` is then fixed and recorded, so that nothing that
-    follows depends on the clock.
+    The speed is measured first. The number of images that fits into `minutes` is then recorded, so
+    that the rest does not depend on the clock.
 
     Returns:
         The report, `out/report.html`.
@@ -49,109 +51,120 @@ def quickstart(options: QuickstartOptions) -> Path:
     Raises:
         RecipeError: no time or images to train with.
         OutputError: `out` holds something else.
-        MissingDependencyError: an optional package is missing; `pip install 'latentae[quickstart]'` has them all.
+        MissingDependencyError: an optional package is missing; `pip install 'latentae[quickstart]'`
+            installs all.
     """
-    if (options.images is not None and options.images < 1) or not 0 < options.minutes < 1e5:
-        raise RecipeError(
-            f"minutes is {options.minutes} and images is {options.images}; give a positive number"
-        )
-    job = Job.open(
-        options.out,
-        "quickstart",
-        {
-            "minutes": options.minutes if options.images is None else None,
-            "images": options.images,
-            "seed": options.seed,
-        },
-    )
+    inputs = {
+        "minutes": options.minutes if options.images is None else None,
+        "images": options.images,
+        "seed": options.seed,
+    }
+    job = Job.open(options.out, "quickstart", inputs)
     report = job.folder / REPORT
     if job.state == "finished":
         say(f"the quickstart in {options.out} is finished; open {report}")
         return report
     home, clock = job.folder, Stopwatch()
-    _make_shards(home)
+    training, held_out = home / "training-shards", home / "held-out-shards"
+    _write_shards(home / "photos" / "training", training, TRAINING, TRAINING_TILE, TRAINING_STRIDE)
+    _write_shards(home / "photos" / "held-out", held_out, HELD_OUT, HELD_OUT_TILE, HELD_OUT_TILE)
     clock.lap("photos to shards")
-    recipe = _planned(home, options.minutes, options.images, options.seed)
+    data = {"shards": str(training), "validation": str(held_out)}
+    recipe = _planned(home / PLAN, load_recipe(RECIPE, {"seed": options.seed, "data": data}), options)
     clock.lap("measuring the speed")
-    start = home / START
-    init(recipe, str(recipe.data.shards), start)
-    clock.lap("the start")
+    init(recipe, training, home / START)
+    clock.lap("PCA start")
     run = train(recipe, home / "run")
     clock.lap("training")
     result = evaluate(
         run,
-        home / "held-out-shards",
-        compare=[start],
+        held_out,
+        compare=[home / START],
         resolution=HELD_OUT_TILE,
         out=home / "evaluation",
-        pca_shards=home / "training-shards",
+        pca_shards=training,
     )
     clock.lap("evaluation")
-    encode(run, home / "training-shards", home / "latents", resolution=HELD_OUT_TILE)
+    encode(run, training, home / "latents", resolution=HELD_OUT_TILE)
     clock.lap("encoding")
     export(run, home / "export", statistics=home / "latents", metrics=result)
     clock.lap("export")
-    check = decode_in_diffusers(
-        run, home / "export", LatentDataset(home / "latents"), home / "held-out-shards", HELD_OUT_TILE
-    )
-    clock.lap("in diffusers")
+    latents = LatentDataset(home / "latents")
+    check = decode_in_diffusers(run, home / "export", latents, held_out, HELD_OUT_TILE)
+    clock.lap("check in diffusers")
     write_quickstart_page(home, result, check, recipe, clock.laps)
-    job.finish(**_summary(result, check))
-    say(f"done in {sum(clock.laps.values()) / 60:.1f} minutes; open {report}")
+    job.finish(
+        psnr=result["metrics"]["psnr"]["mean"],
+        ssim=result["metrics"]["ssim"]["mean"],
+        largest_difference_to_diffusers=check.largest_difference,
+    )
+    say(f"done in {duration(sum(clock.laps.values()))}; open {report}")
     return report
 
 
 class Stopwatch:
-    """Seconds that each part took in this run."""
+    """Seconds of each stage of this run."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
-        """What just ended is called `name`."""
+        """Record the stage that has just ended."""
         now = time.monotonic()
         self.laps[name], self._last = now - self._last, now
 
 
-def _make_shards(home: Path) -> None:
-    from latentae.data.shards import shards
-
-    for kind, names, tile, stride in (
-        ("training", TRAINING, TRAINING_TILE, TRAINING_STRIDE),
-        ("held-out", HELD_OUT, HELD_OUT_TILE, HELD_OUT_TILE),
-    ):
-        target = home / f"{kind}-shards"
-        if not (target / "index.json").is_file():
-            say(f"{kind} photos: {', '.join(name.partition('.')[0] for name in names)}")
-            write_photo_tiles(home / "photos" / kind, names, tile, stride)
-        shards(home / "photos" / kind, target, shard_size=100)
+def _write_shards(photos: Path, target: Path, names: Sequence[str], tile: int, stride: int) -> None:
+    if not (target / "index.json").is_file():
+        say(f"{photos.name} photos: {', '.join(_plain(names))}")
+        write_photo_tiles(photos, names, tile, stride)
+    shards(photos, target, shard_size=100)
 
 
-def _planned(home: Path, minutes: float, images: int | None, seed: int) -> Recipe:
-    """The recipe with a fixed number of images: the recorded one, the given one, or what fits into the minutes."""
-    recipe = load_recipe(
-        RECIPE,
-        {
-            "seed": seed,
-            "data": {"shards": str(home / "training-shards"), "validation": str(home / "held-out-shards")},
-        },
-    )
-    if not (home / PLAN).is_file():
-        speed = None
+def _plain(files: Sequence[str]) -> list[str]:
+    return [name.partition(".")[0].replace("_", " ") for name in files]
+
+
+def _planned(plan: Path, recipe: Recipe, options: QuickstartOptions) -> Recipe:
+    """The recipe with the recorded number of images, or the given one, or what fits into the minutes."""
+    if not plan.is_file():
+        images, speed = options.images, None
         if images is None:
             say("measuring the speed of training")
             speed = measure_speed(recipe)
-            images = max(1, round(minutes * 60 * speed / recipe.batch_size)) * recipe.batch_size
-            say(f"{speed:.3g} images a second: {images} images in {minutes:g} minutes")
-        write_json(home / PLAN, {"images": images, "images_per_second": speed})
-    images = int(read_json(home / PLAN)["images"])
+            images = max(1, round(options.minutes * 60 * speed / recipe.batch_size)) * recipe.batch_size
+            say(f"{speed:.3g} images per second: {images} images in {options.minutes:g} minutes")
+        write_json(plan, {"images": images, "images_per_second": speed})
+    images = int(read_json(plan)["images"])
     return load_recipe(recipe, {"images": images, "checkpoint_every_images": -(-images // 4)})
 
 
-def _summary(result: dict[str, Any], check: DiffusersCheck) -> dict[str, Any]:
-    return {
-        "psnr": result["metrics"]["psnr"]["mean"],
-        "ssim": result["metrics"]["ssim"]["mean"],
-        "largest_difference_to_diffusers": check.largest_difference,
-    }
+def write_quickstart_page(
+    out: Path, result: Mapping[str, Any], check: DiffusersCheck, recipe: Recipe, laps: Mapping[str, float]
+) -> None:
+    """Write the report and the image that diffusers decoded."""
+    write_png(out / "decoded-by-diffusers.png", check.decoded)
+    config, evaluation = recipe.autoencoder_config(), out / "evaluation"
+    (start,) = result["compared"]
+    stages = {"pca": result["baselines"]["pca"], start["name"]: start, "model": result}
+    labels = {"original": "original", "pca": "PCA", start["name"]: "step 0", "model": "trained"}
+    examples = [e for e in result.get("examples") or () if e.get("kind", "spread") == "spread"]
+    page = render(
+        "quickstart.html",
+        **evaluation_context(evaluation, result, out / "run" / METRICS_LOG),
+        recipe=recipe,
+        config=config,
+        stages={
+            labels[name]: [interval_text(metric, entry["metrics"][metric]) for metric in result["metrics"]]
+            for name, entry in stages.items()
+            if "metrics" in entry
+        },
+        progress=[example_pictures(evaluation, example, labels) for example in examples[:PROGRESS_IMAGES]],
+        check=check,
+        decoded=picture(check.decoded, "decoded by diffusers", "a training tile, from its stored latent"),
+        training_photos=_plain(TRAINING),
+        held_out_photos=_plain(HELD_OUT),
+        laps=laps,
+    )
+    write_text(out / REPORT, page)

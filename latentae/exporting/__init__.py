@@ -1,1 +1,1 @@
-"""A trained model as a component that other libraries load."""
+"""Export of a model as a component that other libraries load."""

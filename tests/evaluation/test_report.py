@@ -10,7 +10,7 @@ from made_result import LABELS, add_pictures, full_result, missing_result, photo
 from page_reader import Page
 
 from latentae.evaluation.report import PAGE_PIXELS, write_evaluation_report
-from latentae.examples.quickstart_page import write_quickstart_page
+from latentae.examples.quickstart import write_quickstart_page
 from latentae.pages.images import LARGEST, write_png
 from latentae.training.recipe import load_recipe
 

@@ -39,7 +39,7 @@ def test_a_new_network_says_zero_and_its_loss_is_known():
     assert flow_loss(model, z, labels, torch.Generator().manual_seed(1)).item() == pytest.approx(2, abs=0.1)
 
 
-def test_patches_come_back_to_their_places():
+def test_patches_keep_their_positions():
     model = small()
     with torch.no_grad():  # the network ignores everything but where a token is, through its positions
         model.velocity.weight.normal_()

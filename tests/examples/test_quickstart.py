@@ -1,4 +1,4 @@
-"""The main job on a few real photos, shortened to a few training steps."""
+"""The quickstart on a few photos, with a few training steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentae.training.rehearsal import measure_speed
 
 
 @pytest.mark.slow
-def test_the_whole_line_from_photos_to_diffusers(tmp_path, monkeypatch, capsys):
+def test_from_photos_to_diffusers(tmp_path, monkeypatch, capsys):
     for package in ("skimage", "sklearn", "diffusers"):
         pytest.importorskip(package)
     monkeypatch.setattr("latentae.examples.quickstart.TRAINING", TRAINING[:3])
@@ -53,6 +53,6 @@ def test_the_whole_line_from_photos_to_diffusers(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("wrong", [{"minutes": 0}, {"minutes": -1}, {"minutes": float("nan")}, {"images": 0}])
 def test_no_time_is_refused_before_anything_is_written(wrong, tmp_path):
-    with pytest.raises(RecipeError, match="positive"):
+    with pytest.raises(RecipeError, match=r"expected (above 0|1 or more|a finite)"):
         quickstart(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
