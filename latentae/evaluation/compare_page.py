@@ -10,7 +10,7 @@ from typing import Any
 
 from latentae.evaluation.compared_folders import Subject
 from latentae.file_names import METRICS, METRICS_LOG, RECIPE, REPORT, SUMMARY
-from latentae.measures.scores import DIGITS, NAMES, UNITS, interval_text
+from latentae.measures.scores import DIGITS, NAMES, UNITS, finding, interval_text
 from latentae.pages.charts import Chart, legend_key
 from latentae.pages.curves import curve_chart, curve_title
 from latentae.pages.images import LARGEST, picture, read_png, shrink
@@ -125,17 +125,10 @@ def _notices(runs: Sequence[Subject], result: Mapping[str, Any]) -> Iterator[dic
 
 
 def _finding(pair: Mapping[str, Any], metric: str, difference: Mapping[str, Any]) -> dict[str, str]:
-    name, first, second, better = _metric_name(metric), pair["first"], pair["second"], difference["better"]
-    if difference["mean"] is None or better is None:
-        text = f"{name}: no clear difference between {first} and {second} on {pair['images']:,} images."
-        return {"kind": "note", "text": text}
-    low, high = sorted((abs(difference["low"]), abs(difference["high"])))
-    digits, worse = DIGITS[metric], second if better == first else first
-    text = (
-        f"{name}: {better} beats {worse} by {abs(difference['mean']):.{digits}f}{UNITS[metric]} "
-        f"(paired 95 % interval {low:.{digits}f} to {high:.{digits}f}, {difference['n']:,} images)."
-    )
-    return {"kind": "good", "text": text}
+    first, second = pair["first"], pair["second"]
+    better = {second: "model", first: "baseline"}.get(difference["better"], "unclear")
+    found = finding(metric, _metric_name(metric), {**difference, "better": better}, second, first)
+    return {**found, "kind": "note" if better == "unclear" else "good"}
 
 
 def _toml(value: Any) -> str:

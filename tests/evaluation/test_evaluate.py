@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -86,7 +87,7 @@ def test_files_are_complete_and_the_report_stands_alone(evaluation):
         > 5
     )
     for text in result["conventions"].values():
-        assert text.replace("'", "&#x27;") in page
+        assert text in html.unescape(page)
 
 
 def test_the_same_job_again_says_so_and_another_is_refused(workspace, evaluation, capsys):

@@ -101,7 +101,7 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
     (folder / "bad_samples.jsonl").write_text("{}\n{}\n")
     found = Page(write_summary(folder))
     assert "Not finished: 960 of 2,400 images seen." in found.text
-    assert "Problems: 100 warning, 1 rollback" in found.text
+    assert "Problems: 100 warnings, 1 rollback" in found.text
     assert "2 samples could not be read" in found.text
     assert "trouble <99>" in found.text
     assert "trouble <9>" not in found.text
