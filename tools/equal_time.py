@@ -35,9 +35,9 @@ from latentae.measures.metrics import psnr, ssim
 from latentae.models import architectures
 from latentae.training.launch import build_accelerator
 from latentae.training.optim import learning_rate_scale
-from latentae.training.preparation import build_loader
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer
+from latentae.training.training_data import build_loader
 from latentae.training.validation import held_out_batches
 
 ARMS = ("diffusers", "latentae")

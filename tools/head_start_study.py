@@ -35,11 +35,11 @@ from latentae.evaluation.diffusability.latents import Latents, Whitening
 from latentae.losses.objective import Objective
 from latentae.measures.metrics import psnr
 from latentae.models import architectures
-from latentae.training.head_start import fit_head_start, take_head_start
+from latentae.training.init import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
-from latentae.training.preparation import build_loader
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer
+from latentae.training.training_data import build_loader
 from latentae.training.validation import Validation, held_out_batches
 
 ADAMW = {

@@ -24,9 +24,9 @@ from latentae.options import verb
 from latentae.pages.images import picture, write_png
 from latentae.pages.render import render
 from latentae.progress import duration, say
+from latentae.training.dry_run import measure_speed
 from latentae.training.init import init
 from latentae.training.recipe import Recipe, load_recipe
-from latentae.training.rehearsal import measure_speed
 from latentae.training.train import train
 
 __all__ = ["quickstart", "write_quickstart_page"]

@@ -1,10 +1,10 @@
-"""The discriminator's side of the game: its networks, its optimizer, its regularizers."""
+"""The discriminator in training: its network, optimizer, losses and regularizers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from latentae.losses.adversarial import (
     twice_differentiable,
 )
 from latentae.losses.reconstruction import wide
+from latentae.training.launch import mean_over_processes
 from latentae.training.optim import adamw, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
@@ -27,12 +28,12 @@ __all__ = ["Adversary", "reduction"]
 
 
 def reduction(accelerator: Accelerator, model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
-    """DDP sums gradients over processes in the last part's backward pass only."""
+    """Whether DDP averages gradients over processes in a backward pass; only the last part's does."""
     return nullcontext() if synchronize else accelerator.no_sync(model)
 
 
 class Adversary:
-    """The discriminator, called for its own training only through what `accelerator.prepare` returned.
+    """The discriminator; it is trained only through the module that `accelerator.prepare` returned.
 
     Args:
         recipe: of the phase.
@@ -43,7 +44,7 @@ class Adversary:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, network: nn.Module) -> None:
         o = recipe.optimizer
         self.recipe, self.accelerator, self.options = recipe, accelerator, recipe.loss.adversarial
-        self.raw = network.to(accelerator.device)
+        self.raw: Any = network.to(accelerator.device)
         if recipe.compile:
             self.raw.compile()
         self.parameters = [p for p in self.raw.parameters() if p.requires_grad]
@@ -54,18 +55,18 @@ class Adversary:
         self._logits: list[Tensor] = []
 
     def plays(self, phase_images: int) -> bool:
-        """Whether it takes part once so many images of the phase have been seen."""
+        """Whether it takes part after `phase_images` images of the phase."""
         return phase_images >= self.options.start_images
 
     def set_learning_rate(self, phase_images: int) -> None:
-        """Set the rate for the coming step; the warm-up begins where the game does."""
+        """Set the rate of the next step; the warm-up starts with the discriminator."""
         scale = learning_rate_scale(
             self.recipe.optimizer, phase_images, self.recipe.images, self.options.start_images
         )
         set_learning_rate(self.optimizer, self.lr * scale)
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """The generator's loss on a leaf [B, C, H, W], with a graph to it alone: the discriminator's weights are frozen meanwhile."""
+        """The generator's loss on a leaf [B, C, H, W], with a graph to the leaf only."""
         with self._frozen():
             return generator_loss(self.options.loss, [wide(x) for x in self.raw(reconstruction)]).mean()
 
@@ -82,9 +83,10 @@ class Adversary:
     def backward(
         self, real: Tensor, fake: Tensor, parts: int, synchronize: bool, step: int
     ) -> dict[str, Tensor]:
-        """Accumulate the discriminator's gradient for one of `parts` parts, real and fake in one forward pass; returns its terms.
+        """Accumulate the discriminator's gradient for one of `parts` parts; returns its terms for the log.
 
-        R1 and R2 come every `penalty_every` steps, multiplied by that number (Karras et al. 2020, section 3.1).
+        Real and fake images share one forward pass. R1 and R2 are added every `penalty_every` steps, multiplied by that number (Karras
+        et al. 2020, section 3.1).
         """
         o = self.options
         penalize = bool(o.r1 or o.r2) and step % o.penalty_every == 0
@@ -103,33 +105,28 @@ class Adversary:
                 terms["loss/lecam"] = self.lecam(on_real, on_fake).mean()
                 total = total + o.lecam * terms["loss/lecam"]
             (total / parts).backward()
-        self._logits.append(
-            torch.stack([terms["discriminator/logits_real"], terms["discriminator/logits_fake"]])
-        )
+        logits = [terms["discriminator/logits_real"], terms["discriminator/logits_fake"]]
+        self._logits.append(torch.stack(logits))
         return {name: value.detach() for name, value in terms.items()}
 
     def finish_step(self, apply: bool) -> None:
-        """Step (or not) the optimizer and move LeCAM's averages by this step's logits, averaged over parts and processes."""
+        """Step the optimizer and update LeCAM's averages, unless the step is skipped."""
         logits, self._logits = self._logits, []
         if apply:
             self.optimizer.step()
             if self.lecam is not None:
-                means = torch.stack(logits).mean(dim=0)
-                if self.accelerator.num_processes > 1:
-                    means = self.accelerator.reduce(means, "mean")
-                self.lecam.update(*means.unbind())  # pyright: ignore
+                means = mean_over_processes(self.accelerator, torch.stack(logits).mean(dim=0))
+                self.lecam.update(*means.unbind())
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def _health(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Mean logits, and the share of patches judged rightly; each a mean over the maps."""
+    """Mean logits, and the share of patches classified correctly; each a mean over the maps."""
 
-    def over_maps(values: list[Tensor]) -> Tensor:
-        return torch.stack(values).mean().detach()
-
-    return {
-        "discriminator/logits_real": over_maps([x.mean() for x in real]),
-        "discriminator/logits_fake": over_maps([x.mean() for x in fake]),
-        "discriminator/accuracy_real": over_maps([(x > 0).float().mean() for x in real]),
-        "discriminator/accuracy_fake": over_maps([(x < 0).float().mean() for x in fake]),
+    measures = {
+        "logits_real": [x.mean() for x in real],
+        "logits_fake": [x.mean() for x in fake],
+        "accuracy_real": [(x > 0).float().mean() for x in real],
+        "accuracy_fake": [(x < 0).float().mean() for x in fake],
     }
+    return {f"discriminator/{name}": torch.stack(maps).mean().detach() for name, maps in measures.items()}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ from latentae.models.base import Autoencoder, AutoencoderOutput
 from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.training.adversary import Adversary, reduction
 from latentae.training.corruption import Corruption, Draws
+from latentae.training.launch import mean_over_processes
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -264,7 +265,9 @@ class AutoencoderLoss:
         """Losses on the posterior, which autograd takes to the parameters."""
         part, output = passed.part, passed.output
         with self.accelerator.autocast():
-            terms = self.objective.latent_terms(output, part.images, reduce=self._mean_over_processes)
+            terms = self.objective.latent_terms(
+                output, part.images, reduce=partial(mean_over_processes, self.accelerator)
+            )
             if self.contractive:
                 shape = (self.recipe.loss.contractive.probes, *output.latent.shape[1:])
                 probes = part.draws.normal(shape, "contractive").transpose(0, 1)
@@ -287,11 +290,9 @@ class AutoencoderLoss:
 
     def _ratio(self, gradients: Sequence[Tensor], limit: float) -> Tensor:
         """|first| / (|second| + eps), at most `limit`; of gradients [2 x weight] averaged over processes."""
-        reference, other = self._mean_over_processes(torch.stack(list(gradients))).flatten(1).norm(dim=1)
+        pair = mean_over_processes(self.accelerator, torch.stack(list(gradients)))
+        reference, other = pair.flatten(1).norm(dim=1)
         return (reference / (other + RATIO_EPS)).clamp(0.0, limit).detach()
-
-    def _mean_over_processes(self, value: Tensor) -> Tensor:
-        return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value, "mean")  # pyright: ignore
 
 
 def _through_decoder(passed: Pass, roots: list[tuple[Tensor, Tensor]]) -> Tensor:

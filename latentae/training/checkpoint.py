@@ -1,16 +1,16 @@
-"""Checkpoints: a folder that is either whole and verified or not there.
+"""Checkpoints: saving, verifying and restoring the state of a run, and rollbacks. A checkpoint is complete or absent.
 
-RUN/checkpoints/latest                  the name of the newest whole checkpoint
+RUN/checkpoints/latest                  the name of the newest complete checkpoint
 RUN/checkpoints/step-00001000/
     config.json                         diffusers' own keys
-    autoencoder.safetensors  ema.safetensors  ...   one file for each part of the trainer that has a state
-    optimizers.pt                       AdamW states (tensors and numbers only)
+    autoencoder.safetensors  ema.safetensors  ...   one file per part of the trainer that has a state
+    optimizers.pt                       optimizer states (tensors and numbers only)
     state.json                          step, images seen, phase, position in the data
     recipe.toml                         the resolved recipe
     meta.json                           format, versions, resolution, the job, SHA-256 of every file; written last
 
-All randomness of a run is keyed by its seed and what it is for, so there is no generator's state to keep. Format 1 (before phases)
-had the same parts and fewer counters, and is still read.
+Random numbers are keyed by seed and purpose, so no generator's state is saved. Format 1 (before phases) had fewer counters and can
+still be read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from latentae.errors import ModelError, TrainingError, some
 from latentae.file_names import RECIPE
-from latentae.files import read_json, sha256, staged_folder, write_json, write_text
+from latentae.files import INCOMPLETE, read_json, sha256, staged_folder, write_json, write_text
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_weights, save_weights
 from latentae.progress import note
@@ -46,9 +46,13 @@ __all__ = [
     "STATE",
     "check_meta",
     "discard",
+    "enter_phase",
     "find_checkpoint",
     "load_checkpoint",
+    "newest",
     "read_state",
+    "restore",
+    "roll_back",
     "save_checkpoint",
     "verify",
 ]
@@ -64,24 +68,24 @@ def save_checkpoint(
     inputs: Mapping[str, Any] | None = None,
     mirror: Mirror | None = None,
 ) -> Path:
-    """Write the state of a run as a new checkpoint, make it the latest and drop the oldest.
+    """Save the state of a run as a new checkpoint, name it the latest and remove the oldest.
 
     Args:
-        trainer: what is saved.
+        trainer: the state.
         run: the run folder.
         data_state: position in the data, as plain JSON values.
-        inputs: what makes this job the same as another (plain JSON values); kept in meta.json.
-        mirror: where a copy goes. A copy that fails is said and does not stop the run.
+        inputs: identity of the job (plain JSON values), kept in meta.json.
+        mirror: where to copy it. A failed copy is logged and does not stop the run.
 
     Raises:
         TrainingError: a weight is not finite; nothing is written.
-        OutputError: the disk is full or read-only; nothing that looks complete is left.
+        OutputError: the disk is full or read-only; no incomplete checkpoint is left.
     """
     _check_finite(trainer, run)
     checkpoints = run / CHECKPOINTS
     folder = checkpoints / f"step-{trainer.state.step:08}"
     if find_checkpoint(run) != folder:
-        if folder.exists():  # a killed run came so far, but not to naming it the latest
+        if folder.exists():  # of a run that was killed before it named it the latest
             discard(folder)
         with staged_folder(folder) as staging:
             _write_parts(trainer, staging, data_state, dict(inputs or {}))
@@ -104,7 +108,8 @@ def _check_finite(trainer: Trainer, run: Path) -> None:
             last = find_checkpoint(run)
             known = f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint"
             raise TrainingError(
-                f"{part}: {bad[0]} is not finite at step {trainer.state.step}; {known}; lower --optimizer.lr or use --precision fp32"
+                f"{part}: {bad[0]} is not finite at step {trainer.state.step}; {known}; lower --optimizer.lr or use "
+                "--precision fp32"
             )
 
 
@@ -113,65 +118,56 @@ def _write_parts(trainer: Trainer, folder: Path, data_state: dict[str, Any], inp
         state = part.state_dict()
         if state:
             save_weights(state, folder / f"{name}.safetensors")
-    optimizers = io.BytesIO()  # torch.save into a file says "unexpected pos 576 vs 534" of a full disk
+    optimizers = io.BytesIO()  # torch.save to a file on a full disk fails with "unexpected pos 576 vs 534"
     torch.save({name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()}, optimizers)
     (folder / OPTIMIZERS).write_bytes(optimizers.getbuffer())
     write_json(folder / CONFIG, trainer.raw_autoencoder.config.diffusers_dict())
     write_json(folder / STATE, {**asdict(trainer.state), "data": data_state})
     write_text(folder / RECIPE, trainer.recipe.toml())
-    write_json(
-        folder / META,
-        {
-            "format_version": FORMAT_VERSION,
-            "latentae": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "resolution": trainer.recipe.data.resolution,
-            **asdict(trainer.state),
-            "inputs": inputs,
-            "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
-        },
-    )
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "latentae": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "resolution": trainer.recipe.data.resolution,
+        **asdict(trainer.state),
+        "inputs": inputs,
+        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+    }
+    write_json(folder / META, meta)
 
 
 def check_meta(meta: Any, where: str) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint, from its meta.json.
 
     Raises:
-        TrainingError: it is none, or of a newer format.
+        TrainingError: it lists no files, or the format is newer than this version.
     """
     digests = meta.get("sha256") if isinstance(meta, dict) else None
     if not isinstance(digests, dict) or not digests or any(Path(name).name != name for name in digests):
-        raise TrainingError(
-            f"{where} is no whole checkpoint ({META} lists no files); resume from another one"
-        )
+        raise TrainingError(f"{where} is incomplete ({META} lists no files); resume from another checkpoint")
     if meta.get("format_version", 0) > FORMAT_VERSION:
-        raise TrainingError(
-            f"{where} has checkpoint format {meta['format_version']}; this version reads up to {FORMAT_VERSION}"
-        )
+        found = f"{where} has checkpoint format {meta['format_version']}"
+        raise TrainingError(f"{found}; this version reads formats up to {FORMAT_VERSION}")
     return digests
 
 
 def verify(folder: Path) -> None:
-    """Check that every part of a checkpoint is there with the bytes it was written with.
+    """Check every file of a checkpoint against its SHA-256.
 
     Raises:
-        TrainingError: a part is missing or differs, or the format is newer than this version; an older whole checkpoint is named.
+        TrainingError: a file is missing or differs, or the format is too new; the message names an older checkpoint that is complete.
     """
     bad = _damage(folder)
     if bad:
-        others = [f for f in sorted(folder.parent.glob("step-*"), reverse=True) if f != folder]
-        other = next((f for f in others if f.name < folder.name and not _damage(f)), None)
-        advice = (
-            f"give --resume {other} and another --output to go on from there"
-            if other
-            else "there is no other checkpoint"
-        )
+        older = [f for f in sorted(folder.parent.glob("step-*"), reverse=True) if f.name < folder.name]
+        other = next((f for f in older if not _damage(f)), None)
+        advice = f"continue from --resume {other} with another --output" if other else "there is no older one"
         raise TrainingError(f"{folder / bad} is missing or damaged; {advice}")
 
 
 def _damage(folder: Path) -> str | None:
-    """The first part of a checkpoint that is missing or differs."""
+    """The first file of a checkpoint that is missing or differs."""
     try:
         meta = read_json(folder / META)
     except (OSError, ValueError):
@@ -183,27 +179,31 @@ def _damage(folder: Path) -> str | None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint: out of sight at once, then from the disk. What can't be removed now is tried again after the next save."""
-    trash = folder.with_name(f".{folder.name}.incomplete")
+    """Rename a checkpoint to a hidden name, then remove it. The next save removes what could not be removed now."""
+    trash = folder.with_name(f".{folder.name}{INCOMPLETE}")
     shutil.rmtree(trash, ignore_errors=True)
     with suppress(OSError):
         folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def newest(names: list[str], latest: str, keep: int) -> set[str]:
+    """Names of checkpoints to keep: the latest, and the newest before it, `keep` in all."""
+    older = sorted(name for name in names if name < latest)
+    return {latest, *older[max(len(older) - (keep - 1), 0) :]}
+
+
 def _prune(latest: Path, keep: int) -> None:
-    """Keep the latest and the newest before it; drop the rest, also what killed runs have left or came to later than this one."""
-    older = [folder for folder in sorted(latest.parent.glob("step-*")) if folder.name < latest.name]
-    kept = {latest, *older[max(len(older) - (keep - 1), 0) :]}
-    for folder in latest.parent.glob("step-*"):
-        if folder not in kept:
-            discard(folder)
-    for leftover in latest.parent.glob(".*.incomplete"):
+    """Remove old checkpoints, those of a run that was rolled back beyond them, and leftovers of killed runs."""
+    names = [folder.name for folder in latest.parent.glob("step-*")]
+    for name in {*names} - newest(names, latest.name, keep):
+        discard(latest.with_name(name))
+    for leftover in latest.parent.glob(f".*{INCOMPLETE}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The newest checkpoint of a run folder, `path` itself where it is one, or None."""
+    """The newest checkpoint of a run folder, `path` itself if it is a checkpoint, or None."""
     latest = path / CHECKPOINTS / LATEST
     if latest.is_file():
         return path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip()
@@ -211,7 +211,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The counters of a checkpoint; those that its format did not have are 0.
+    """The counters of a checkpoint; counters that its format lacks are 0.
 
     Raises:
         TrainingError: the file is missing or damaged.
@@ -219,21 +219,32 @@ def read_state(folder: Path) -> TrainState:
     try:
         found = read_json(folder / STATE)
         known = {field.name: found.get(field.name, 0) for field in fields(TrainState)}
-        if "phase_images" not in found:  # format 1 knew one phase
+        if "phase_images" not in found:  # format 1 had one phase
             known["phase_images"] = found["images_seen"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TrainingError(
-            f"{folder / STATE} is missing or damaged ({error}); resume from another checkpoint"
-        ) from error
+        message = f"{folder / STATE} is missing or damaged ({error}); resume from another checkpoint"
+        raise TrainingError(message) from error
     return TrainState(**known)
 
 
+def restore(trainer: Trainer, folder: Path, phase: int) -> dict[str, Any] | None:
+    """Load a checkpoint into the trainer of a phase: everything, or only the weights if it ended an earlier phase.
+
+    Returns:
+        The position in the data; None at the start of the phase.
+    """
+    if read_state(folder).phase == phase:
+        return load_checkpoint(trainer, folder)
+    enter_phase(trainer, folder, phase)
+    return None
+
+
 def load_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Restore networks, average, optimizers and counters; returns the data position.
+    """Restore networks, moving average, optimizers and counters; returns the position in the data.
 
     Raises:
-        TrainingError: a part is missing or damaged.
-        ModelError: the checkpoint is of a model of another shape.
+        TrainingError: a file is missing or damaged.
+        ModelError: the checkpoint's model has another shape.
     """
     verify(folder)
     try:
@@ -241,17 +252,16 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
             _load_part(part, folder, name)
         left = sorted(file.stem for file in folder.glob("*.safetensors") if file.stem not in trainer.saved)
         if left:
-            note(f"{folder}: left out {some(left)}, which this recipe does not have")
+            note(f"{folder}: ignoring {some(left)}, which this recipe does not have")
         optimizers = torch.load(folder / OPTIMIZERS, map_location="cpu", weights_only=True)
         for name, optimizer in trainer.optimizers.items():
             if name not in optimizers:
-                raise _missing(folder, name, OPTIMIZERS)
+                raise _missing(folder, f"optimizer of the {name} in {OPTIMIZERS}")
             optimizer.load_state_dict(optimizers[name])
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{folder} does not fit this recipe ({reason}); resume with the recipe.toml inside it"
-        ) from error
+        advice = f"resume with the {RECIPE} inside it"
+        raise ModelError(f"{folder} does not fit this recipe ({reason}); {advice}") from error
     trainer.state = read_state(folder)
     return read_json(folder / STATE)["data"]
 
@@ -260,16 +270,65 @@ def _load_part(part: Any, folder: Path, name: str) -> None:
     file = folder / f"{name}.safetensors"
     if not file.is_file():
         if part.state_dict():
-            raise _missing(folder, name, file.name)
+            raise _missing(folder, file.name)
     elif isinstance(part, Autoencoder):
         load_weights(part, file)  # names the first key or shape that does not fit
     else:
         part.load_state_dict(load_file(file))
 
 
-def _missing(folder: Path, name: str, file: str) -> TrainingError:
-    where = f"no {file}" if file != OPTIMIZERS else f"no optimizer of the {name} in {file}"
+def _missing(folder: Path, what: str) -> TrainingError:
     return TrainingError(
-        f"{folder} has {where}, but this recipe has one; resume with the recipe.toml inside it, or begin a new run with "
+        f"{folder} has no {what}, but this recipe has one; resume with the {RECIPE} inside it, or start a new run with "
         f"--model.init-from {folder}"
+    )
+
+
+def enter_phase(trainer: Trainer, folder: Path, phase: int) -> None:
+    """Start a phase with the weights and averages of a checkpoint of an earlier phase and new optimizers.
+
+    A discriminator or part of a loss whose shape changed starts anew.
+
+    Raises:
+        TrainingError: a file is missing or damaged.
+    """
+    verify(folder)
+    for name, part in trainer.saved.items():
+        file = folder / f"{name}.safetensors"
+        if not file.is_file():
+            continue
+        state = load_file(file)
+        shapes = {key: value.shape for key, value in part.state_dict().items()}
+        if {key: value.shape for key, value in state.items()} == shapes:
+            part.load_state_dict(state)
+        elif name in ("autoencoder", "ema"):
+            raise TrainingError(f"{file} has another model shape than phase {phase + 1} of this recipe")
+        else:
+            note(f"{file} is ignored: the {name} of phase {phase + 1} has another shape and starts anew")
+    trainer.state = replace(read_state(folder), phase=phase, phase_images=0, skipped_in_a_row=0)
+
+
+def roll_back(trainer: Trainer, run: Path) -> str:
+    """Restore weights, averages and optimizers from the last checkpoint. Step and images stay, so the data since then is skipped.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        TrainingError: there is no checkpoint, or the run was rolled back too often.
+    """
+    state, limits = trainer.state, trainer.recipe.failure
+    why = f"{state.skipped_in_a_row} steps in a row had a non-finite loss or gradient (step {state.step})"
+    advice = "lower --optimizer.lr, check the data, or use --precision fp32"
+    if state.rollbacks >= limits.max_rollbacks:
+        raise TrainingError(f"{why}, after {state.rollbacks} rollbacks; {advice}")
+    folder = find_checkpoint(run)
+    if folder is None:
+        raise TrainingError(f"{why}, and there is no checkpoint yet to roll back to; {advice}")
+    kept = read_state(folder)
+    restore(trainer, folder, state.phase)
+    trainer.state = replace(state, skipped_in_a_row=0, rollbacks=state.rollbacks + 1)
+    return (
+        f"{why}: restored the weights of {folder.name}; images {kept.images_seen} to {state.images_seen} are skipped "
+        f"(rollback {state.rollbacks + 1} of {limits.max_rollbacks})"
     )

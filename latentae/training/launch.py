@@ -1,4 +1,4 @@
-"""Processes and devices: one Accelerator, what processes agree on, and what happens when one is gone."""
+"""Processes and devices: the Accelerator, decisions that processes share, and the loss of a process."""
 
 from __future__ import annotations
 
@@ -19,19 +19,26 @@ from latentae.progress import say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["agree", "build_accelerator", "close_accelerator", "in_contact", "on_main"]
+__all__ = [
+    "agree",
+    "build_accelerator",
+    "close_accelerator",
+    "launched",
+    "mean_over_processes",
+    "on_main",
+]
 
 T = TypeVar("T")
 
-# How long one process may work alone (a validation, a copy of a checkpoint) while the others wait for it.
+# Longest time that processes wait for one that works alone, such as on a validation or a copy of a checkpoint.
 TIMEOUT = timedelta(minutes=30)
 
-# Seconds until a process that waits for others logs it.
+# Seconds after which a process logs that it waits for others.
 PATIENCE = 5.0
 
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
-# What gloo says when the other end is gone or silent; a collective whose shapes differ over processes, a bug, reads otherwise.
+# Messages of gloo when another process is gone or silent; those of a bug, such as different shapes, do not match.
 _LOST = re.compile(
     r"closed by (remote )?peer|connection (was )?(closed|reset|refused|aborted)|broken pipe|socket closed|pair closure|"
     r"timed out|read error|remote process exited|communicator was aborted",
@@ -43,13 +50,13 @@ def build_accelerator(precision: str) -> Accelerator:
     """The Accelerator of this process, under `accelerate launch`, torchrun or nothing.
 
     Raises:
-        TrainingError: the launcher shards models (FSDP, DeepSpeed, Megatron-LM), or started processes that do not find each other.
+        TrainingError: the launcher shards models (FSDP, DeepSpeed, Megatron-LM), or its processes do not find each other.
     """
     for key, name in _SHARDED.items():
         if os.environ.get(f"ACCELERATE_USE_{key}", "false").lower() in ("true", "1", "yes"):
             raise TrainingError(
-                f"the launcher asks for {name}, which takes one model, but two train side by side here (the autoencoder and its "
-                "discriminator) and both fit on one device; start with torchrun, or `accelerate launch --multi_gpu`"
+                f"the launcher requests {name}, which shards one model, but latentae trains two (autoencoder and discriminator) "
+                "that fit on one device; start with torchrun, or `accelerate launch --multi_gpu`"
             )
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -57,7 +64,7 @@ def build_accelerator(precision: str) -> Accelerator:
     gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Without cpu=True a CPU process under torchrun believes that it is alone: two silent trainings in one folder.
+    # Without cpu=True every CPU process under torchrun would train alone, all in the same folder.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     advice = "start with `accelerate launch -m latentae train ...` or `torchrun -m latentae train ...`"
     try:
@@ -69,7 +76,7 @@ def build_accelerator(precision: str) -> Accelerator:
             )
     except ValueError as error:
         raise TrainingError(
-            f"the launcher's environment does not say how {world_size} processes meet ({error}); {advice}"
+            f"the launcher's environment lacks the address for {world_size} processes ({error}); {advice}"
         ) from error
     if world_size != accelerator.num_processes:
         raise TrainingError(
@@ -80,22 +87,22 @@ def build_accelerator(precision: str) -> Accelerator:
 
 @contextmanager
 def _announce_waiting(world_size: int) -> Iterator[None]:
-    """Tell what a process waits for that finds no others, as after a launcher whose variables were left behind."""
+    """Log what a process waits for if it finds no others, for example because of a launcher's leftover variables."""
     if world_size < 2:
         yield
         return
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "?")
+    address = os.environ.get("MASTER_ADDR", "?")
     message = (
-        f"process {rank} of WORLD_SIZE={world_size} waits for the other processes at {os.environ.get('MASTER_ADDR', '?')}:{port}; if you "
-        "started one process only, stop it and run: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
+        f"process {rank} of WORLD_SIZE={world_size} waits for the other processes at {address}:{port}; if you started "
+        "only one process, stop it and run: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
     )
     timer = threading.Timer(PATIENCE, say, [message])
     timer.daemon = True
     timer.start()
     main = threading.current_thread() is threading.main_thread()
-    before = (
-        signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
-    )  # Python's handler can't run while torch waits
+    # Python's handler can't run while torch waits
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         yield
     finally:
@@ -105,18 +112,46 @@ def _announce_waiting(world_size: int) -> Iterator[None]:
 
 
 def close_accelerator(accelerator: Accelerator) -> None:
-    """Leave the process group and forget Accelerate's process-wide state, so that another run can follow."""
+    """Leave the process group and reset Accelerate's process-wide state, so that another run can follow."""
     from accelerate.state import AcceleratorState, GradientState
 
-    # the prepared models hold reducers, and those the process group: let go of them before it is destroyed
+    # prepared models refer to the process group: free them before it is destroyed
     accelerator.free_memory()
     accelerator.end_training()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
+@contextmanager
+def launched(precision: str) -> Iterator[Accelerator]:
+    """`build_accelerator` for the duration of a run.
+
+    Raises:
+        TrainingError: another process died or stopped answering. Other errors pass unchanged.
+    """
+    accelerator = build_accelerator(precision)
+    try:
+        yield accelerator
+    except RuntimeError as error:  # also DistBackendError
+        if accelerator.num_processes == 1 or not _lost_peer(error):
+            raise
+        # without the location in gloo's sources
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error)).splitlines()[0].partition(". ")[0]
+        raise TrainingError(
+            f"lost contact with another process ({reason}); see its own message; run the same command again to resume "
+            "from the last checkpoint"
+        ) from error
+    finally:
+        close_accelerator(accelerator)
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    of_collectives = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return of_collectives and _LOST.search(str(error)) is not None
+
+
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Run `function` on the first process and return its result on all; its error is raised on all, so nobody waits for ever."""
+    """Run `function` on the first process and return its result on all; an error is raised on all."""
     from accelerate.utils import broadcast_object_list
 
     outcome: list[Any] = [None, None]
@@ -135,34 +170,13 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def agree(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is set on any process: all must take the same branch at the same step."""
+    """For each flag, whether it is set on any process, so that all take the same branch at the same step."""
     if accelerator.num_processes == 1:
         return flags
     counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
     return tuple(count > 0 for count in accelerator.reduce(counts, "sum").tolist())  # pyright: ignore
 
 
-@contextmanager
-def in_contact(accelerator: Accelerator) -> Iterator[None]:
-    """Work together with other processes: when one of them is gone, what the collectives say becomes one line.
-
-    Raises:
-        TrainingError: another process died or went silent. Anything else, such as a bug, passes as it is.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # DistBackendError and its kin are RuntimeErrors
-        if accelerator.num_processes == 1 or not _lost_peer(error):
-            raise
-        reason = (
-            re.sub(r"^\[[^]]*\] *", "", str(error)).splitlines()[0].partition(". ")[0]
-        )  # without the place in gloo's sources
-        raise TrainingError(
-            f"lost contact with another process ({reason}); see its own message; the run goes on from the last checkpoint with the "
-            "same command"
-        ) from error
-
-
-def _lost_peer(error: RuntimeError) -> bool:
-    of_collectives = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-    return of_collectives and _LOST.search(str(error)) is not None
+def mean_over_processes(accelerator: Accelerator, value: T) -> T:
+    """Mean of a tensor, or of each tensor of a list, over processes."""
+    return value if accelerator.num_processes == 1 else accelerator.reduce(value, "mean")  # pyright: ignore

@@ -1,4 +1,4 @@
-"""The loop around the training step: data in; metrics, pictures and checkpoints out; clean stops and returns from bad numbers."""
+"""Training loop: runs steps, logs metrics, saves images and checkpoints, and rolls back on non-finite losses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from latentae.data.loader import Batch, TrainLoader
 from latentae.data.streaming import StreamLoader
 from latentae.pages.images import pil_image, write_png
 from latentae.progress import Progress, say
+from latentae.training.checkpoint import roll_back
 from latentae.training.health import Watchdog
-from latentae.training.launch import agree
-from latentae.training.recovery import roll_back
+from latentae.training.launch import agree, mean_over_processes
 from latentae.training.reporting import MetricsLog, peak_memory_gb
 from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer, TrainState
@@ -25,29 +25,18 @@ from latentae.training.validation import Validation
 __all__ = ["PhaseLoop"]
 
 
-class Clock:
-    """Fires each time the number of images seen passes a multiple of `every`."""
-
-    def __init__(self, every: int) -> None:
-        self.every = max(1, every)
-
-    def due(self, before: int, now: int) -> bool:
-        """Whether a multiple of `every` lies in (before, now]."""
-        return now // self.every > before // self.every
-
-
 class Timer:
-    """Images per second, and the share of time spent waiting for data, since the last report."""
+    """Images per second, and the share of time spent waiting for data, since the last restart."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new span (after work that is not training)."""
+        """Start a new span, after a report or work that is not training."""
         self.start, self.waited, self.images = time.monotonic(), 0.0, 0
 
     def read(self, processes: int) -> dict[str, float]:
-        """Speed over all processes since the last call, and begin a new span."""
+        """Speed over all processes since the restart; restarts."""
         elapsed = max(time.monotonic() - self.start, 1e-9)
         values = {"img_per_s": self.images * processes / elapsed, "data_wait": self.waited / elapsed}
         self.restart()
@@ -58,13 +47,13 @@ class PhaseLoop:
     """Trains one phase to its end.
 
     Args:
-        trainer: networks, with a restored state where a run goes on.
+        trainer: networks, with a restored state if a run resumes.
         loader: this process's data, at the matching position.
         run: the run folder.
-        validation: held-out images (may be none).
-        save: writes a checkpoint of the present state, on all processes at once.
-        log: where metrics go; None on all processes but the first.
-        progress: counts the images of the whole run.
+        validation: held-out images; may be empty.
+        save: saves a checkpoint of the current state, called on all processes at once.
+        log: metrics log; None except on the first process.
+        progress: counts the images of the run.
         stop: set by signals.
     """
 
@@ -81,74 +70,74 @@ class PhaseLoop:
     ) -> None:
         self.trainer, self.loader, self.run, self.validation = trainer, loader, run, validation
         self.save, self.log, self.progress, self.stop = save, log, progress, stop
-        recipe = trainer.recipe
-        self.checkpoints = Clock(recipe.checkpoint_every_images)
-        self.metrics = Clock(recipe.log.metrics_every_images or -(-recipe.images // 200))
-        self.validations = Clock(recipe.log.validation_every_images or -(-recipe.images // 10))
-        self.watchdog = Watchdog(recipe)
+        self.accelerator, self.recipe = trainer.accelerator, trainer.recipe
+        options, images = self.recipe.log, self.recipe.images
+        self.metrics_every = options.metrics_every_images or -(-images // 200)
+        self.validate_every = options.validation_every_images or -(-images // 10)
+        self.watchdog = Watchdog(self.recipe)
         self.timer, self.bad_samples = Timer(), 0
         begin = trainer.state.images_seen - trainer.state.phase_images
-        for line in log.kept if log is not None else ():  # what a resumed phase has been through
+        for line in log.kept if log is not None else ():  # of a resumed phase
             if line["images"] > begin:
                 self.watchdog.check(line["images"], line)
 
     @property
     def state(self) -> TrainState:
-        """The counters, which a return to a checkpoint replaces."""
+        """The counters, which a rollback replaces."""
         return self.trainer.state
 
     def train(self) -> None:
-        """Train until the phase's images have been seen; its last state is saved and validated.
+        """Train until all images of the phase have been seen; the last state is saved and validated.
 
         Raises:
-            Interrupted: a signal came; the state was saved first.
-            TrainingError: losses were not finite for too long, or there is no checkpoint to return to.
+            Interrupted: a signal was received; the state is saved.
+            TrainingError: too many non-finite losses, or no checkpoint to roll back to.
         """
-        if self.state.images_seen == 0 and self.trainer.recipe.model.initialization == "pca":
-            self.validate()  # this start is worth looking at
+        if self.state.images_seen == 0 and self.recipe.model.initialization == "pca":
+            self.validate()  # of the start
         with closing(iter(self.loader)) as batches:  # an error ends the data workers too
-            self._warm_up(batches)
+            if self.recipe.compile and not self.trainer.finished:
+                say("compiling; the first step takes a while")
+                with self.stop.at_once("before the first step"):
+                    self._step(batches)
             self.timer.restart()
             while not self.trainer.finished:
                 before = self.state.images_seen
                 self._step(batches)
-                now, finished = self.state.images_seen, self.trainer.finished
-                saved = finished or self.checkpoints.due(before, now)
+                finished = self.trainer.finished
+                saved = finished or self._passed(before, self.recipe.checkpoint_every_images)
                 if saved:
-                    self._save()  # before a look at held-out images: a run that ends in there loses nothing
-                if self.validations.due(before, now) and not finished:
+                    self._save()  # before the validation, so that nothing is lost if that fails
+                if self._passed(before, self.validate_every) and not finished:
                     self.validate()
                 self._stop_if_asked(saved)
         self.validate()
         self._stop_if_asked(saved=True)
 
+    def _passed(self, before: int, every: int) -> bool:
+        """Whether a multiple of `every` is in (before, images seen]."""
+        return self.state.images_seen // every > before // every
+
     def _stop_if_asked(self, saved: bool) -> None:
-        """Leave at the same step on all processes, with the state saved."""
-        (stopping,) = agree(self.trainer.accelerator, self.stop.requested)
+        """Stop at the same step on all processes, with the state saved."""
+        (stopping,) = agree(self.accelerator, self.stop.requested)
         if stopping:
             if not saved:
                 self._save()
-            raise self.stop.interrupted(
-                f"stopped after {self.state.images_seen} images; the same command goes on from there"
-            )
+            done = f"stopped after {self.state.images_seen} images"
+            raise self.stop.interrupted(f"{done}; run the same command again to resume")
 
     def _save(self) -> None:
         self.save()
         self.timer.restart()
 
-    def _warm_up(self, batches: Iterator[Batch]) -> None:
-        """The first step: torch.compile may take minutes here, with nothing to save yet, so a signal ends it at once."""
-        if self.trainer.recipe.compile and not self.trainer.finished:
-            say("compiling; the first step takes a while")
-            with self.stop.at_once("before the first step"):
-                self._step(batches)
-
     def _step(self, batches: Iterator[Batch]) -> None:
-        recipe, state = self.trainer.recipe, self.state
-        skipped, remaining = state.skipped, recipe.images - state.phase_images
-        report = self.metrics.due(state.images_seen, state.images_seen + recipe.batch_size) or state.step == 0
+        state, size = self.state, self.recipe.batch_size
+        skipped, remaining = state.skipped, self.recipe.images - state.phase_images
+        due = (state.images_seen + size) // self.metrics_every > state.images_seen // self.metrics_every
+        report = due or state.step == 0
         terms = self.trainer.update(self._parts(batches), report)
-        self.progress.advance(min(recipe.batch_size, remaining))
+        self.progress.advance(min(size, remaining))
         if state.skipped > skipped:
             self._skipped(terms)
         elif report:
@@ -162,50 +151,42 @@ class PhaseLoop:
         self.timer.waited += time.monotonic() - start
         self.timer.images += len(batch.images)
         self.bad_samples += len(batch.bad)
-        return batch.images.chunk(self.trainer.recipe.gradient_accumulation)
+        return batch.images.chunk(self.recipe.gradient_accumulation)
 
     def _skipped(self, terms: dict[str, Tensor]) -> None:
-        """Say that a step was left out; too many in a row, and the weights return to the last checkpoint."""
-        state, limits = self.state, self.trainer.recipe.failure
-        names = [name for name, value in terms.items() if not torch.isfinite(value)]
-        what = (
-            f"step {state.step} left out: {names[0] if names else 'a term of another process'} is not finite"
-        )
-        self._event("skipped", what)
-        if state.skipped_in_a_row >= limits.max_skipped_in_a_row:
-            message = roll_back(self.trainer, self.run)
-            self._event("rollback", message)
+        """Log a skipped step; roll back after too many in a row."""
+        state = self.state
+        bad = next((name for name, value in terms.items() if not torch.isfinite(value)), None)
+        self._event("skipped", f"step {state.step}: {bad or 'a term of another process'} is not finite")
+        if state.skipped_in_a_row >= self.recipe.failure.max_skipped_in_a_row:
+            self._event("rollback", roll_back(self.trainer, self.run))
             self._save()
 
     def _report(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Average the terms over processes and write them, with the speed."""
-        accelerator, state = self.trainer.accelerator, self.state
+        """Average the terms over processes and log them with the speed."""
+        accelerator, state = self.accelerator, self.state
         bad = torch.tensor(float(self.bad_samples), device=accelerator.device)
         stacked = torch.stack([*(value.float() for value in terms.values()), bad])
-        if accelerator.num_processes > 1:
-            stacked = accelerator.reduce(stacked, "mean")
-        values = dict(zip([*terms, "bad_samples"], stacked.tolist(), strict=True))  # pyright: ignore
-        values["bad_samples"] *= accelerator.num_processes  # their sum
-        values |= self.timer.read(accelerator.num_processes)
-        values |= {
+        means = mean_over_processes(accelerator, stacked).tolist()
+        values = dict(zip([*terms, "bad_samples"], means, strict=True))
+        values["bad_samples"] *= accelerator.num_processes  # the sum
+        values |= self.timer.read(accelerator.num_processes) | {
             "lr": next(iter(self.trainer.optimizers.values())).param_groups[0]["lr"],
             "time": time.time(),
             "memory_gb": peak_memory_gb(accelerator.device),
+            "skipped_steps": state.skipped,
+            "phase": state.phase,
         }
-        values |= {"skipped_steps": state.skipped, "phase": state.phase}
         if self.log is not None:
             self.log.write(state.step, state.images_seen, values)
             self._warn(values)
         return values
 
     def validate(self) -> None:
-        """Measure on the first process; the others wait. Nothing is written where a signal cut it short."""
-        trainer, log, seen = self.trainer, self.log, self.state.images_seen
-        found = (
-            self.validation.run(trainer, lambda: self.stop.requested)
-            if log is not None and self.validation.batches
-            else None
-        )
+        """Validate on the first process while the others wait. A validation that a signal stopped is not logged."""
+        log, seen, found = self.log, self.state.images_seen, None
+        if log is not None and self.validation.batches:
+            found = self.validation.run(self.trainer, lambda: self.stop.requested)
         if found is not None and log is not None:
             values, picture = found
             log.write(self.state.step, seen, values)
@@ -214,7 +195,7 @@ class PhaseLoop:
             similar = f", SSIM {values['validation/ssim']:.3f}" if "validation/ssim" in values else ""
             say(f"held out, {seen} images seen: PSNR {values['validation/psnr']:.2f} dB{similar}")
             self._warn(values)
-        trainer.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         self.timer.restart()
 
     def _warn(self, values: dict[str, float]) -> None:

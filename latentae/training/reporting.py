@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases, pictures of held-out reconstructions."""
+"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and Weights & Biases; devices and memory in words and numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,60 +30,55 @@ PICTURE = "validation/reconstructions"
 
 
 class MetricsLog:
-    """Appends numbers to `metrics.jsonl`, TensorBoard and Weights & Biases, and what happened to `events.jsonl`.
+    """Appends numbers to `metrics.jsonl`, TensorBoard and Weights & Biases, and events to `events.jsonl`.
 
     Only the first process has one.
 
     Args:
         run: the run folder.
-        step: the step a resumed run goes on from; later lines of an earlier try are dropped from both files.
-        options: where else to write.
-        recipe: what Weights & Biases shows as the configuration.
+        step: step at which a run resumes; later lines of an earlier attempt are removed from both files.
+        options: additional loggers.
+        recipe: the configuration that Weights & Biases shows.
 
     Attributes:
-        kept: the lines of metrics.jsonl that a resumed run goes on from.
+        kept: the lines of metrics.jsonl before `step`.
 
     Raises:
-        OutputError: a file can't be written (then or at a later line), or Weights & Biases does not start.
+        OutputError: a file can't be written (now or later), or Weights & Biases does not start.
     """
 
     def __init__(self, run: Path, step: int, options: LogOptions, recipe: Recipe) -> None:
         self.run = run
         self.kept, dropped = _keep(run / METRICS_LOG, step)
         _keep(run / EVENTS_LOG, step)
-        self._wandb = _Wandb(run, options.wandb, recipe) if options.wandb else None
-        self._board = _TensorBoard(run, dropped) if options.tensorboard else None
+        self._loggers: list[_Wandb | _TensorBoard] = []
+        if options.wandb:
+            self._loggers.append(_Wandb(run, options.wandb, recipe))
+        if options.tensorboard:
+            self._loggers.append(_TensorBoard(run, dropped))
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.close(failed=kind is not None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for logger in reversed(self._loggers):
+            logger.close(failed=kind is not None)
 
     def write(self, step: int, images: int, values: Mapping[str, float]) -> None:
-        """One line: step, images seen and every value; numbers JSON can't hold become null."""
+        """Append one line: step, images seen and all values; NaN and infinity become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         _append(self.run / METRICS_LOG, {"step": step, "images": images, **finite})
-        if self._board is not None:
-            self._board.write(images, values)
-        if self._wandb is not None:
-            self._wandb.write(images, values)
+        for logger in self._loggers:
+            logger.write(images, values)
 
     def event(self, step: int, images: int, kind: str, message: str) -> None:
-        """One line about something that happened: a start, a warning, a skipped step, a rollback."""
+        """Append a line about a start, a warning, a skipped step or a rollback."""
         _append(self.run / EVENTS_LOG, {"step": step, "images": images, "kind": kind, "message": message})
 
     def picture(self, images: int, picture: Any) -> None:
-        """A PIL image of held-out reconstructions, for TensorBoard and Weights & Biases."""
-        if self._board is not None:
-            self._board.picture(images, picture)
-        if self._wandb is not None:
-            self._wandb.picture(images, picture)
+        """Send a PIL image of held-out reconstructions to TensorBoard and Weights & Biases."""
+        for logger in self._loggers:
+            logger.picture(images, picture)
 
 
 class _TensorBoard:
@@ -92,7 +86,7 @@ class _TensorBoard:
 
     Args:
         run: the run folder.
-        dropped: lines whose events of an earlier try are to be hidden.
+        dropped: lines of an earlier attempt, whose events are hidden.
     """
 
     def __init__(self, run: Path, dropped: Iterable[Mapping[str, Any]]) -> None:
@@ -110,14 +104,14 @@ class _TensorBoard:
 
         self._writer.add_image(PICTURE, np.asarray(picture), images, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
 class _Wandb:
-    """One run of Weights & Biases for one run folder, over all resumptions; its axis is images seen.
+    """One Weights & Biases run per run folder, across all resumes, against images seen.
 
-    Steps of an earlier try come again there, at the same place of the axis: nothing sent can be taken back.
+    Data that was sent can't be removed, so the steps of an earlier attempt appear again at the same position.
     """
 
     def __init__(self, run: Path, project: str | None, recipe: Recipe) -> None:
@@ -126,16 +120,14 @@ class _Wandb:
         file = run / WANDB_ID
         if not file.is_file():
             write_text(file, uuid.uuid4().hex + "\n")
-        config = recipe.model_dump(mode="json", exclude={"log"})
-        name, key = run.resolve().name, file.read_text(encoding="utf-8").strip()
+        settings = {"project": project, "id": file.read_text(encoding="utf-8").strip(), "resume": "allow"}
+        settings |= {"name": run.resolve().name, "dir": str(run)}
         try:
-            self._run = wandb.init(
-                project=project, id=key, name=name, dir=str(run), resume="allow", config=config
-            )
+            self._run = wandb.init(**settings, config=recipe.model_dump(mode="json", exclude={"log"}))
         except (wandb.Error, OSError) as error:
             raise OutputError(
-                f"Weights & Biases does not start ({' '.join(str(error).split())}); run `wandb login`, set WANDB_MODE=offline, or "
-                "leave --log.wandb out"
+                f"Weights & Biases does not start ({' '.join(str(error).split())}); run `wandb login`, set "
+                "WANDB_MODE=offline, or leave --log.wandb out"
             ) from error
         self._image = wandb.Image
         self._run.define_metric("images")
@@ -152,46 +144,30 @@ class _Wandb:
 
 
 def check_wandb(options: LogOptions) -> None:
-    """Make sure that Weights & Biases is there where a recipe asks for it; to be called before any work.
+    """Check, before any work, that wandb is installed if the recipe uses it.
 
     Raises:
-        MissingDependencyError: the package wandb is not installed.
+        MissingDependencyError: it is not.
     """
     if not options.wandb:
         return
     found = importlib.util.find_spec("wandb")
-    if (
-        found is None or found.origin is None
-    ):  # a folder `wandb` of logs in the working directory can be imported, too
+    if found is None or found.origin is None:  # a folder `wandb` of logs is importable but has no origin
         raise MissingDependencyError(
-            f"log.wandb is {options.wandb!r}, but the package wandb is not installed; pip install 'latentae[wandb]', or leave it out"
+            f"log.wandb is {options.wandb!r}, but wandb is not installed; pip install 'latentae[wandb]', or leave it out"
         )
 
 
 def devices(accelerator: Accelerator) -> str:
-    """What a run runs on, in words: "4 processes, NVIDIA H100 80GB HBM3, bf16"."""
+    """Processes, device and precision: "4 processes, NVIDIA H100 80GB HBM3, bf16"."""
     device, count = accelerator.device, accelerator.num_processes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     precision = str(accelerator.mixed_precision).replace("no", "fp32")
     return f"{count} process{'es' if count > 1 else ''}, {name}, {precision}"
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a JSON line by one write; a kill can cut it, but never mix two."""
-    data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
-    try:
-        with path.open("ab", buffering=0) as file:
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, "the disk took a part of a line only")
-    except OSError as error:
-        advice = write_advice(error.errno)
-        raise OutputError(
-            f"could not write {path}: {error.strerror}; {advice}; the same command resumes the run"
-        ) from error
-
-
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB (1e9 bytes): of the GPU's allocator, or of this process; NaN where the system does not tell."""
+    """Peak memory so far in GB (1e9 bytes) of the GPU's allocator, or of this process; NaN on Windows without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -203,30 +179,37 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or events.jsonl; one that was cut short, or is none of ours, is passed over."""
+    """The lines of metrics.jsonl or events.jsonl, without truncated or foreign lines."""
     if not path.is_file():
         return []
-    return [
-        line
-        for line in map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines())
-        if line is not None
-    ]
-
-
-def _keep(path: Path, step: int) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    """Drop a file's lines after a step; returns those kept and those dropped."""
-    lines = read_lines(path)
-    kept, dropped = (
-        tuple(line for line in lines if (line["step"] <= step) is wanted) for wanted in (True, False)
-    )
-    if path.is_file():
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-    return kept, dropped
+    lines = map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line for line in lines if line is not None]
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
         return line if isinstance(line["step"] + line["images"], int) else None
-    except (ValueError, TypeError, KeyError):  # the last line of a killed run may be cut
+    except (ValueError, TypeError, KeyError):  # a killed run may truncate its last line
         return None
+
+
+def _keep(path: Path, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Remove a file's lines after a step; returns those kept and those removed."""
+    lines = read_lines(path)
+    kept, dropped = ([line for line in lines if (line["step"] <= step) is wanted] for wanted in (True, False))
+    if path.is_file():
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    return kept, dropped
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a JSON line with one write; a kill can truncate it, but never mix two."""
+    data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "the disk took only a part of a line")
+    except OSError as error:
+        advice = f"{write_advice(error.errno)}; run the same command again to resume"
+        raise OutputError(f"could not write {path}: {error.strerror}; {advice}") from error

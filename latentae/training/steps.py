@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentae.data.transforms import to_float
-from latentae.errors import ModelError
+from latentae.errors import ModelError, RecipeError
 from latentae.losses.objective import Objective
 from latentae.losses.options import AdversarialOptions
 from latentae.models.architectures import build
@@ -32,7 +32,7 @@ from latentae.progress import note
 from latentae.training.adversary import Adversary
 from latentae.training.autoencoder_loss import AutoencoderLoss, Part
 from latentae.training.corruption import Corruption, Draws
-from latentae.training.launch import agree
+from latentae.training.launch import agree, mean_over_processes
 from latentae.training.optim import Ema, autoencoder_optimizers, learning_rate_scale, set_learning_rate
 from latentae.training.recipe import Recipe
 
@@ -140,6 +140,32 @@ class Trainer:
         """Whether the discriminator takes part in this step."""
         return self.adversary is not None and self.adversary.plays(self.state.phase_images)
 
+    def check_resolution(self) -> None:
+        """Check that model, discriminator and losses accept images of the recipe's resolution.
+
+        Raises:
+            RecipeError: the resolution is not a multiple of the downsampling, or too small.
+        """
+        resolution, f = self.recipe.data.resolution, self.raw_autoencoder.config.downsampling
+        if resolution % f:
+            found = f"data.resolution {resolution} is not a multiple of the model's downsampling {f}"
+            raise RecipeError(f"{found}; use {resolution // f * f or f}")
+        equivariance, shrunk = self.recipe.loss.equivariance, 1.0
+        if equivariance.probability:
+            shrunk = equivariance.smallest_scale
+        if equivariance.downscaled:
+            shrunk = min(shrunk, 1.0 / max(equivariance.factors))
+        smallest = max(round(shrunk * resolution / f), 1) * f
+        needed = {"the feature network of a loss": self.objective.minimum_size}
+        if self.adversary is not None:
+            needed["the discriminator"] = self.adversary.raw.minimum_size
+        for name, size in needed.items():
+            if smallest < size:
+                scaled = f", shrunk to {smallest} by loss.equivariance," if shrunk < 1 else ""
+                raise RecipeError(
+                    f"data.resolution {resolution}{scaled} is below the {size} pixels that {name} needs"
+                )
+
     def update(self, parts: Sequence[Tensor], report: bool = False) -> dict[str, Tensor]:
         """Take one step of all networks on this process's share of a global batch.
 
@@ -197,8 +223,9 @@ class Trainer:
         if self.accelerator.num_processes == 1 or not self.owned:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.owned]
-        reduced = self.accelerator.reduce(gradients, "mean")
-        for parameter, gradient in zip(self.owned, reduced, strict=True):  # pyright: ignore
+        for parameter, gradient in zip(
+            self.owned, mean_over_processes(self.accelerator, gradients), strict=True
+        ):
             parameter.grad = gradient
 
     def _clip(self, parameters: Iterable[Tensor]) -> Tensor:

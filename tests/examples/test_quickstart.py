@@ -13,7 +13,7 @@ from latentae.data.builtin import TRAINING
 from latentae.errors import OutputError, RecipeError
 from latentae.examples.quickstart import quickstart
 from latentae.files import read_json
-from latentae.training.rehearsal import measure_speed
+from latentae.training.dry_run import measure_speed
 
 
 @pytest.mark.slow

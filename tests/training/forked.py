@@ -16,7 +16,7 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["latentae.cli", "latentae.training.rehearsal", "latentae.training.train", "accelerate", "pytest", "timm"]
+    ["latentae.cli", "latentae.training.dry_run", "latentae.training.train", "accelerate", "pytest", "timm"]
 )
 HOST = "127.0.0.1"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from forked import Processes
 
-from latentae.training.head_start import fit_head_start, take_head_start
+from latentae.training.init import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
 from latentae.training.recipe import load_recipe
 from latentae.training.steps import Trainer

@@ -20,9 +20,8 @@ from latentae import cli
 from latentae.errors import TrainingError
 from latentae.files import read_json
 from latentae.training import checkpoint, steps, train
-from latentae.training.checkpoint import find_checkpoint, read_state, verify
+from latentae.training.checkpoint import find_checkpoint, read_state, roll_back, verify
 from latentae.training.mirror import Mirror
-from latentae.training.recovery import roll_back
 from latentae.training.validation import Validation
 
 KILLS = int(os.environ.get("LATENTAE_KILLS", "30"))
@@ -233,11 +232,13 @@ def test_a_signal_is_answered_from_every_phase_and_the_run_ends_bitwise_like_the
         last = stopped.output().splitlines()[-1]
         if phase == "start":
             assert (
-                last == f"latentae: error: stopped by {name} before the first step; the same command goes on"
+                last
+                == f"latentae: error: stopped by {name} before the first step; run the same command again to resume"
             )
         else:
             assert (
-                last == f"latentae: error: stopped after {images} images; the same command goes on from there"
+                last
+                == f"latentae: error: stopped after {images} images; run the same command again to resume"
             )
         assert seen(run) == images, "what was done is saved, and no more is done"
     assert differences(complete(run), whole) == []
@@ -356,8 +357,8 @@ def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(
 @pytest.mark.parametrize(
     ("bad", "options", "reason", "returns"),
     [
-        (range(3, 100), {}, "after 2 returns", 2),
-        (range(2), {"checkpoint_every_images": 100}, "there is no checkpoint yet to return to", 0),
+        (range(3, 100), {}, "after 2 rollbacks", 2),
+        (range(2), {"checkpoint_every_images": 100}, "there is no checkpoint yet to roll back to", 0),
     ],
 )
 def test_too_many_bad_steps_stop_the_run_with_the_reason(
@@ -365,7 +366,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_reason(
 ):
     poisoned(*bad)
     limits = {"failure.max_skipped_in_a_row": 2, "failure.max_rollbacks": 2}
-    message = f"2 steps in a row had a loss or gradient that is not finite .*{reason}"
+    message = f"2 steps in a row had a non-finite loss or gradient .*{reason}"
     with pytest.raises(TrainingError, match=message) as caught:
         latentae.train(small(images=400, **options, **limits), tmp_path / "run")
     assert "\n" not in str(caught.value)

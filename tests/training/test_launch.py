@@ -11,7 +11,7 @@ from forked import Processes
 
 from latentae.errors import LatentAEError, TrainingError
 from latentae.training import launch
-from latentae.training.launch import agree, build_accelerator, close_accelerator, in_contact, on_main
+from latentae.training.launch import agree, build_accelerator, close_accelerator, launched, on_main
 
 
 def refuse() -> None:
@@ -22,7 +22,15 @@ def peer(how: str) -> None:
     """One of two processes, of which the second one fails in the way asked for; the first prints how it ended."""
     if how == "silent":
         launch.TIMEOUT = timedelta(seconds=5)
-    accelerator = build_accelerator("fp32")
+    try:
+        with launched("fp32") as accelerator:
+            meet(accelerator, how)
+    except LatentAEError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+
+
+def meet(accelerator, how: str) -> None:
     first = accelerator.is_main_process
     flags = agree(accelerator, False, first, not first, True)
     assert flags == (False, True, True, True), flags
@@ -33,15 +41,10 @@ def peer(how: str) -> None:
         if how == "silent":
             time.sleep(300)
         return
-    try:
-        with in_contact(accelerator):
-            if how == "bug":
-                torch.zeros(2) + torch.zeros(3)
-            while True:
-                agree(accelerator, False)
-    except LatentAEError as error:
-        print(error, flush=True)
-        sys.exit(error.exit_code)
+    if how == "bug":
+        torch.zeros(2) + torch.zeros(3)
+    while True:
+        agree(accelerator, False)
 
 
 @pytest.mark.parametrize("how", ["silent", "bug"])
@@ -59,7 +62,7 @@ def test_a_process_that_is_gone_ends_the_others_with_one_line(how, tmp_path):
         return
     assert said.startswith("lost contact with another process ("), said
     assert said.endswith(
-        "); see its own message; the run goes on from the last checkpoint with the same command\n"
+        "); see its own message; run the same command again to resume from the last checkpoint\n"
     )
     assert said.count("\n") == 1
 
@@ -70,7 +73,7 @@ def test_a_process_that_is_gone_ends_the_others_with_one_line(how, tmp_path):
 def test_launchers_that_shard_a_model_are_refused_with_a_reason(key, name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{key}", "true")
     with pytest.raises(
-        TrainingError, match=f"asks for {name}, which takes one model, but two train side by side"
+        TrainingError, match=f"requests {name}, which shards one model, but latentae trains two"
     ) as caught:
         build_accelerator("fp32")
     assert "\n" not in str(caught.value)
@@ -81,8 +84,11 @@ def test_launchers_that_shard_a_model_are_refused_with_a_reason(key, name, monke
 def test_a_process_alone_agrees_with_itself(accelerator):
     assert agree(accelerator, True, False) == (True, False)
     assert on_main(accelerator, lambda: 3) == 3
-    with pytest.raises(RuntimeError, match="Connection closed by peer"), in_contact(accelerator):
-        raise RuntimeError("[gloo/transport] Connection closed by peer")  # there is none
+
+
+def test_a_process_alone_has_no_peer_to_lose():
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), launched("fp32"):
+        raise RuntimeError("[gloo/transport] Connection closed by peer")
 
 
 def start_alone() -> None:
@@ -96,6 +102,6 @@ def test_processes_that_do_not_find_each_other_are_refused(tmp_path):
     processes = Processes(tmp_path, start_alone)
     assert processes.wait() == [1]
     assert (
-        "TrainingError: the launcher's environment does not say how 2 processes meet (" in processes.output()
+        "TrainingError: the launcher's environment lacks the address for 2 processes (" in processes.output()
     )
     assert "start with `accelerate launch -m latentae train ...`" in processes.output()

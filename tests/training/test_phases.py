@@ -124,6 +124,6 @@ def test_config_says_what_each_phase_amounts_to(two):
     said = "\n".join(head)
     assert 'phase 0 "small": 100 images = 13 steps of 8, 32 px' in said
     assert 'phase 1 "phase 2": 50 images = 13 steps of 4, 64 px' in said
-    assert "trained: decoder (the latent stays as it is)" in said
+    assert "trained: decoder (the latent is unchanged)" in said
     assert "weights per image element: l1 1, LPIPS (vgg) 1, kl 1e-06, adversarial (hinge, patch) 0.5" in said
     assert "discriminator: from image 20 on, so it sees 30 images" in said

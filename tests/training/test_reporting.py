@@ -68,7 +68,8 @@ def test_a_full_disk_is_one_line(recipe, tmp_path):
     with (
         MetricsLog(tmp_path, 0, PLAIN, recipe) as log,
         pytest.raises(
-            OutputError, match=r"metrics\.jsonl: No space left.*free the space.*the same command resumes"
+            OutputError,
+            match=r"metrics\.jsonl: No space left.*free the space.*run the same command again to resume",
         ),
     ):
         log.write(1, 8, {"loss/total": 1.0})
@@ -81,7 +82,7 @@ def test_half_a_line_is_an_error(recipe, tmp_path, monkeypatch):
         "open",
         lambda *rest, **more: contextlib.nullcontext(types.SimpleNamespace(write=lambda data: 3)),
     )
-    with pytest.raises(OutputError, match="a part of a line only"):
+    with pytest.raises(OutputError, match="only a part of a line"):
         log.write(1, 8, {"loss/total": 1.0})
 
 

@@ -24,8 +24,8 @@ from latentae.errors import DataError, ModelError, OutputError, RecipeError, Tra
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.pretrained import load_model
 from latentae.training.checkpoint import find_checkpoint
+from latentae.training.dry_run import dry_run
 from latentae.training.recipe import Recipe
-from latentae.training.rehearsal import rehearse
 from latentae.training.steps import build_discriminator
 
 GAME = {"loss.adversarial.weight": 0.1, "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}
@@ -73,7 +73,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 130, error
-    assert "the same command goes on from there" in error
+    assert "run the same command again to resume" in error
     assert "Traceback" not in error
     step = json.loads((find_checkpoint(tmp_path / "run") / "state.json").read_text())["images_seen"]
     assert 8 <= step < 4000
@@ -96,7 +96,7 @@ def test_other_jobs_and_other_folders_are_refused(small, whole_run, tmp_path):
 def test_resume_path_goes_on_in_a_new_folder_with_another_length(small, whole_run, tmp_path):
     latentae.train(small(images=32), tmp_path / "second", resume=whole_run)
     assert lines(tmp_path / "second")[0]["images"] == 28
-    with pytest.raises(TrainingError, match="holds no checkpoint"):
+    with pytest.raises(TrainingError, match="has no checkpoint"):
         latentae.train(small(), tmp_path / "third", resume=tmp_path)
     assert not (tmp_path / "third").exists()
 
@@ -136,7 +136,7 @@ def test_training_straight_from_a_folder_of_images(small, tmp_path):
         latentae.train(small(images=8, **{"data.shards": str(folder)}), tmp_path / "run")
         assert (tmp_path / "run-shards" / "000000.tar").is_file()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"holds no \.tar shards; no image under .*it is empty"):
+    with pytest.raises(DataError, match=r"has no \.tar shards; no image under .*it is empty"):
         latentae.train(small(**{"data.shards": str(tmp_path / "empty")}), tmp_path / "other")
 
 
@@ -166,7 +166,7 @@ def test_two_processes_go_on_with_the_run_of_one(small, tmp_path):
     )
     assert processes.wait() == [0, 0], processes.output() + processes.output(1)
     said = processes.output()
-    assert "2 process(es)" in said
+    assert "2 processes" in said
     assert (said + processes.output(1)).count("model: ") == 1
     assert "at image 8 of 24" in said
     assert [line["images"] for line in lines(run) if "loss/total" in line] == [12, 16, 20, 24]
@@ -203,7 +203,7 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stderr
+    assert "2 processes" in done.stderr
     assert done.stderr.count("model: ") == 1
     assert [line["images"] for line in lines(tmp_path / "run")] == [4, 8]
 
@@ -307,7 +307,7 @@ DIGITS = {"images": 1280, "log.tensorboard": False, "log.summary": False, "log.v
 def test_a_recipe_with_built_in_data_trains_validates_and_is_finished_once(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     monkeypatch.chdir(tmp_path)
-    rehearse("linear-digits", seconds=0, **DIGITS)
+    dry_run("linear-digits", seconds=0, **DIGITS)
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
     for name in ("data.shards", "data.validation"):
         with pytest.raises(DataError, match="sklearn:digit is no built-in set"):

@@ -18,10 +18,11 @@ from PIL import Image
 
 from latentae import cli
 from latentae.errors import DataError, Interrupted, MissingDependencyError, RecipeError, TrainingError
-from latentae.training import rehearsal
+from latentae.training import dry_run as module
+from latentae.training import train
 from latentae.training.checkpoint import find_checkpoint
+from latentae.training.dry_run import dry_run, measure_speed
 from latentae.training.recipe import Recipe
-from latentae.training.rehearsal import measure_speed, rehearse
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_a_dry_run_measures_every_part_and_writes_nothing(phased, own, tmp_path,
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("COLUMNS", "200")  # on a slow machine times are long, and names would be wrapped
     before = listing(tmp_path)
-    result = rehearse(phased(**{"data.shards": f"{own / 'first'}::{own / 'second'}"}), seconds=0.05)
+    result = dry_run(phased(**{"data.shards": f"{own / 'first'}::{own / 'second'}"}), seconds=0.05)
     assert listing(tmp_path) == before
     assert [(part.phase, part.adversarial, part.images) for part in result.parts] == [
         (0, False, 60_000), (0, True, 40_000), (1, True, 50_000),
@@ -103,8 +104,8 @@ def test_a_dry_run_measures_every_part_and_writes_nothing(phased, own, tmp_path,
         "0 whole + GAN",
         "1 head + GAN",
         "60,000",
-        "the whole recipe:",
-        "a checkpoint:",
+        "complete recipe:",
+        "one checkpoint:",
         "1 process, CPU",
     ):
         assert wanted in printed.out
@@ -113,7 +114,7 @@ def test_a_dry_run_measures_every_part_and_writes_nothing(phased, own, tmp_path,
 
 def test_the_checkpoint_is_as_large_as_foretold(small, whole_run):
     found = sum(file.stat().st_size for file in find_checkpoint(whole_run).iterdir())
-    foretold = rehearse(small(), seconds=0).checkpoint_bytes
+    foretold = dry_run(small(), seconds=0).checkpoint_bytes
     assert foretold < found < foretold + 150_000, "names and small files come on top of the numbers"
 
 
@@ -131,7 +132,7 @@ def test_neither_a_folder_of_indexes_nor_one_of_images_gets_new_files(data, smal
         shutil.move(next((own / "second").glob("*.index")), tmp_path / "indexes")
         recipe = small(**{"data.shards": str(own / "second"), "data.index": str(tmp_path / "indexes")})
     before = listing(tmp_path)
-    assert rehearse(recipe, seconds=0).parts[0].name == "all"
+    assert dry_run(recipe, seconds=0).parts[0].name == "all"
     assert listing(tmp_path) == before
 
 
@@ -150,6 +151,9 @@ def staged(monkeypatch):
             )
             self.saved = {name: torch.nn.Linear(recipe.data.resolution, 2) for name in ("autoencoder", "ema")}
             self.optimizers = {}
+
+        def check_resolution(self):
+            pass
 
         def update(self, parts):
             clock.now += (2.75 if self.adversarial else 0.75) + (50 if self.state.step < 2 else 0)
@@ -172,16 +176,15 @@ def staged(monkeypatch):
     def held_out(data, batch_size, limit):
         return [types.SimpleNamespace(keys=("a", "b"))] if data.validation == "auto" else []
 
-    monkeypatch.setattr(rehearsal, "time", clock)
-    monkeypatch.setattr(rehearsal, "Trainer", StandIn)
-    monkeypatch.setattr(rehearsal, "build_loader", loader)
-    monkeypatch.setattr(rehearsal, "check_sizes", lambda recipe, trainer: None)
-    monkeypatch.setattr(rehearsal, "held_out_batches", held_out)
-    monkeypatch.setattr(rehearsal, "Validation", Measured)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "Trainer", StandIn)
+    monkeypatch.setattr(module, "build_loader", loader)
+    monkeypatch.setattr(module, "held_out_batches", held_out)
+    monkeypatch.setattr(module, "Validation", Measured)
 
 
 def test_phases_are_summed_with_their_shares(staged, phased):
-    result = rehearse(
+    result = dry_run(
         phased(**{"log.validation_images": 10, "log.validation_every_images": 30_000}), seconds=5
     )
     assert [part.seconds_a_step for part in result.parts] == [1.0, 3.0, 3.0]
@@ -207,12 +210,12 @@ def test_phases_are_summed_with_their_shares(staged, phased):
 )
 def test_a_phase_is_parted_where_the_discriminator_begins(staged, small, weight, start, expected):
     recipe = small(**{"loss.adversarial.weight": weight, "loss.adversarial.start_images": start})
-    assert [(part.adversarial, part.images) for part in rehearse(recipe, seconds=0).parts] == expected
+    assert [(part.adversarial, part.images) for part in dry_run(recipe, seconds=0).parts] == expected
 
 
 def test_whole_rounds_of_lazy_penalties_are_measured(staged, small):
     recipe = small(**{"loss.adversarial.weight": 1.0, "loss.adversarial.r1": 1.0})
-    (part,) = rehearse(recipe, seconds=5).parts
+    (part,) = dry_run(recipe, seconds=5).parts
     assert part.seconds_a_step == pytest.approx(4.0)  # 3 s, and 16 s every 16 steps
 
 
@@ -238,14 +241,14 @@ def test_what_training_would_refuse_is_refused(small, monkeypatch, overrides, er
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(error, match=message):
-        rehearse(small(**overrides), seconds=0)
+        dry_run(small(**overrides), seconds=0)
 
 
 def test_no_data_and_unknown_recipes_are_refused():
     with pytest.raises(RecipeError, match="no training data"):
-        rehearse("tiny-cpu")
+        dry_run("tiny-cpu")
     with pytest.raises(RecipeError, match="did you mean"):
-        rehearse("tiny-cpi")
+        dry_run("tiny-cpi")
 
 
 def test_too_little_memory_names_the_phase(phased, monkeypatch):
@@ -253,25 +256,23 @@ def test_too_little_memory_names_the_phase(phased, monkeypatch):
         if trainer.adversarial:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
-    monkeypatch.setattr(rehearsal.Trainer, "update", full)
+    monkeypatch.setattr(module.Trainer, "update", full)
     with pytest.raises(
         TrainingError, match=r"^phase 0 whole does not fit the GPU's memory; raise gradient_accumulation.*$"
     ):
-        rehearse(phased(), seconds=0)
+        dry_run(phased(), seconds=0)
 
 
 def test_a_signal_ends_it_and_leaves_nothing(small, monkeypatch):
-    monkeypatch.setattr(
-        rehearsal.Trainer, "update", lambda trainer, parts: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    monkeypatch.setattr(module.Trainer, "update", lambda trainer, parts: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="SIGTERM in the dry run"):
-        rehearse(small(), seconds=60)
+        dry_run(small(), seconds=60)
 
 
-def dry_run(recipe, folder, temporary):
+def on_the_command_line(recipe, folder, temporary):
     os.chdir(folder)
     tempfile.tempdir = str(temporary)
-    rehearsal.rehearse = partial(rehearse, seconds=0.1)
+    train.dry_run = partial(dry_run, seconds=0.1)
     cli.main(["train", str(recipe), "--dry-run"])
 
 
@@ -283,9 +284,9 @@ def test_two_processes_measure_together_and_print_once(small, own, tmp_path, tmp
     (tmp_path / "recipe.toml").write_text(recipe.toml())
     before, other = listing(tmp_path), tmp_path_factory.mktemp("other")
     arguments = tmp_path / "recipe.toml", tmp_path / "work", other
-    processes = Processes(tmp_path_factory.mktemp("log"), dry_run, *arguments, count=2)
+    processes = Processes(tmp_path_factory.mktemp("log"), on_the_command_line, *arguments, count=2)
     assert processes.wait() == [0, 0], processes.output() + processes.output(1)
     assert "2 processes, CPU" in processes.output()
-    assert [processes.output(rank).count("the whole recipe:") for rank in range(2)] == [1, 0]
+    assert [processes.output(rank).count("complete recipe:") for rank in range(2)] == [1, 0]
     assert listing(tmp_path) == before
     assert not list(other.iterdir())

@@ -1,7 +1,7 @@
-"""A dry run: a few real steps of every phase, thrown away, and what they say about the night to come.
+"""Dry run: take a few real steps of every phase and extrapolate time and memory.
 
-Nothing is written where the run or its data lie. What training would keep beside the data (indexes, shards made of a folder of
-images) goes to a temporary folder of this process, which holds links to the shards and is removed at the end.
+Nothing is written to the run folder or next to the data. Indexes and packed shards that training would keep there go to a temporary
+folder, which has links to the shards and is removed at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,40 +29,39 @@ from latentae.data.sources import is_remote, name_of
 from latentae.data.streaming import StreamLoader
 from latentae.errors import RecipeError, TrainingError
 from latentae.progress import duration, say
-from latentae.training.launch import agree, build_accelerator, close_accelerator, in_contact
-from latentae.training.preparation import build_loader, check_sizes
+from latentae.training.launch import agree, launched
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.reporting import check_wandb, devices, peak_memory_gb
 from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer
+from latentae.training.training_data import NO_DATA, build_loader
 from latentae.training.validation import LARGEST_BATCH, Validation, held_out_batches
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["PartSpeed", "Rehearsal", "measure_speed", "rehearse"]
+__all__ = ["DryRun", "PartSpeed", "dry_run", "measure_speed"]
 
 FEWEST_STEPS = 3
-WARM_UP = 2  # steps: memory is set aside, kernels are chosen or compiled
-PACKED = 256  # images of a folder that are made into shards, at least
+WARM_UP = 2  # steps that allocate memory and choose or compile kernels
+PACKED = 256  # images of a folder that are packed into shards, at least
 NEVER = 2**62
-_WITH_GAME = " + GAN"
 
 
 @dataclass(frozen=True)
 class PartSpeed:
-    """What was measured of a part of a phase: before the discriminator plays, or with it.
+    """Measurements of a part of a phase: before the discriminator starts, or with it.
 
     Attributes:
         phase: index of the phase, from 0.
         name: number and name of the phase; "all" in a recipe without phases.
-        adversarial: whether the discriminator plays.
-        images: images that this part sees in the run.
+        adversarial: whether the discriminator takes part.
+        images: images of this part in the run.
         images_per_second: over all processes.
-        seconds_a_step: of a global batch.
-        data_wait: share of the time spent waiting for data, the mean over processes.
-        memory_gb: peak of the GPU's allocator in this part, or of the process so far on a CPU; the most of any process.
-        skipped: steps among those measured whose loss or gradient was not finite.
+        seconds_a_step: seconds per global batch.
+        data_wait: share of the time spent waiting for data, mean over processes.
+        memory_gb: peak of the GPU's allocator in this part, or of the process so far on a CPU; maximum over processes.
+        skipped: measured steps with a non-finite loss or gradient.
     """
 
     phase: int
@@ -77,19 +76,24 @@ class PartSpeed:
 
     @property
     def seconds(self) -> float:
-        """How long this part takes in the run."""
+        """Duration of this part in the run."""
         return self.images / self.images_per_second
+
+    @property
+    def title(self) -> str:
+        """The name, and whether the discriminator takes part."""
+        return f"{self.name}{' + GAN' * self.adversarial}"
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What a dry run found.
+class DryRun:
+    """Result of a dry run.
 
     Attributes:
         parts: in the order of the run.
         validation_seconds: of all validations of the run.
-        checkpoint_bytes: of the largest checkpoint, to within its small files.
-        devices: what was measured on.
+        checkpoint_bytes: of the largest checkpoint, without small files.
+        devices: processes, device and precision.
     """
 
     parts: tuple[PartSpeed, ...]
@@ -99,118 +103,87 @@ class Rehearsal:
 
     @property
     def seconds(self) -> float:
-        """How long the recipe takes: all phases and validations; writing checkpoints is not in it."""
+        """Duration of the recipe: all phases and validations, without writing checkpoints."""
         return sum(part.seconds for part in self.parts) + self.validation_seconds
 
 
-def rehearse(recipe: str | Path | Recipe, *, seconds: float = 5.0, **overrides: Any) -> Rehearsal:
-    """Take a few real steps of every phase and print speed, memory, checkpoint size and how long the whole recipe takes.
+def dry_run(recipe: str | Path | Recipe, *, seconds: float = 5.0, **overrides: Any) -> DryRun:
+    """Take a few real steps of every phase and print speed, memory, checkpoint size and total time.
 
-    Where a discriminator begins later than its phase, the steps before and those with it are measured apart. Started as several
-    processes, all take part and the first one prints.
+    If a discriminator starts later than its phase, the steps before and with it are measured separately. Several processes measure
+    together and the first one prints.
 
     Args:
         recipe: a shipped recipe's name, a TOML path, or a Recipe.
-        seconds: how long to measure each part, after the warm-up; at least a few steps.
+        seconds: time to measure each part after the warm-up, at least a few steps.
         **overrides: options of the recipe, as for `train`.
 
     Raises:
-        RecipeError, DataError, ModelError, WeightsError, MissingDependencyError: what `train` would raise.
+        RecipeError, DataError, ModelError, WeightsError, MissingDependencyError: as `train` would.
         TrainingError: a phase does not fit the GPU's memory.
         Interrupted: stopped by a signal.
     """
     resolved = load_recipe(recipe, overrides)
     check_wandb(resolved.log)
-    accelerator = build_accelerator(resolved.precision)
-    try:
-        with (
-            StopFlag(announce=False) as stop,
-            stop.at_once("in the dry run"),
-            in_contact(accelerator),
-            tempfile.TemporaryDirectory(prefix="latentae-dry-run-") as folder,
-        ):
-            result = _rehearse(_with_shards(resolved, Path(folder)), accelerator, seconds, Path(folder))
+    with (
+        launched(resolved.precision) as accelerator,
+        StopFlag(announce=False) as stop,
+        stop.at_once("in the dry run"),
+        tempfile.TemporaryDirectory(prefix="latentae-dry-run-") as folder,
+    ):
+        result = _measure_all(_with_shards(resolved, Path(folder)), accelerator, seconds, Path(folder))
         if accelerator.is_main_process:
             _print(resolved, result)
-        return result
-    finally:
-        close_accelerator(accelerator)
+    return result
 
 
 def measure_speed(recipe: Recipe, seconds: float = 8.0, warmup_steps: int = WARM_UP) -> float:
-    """Images per second that training this recipe reaches here, from real steps on its data, which are then thrown away.
+    """Images per second of training this recipe here, from a few real steps on its data.
 
     Args:
-        recipe: with its data in place; a discriminator, if any, takes part from the first step.
-        seconds: how long to measure, after the warm-up.
-        warmup_steps: steps that do not count.
+        recipe: with its data in place; a discriminator takes part from the first step.
+        seconds: time to measure, after the warm-up.
+        warmup_steps: steps that are not counted.
     """
     recipe = _starting_at(recipe, 0)
-    accelerator = build_accelerator(recipe.precision)
-    try:
+    with launched(recipe.precision) as accelerator:
         trainer, loader = Trainer(recipe, accelerator), build_loader(recipe, accelerator)
         steps, elapsed, _ = _measure(trainer, loader, seconds, warmup_steps)
         return steps * recipe.batch_size / elapsed
-    finally:
-        close_accelerator(accelerator)
 
 
-def _rehearse(recipe: Recipe, accelerator: Accelerator, seconds: float, folder: Path) -> Rehearsal:
+def _measure_all(recipe: Recipe, accelerator: Accelerator, seconds: float, folder: Path) -> DryRun:
     speeds: list[PartSpeed] = []
     validation_seconds, checkpoint_bytes = 0.0, 0
     for index, phase in enumerate(recipe.phase_recipes()):
-        phase = phase.model_copy(update={"data": _borrowed(phase.data, folder / f"phase-{index}")})
+        phase = phase.model_copy(update={"data": _linked(phase.data, folder / f"phase-{index}")})
         name = f"{index} {phase.description}" if recipe.phases else "all"
         parts = _parts(phase)
         for part, images in parts:
-            if accelerator.is_main_process:
-                say(f"dry run: {name}, {images:,} images{_WITH_GAME if _plays(part) else ''}")
             with _fits(name):
-                speed, validation, size = _rehearse_part(
-                    part, accelerator, seconds, whole=part is parts[-1][0]
-                )
+                trainer = Trainer(part, accelerator)
+                trainer.check_resolution()
+                if accelerator.is_main_process:
+                    say(f"dry run: {name}, {images:,} images{' + GAN' * trainer.adversarial}")
+                speeds.append(_speed(trainer, seconds, index, name, images))
+                if part is parts[-1][0]:
+                    validation_seconds += _validation_seconds(trainer)
+                    checkpoint_bytes = max(checkpoint_bytes, _checkpoint_bytes(trainer))
+            del trainer
             _free(accelerator)
-            speeds.append(replace(speed, phase=index, name=name, images=images))
-            validation_seconds, checkpoint_bytes = (
-                validation_seconds + validation,
-                max(checkpoint_bytes, size),
-            )
-    return Rehearsal(tuple(speeds), validation_seconds, checkpoint_bytes, devices(accelerator))
-
-
-def _rehearse_part(
-    recipe: Recipe, accelerator: Accelerator, seconds: float, whole: bool
-) -> tuple[PartSpeed, float, int]:
-    """Speed; and if `whole`, seconds of all validations of the phase, and bytes of a checkpoint."""
-    trainer = Trainer(recipe, accelerator)
-    check_sizes(recipe, trainer)
-    speed = _speed(trainer, build_loader(recipe, accelerator), seconds)
-    return (speed, _validation_seconds(trainer), _checkpoint_bytes(trainer)) if whole else (speed, 0.0, 0)
-
-
-def _free(accelerator: Accelerator) -> None:
-    """Let go of what a part has set aside, so that the next one is measured alone."""
-    accelerator.free_memory()
-    gc.collect()
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    return DryRun(tuple(speeds), validation_seconds, checkpoint_bytes, devices(accelerator))
 
 
 def _parts(phase: Recipe) -> list[tuple[Recipe, int]]:
-    """A phase before its discriminator plays and with it, as recipes that do nothing else, and the images of each."""
+    """A phase before its discriminator starts and with it, as recipes, and the images of each."""
     game = phase.loss.adversarial
     before = min(game.start_images, phase.images) if game.weight else phase.images
     parts = [(_starting_at(phase, NEVER), before), (_starting_at(phase, 0), phase.images - before)]
     return [(part, images) for part, images in parts if images]
 
 
-def _plays(part: Recipe) -> bool:
-    return part.loss.adversarial.weight > 0 and part.loss.adversarial.start_images == 0
-
-
 def _starting_at(recipe: Recipe, images: int) -> Recipe:
-    """The recipe with its discriminator playing from another image on."""
+    """The recipe with another start of its discriminator."""
     adversarial = recipe.loss.adversarial.model_copy(update={"start_images": images})
     return recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"adversarial": adversarial})})
 
@@ -221,23 +194,31 @@ def _fits(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"phase {name} does not fit the GPU's memory; raise gradient_accumulation, set model.gradient_checkpointing, or lower "
-            "batch_size or data.resolution"
+            f"phase {name} does not fit the GPU's memory; raise gradient_accumulation, set "
+            "model.gradient_checkpointing, or lower batch_size or data.resolution"
         ) from error
 
 
-def _speed(trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float) -> PartSpeed:
-    """Speed and memory of the trainer's recipe as it is; over all processes."""
-    accelerator, batch = trainer.accelerator, trainer.recipe.batch_size
-    steps, elapsed, waited = _measure(trainer, loader, seconds, WARM_UP)
+def _free(accelerator: Accelerator) -> None:
+    """Free the memory of a part, so that the next one is measured alone."""
+    accelerator.free_memory()
+    gc.collect()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+
+
+def _speed(trainer: Trainer, seconds: float, phase: int, name: str, images: int) -> PartSpeed:
+    accelerator, recipe = trainer.accelerator, trainer.recipe
+    steps, elapsed, waited = _measure(trainer, build_loader(recipe, accelerator), seconds, WARM_UP)
     own = torch.tensor([[waited / elapsed, peak_memory_gb(accelerator.device)]], device=accelerator.device)
     of_all: torch.Tensor = accelerator.gather(own)  # pyright: ignore[reportAssignmentType]
     return PartSpeed(
-        phase=0,
-        name="",
-        adversarial=trainer.adversarial,
-        images=0,
-        images_per_second=steps * batch / elapsed,
+        phase,
+        name,
+        trainer.adversarial,
+        images,
+        images_per_second=steps * recipe.batch_size / elapsed,
         seconds_a_step=elapsed / steps,
         data_wait=of_all[:, 0].mean().item(),
         memory_gb=of_all[:, 1].max().item(),
@@ -248,9 +229,9 @@ def _speed(trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float)
 def _measure(
     trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float, warmup_steps: int
 ) -> tuple[int, float, float]:
-    """Steps after the warm-up, and the seconds they took and waited for data; as many steps on every process.
+    """Steps after the warm-up, equal on all processes, their duration, and the time they waited for data.
 
-    R1 and R2 come every so many steps: whole rounds of them are measured.
+    R1 and R2 are added every few steps; complete rounds of these steps are measured.
     """
     accelerator, recipe, game = trainer.accelerator, trainer.recipe, trainer.recipe.loss.adversarial
     round_ = game.penalty_every if trainer.adversarial and (game.r1 or game.r2) else 1
@@ -272,7 +253,7 @@ def _measure(
 
 
 def _synchronize(accelerator: Accelerator) -> None:
-    """Wait for the device, which may still be working on the last step."""
+    """Wait for the last step on the device."""
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
 
@@ -282,23 +263,20 @@ def _validation_seconds(trainer: Trainer) -> float:
     phase, log, accelerator = trainer.recipe, trainer.recipe.log, trainer.accelerator
     elapsed = 0.0
     if accelerator.is_main_process:
-        batches = held_out_batches(phase.data, phase.batch_size, min(LARGEST_BATCH, log.validation_images))[
-            :1
-        ]
+        limit = min(LARGEST_BATCH, log.validation_images)
+        batches = held_out_batches(phase.data, phase.batch_size, limit)[:1]
         if batches:
             start = time.monotonic()
             Validation(batches).run(trainer)
+            per_image = (time.monotonic() - start) / len(batches[0].keys)
             count = phase.images / (log.validation_every_images or -(-phase.images // 10))
-            elapsed = (
-                (time.monotonic() - start) / len(batches[0].keys) * log.validation_images * math.ceil(count)
-            )
+            elapsed = per_image * log.validation_images * math.ceil(count)
     own = torch.tensor([elapsed], device=accelerator.device)
     return accelerator.gather(own).max().item()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _checkpoint_bytes(trainer: Trainer) -> int:
-    states = [part.state_dict() for part in trainer.saved.values()]
-    return sum(_bytes(state) for state in [*states, *(o.state_dict() for o in trainer.optimizers.values())])
+    return sum(_bytes(part.state_dict()) for part in (*trainer.saved.values(), *trainer.optimizers.values()))
 
 
 def _bytes(value: Any) -> int:
@@ -306,47 +284,45 @@ def _bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.nbytes
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(_bytes(child) for child in children)
+    return sum(map(_bytes, children))
 
 
 def _with_shards(recipe: Recipe, folder: Path) -> Recipe:
-    """Where the data is a folder of images or built-in, some of them, evenly spaced, as shards in `folder`."""
+    """If the data is a folder of images or built-in, some of the images, evenly spaced, as shards in `folder`."""
     data = recipe.data
     if data.shards is None:
-        raise RecipeError("no training data: give --data.shards SHARDS (or a folder of images)")
+        raise RecipeError(NO_DATA)
     largest = max(phase.batch_size for phase in recipe.phase_recipes())
     count, changed = max(PACKED, math.ceil(2 * largest / (1 - data.validation_fraction))), {}
     if is_builtin(data.shards):
-        changed["shards"] = _some_of(BuiltinImages(data.shards), count, folder / "shards")
+        changed["shards"] = _packed(BuiltinImages(data.shards), count, folder / "shards")
     elif Path(data.shards).is_dir() and not any(Path(data.shards).glob("*.tar")):
-        changed["shards"] = _some_of(ImageFolder(Path(data.shards)), count, folder / "shards")
+        changed["shards"] = _packed(ImageFolder(Path(data.shards)), count, folder / "shards")
     if is_builtin(data.validation):
-        changed["validation"] = _some_of(
-            BuiltinImages(data.validation), recipe.log.validation_images, folder / "held-out"
-        )
+        images, count = BuiltinImages(data.validation), recipe.log.validation_images
+        changed["validation"] = _packed(images, count, folder / "held-out")
     return recipe.model_copy(update={"data": data.model_copy(update=changed)})
 
 
-def _some_of(images: ImageSource, count: int, made: Path) -> str:
+def _packed(images: ImageSource, count: int, out: Path) -> str:
     count = min(len(images.sizes), count)
     numbers = (index * len(images.sizes) // count for index in range(count))
-    write_shards(
-        ({"__key__": images.key(number), **images.load(number)} for number in numbers), made, shard_size=16
-    )
-    return str(made)
+    samples = ({"__key__": images.key(number), **images.load(number)} for number in numbers)
+    write_shards(samples, out, shard_size=16)
+    return str(out)
 
 
-def _borrowed(data: DataOptions, folder: Path) -> DataOptions:
-    """The same shards by way of links in `folder`, so that indexes made now are written there."""
+def _linked(data: DataOptions, folder: Path) -> DataOptions:
+    """The same shards through links in `folder`, so that new indexes are written there."""
     folder.mkdir(parents=True)
     shards = expand_shards(str(data.shards))
-    if data.index is not None:  # a folder of indexes: links to those that it has
+    if data.index is not None:  # a folder of indexes: links to the existing ones
         for shard in shards:
             _link(folder, name_of(shard) + SUFFIX, Path(data.index, name_of(shard) + SUFFIX))
         return data.model_copy(update={"index": str(folder)})
     linked = []
     for number, shard in enumerate(shards):
-        if not is_remote(shard):  # nothing is ever written beside a remote one
+        if not is_remote(shard):  # nothing is written next to a remote shard
             name = f"{number:06}-{name_of(shard)}"  # shards of two folders may share a name
             _link(folder, name + SUFFIX, Path(shard + SUFFIX))
             shard = _link(folder, name, Path(shard))
@@ -360,8 +336,8 @@ def _link(folder: Path, name: str, target: Path) -> str:
     return str(folder / name)
 
 
-def _print(recipe: Recipe, result: Rehearsal) -> None:
-    """The findings as a table on standard output."""
+def _print(recipe: Recipe, result: DryRun) -> None:
+    """Print the result as a table on standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -371,7 +347,7 @@ def _print(recipe: Recipe, result: Rehearsal) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for part in result.parts:
         table.add_row(
-            part.name + (_WITH_GAME if part.adversarial else ""),
+            part.title,
             f"{part.images:,}",
             f"{part.images_per_second:.3g}",
             f"{part.seconds_a_step:.3g}",
@@ -379,17 +355,17 @@ def _print(recipe: Recipe, result: Rehearsal) -> None:
             f"{part.memory_gb:.2f} GB",
             duration(part.seconds),
         )
-    console = Console()
-    console.print(table)
+    validation = f"validation {duration(result.validation_seconds)}"
+    size = f"{result.checkpoint_bytes / 1e6:,.1f} MB"
     lines = [
-        f"the whole recipe: {duration(result.seconds)}, of which validation {duration(result.validation_seconds)}; "
-        "checkpoints come on top",
-        f"a checkpoint: {result.checkpoint_bytes / 1e6:,.1f} MB; {recipe.keep_checkpoints} are kept",
+        f"complete recipe: {duration(result.seconds)}, including {validation}, without writing checkpoints",
+        f"one checkpoint: {size}; {recipe.keep_checkpoints} are kept",
     ]
     skipped = sum(part.skipped for part in result.parts)
     if skipped:
-        lines.append(
-            f"{skipped} of these steps had a loss or gradient that is not finite: lower optimizer.lr, or see to the data"
-        )
+        found = f"{skipped} of these steps had a non-finite loss or gradient"
+        lines.append(f"{found}; lower optimizer.lr, or check the data")
+    console = Console()
+    console.print(table)
     for line in lines:
         console.print(line, markup=False, highlight=False)

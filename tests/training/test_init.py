@@ -12,16 +12,14 @@ from latentae.errors import DataError, OutputError, RecipeError
 from latentae.measures.metrics import psnr
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.weight_files import read_tensors
-from latentae.training import head_start
-from latentae.training.head_start import fit_head_start
-from latentae.training.init import init
+from latentae.training.init import fit_head_start, init
 from latentae.training.recipe import load_recipe
 from latentae.training.train import train
 
 
 @pytest.fixture(autouse=True)
 def _few_patches(monkeypatch):
-    monkeypatch.setattr(head_start, "PATCHES", 4000)
+    monkeypatch.setattr("latentae.training.init.PATCHES", 4000)
 
 
 def checkpoints(run):
@@ -54,9 +52,7 @@ def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(
     assert first["validation/psnr"] == pytest.approx(pca, abs=0.1)
     assert (run / "samples" / "000000000.png").is_file()
     # a run that goes on takes its weights from the checkpoint
-    monkeypatch.setattr(
-        "latentae.training.head_start.fit_head_start", lambda recipe: pytest.fail("fitted again")
-    )
+    monkeypatch.setattr("latentae.training.init.fit_head_start", lambda recipe: pytest.fail("fitted again"))
     on = train(narrow(), tmp_path / "on", resume=checkpoints(run)[0])
     assert (checkpoints(on)[-1] / "ema.safetensors").read_bytes() == (
         checkpoints(run)[-1] / "ema.safetensors"
@@ -126,7 +122,7 @@ def test_what_cannot_begin_there_is_refused_in_one_line(narrow, shards, tmp_path
         load_recipe("kl-f8", {"model.initialization": "pca"})
     for asked, error, message in (
         ("tiny-cpu", RecipeError, "only an AutoencoderDC"),
-        (narrow(**{"model.init_from": str(tmp_path)}), RecipeError, "begin at PCA"),
+        (narrow(**{"model.init_from": str(tmp_path)}), RecipeError, "init starts at PCA"),
         (wide, DataError, "192 principal components, fewer than the 384"),
     ):
         with pytest.raises(error, match=message):
