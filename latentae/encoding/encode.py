@@ -30,7 +30,7 @@ from latentae.encoding.plan import Shard, ShardSettings, find_finished, plan_dig
 from latentae.encoding.ray_engine import encode_on_ray
 from latentae.encoding.shard_encoder import Encoder, build_encoder, encode_shards
 from latentae.encoding.sidecar import FORMAT_VERSION, Sidecar, sidecar_name
-from latentae.encoding.store import Store
+from latentae.encoding.store import Store, open_store
 from latentae.encoding.threads import default_workers
 from latentae.errors import ImageError, RecipeError
 from latentae.file_names import STATISTICS
@@ -163,7 +163,7 @@ def prepare(options: EncodeOptions) -> Work:
             "use buckets none"
         )
     device = choose_device(options.device)
-    store = Store.open(options.out)
+    store = open_store(options.out)
     index = _index(options)
     plan = plan_shards(index)
     auto = "bf16" if device.type == "cuda" else "fp32"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from latentae.encoding.store import LocalStore, Store
+from latentae.encoding.store import LocalStore, Store, open_store
 from latentae.errors import OutputError
 from latentae.files import json_bytes
 from latentae.models.latent_statistics import LatentStatistics
@@ -189,7 +189,7 @@ def open_output(out: str | Path) -> tuple[Store, dict[str, Any]]:
     Raises:
         OutputError: the folder was not written by `encode`, or can't be read.
     """
-    store = Store.open(out)
+    store = open_store(out)
     record = store.record()
     if record.get("verb") != "encode" or not isinstance(record.get("inputs"), Mapping):
         raise OutputError(

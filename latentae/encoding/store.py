@@ -3,6 +3,8 @@
 On a disk a file gets its name by a rename after fsync. An object store has no rename, but takes a
 file in one piece; any other remote file system gets the file under a temporary name first. Every
 upload is read back and its SHA-256 compared, because a remote write can fail without an error.
+
+Methods raise OutputError if the file system fails or a name points outside the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import random
 import secrets
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,79 +27,22 @@ from latentae.file_names import RECORD
 from latentae.files import INCOMPLETE, abandoned, atomic_file, sha256, write_advice
 from latentae.jobs import Job
 
-__all__ = ["LocalStore", "RemoteStore", "Store"]
+__all__ = ["LocalStore", "RemoteStore", "Store", "open_store"]
 
 WAITS = (1.0, 5.0, 20.0)  # seconds before each retry of a remote operation
 _BLOCK = 1 << 22
 _T = TypeVar("_T")
 
 
-class Store(ABC):
-    """An output folder. It can be pickled for another process.
-
-    A name is a path inside the folder with forward slashes. Every method raises OutputError if the
-    file system fails or the name points outside.
-    """
+class _Named:
+    """Names of files: paths inside the folder with forward slashes."""
 
     shown: str
     """The address for messages and records, without password and query."""
 
-    @staticmethod
-    def open(out: str | Path) -> Store:
-        """The output folder at a path or URL. Reads and creates nothing.
-
-        Raises:
-            MissingDependencyError: the file system needs a package that is not installed.
-            OutputError: fsspec does not know the address.
-        """
-        text = str(out).removeprefix("file://")
-        return RemoteStore(text) if is_remote(text) else LocalStore(Path(text))
-
     def show(self, name: str) -> str:
         """The address of a file, for messages."""
         return f"{self.shown}/{name}"
-
-    @abstractmethod
-    def address(self, name: str) -> str:
-        """The path or URL of a file, as `latentae.data.sources` reads it."""
-
-    @abstractmethod
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes of every file except temporary ones, by name. One listing."""
-
-    @abstractmethod
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a file, or None if it does not exist."""
-
-    @abstractmethod
-    def size(self, name: str) -> int | None:
-        """Size of a file in bytes, or None if it does not exist."""
-
-    @abstractmethod
-    @contextmanager
-    def write(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to. It becomes `name` on success and is removed on any error."""
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a small file atomically."""
-        with self.write(name) as path:
-            path.write_bytes(data)
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
-
-    @abstractmethod
-    def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
-        """Start or resume a job in this folder; see `Job.open`, whose errors it raises."""
-
-    @abstractmethod
-    def record(self) -> dict[str, Any]:
-        """The record of the folder's job; see `Job.read`, whose errors it raises."""
-
-    def remove_leftovers(self) -> None:
-        """Remove temporary files of crashed writers. Only a disk shows which writers are alive."""
-        return
 
     def _check(self, name: str) -> str:
         path = PurePosixPath(name)
@@ -109,8 +53,8 @@ class Store(ABC):
         return name
 
 
-class LocalStore(Store):
-    """A folder on a local or shared disk."""
+class LocalStore(_Named):
+    """A folder on a local or shared disk. It can be pickled for another process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shown = folder, str(folder)
@@ -120,11 +64,11 @@ class LocalStore(Store):
         return self.folder / self._check(name)
 
     def address(self, name: str) -> str:
-        """The path as text."""
+        """The path or URL of a file, as `latentae.data.sources` reads it."""
         return str(self.path(name))
 
     def sizes(self) -> dict[str, int]:
-        """Sizes by name, from one walk."""
+        """Size in bytes of every file except temporary ones, by name."""
 
         def fail(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
@@ -140,29 +84,34 @@ class LocalStore(Store):
         return found
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a file."""
+        """The bytes of a file, or None if it does not exist."""
         return self._if_there("read", name, Path.read_bytes)
 
     def size(self, name: str) -> int | None:
-        """Size of a file in bytes."""
+        """Size of a file in bytes, or None if it does not exist."""
         return self._if_there("read", name, lambda path: path.stat().st_size)
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:
-        """Yield a temporary path in the same folder, renamed at the end."""
+        """Yield a local path to write to. It becomes `name` on success and is removed on any error."""
         with atomic_file(self.path(name)) as path:
             yield path
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file atomically."""
+        with self.write(name) as path:
+            path.write_bytes(data)
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
         self._if_there("remove", name, Path.unlink)
 
     def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
-        """See `Job.open`."""
+        """Start or resume a job in this folder; see `Job.open`, whose errors it raises."""
         return Job.open(self.folder, verb, inputs, notes)
 
     def record(self) -> dict[str, Any]:
-        """See `Job.read`."""
+        """The record of the folder's job; see `Job.read`, whose errors it raises."""
         return Job.read(self.folder)
 
     def remove_leftovers(self) -> None:
@@ -188,17 +137,13 @@ class _DamagedUploadError(Exception):
     """An upload came back with other bytes."""
 
 
-class RemoteStore(Store):
-    """A folder on an fsspec file system."""
+class RemoteStore(_Named):
+    """A folder on an fsspec file system, with the methods of LocalStore."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self.shown = shown(self.url)
         _ = self._fs  # fails now if the address is invalid
-
-    @property
-    def shown(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The URL without password and query."""
-        return shown(self.url)
 
     @property
     def _fs(self) -> tuple[Any, str]:
@@ -281,10 +226,13 @@ class RemoteStore(Store):
     def claim(self, verb: str, inputs: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> Job:
         """See `Job.open`."""
         there = self.read(RECORD)
+        record = None if there is None else Job.parse(there, self.show(RECORD))
         others = sorted(set(self.sizes()) - {RECORD}) if there is None else []
         write = partial(self.write_bytes, RECORD)
-        record = None if there is None else Job.parse(there, self.show(RECORD))
         return Job.claim(self.shown, record, others, verb, inputs, write, notes)
+
+    def remove_leftovers(self) -> None:
+        """Nothing: a remote listing does not show whose temporary files are in use."""
 
     def record(self) -> dict[str, Any]:
         """See `Job.read`."""
@@ -355,3 +303,17 @@ class RemoteStore(Store):
                     f"could not {what} at {self.shown} ({reason}) in {tries} tries; check the address, your "
                     "access and the free space, then run the same command again"
                 ) from error
+
+
+Store = LocalStore | RemoteStore
+
+
+def open_store(out: str | Path) -> Store:
+    """The output folder at a path or URL. Reads and creates nothing.
+
+    Raises:
+        MissingDependencyError: the file system needs a package that is not installed.
+        OutputError: fsspec does not know the address.
+    """
+    text = str(out).removeprefix("file://")
+    return RemoteStore(text) if is_remote(text) else LocalStore(Path(text))

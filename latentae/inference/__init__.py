@@ -1,1 +1,1 @@
-"""Images to latents and back, for other people's programs."""
+"""Images to latents and back, for use in other programs."""

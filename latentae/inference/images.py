@@ -1,4 +1,4 @@
-"""What people call an image, to tensors and back: files, Pillow images, arrays and tensors. The rules are those of docs/images.md."""
+"""Convert paths, Pillow images, arrays and tensors to image tensors and back, as in docs/images.md."""
 
 from __future__ import annotations
 
@@ -22,45 +22,46 @@ from latentae.pages.images import pil_image
 __all__ = ["OUTPUTS", "ImageLike", "check_output", "each_image", "present", "read"]
 
 ImageLike: TypeAlias = "str | Path | Image.Image | NDArray[Any] | Tensor"
-"""A file's path, a Pillow image, an array [H, W] or [H, W, C] (uint8 or uint16), or a tensor [C, H, W] (those, or float in
-[-1, 1])."""
+"""A path, a Pillow image, an array [H, W] or [H, W, C] (uint8 or uint16), or a tensor [C, H, W]
+(uint8, uint16, or float in [-1, 1])."""
 
 OUTPUTS = ("pil", "numpy", "numpy16", "tensor")
 
-_KINDS = "a path, a Pillow image, a uint8 or uint16 array [H, W, C], or a tensor [C, H, W]"
-_LARGEST = 2.0  # of a float image: resizing may leave [-1, 1] a little, 0 to 255 is a mistake
-_CONVERTIBLE = (1, 3, 4)  # gray, RGB, RGBA: whoever has one of them can have another
+_EXPECTED = "a path, a Pillow image, a uint8 or uint16 array [H, W, C], or a tensor [C, H, W]"
+_LARGEST = 2.0  # float images may exceed [-1, 1] a little after a resize, but not reach 255
+_CONVERTIBLE = (1, 3, 4)  # gray, RGB and RGBA convert to each other
 
 
 def each_image(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
-    """The images of a batch, a list or any other iterable, one by one; a single image is a list of one."""
+    """The images of a batch, a list or any other iterable. A single image counts as a list of one."""
     if isinstance(images, (str, Path, Image.Image)):
         return iter([images])
-    if isinstance(images, Tensor):
-        return iter(images if images.ndim == 4 else [images])
-    if isinstance(images, np.ndarray):
+    if isinstance(images, (Tensor, np.ndarray)):
         return iter(images if images.ndim == 4 else [images])
     try:
         return iter(images)
     except TypeError:
-        raise ImageError(f"found a {type(images).__name__}, expected {_KINDS}, or a list of these") from None
+        raise ImageError(
+            f"found a {type(images).__name__}, expected {_EXPECTED}, or a list of these"
+        ) from None
 
 
 def read(image: ImageLike, channels: int, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """One image as the model wants it, not yet in [-1, 1] unless it came so.
+    """Read one image with the model's channels, not yet scaled to [-1, 1].
 
     Args:
         image: see `ImageLike`.
-        channels: that the model has. Between 1, 3 and 4 files, Pillow images and whole-number pixels are converted as
-            `decode_image` does; any other number, and float, is taken as it is.
-        name: what error messages call it.
-        max_pixels: of a file.
+        channels: of the model. Files, Pillow images and integer pixels convert between 1, 3 and 4
+            channels as in `decode_image`. Other numbers of channels and float must match.
+        name: of the image, for error messages.
+        max_pixels: limit for files.
 
     Returns:
         uint8, uint16 or float32 [channels, H, W].
 
     Raises:
-        ImageError: not an image, damaged, empty, of another number of channels, or float far outside [-1, 1].
+        ImageError: the image is no image, damaged, empty, of other channels, or float far outside
+            [-1, 1].
     """
     if isinstance(image, (str, Path)):
         if channels not in _CONVERTIBLE:
@@ -78,7 +79,7 @@ def read(image: ImageLike, channels: int, name: str, max_pixels: int = MAX_PIXEL
             )
         return _from_pixels(image if image.ndim == 3 else image[..., None], channels, name)
     if not isinstance(image, Tensor):
-        raise ImageError(f"image {name} is a {type(image).__name__}, expected {_KINDS}")
+        raise ImageError(f"image {name} is a {type(image).__name__}, expected {_EXPECTED}")
     if image.ndim == 3 and image.dtype in (torch.uint8, torch.uint16):
         return _from_pixels(image.permute(1, 2, 0).cpu().numpy(), channels, name)
     if image.ndim == 3 and image.is_floating_point():
@@ -89,32 +90,31 @@ def read(image: ImageLike, channels: int, name: str, max_pixels: int = MAX_PIXEL
 
 
 def _pil_pixels(image: Image.Image, name: str) -> NDArray[Any]:
-    """As `decode_image` reads a file, from what Pillow has made of it: of 16-bit colour it keeps 8 bits."""
+    """Pixels as `decode_image` reads them. Pillow keeps 8 bits of 16-bit color."""
     try:
         image.load()
         return upright(read_pixels(image, lambda: image, b"", name, 8), orientation(image))
     except ImageError:
         raise
-    except Exception as error:  # Pillow reads lazily, and on damaged files it raises nearly anything
+    except Exception as error:  # Pillow reads lazily and raises nearly anything on damaged files
         raise ImageError(
             f"image {name} is damaged ({type(error).__name__}: {error}); replace or remove it"
         ) from error
 
 
 def _from_pixels(pixels: NDArray[Any], channels: int, name: str) -> Tensor:
-    """uint8 or uint16 [H, W, n] -> [channels, H, W] of the same depth."""
+    """uint8 or uint16 [H, W, n] -> [channels, H, W] of the same type."""
     found = pixels.shape[2]
     if not pixels.size:
         raise ImageError(f"image {name} is empty: {list(pixels.shape)}")
     if found != channels:
         if channels not in _CONVERTIBLE or found > max(_CONVERTIBLE):
             raise ImageError(
-                f"image {name} has {found} channels, the model {channels}; only 1 to 4 become 1, 3 or 4"
+                f"image {name} has {found} channels, the model {channels}; only 1 to 4 convert to 1, 3 or 4"
             )
         pixels = fit(pixels, channels, 8 * pixels.dtype.itemsize)
-    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(
-        2, 0, 1
-    )  # torch warns of read-only memory
+    writable = np.require(pixels, requirements=["C", "W"])  # torch warns about read-only memory
+    return torch.from_numpy(writable).permute(2, 0, 1)
 
 
 def _from_float(image: Tensor, channels: int, name: str) -> Tensor:
@@ -132,24 +132,24 @@ def _from_float(image: Tensor, channels: int, name: str) -> Tensor:
 
 
 def check_output(output: str, channels: int) -> None:
-    """Refuse what `present` can't do, before anything is computed.
+    """Check before computing that `present` can return the output.
 
     Raises:
-        RecipeError: an unknown kind, or Pillow for channels that it has no images of.
+        RecipeError: the output is unknown, or Pillow has no images of these channels.
     """
     if output not in OUTPUTS:
         raise RecipeError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}")
     if output == "pil" and channels not in _CONVERTIBLE:
         raise RecipeError(
-            f"the model gives {channels} channels, which Pillow has no image of; ask for output='numpy' or 'tensor'"
+            f"the model returns {channels} channels, but Pillow needs 1, 3 or 4; use output='numpy' or 'tensor'"
         )
 
 
 def present(image: Tensor, output: str) -> Any:
-    """Float [C, H, W], about [-1, 1] -> one of `OUTPUTS`.
+    """Convert float [C, H, W] in [-1, 1] to one of `OUTPUTS`, clamped.
 
-    "pil" is an 8-bit Pillow image (gray, RGB or RGBA), "numpy" uint8 [H, W, C], "numpy16" uint16 [H, W, C], "tensor" float32
-    [C, H, W] in [-1, 1] on the same device. All are clamped.
+    "pil" is an 8-bit Pillow image (gray, RGB or RGBA), "numpy" uint8 [H, W, C], "numpy16" uint16
+    [H, W, C], "tensor" float32 [C, H, W] in [-1, 1] on the same device.
     """
     if output == "tensor":
         return image.to(torch.float32).clamp(-1.0, 1.0)

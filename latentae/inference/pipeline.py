@@ -1,17 +1,18 @@
-"""`latentae.pipeline`: images in, latents out, and back.
+"""`latentae.pipeline`: images to latents and back.
 
-image            file, Pillow, NumPy or tensor; any size, 1, 3 or 4 channels, 8 or 16 bits
-pixels           [C, H, W] float in [-1, 1], reflected at the right and bottom edge to multiples of f
+image            path, Pillow, NumPy or tensor; any size, 1, 3 or 4 channels, 8 or 16 bits
+pixels           [C, H, W] float in [-1, 1], padded by reflection on the right and bottom to multiples of f
 raw latent       the posterior's mean or a sample, [z, H'/f, W'/f]
-latent           (z - shift) * scale, what a diffusion model sees
+latent           (z - shift) * scale, the input of a diffusion model
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,22 +23,16 @@ from latentae.data.transforms import pad_to_multiple, to_float
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError, RecipeError
 from latentae.inference.images import ImageLike, check_output, each_image, present, read
-from latentae.inference.latents import Latents
-from latentae.inference.normalization import Normalization
-from latentae.keyed import whole_seed
+from latentae.models import tiling as tiles
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import Autoencoder
+from latentae.models.config import AutoencoderConfig
 from latentae.models.pretrained import load_model
 
-if TYPE_CHECKING:
-    from latentae.models.tiling import Tiled
-
-__all__ = ["LARGEST_PASS", "TILING", "LatentPipeline", "pipeline"]
+__all__ = ["LARGEST_PASS", "TILING", "LatentPipeline", "Latents", "Normalization", "pipeline"]
 
 TILING = ("none", "auto", "blended", "exact")
-LARGEST_PASS = (
-    1536 * 1536
-)  # pixels that go through the network at once; on a CPU kl-f8 needs 2.2 GB per million in fp32
+LARGEST_PASS = 1536 * 1536  # pixels per pass; kl-f8 on a CPU needs 2.2 GB per million in fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,43 +46,130 @@ def pipeline(
     batch_size: int = 8,
     max_pixels: int = MAX_PIXELS,
 ) -> LatentPipeline:
-    """Load a model that takes images to latents and back.
+    """Load a model that converts images to latents and back.
 
     Args:
-        model: run folder, checkpoint, exported folder, file, or whatever else `AutoencoderKL.from_pretrained` takes; or a model,
-            which is moved to `device` and `dtype` itself, not copied.
+        model: run, checkpoint, exported folder, file, or anything else that
+            `AutoencoderKL.from_pretrained` takes; or a model, which is moved to `device` and `dtype`
+            in place.
         weights: "ema" or "raw" weights of a run.
-        device: "auto", "cpu", "cuda", "cuda:1".
-        dtype: "fp32", "bf16" or "fp16" (or torch's own), what the network computes in. Latents are fp32 in any case.
-        tiling: of an AutoencoderKL: "auto" computes images above `LARGEST_PASS` (2.4 million) pixels in blended tiles, "none" none,
-            "blended" all, "exact" all in the slower tiles that give the untiled result. See docs/tiling.md.
-        batch_size: images of one size computed at once, fewer where they are large: `LARGEST_PASS` pixels at most.
-        max_pixels: refuse image files of more pixels by their header; every file is decoded at its full size.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        dtype: "fp32", "bf16" or "fp16" (or torch's own) for the network. Latents are always fp32.
+        tiling: of an AutoencoderKL. "auto" uses blended tiles for images of more than `LARGEST_PASS`
+            (2.4 million) pixels, "none" no tiles, "blended" always tiles, "exact" always the slower
+            tiles with the untiled result. See docs/tiling.md.
+        batch_size: images of one size per pass, fewer if they exceed `LARGEST_PASS` pixels.
+        max_pixels: refuse image files with more pixels in their header.
 
     Raises:
-        ModelError: no such model.
-        RecipeError: an option that is none of these.
+        ModelError: the model is missing.
+        RecipeError: an invalid option.
     """
-    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if kind not in DTYPES.values():
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
         raise RecipeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     where = choose_device(device)
     network = model if isinstance(model, Autoencoder) else load_model(model, weights)[0]
-    return LatentPipeline(
-        network.to(where, kind).eval(), tiling=tiling, batch_size=batch_size, max_pixels=max_pixels
-    )
+    network = network.to(where, found).eval()
+    return LatentPipeline(network, tiling=tiling, batch_size=batch_size, max_pixels=max_pixels)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """The latent of a diffusion model is `(z - shift) * scale` of a raw latent z."""
+
+    shift: Tensor
+    """[z or 1, 1, 1] fp32."""
+    scale: Tensor
+    """[z or 1, 1, 1] fp32."""
+
+    @classmethod
+    def of(cls, config: AutoencoderConfig) -> Normalization:
+        """The normalization of a config.
+
+        (z - shift_factor) * scaling_factor, as in SD3 and Flux (with shift_factor 0 also SD and DiT).
+        With latents_mean and latents_std it is (z - latents_mean) * scaling_factor / latents_std, as
+        in SDXL (with scaling_factor 1 also Wan), and shift_factor is ignored.
+
+        Raises:
+            ModelError: mean and std are not one number per channel, or a std is not positive.
+        """
+        mean: tuple[float, ...] | None = getattr(config, "latents_mean", None)
+        std: tuple[float, ...] | None = getattr(config, "latents_std", None)
+        channels, scaling = config.latent_channels, config.scaling_factor
+        if mean is None or std is None:
+            return cls(torch.tensor(config.shift_factor).view(1, 1, 1), torch.tensor(scaling).view(1, 1, 1))
+        if not len(mean) == len(std) == channels or not all(value > 0 for value in std):
+            raise ModelError(
+                f"the config has {len(mean)} latents_mean and {len(std)} latents_std (lowest "
+                f"{min(std, default=0.0):g}), expected {channels} of each and each std above 0; correct config.json"
+            )
+        return cls(torch.tensor(mean).view(-1, 1, 1), scaling / torch.tensor(std).view(-1, 1, 1))
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Raw latents [..., z, h, w] -> latents of a diffusion model."""
+        return (raw - self.shift.to(raw.device)) * self.scale.to(raw.device)
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """Latents of a diffusion model [..., z, h, w] -> raw latents."""
+        return latents / self.scale.to(latents.device) + self.shift.to(latents.device)
+
+
+@dataclass(frozen=True, repr=False)
+class Latents:
+    """One latent per image, in order, and the size of each image before padding, for cropping back."""
+
+    tensors: tuple[Tensor, ...]
+    """Each [z, h, w] fp32, as a diffusion model takes it."""
+    sizes: tuple[tuple[int, int], ...]
+    """Height and width in pixels of each image."""
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tensors[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
+
+    def batch(self) -> Tensor:
+        """All latents as one tensor [B, z, h, w].
+
+        Raises:
+            ImageError: the latents differ in size, or there are none.
+        """
+        shapes = sorted({tuple(latent.shape) for latent in self.tensors})
+        if len(shapes) != 1:
+            found = " and ".join(" x ".join(map(str, shape)) for shape in shapes) or "no latent"
+            raise ImageError(
+                f"found {found}, expected latents of one size; resize the images, or use the latents one by one"
+            )
+        return torch.stack(self.tensors)
+
+    def to(self, device: str | torch.device) -> Latents:
+        """The same latents on another device."""
+        return Latents(tuple(latent.to(device) for latent in self.tensors), self.sizes)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{' x '.join(map(str, latent.shape))} of {height} x {width} pixels"
+            for latent, (height, width) in zip(self.tensors, self.sizes, strict=True)
+        ]
+        more = f", and {len(parts) - 4} more" if len(parts) > 4 else ""
+        return f"Latents({len(parts)}: {', '.join(parts[:4])}{more})"
 
 
 class LatentPipeline:
-    """Images to the latents of a diffusion model, and back. Nothing here is differentiable.
+    """Images to the latents of a diffusion model, and back, without gradients.
 
     Args:
-        model: where and in what precision it is to compute.
+        model: on its device and in its precision.
         tiling, batch_size, max_pixels: see `pipeline`.
 
     Attributes:
         model: the autoencoder.
-        normalization: between raw latents and those given and taken here.
+        normalization: between raw latents and the latents taken and returned here.
 
     Raises:
         RecipeError: an unknown tiling, or a batch size below 1.
@@ -100,7 +182,7 @@ class LatentPipeline:
             raise RecipeError(f"tiling is {tiling!r}, expected one of {', '.join(TILING)}")
         if tiling in ("blended", "exact") and not isinstance(model, AutoencoderKL):
             raise RecipeError(
-                f"tiling is {tiling!r}, but a {type(model).__name__} has no tiles; give 'auto' or 'none'"
+                f"tiling is {tiling!r}, but a {type(model).__name__} has no tiles; use 'auto' or 'none'"
             )
         if batch_size < 1:
             raise RecipeError(f"batch_size is {batch_size}, expected 1 or more")
@@ -111,30 +193,30 @@ class LatentPipeline:
     def encode(
         self, images: ImageLike | Iterable[ImageLike], *, sample: bool = False, seed: int = 0
     ) -> Latents:
-        """Images of any sizes -> their latents, as a diffusion model sees them.
+        """Encode images of any sizes to latents of a diffusion model.
 
         Args:
-            images: one image or several: paths, Pillow images, uint8 or uint16 arrays [H, W] or [H, W, C], tensors [C, H, W]
-                (uint8, uint16, or float in [-1, 1]), a batch of one more axis, or a list of any of these. Channels are
-                converted as in docs/images.md: without alpha in the model, transparent parts are laid over white.
+            images: one or several: paths, Pillow images, uint8 or uint16 arrays [H, W] or [H, W, C],
+                tensors [C, H, W] (uint8, uint16, or float in [-1, 1]), a batch with one more axis, or
+                a list of these. Channels are converted as in docs/images.md: for a model without
+                alpha, transparent parts become white.
             sample: draw from the posterior instead of taking its mean.
-            seed: of that. Image i gets the noise of (seed, i), whatever the batch size and device.
+            seed: of the draw. Image i gets the noise of (seed, i) for any batch size and device.
 
         Raises:
-            ImageError: something is no image, or damaged; its number or path is named.
+            ImageError: an input is no image, or damaged; its number or path is named.
             ModelError: the result is not finite.
         """
-        seed = whole_seed(seed)
+        seed = keyed.whole_seed(seed)
         sizes: list[tuple[int, int]] = []
         results: dict[int, Tensor] = {}
         for numbers, batch in self._batches(self._read(images, sizes), 1):
             posterior = self._coder(batch).encode(batch)
-            noise = (
-                torch.stack([_noise(seed, number, posterior.mean.shape[1:]) for number in numbers])
-                if sample
-                else None
-            )
-            raw = posterior.mode() if noise is None else posterior.sample(noise=noise.to(posterior.mean))
+            if sample:
+                noise = torch.stack([_noise(seed, number, posterior.mean.shape[1:]) for number in numbers])
+                raw = posterior.sample(noise=noise.to(posterior.mean))
+            else:
+                raw = posterior.mode()
             latents = self.normalization.apply(raw.to(torch.float32))
             self._check_finite(latents, "latent", numbers)
             results.update(zip(numbers, latents.unbind(), strict=True))
@@ -148,18 +230,19 @@ class LatentPipeline:
         sizes: Sequence[tuple[int, int]] | None = None,
         output: str = "pil",
     ) -> list[Any]:
-        """Latents, as a diffusion model gives them -> a list of images.
+        """Decode latents of a diffusion model to a list of images.
 
         Args:
-            latents: what `encode` gave, [B, z, h, w], [z, h, w], or a list of [z, h, w] of any sizes.
-            sizes: height and width to crop each image to, where `latents` do not know them: `encode(...).sizes`. Else images have
-                f times the latent's sides.
-            output: "pil", "numpy" (uint8 [H, W, C]), "numpy16" (uint16) or "tensor" (float [C, H, W] in [-1, 1], on the model's
-                device).
+            latents: the result of `encode`, [B, z, h, w], [z, h, w], or a list of [z, h, w] of any
+                sizes.
+            sizes: height and width to crop each image to, such as `encode(...).sizes`. By default
+                those of `latents`, or f times the latent's sides.
+            output: "pil", "numpy" (uint8 [H, W, C]), "numpy16" (uint16) or "tensor" (float [C, H, W]
+                in [-1, 1], on the model's device).
 
         Raises:
-            ModelError: latents of another shape, or a result that is not finite.
-            ImageError: sizes that are not those of the latents' images.
+            ModelError: a latent has another shape, or the result is not finite.
+            ImageError: a size does not match its latent.
             RecipeError: an unknown output.
         """
         f = self.model.config.downsampling
@@ -190,23 +273,21 @@ class LatentPipeline:
         return next(self.model.parameters()).device
 
     @cached_property
-    def _tiled(self) -> Tiled | None:
-        """What runs the model in tiles; None where it never is."""
-        if self.tiling == "none" or not isinstance(self.model, AutoencoderKL):
-            return None
-        from latentae.models.tiling import Tiled
+    def _tiled(self) -> tiles.Tiled:
+        """The model in tiles."""
+        assert isinstance(self.model, AutoencoderKL)
+        return tiles.Tiled(self.model, "blended" if self.tiling == "auto" else self.tiling)
 
-        return Tiled(self.model, "blended" if self.tiling == "auto" else self.tiling)
-
-    def _coder(self, batch: Tensor, factor: int = 1) -> Autoencoder | Tiled:
-        """The model, or what runs it in tiles; the batch's pixels are `factor` times finer than its elements."""
+    def _coder(self, batch: Tensor, factor: int = 1) -> Autoencoder | tiles.Tiled:
+        """The model, in tiles if needed. An element of the batch is `factor` pixels wide."""
         small = batch.shape[2] * batch.shape[3] * factor**2 <= LARGEST_PASS
-        return self.model if self.tiling == "auto" and small else self._tiled or self.model
+        whole = self.tiling == "none" or (self.tiling == "auto" and small)
+        return self.model if whole or not isinstance(self.model, AutoencoderKL) else self._tiled
 
     def _read(
         self, images: ImageLike | Iterable[ImageLike], sizes: list[tuple[int, int]]
     ) -> Iterator[Tensor]:
-        """Images one by one, padded, in [-1, 1]; their own sizes are put into `sizes`."""
+        """Padded images in [-1, 1], one by one. Appends their original sizes to `sizes`."""
         config = self.model.config
         for number, image in enumerate(each_image(images)):
             pixels = read(image, config.in_channels, f"number {number}", self.max_pixels).to(self._device)
@@ -215,14 +296,13 @@ class LatentPipeline:
             yield pad_to_multiple(pixels, config.downsampling).to(self._dtype)
 
     def _batches(self, items: Iterable[Tensor], factor: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Tensors [C, H, W] of one size together, with their numbers; no more of each size waits than makes a batch."""
+        """Batches of tensors [C, H, W] of one size, with their numbers. Bounds what waits per size."""
         waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for number, item in enumerate(items):
             group = waiting.setdefault(item.shape, [])
             group.append((number, item))
-            if len(group) >= min(
-                self.batch_size, LARGEST_PASS // (item.shape[1] * item.shape[2] * factor**2)
-            ):
+            most = min(self.batch_size, LARGEST_PASS // (item.shape[1] * item.shape[2] * factor**2))
+            if len(group) >= most:
                 yield _together(waiting.pop(item.shape))
         yield from map(_together, waiting.values())
 
@@ -235,18 +315,13 @@ class LatentPipeline:
         return latent.to(self._device)
 
     def _check_finite(self, results: Tensor, what: str, numbers: list[int]) -> None:
-        bad = [
-            number
-            for number, fine in zip(numbers, results.isfinite().flatten(1).all(1).tolist(), strict=True)
-            if not fine
-        ]
-        if bad:
+        finite = results.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
             half = self._dtype != torch.float32
-            advice = (
-                "give dtype='fp32'" if half else "its input or the model has such values itself, look at both"
-            )
+            advice = "use dtype='fp32'" if half else "check the input and the model for such values"
             raise ModelError(
-                f"the {what} number {bad[0]} has NaN or infinite values in {self._dtype}; {advice}"
+                f"{what} number {numbers[finite.index(False)]} has NaN or infinite values in {self._dtype}; "
+                f"{advice}"
             )
 
 
@@ -256,9 +331,8 @@ def _together(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
 
 
 def _noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
-    """Drawn on the CPU, so that a seed means the same everywhere."""
-    generator = keyed.generator("pipeline noise", seed, number)
-    return torch.randn(tuple(shape), generator=generator)
+    """Noise drawn on the CPU, so that a seed gives the same noise on any device."""
+    return torch.randn(tuple(shape), generator=keyed.generator("pipeline noise", seed, number))
 
 
 def _check_sizes(latents: Sequence[Tensor], sizes: Sequence[tuple[int, int]], factor: int) -> None:
@@ -267,6 +341,6 @@ def _check_sizes(latents: Sequence[Tensor], sizes: Sequence[tuple[int, int]], fa
     for latent, size in zip(latents, sizes, strict=True):
         if tuple(-(-side // factor) for side in size) != tuple(latent.shape[1:]):
             raise ImageError(
-                f"an image of {size[0]} x {size[1]} pixels has no latent of {latent.shape[1]} x {latent.shape[2]}; give "
-                f"(height, width) of the image that was encoded, or no sizes"
+                f"an image of {size[0]} x {size[1]} pixels has no latent of {latent.shape[1]} x "
+                f"{latent.shape[2]}; give (height, width) of the encoded image, or no sizes"
             )

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, write_sidecar
-from latentae.encoding.store import Store
+from latentae.encoding.store import Store, open_store
 
 FACTOR = 8
 NAMES = ("mean", "logvar", "mean_flip", "logvar_flip")
@@ -75,7 +75,7 @@ def make_samples(
 def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, finished=True) -> Path:
     """An output folder of `encode` with these shards."""
     out.mkdir(parents=True)
-    store = Store.open(out)
+    store = open_store(out)
     for name, samples in shards.items():
         tar, files = pack(store, name, samples, packed)
         flip = bool(samples) and "mean_flip" in samples[0].tensors

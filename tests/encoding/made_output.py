@@ -11,7 +11,7 @@ from latent_writer import digest, pack, place, tar_bytes
 
 from latentae.encoding.plan import Shard, plan_digest
 from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar
-from latentae.encoding.store import Store
+from latentae.encoding.store import open_store
 from latentae.models.latent_statistics import LatentStatistics, merge
 
 BUCKETS = [(32, 32), (24, 40)]
@@ -33,7 +33,7 @@ class Made:
     def __init__(
         self, out, folder: Path, *, dtype="fp32", packed=False, flip=False, keep_images=False, **rest
     ) -> None:
-        self.out, self.folder, self.store = out, folder, Store.open(out)
+        self.out, self.folder, self.store = out, folder, open_store(out)
         self.dtype, self.packed, self.flip, self.keep = dtype, packed, flip, keep_images
         self.skipped: dict[str, list[str]] = rest.get("skipped", {})
         counts = rest.get("counts", {"a.tar": 3, "deep/b.tar": 0, "deep/c.tar": 5})

@@ -13,7 +13,7 @@ from PIL import Image
 from latentae.data.shard_files import read_shard
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
 from latentae.encoding.decode import decode
-from latentae.encoding.store import Store
+from latentae.encoding.store import open_store
 from latentae.errors import DataError, ImageError, ModelError, OutputError
 from latentae.measures.metrics import psnr
 from latentae.models.pretrained import load_model
@@ -72,7 +72,7 @@ def test_of_an_output_that_is_not_finished(encoded: Path, model: Path, tmp_path:
     for path in out.glob("*.done.json"):
         if not path.name.startswith("train-003"):
             path.unlink()
-    Store.open(out).claim("encode", Store.open(out).record()["inputs"]).reopen()
+    open_store(out).claim("encode", open_store(out).record()["inputs"]).reopen()
     assert decode(out, model=model, device="cpu", file=tmp_path / "grid.png")["keys"][0] == "photos/0006"
     (out / "train-003.tar.done.json").unlink()
     with pytest.raises(DataError, match="no latents are finished"):
@@ -81,7 +81,7 @@ def test_of_an_output_that_is_not_finished(encoded: Path, model: Path, tmp_path:
 
 def test_the_model_is_found_where_it_was(encoded: Path, model: Path, tmp_path: Path) -> None:
     out = shutil.copytree(encoded, tmp_path / "out")
-    store = Store.open(out)
+    store = open_store(out)
     job = store.claim("encode", store.record()["inputs"], {"model_path": str(model)})
     job.finish()
     decode(out, ["photos/0001"], device="cpu", file=tmp_path / "grid.png")

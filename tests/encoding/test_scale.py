@@ -12,7 +12,7 @@ from latentae.data.shard_index import load_index
 from latentae.encoding.options import EncodeOptions
 from latentae.encoding.plan import ShardSettings, find_finished, plan_shards
 from latentae.encoding.shard_encoder import encode_shards
-from latentae.encoding.store import Store
+from latentae.encoding.store import open_store
 from latentae.models.latent_statistics import LatentStatistics, merge
 
 SIDE = 4
@@ -51,7 +51,7 @@ def test_memory_stays_flat_over_thousands_of_shards(tmp_path):
     for number in range(SHARDS):
         tiny_shard(images / f"{number:05}.tar", 2 * number, 2)
     index = load_index(sorted(map(str, images.glob("*.tar"))))
-    plan, store = plan_shards(index), Store.open(tmp_path / "out")
+    plan, store = plan_shards(index), open_store(tmp_path / "out")
     options = EncodeOptions("model", images, tmp_path / "out", dtype="fp32", batch_size=64, packed=True)
     settings = ShardSettings(options, "stub", ((SIDE, SIDE),), 3, 3, workers=1)
     held = [resident() for _ in encode_shards(iter(plan), store, stub, settings)]

@@ -24,7 +24,7 @@ from latentae.encoding.image_batches import geometry
 from latentae.encoding.options import EncodeOptions
 from latentae.encoding.plan import Shard, ShardSettings
 from latentae.encoding.shard_encoder import ModelEncoder, PatientEncoder, encode_shards
-from latentae.encoding.store import LocalStore, Store
+from latentae.encoding.store import LocalStore, open_store
 from latentae.encoding.threads import Crew, default_workers
 from latentae.errors import DataError, ModelError, RecipeError, ShardError
 from latentae.files import read_json, sha256
@@ -39,7 +39,7 @@ def settings(buckets=((32, 32),), workers=0, **options):
 
 def encode_photos(shard, out, encoder, settings):
     """One shard, as a.tar."""
-    return list(encode_shards([Shard(str(shard), "a.tar")], Store.open(out), encoder, settings))
+    return list(encode_shards([Shard(str(shard), "a.tar")], open_store(out), encoder, settings))
 
 
 def small_encoder(images):
@@ -230,7 +230,7 @@ def hungry(limit):
 
 def test_out_of_memory_halves_the_batch_for_good_and_is_recorded(photos, snapshot, tmp_path, capsys):
     shards = [Shard(str(photos / name), name) for name in ("train-000.tar", "train-003.tar")]
-    one, other = Store.open(tmp_path / "one"), Store.open(tmp_path / "other")
+    one, other = open_store(tmp_path / "one"), open_store(tmp_path / "other")
     found = list(encode_shards(shards, one, hungry(1), settings()))
     plain = list(encode_shards(shards, other, small_encoder, settings()))
     assert [sidecar.batch_sizes for sidecar in found] == [[1], [1]]
@@ -277,7 +277,7 @@ def test_an_error_of_the_reader_comes_after_the_shards_before_it(workers, photos
         found.extend(
             sidecar.shard
             for sidecar in encode_shards(
-                shards, Store.open(tmp_path / "out"), small_encoder, settings(workers=workers)
+                shards, open_store(tmp_path / "out"), small_encoder, settings(workers=workers)
             )
         )
     assert found == ["a.tar"]
@@ -304,7 +304,7 @@ def test_ctrl_c_ends_all_threads_and_leaves_nothing_half_written(photos, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             list(
                 encode_shards(
-                    shards, Store.open(tmp_path / "out"), interrupted, settings(workers=2, batch_size=2)
+                    shards, open_store(tmp_path / "out"), interrupted, settings(workers=2, batch_size=2)
                 )
             )
     finally:
@@ -332,11 +332,11 @@ def test_what_waits_is_bounded(photos, tmp_path):
         return small_encoder(images)
 
     some = settings(workers=4, batch_size=2)
-    assert len(list(encode_shards(work(), Store.open(tmp_path / "out"), slow, some))) == 20
+    assert len(list(encode_shards(work(), open_store(tmp_path / "out"), slow, some))) == 20
     assert max(ahead) <= 5
     assert max(ahead) >= 1, "and the next shard is read while this one is encoded"
-    assert list(encode_shards([], Store.open(tmp_path / "none"), small_encoder, some)) == []
-    for _ in encode_shards(work(), Store.open(tmp_path / "left"), small_encoder, some):
+    assert list(encode_shards([], open_store(tmp_path / "none"), small_encoder, some)) == []
+    for _ in encode_shards(work(), open_store(tmp_path / "left"), small_encoder, some):
         break
     assert list((tmp_path / "left").glob(".*")) == [], "a consumer that leaves ends the work"
 

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from latentae.encoding import store as store_module
-from latentae.encoding.store import LocalStore, Store
+from latentae.encoding.store import LocalStore, Store, open_store
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
 from latentae.files import atomic_file
 
@@ -27,12 +27,12 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["disk", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "out" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/out")
+    return open_store(tmp_path / "out" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/out")
 
 
 @pytest.fixture
 def remote() -> Store:
-    return Store.open(f"memory://{uuid.uuid4().hex}/out")
+    return open_store(f"memory://{uuid.uuid4().hex}/out")
 
 
 def everything(store: Store) -> list[str]:
@@ -124,17 +124,17 @@ def test_foreign_folder_is_refused(store: Store) -> None:
         store.claim("encode", {})
 
 
-def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Store) -> None:
-    local = Store.open(f"file://{tmp_path}/out")
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = open_store(f"file://{tmp_path}/out")
     assert isinstance(local, LocalStore)
     assert local.folder == tmp_path / "out"
     assert local.address("a") == str(tmp_path / "out/a")
     assert local.shown == str(tmp_path / "out")
     with pytest.raises(OutputError, match="a scheme that fsspec knows"):
-        Store.open("nosuchscheme://user:secret@bucket/out")
+        open_store("nosuchscheme://user:secret@bucket/out")
     with pytest.raises(LatentAEError, match="would run a program"):
-        Store.open("pipe:cat")
-    monkeypatch.setattr(remote, "url", "memory://user:secret@bucket/out")
+        open_store("pipe:cat")
+    remote = open_store("memory://user:secret@bucket/out")
     assert remote.shown == "memory://bucket/out"
     assert "secret" not in remote.show("a")
     assert remote.address("a") == "memory://user:secret@bucket/out/a"
@@ -144,7 +144,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Stor
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
     with pytest.raises(MissingDependencyError, match="Install s3fs"):
-        Store.open("s3://bucket/out")
+        open_store("s3://bucket/out")
 
 
 class Broken:
@@ -254,7 +254,7 @@ def test_reads_are_tried_again(remote: Store, broken: Broken, operation: str) ->
 
 
 def test_unreadable_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store.open(tmp_path)
+    store = open_store(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"could not read .*folder"):
         store.read("folder")
@@ -285,7 +285,7 @@ def test_full_disk(store: Store, largest_file) -> None:
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    store = Store.open(tmp_path)
+    store = open_store(tmp_path)
     shard = tmp_path / "deep/a[0].tar"
     shard.parent.mkdir()
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -301,7 +301,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     os.utime(old, (0, 0))
     store.remove_leftovers()
     assert sorted(shard.parent.iterdir()) == sorted([shard, *living])
-    Store.open("memory://bucket/out").remove_leftovers()
+    open_store("memory://bucket/out").remove_leftovers()
 
 
 def abandoned_name(path: Path, process: int) -> Path:

@@ -18,7 +18,7 @@ from latentae import encode
 from latentae.encoding import store as store_module
 from latentae.encoding.plan import Shard, find_finished
 from latentae.encoding.sidecar import write_sidecar
-from latentae.encoding.store import Store
+from latentae.encoding.store import open_store
 from latentae.encoding.verify import verify
 from latentae.errors import OutputError, ShardError
 from latentae.models.latent_statistics import LatentStatistics
@@ -381,7 +381,7 @@ def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, m
     assert report.forgotten == []
     assert encode(model, photos, url, **options)["finished"]
     assert verify(url, deep=True, shards=photos).ok
-    here, there = Store.open(kept), Store.open(url)
+    here, there = open_store(kept), open_store(url)
     assert {name: there.read(name) for name in there.sizes()} == {
         name: here.read(name) for name in here.sizes()
     }

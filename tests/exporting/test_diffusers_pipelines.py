@@ -18,7 +18,7 @@ from torch import Tensor
 import latentae
 from latentae import AutoencoderKL, export
 from latentae.files import read_json, write_json
-from latentae.inference.normalization import Normalization
+from latentae.inference.pipeline import Normalization
 from latentae.models.config import AutoencoderKLConfig
 from latentae.models.presets import preset
 from latentae.models.pretrained import resolve_model

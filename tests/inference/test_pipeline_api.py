@@ -381,7 +381,7 @@ def test_a_result_that_overflows_says_what_to_do():
     image = photo(8, 8)
     assert latentae.pipeline(model).encode(image)[0].isfinite().all()
     with pytest.raises(
-        ModelError, match=r"latent number 0 has NaN or infinite values in torch\.float16; give dtype='fp32'"
+        ModelError, match=r"latent number 0 has NaN or infinite values in torch\.float16; use dtype='fp32'"
     ):
         latentae.pipeline(model, dtype="fp16").encode(image)
 
@@ -390,7 +390,7 @@ def test_a_model_of_two_channels_takes_arrays_and_tensors_but_no_files():
     pipe = latentae.pipeline(build(in_channels=2, out_channels=2))
     with pytest.raises(ImageError, match="files have 1, 3 or 4 channels, the model 2"):
         pipe.encode("a.png")
-    with pytest.raises(RecipeError, match="2 channels, which Pillow has no image of"):
+    with pytest.raises(RecipeError, match="2 channels, but Pillow needs"):
         pipe.decode(torch.zeros(1, 4, 2, 2))
     pixels = photo(8, 8, 2)
     latents = pipe.encode([pixels, in_range(pixels)[0]])
