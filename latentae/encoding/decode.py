@@ -1,4 +1,4 @@
-"""The verb `decode`: latents of an output of `encode` to one picture, below the originals if stored."""
+"""The verb `decode`: latents to one picture, below the original images if stored."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ __all__ = ["decode"]
 SOME = 8  # samples shown without `keys`
 
 _Found = list[tuple[str, str, dict[str, Tensor]]]
-"""Key, shard, and tensors: those stored, raw [z, h, w], and `original`, uint8 [C, H, W], if stored."""
+"""Key, shard, and tensors: the stored ones, raw [z, h, w], and `original`, uint8 [C, H, W]."""
 
 
 @verb(DecodeOptions)
 def decode(options: DecodeOptions) -> dict[str, Any]:
     """Decode latents and write a PNG with one column per sample.
 
-    The rows are the original if images were stored, the decoded posterior mean, and the decoded mean
-    of the flipped image if it was stored.
+    The rows are the original if images were stored, the decoded posterior mean, and the decoded
+    mean of the flipped image if it was stored.
 
     Returns:
-        `file`, `keys` ("KEY of SHARD" for repeated keys), and `psnr` in dB by key, for stored images.
+        `file`, `keys` ("KEY of SHARD" for repeated keys), and `psnr` in dB by key, for stored
+        images.
 
     Raises:
         ImageError: `file` is no PNG.

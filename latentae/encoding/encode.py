@@ -1,8 +1,9 @@
 """The verb `encode`: shards of images to shards of latents, one to one, on any number of machines.
 
 Each task encodes every num_tasks-th shard and never waits for another task. A shard is done when it
-has a valid sidecar. The task that finds all shards done writes `statistics.json` and closes the job.
-`prepare` and `conclude` are the first and the last step, for callers that encode in their own way.
+has a valid sidecar. The task that finds all shards done writes `statistics.json` and closes the
+job. `prepare` and `conclude` are the first and the last step, for callers that encode in their own
+way.
 """
 
 from __future__ import annotations
@@ -297,11 +298,11 @@ def _check_share(total: _Total, settings: ShardSettings) -> None:
     if total.first_unreadable is None or total.unreadable <= limit * total.read:
         return
     shard, key = total.first_unreadable
+    share = f"{total.unreadable / total.read:.3g} of all, max_bad_share is {limit:g}"
     raise ImageError(
-        f"{total.unreadable} of {total.read} images are unreadable ({total.unreadable / total.read:.3g} of all, "
-        f"max_bad_share is {limit:g}), the first is {key} in {shard.name}{_reason(shard, key, settings)}; the "
-        "sidecars list all: replace them and encode into another folder, or raise max_bad_share and run the "
-        "same command again"
+        f"{total.unreadable} of {total.read} images are unreadable ({share}), the first is {key} in "
+        f"{shard.name}{_reason(shard, key, settings)}; the sidecars list all: replace them and encode into "
+        "another folder, or raise max_bad_share and run the same command again"
     )
 
 

@@ -1,4 +1,4 @@
-"""Shards of images to batches: each shard is read once, decoded, cropped and grouped by image size."""
+"""Shards of images to batches: read once, decoded, cropped and grouped by image size."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Decoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples of one size and their images, padded to a full batch: uint8 [B, C, H, W], channels_last."""
+    """Samples of one size and their images, padded to uint8 [B, C, H, W], channels_last."""
 
     samples: list[Source]
     images: Tensor
 
 
 Input = Shard | Undecoded | ShardFile | Exception
-"""A shard begins, its samples follow, it ends; or reading fails, after all samples before are delivered."""
+"""A Shard begins, its samples follow, a ShardFile ends it; an Exception ends the input."""
 
 
 def read_shards(shards: Iterable[Shard]) -> Iterator[Input]:
@@ -168,7 +168,7 @@ def decode(item: Input, settings: ShardSettings) -> Any:
 
 
 def geometry(height: int, width: int, bucket: Bucket) -> dict[str, list[int]]:
-    """The resize and crop of crop_to_bucket, as [height, width] and [top, left, height, width] in pixels.
+    """The resize and crop of crop_to_bucket in pixels: [height, width], [top, left, height, width].
 
     `crop` refers to the resized image. It is exact to one pixel for images more than four times as
     long as their bucket, whose ends are cut before resizing.

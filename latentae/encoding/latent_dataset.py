@@ -50,7 +50,7 @@ class Latent(NamedTuple):
     """[z, h, w] fp32."""
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + sigma * standard normal noise, drawn on the CPU so that a seed works on any device."""
+        """mean + sigma * normal noise, drawn on the CPU so that a seed works on any device."""
         noise = torch.randn(self.mean.shape, generator=generator)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
@@ -68,13 +68,13 @@ class LatentSample(NamedTuple):
 class LatentDataset(Dataset[Any]):
     """The latents in an output folder of `encode`, in the order of its shards.
 
-    Shards are indexed once, with about 50 bytes per sample. Latents are read on access. Workers of a
-    DataLoader may be forked or spawned.
+    Shards are indexed once, with about 50 bytes per sample. Latents are read on access. Workers of
+    a DataLoader may be forked or spawned.
 
     Args:
         path: a finished output of `encode`: a folder or an fsspec URL.
-        scaled: return (z - shift_factor) * scaling_factor, the input of a diffusion model, instead of
-            raw latents. Mean and logvar are then those of the scaled latent.
+        scaled: return (z - shift_factor) * scaling_factor, the input of a diffusion model, instead
+            of raw latents. Mean and logvar are then those of the scaled latent.
         sample: items are LatentSample, drawn again in each epoch, instead of Latent (posteriors).
         flip: use the latent of the flipped image half of the time. Needs `encode --flip`.
         seed: of noise and flips, which are functions of (seed, epoch, index) in any worker.
@@ -204,7 +204,7 @@ class LatentDataset(Dataset[Any]):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Height and width in pixels of each encoded image, int64 [n, 2]. Equal sizes can be batched."""
+        """Height and width in pixels of each encoded image, int64 [n, 2]."""
         rows = self._samples.rows
         return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
 
@@ -258,8 +258,9 @@ class LatentDataset(Dataset[Any]):
     def meta(self, index: int) -> dict[str, Any]:
         """The metadata of a sample by extension, with its key as `__key__`.
 
-        `latent.json` (original size and crop of the image) and `json` are parsed, `txt` and `caption`
-        are text, `cls` is a number. Members that can't be parsed stay bytes; others are left out.
+        `latent.json` (original size and crop of the image) and `json` are parsed, `txt` and
+        `caption` are text, `cls` is a number. Members that can't be parsed stay bytes; others are
+        left out.
 
         Raises:
             ShardError: the shard can't be read or has changed.
@@ -355,7 +356,7 @@ class _Keys(Sequence[str]):
 
 
 class _ItemOf:
-    """Adds the data set's item to a sample from webdataset. Keeps the keys of one shard at a time."""
+    """Adds the data set's item to webdataset's samples. Keeps the keys of one shard at a time."""
 
     def __init__(self, dataset: LatentDataset) -> None:
         self._dataset, self._url = dataset, ""
@@ -376,7 +377,7 @@ class _ItemOf:
 
 
 def decode_latent(key: str, data: bytes) -> dict[str, Tensor] | None:
-    """A handler for webdataset's `decode`: the tensors of `latent.safetensors`, None for other members."""
+    """Handler for webdataset's `decode`: the tensors of `latent.safetensors`, else None."""
     return load_safetensors(data) if key.lstrip(".") == LATENT_MEMBER else None
 
 
@@ -421,8 +422,8 @@ def _sidecars(store: Store) -> list[Sidecar]:
     for shard, sidecar in zip(shards, read_sidecars(store, shards, sizes), strict=True):
         if sidecar is None:
             raise ShardError(
-                f"{store.show(shard)} does not match its sidecar, one of them is damaged; run the same encode "
-                "command again"
+                f"{store.show(shard)} does not match its sidecar, one of them is damaged; run the same "
+                "encode command again"
             )
         found.append(sidecar)
     return found
@@ -439,5 +440,5 @@ def _read_statistics(store: Store) -> dict[str, Any]:
         return json.loads(store.read(STATISTICS) or b"")
     except ValueError as error:
         raise OutputError(
-            f"could not read {store.show(STATISTICS)} ({error}); run the same encode command again to restore it"
+            f"could not read {store.show(STATISTICS)} ({error}); run the same encode command to restore it"
         ) from error

@@ -2,13 +2,13 @@
 
 A sample `KEY.jpg, KEY.txt` of an image shard becomes
 
-    KEY.latent.safetensors   mean, logvar[, mean_flip, logvar_flip] [z, h, w], raw, in the stored type
+    KEY.latent.safetensors   mean, logvar[, mean_flip, logvar_flip] [z, h, w], raw, stored type
     KEY.latent.json          original size and the crop that the latent shows
     KEY.txt                  unchanged, as every member except the image, which `keep_images` keeps;
                              extensions become lower case, as WebDataset reads them
 
-A packed shard has no KEY.latent.safetensors. NAME.latents-HxW.safetensors next to the tar stacks the
-latents of all images of H x W pixels, and KEY.latent.json has the `row`.
+A packed shard has no KEY.latent.safetensors. NAME.latents-HxW.safetensors next to the tar stacks
+the latents of all images of H x W pixels, and KEY.latent.json has the `row`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def bucket_of(info: Mapping[str, Any]) -> tuple[int, int]:
 
 
 class LatentShard:
-    """`with LatentShard(store, sidecar) as shard:` reads a shard in tar order. Copies remote files first.
+    """`with LatentShard(store, sidecar) as shard:` reads a shard, after copying a remote one.
 
     Args:
         store: the output.
@@ -112,7 +112,7 @@ class LatentShard:
             ) from error
 
     def tensors(self, sample: Sample, info: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`mean`, `logvar` and, if stored, `mean_flip`, `logvar_flip`: raw, [z, h, w], in the stored type."""
+        """`mean`, `logvar` and, if stored, `mean_flip`, `logvar_flip`: raw, [z, h, w]."""
         try:
             if not self.sidecar.packed:
                 return load_safetensors(self.read(sample, LATENT_MEMBER))

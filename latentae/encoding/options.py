@@ -36,7 +36,8 @@ class EncodeOptions(ImageOptions):
         "Side of the encoded center crop in pixels; defaults to the model's own.", default=None
     )
     buckets: Literal["none", "auto"] = option(
-        "'auto' encodes each image at the nearest of several aspect ratios, about resolution^2 pixels each; 'none' at the square.",
+        "'auto' encodes each image at the nearest of several aspect ratios with about resolution^2 "
+        "pixels; 'none' at the square.",
         default="none",
     )
     batch_size: int = option("Images per batch; halved on out-of-memory.", default=16, ge=1)
@@ -45,7 +46,8 @@ class EncodeOptions(ImageOptions):
     )
     keep_images: bool = option("Also copy the images into the latent shards.", default=False, identity=True)
     workers: int | None = option(
-        "Decoding threads; defaults to one on a CPU and to one per core with a GPU. The output does not depend on it.",
+        "Decoding threads; defaults to one on a CPU and to one per core with a GPU. They do not change "
+        "the output.",
         default=None,
         ge=0,
     )
@@ -59,7 +61,8 @@ class EncodeOptions(ImageOptions):
         "Number of tasks; defaults to WORLD_SIZE, or the size of the SLURM array.", default=None
     )
     format: Literal["latentae", "lightningdit", "edm2", "repa", "mar", "fastdit", "kohya"] = option(
-        "Layout to write: latentae's own, or that of a diffusion trainer (into OUT/FORMAT, from latents in OUT/latents).",
+        "Layout: latentae's own, or that of a diffusion trainer, which is written to OUT/FORMAT from "
+        "latents in OUT/latents.",
         default="latentae",
     )
     engine: Literal["local", "ray"] = option("'ray' spreads the shards over a Ray cluster.", default="local")
@@ -74,7 +77,7 @@ class VerifyOptions:
         "Read every byte: hashes, tars, members, and the values of each latent.", default=False
     )
     _: KW_ONLY
-    shards: Inputs | None = option("Image shards to compare with what was encoded.", default=None)
+    shards: Inputs | None = option("Image shards to compare with the latents.", default=None)
     forget: bool = option(
         "Mark damaged shards as not done, so that encode writes them again.",
         default=True,
@@ -95,7 +98,7 @@ def _split(keys: object) -> object:
 
 @table
 class DecodeOptions:
-    """Decode latents to one picture, below the original images where these were kept."""
+    """Decode latents to one picture, below the original images if stored."""
 
     out: PathLike = argument(_OUT, metavar="LATENTS")
     keys: Annotated[Sequence[str] | None, BeforeValidator(_split)] = argument(
@@ -104,9 +107,7 @@ class DecodeOptions:
         metavar="KEY,KEY...",
     )
     _: KW_ONLY
-    model: PathLike | None = option(
-        "Model of the latents; defaults to the one they were encoded with.", default=None
-    )
+    model: PathLike | None = option("Model of the latents; defaults to the one that encoded.", default=None)
     file: PathLike = option("PNG to write.", default="grid.png", name="out")
     weights: Weights = option("Weights of a run.", default="ema")
     device: Device = option("auto, cpu, cuda or cuda:N.", default="auto")

@@ -1,4 +1,4 @@
-"""The plan of an encoding: shards, their output names and shared settings, the same on every machine."""
+"""The plan of an encoding: shards, their output names and settings, the same on every machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ShardSettings:
     fingerprint: str
     """SHA-256 of everything that changes the latents, see `Sidecar`."""
     buckets: tuple[Bucket, ...]
-    """Sizes (height, width) in pixels to choose from by aspect ratio; without buckets the square."""
+    """Sizes (height, width) in pixels to choose from by aspect ratio, or the square."""
     in_channels: int
     """Channels of the images: 1 (gray), 3 (RGB) or 4 (RGB and alpha)."""
     latent_channels: int
@@ -52,7 +52,7 @@ class Shard:
     """Size of the source."""
 
     def finished(self, store: Store, fingerprint: str) -> Sidecar | None:
-        """The sidecar if the shard is done for the job with this fingerprint and its input is unchanged."""
+        """The sidecar if the shard is done for this job and its input has the same size."""
         sidecar = read_sidecar(store, self.name)
         return sidecar if sidecar is not None and sidecar.is_of(fingerprint, self.bytes) else None
 
@@ -65,7 +65,7 @@ def plan_shards(index: ShardIndex) -> list[Shard]:
 
 
 def plan_digest(shards: Sequence[Shard]) -> str:
-    """Hex digest of names, sizes and sample counts. It does not depend on how the shards were listed."""
+    """Hex digest of names, sizes and sample counts."""
     facts = [[shard.name, shard.bytes, shard.samples] for shard in shards]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -101,7 +101,7 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
         base = names[shard].removesuffix(".tar")  # packed files are named by it
         if base in seen:
             raise ShardError(
-                f"shard {shown(shard)} is given twice, or once with and once without .tar; name each shard once"
+                f"shard {shown(shard)} is given twice, or once with and once without .tar; name it once"
             )
         seen.add(base)
     return names

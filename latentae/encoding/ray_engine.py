@@ -58,8 +58,8 @@ def encode_on_ray(
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise OutputError(
-            f"the Ray workers failed ({lines[-1] if lines else type(error).__name__}); see Ray's logs, then run "
-            "the same command again, which keeps finished shards"
+            f"the Ray workers failed ({lines[-1] if lines else type(error).__name__}); see Ray's logs, then "
+            "run the same command again, which keeps finished shards"
         ) from error
     finally:
         if started:
@@ -88,7 +88,7 @@ def _results(
 
 
 def _workers(ray: Any, gpu: bool, most: int) -> tuple[dict[str, Any], int]:
-    """The resources of one worker, and the number of workers that fit into the cluster, at most `most`."""
+    """The resources of one worker, and the number of workers that fit, at most `most`."""
     there = ray.cluster_resources()
     name, kind, amount = ("num_gpus", "GPU", 1) if gpu else ("num_cpus", "CPU", torch.get_num_threads())
     fit = int(there.get(kind, 0)) // amount

@@ -1,4 +1,4 @@
-"""Index of the samples in latent shards: offsets, sizes, labels and keys, about 50 bytes per sample."""
+"""Index of the samples in latent shards: offsets, labels and keys, about 50 bytes per sample."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> tuple[SampleI
             del small[offset]
     if len(rows) != sidecar.output.samples:
         raise ShardError(
-            f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode again"
+            f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode "
+            "again"
         )
     index = SampleIndex(np.array(rows, _ROW), np.frombuffer(bytes(text), np.uint8))
     for number, layout in enumerate(layouts):

@@ -126,9 +126,10 @@ class _Samples:
             yield "its keys differ from those of its input without the skipped ones"
         for file in self.sidecar.packed:
             if self.rows[file.name] != file.rows:
-                yield f"{file.name} holds {file.rows} latents, {self.rows[file.name]} of them belong to a sample"
+                used = self.rows[file.name]
+                yield f"{file.name} holds {file.rows} latents, {used} of them belong to a sample"
         if len(self.factors) > 1:
-            yield f"its latents are {sorted(self.factors)} times smaller than their images, expected one factor"
+            yield f"its latents are {sorted(self.factors)} times smaller than the images, expected one factor"
         yield from self._statistics()
 
     def _sample(self, sample: Sample) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Encode shards of images to shards of latents, with reading, decoding, encoding and writing overlapped.
+"""Encode shards of images to shards of latents; reading, decoding, encoding and writing overlap.
 
-Batches never cross shards and the last ones are padded, so a shard's bytes depend only on its input,
-the model and the batch size. latent_shard.py describes the content of a shard.
+Batches never cross shards and the last ones are padded, so a shard's bytes depend only on its
+input, the model and the batch size. latent_shard.py describes the content of a shard.
 """
 
 from __future__ import annotations

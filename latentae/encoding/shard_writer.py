@@ -1,4 +1,4 @@
-"""Write latent shards: samples in the order of the input, hashed while they are written, atomically.
+"""Write latent shards atomically: samples in the order of the input, hashed while written.
 
 Latents go into the tar or, packed, into one file per image size next to it. The header of a packed
 file comes first and has the number of latents, so its values are collected in temporary files.
@@ -46,7 +46,7 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  #
 
 
 class Encoded(NamedTuple):
-    """Samples and their latents: mean, logvar[, mean_flip, logvar_flip] [B, z, h, w], in the stored type."""
+    """Samples and their latents in the stored type: mean, logvar[, mean_flip, logvar_flip]."""
 
     samples: list[Source]
     latents: dict[str, Tensor]

@@ -173,7 +173,7 @@ def read_sidecar(store: Store, shard: str, sizes: Mapping[str, int] | None = Non
 
 
 def read_sidecars(store: Store, shards: Sequence[str], sizes: Mapping[str, int]) -> Iterator[Sidecar | None]:
-    """`read_sidecar` of each shard, in order. Keeps a few in memory; reads remote ones in parallel."""
+    """`read_sidecar` of each shard, in order. Reads remote sidecars in parallel."""
     if isinstance(store, LocalStore):
         yield from (read_sidecar(store, shard, sizes) for shard in shards)
         return
@@ -193,6 +193,6 @@ def open_output(out: str | Path) -> tuple[Store, dict[str, Any]]:
     record = store.record()
     if record.get("verb") != "encode" or not isinstance(record.get("inputs"), Mapping):
         raise OutputError(
-            f"{store.shown} was made by latentae {record.get('verb')}; give an output folder of latentae encode"
+            f"{store.shown} was written by latentae {record.get('verb')}; give an output of latentae encode"
         )
     return store, record

@@ -1,4 +1,4 @@
-"""The verb `stats`: per-channel statistics of an output of `encode` and the scaling they suggest."""
+"""The verb `stats`: per-channel statistics of latents and the scaling they suggest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def stats(options: StatsOptions) -> dict[str, Any]:
     """Sum the statistics of all finished shards, from their sidecars.
 
     Returns:
-        `out`, `finished`, `shards` (done), `planned` (all shards, null if unknown), `dtype`, `skipped`
-        (counts by reason), and the fields of LatentStatistics.summary: `samples`, `scaling_factor`,
-        `shift_factor`, `latents_mean`, `latents_std`, ...
+        `out`, `finished`, `shards` (done), `planned` (all shards, null if unknown), `dtype`,
+        `skipped` (counts by reason), and the fields of LatentStatistics.summary: `samples`,
+        `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`, ...
 
     Raises:
         OutputError: `out` is no output of encode, can't be read, or holds shards of several models.

@@ -1,4 +1,4 @@
-"""Output folders on a local disk or on any fsspec file system. A file appears complete or not at all.
+"""Output folders on a local disk or any fsspec file system. Files appear complete or not at all.
 
 On a disk a file gets its name by a rename after fsync. An object store has no rename, but takes a
 file in one piece; any other remote file system gets the file under a temporary name first. Every
@@ -93,7 +93,7 @@ class LocalStore(_Named):
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to. It becomes `name` on success and is removed on any error."""
+        """Yield a local path to write to. It becomes `name`, or is removed on any error."""
         with atomic_file(self.path(name)) as path:
             yield path
 
@@ -147,7 +147,7 @@ class RemoteStore(_Named):
 
     @property
     def _fs(self) -> tuple[Any, str]:
-        """File system and root. fsspec caches one per process and thread; it must not cross a fork."""
+        """File system and root. fsspec caches one per process; it must not cross a fork."""
         try:
             from fsspec.core import url_to_fs
 
@@ -240,7 +240,7 @@ class RemoteStore(_Named):
 
     def _upload(self, data: Path | bytes, name: str, digest: str, size: int) -> None:
         fs, path = self._at(name)
-        # fsspec's asynchronous file systems are object stores, which show a file once it is complete.
+        # fsspec's asynchronous file systems are object stores, which show only complete files.
         first = path if fs.async_impl else f"{path}.{secrets.token_hex(8)}{INCOMPLETE}"
 
         def once() -> None:
@@ -281,7 +281,7 @@ class RemoteStore(_Named):
             raise _DamagedUploadError(f"the upload came back with other bytes ({length} of {size})")
 
     def _try(self, what: str, once: Callable[[], _T], *, missing: bool = True) -> _T | None:
-        """Call `once`, with retries and growing waits. Returns None for a missing file if `missing`."""
+        """Call `once` with retries and growing waits. With `missing`, None for a missing file."""
         tries = 0
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Stages that run in parallel, in order and with bounded queues, and threads that end with their block.
+"""Stages that run in parallel, in order and with bounded queues; threads end with their block.
 
 A stage is a function from an iterator to an iterator. With a `Crew` of threads it runs in parallel
 with the other stages; without threads the same functions run one by one, so the results do not
@@ -87,7 +87,7 @@ class Crew:
         torch.set_num_threads(threads)  # the workers' calls changed the default of later threads
 
     def map(self, function: Callable[[_A], _B], items: Iterator[_A], window: int) -> Iterator[_B]:
-        """`function` of each item, in order, computed by the workers for up to `window` items ahead."""
+        """`function` of each item, in order, computed by workers up to `window` items ahead."""
         if self._pool is None:
             yield from map(function, items)
             return
@@ -115,8 +115,8 @@ class Crew:
     ) -> Iterator[_B]:
         """The results of `consume(items)`. Items are produced here and consumed in another thread.
 
-        The thread is up to `depth` items behind. If producing an item fails, `consume` gets all items
-        before it and then the error, which is raised here once `consume` has ended.
+        The thread is up to `depth` items behind. If producing an item fails, `consume` gets all
+        items before it and then the error, which is raised here once `consume` has ended.
         """
         if not self.workers:
             yield from consume(items)

@@ -1,4 +1,4 @@
-"""The verb `verify`: check that an output of `encode` matches its sidecars, and find what to encode again."""
+"""The verb `verify`: check an output of `encode`, and find the shards to encode again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert paths, Pillow images, arrays and tensors to image tensors and back, as in docs/images.md."""
+"""Paths, Pillow images, arrays and tensors to image tensors and back, as in docs/images.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CONVERTIBLE = (1, 3, 4)  # gray, RGB and RGBA convert to each other
 
 
 def each_image(images: ImageLike | Iterable[ImageLike]) -> Iterator[ImageLike]:
-    """The images of a batch, a list or any other iterable. A single image counts as a list of one."""
+    """The images of a batch, a list or any other iterable. A single image is a list of one."""
     if isinstance(images, (str, Path, Image.Image)):
         return iter([images])
     if isinstance(images, (Tensor, np.ndarray)):
@@ -126,7 +126,8 @@ def _from_float(image: Tensor, channels: int, name: str) -> Tensor:
     low, high = (float(value) for value in image.aminmax())
     if not -_LARGEST <= low <= high <= _LARGEST:
         raise ImageError(
-            f"image {name} has values from {low:g} to {high:g}, expected floats in [-1, 1]; scale it, or give uint8"
+            f"image {name} has values from {low:g} to {high:g}, expected floats in [-1, 1]; scale it, "
+            "or give uint8"
         )
     return image
 
@@ -141,7 +142,8 @@ def check_output(output: str, channels: int) -> None:
         raise RecipeError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}")
     if output == "pil" and channels not in _CONVERTIBLE:
         raise RecipeError(
-            f"the model returns {channels} channels, but Pillow needs 1, 3 or 4; use output='numpy' or 'tensor'"
+            f"the model returns {channels} channels, but Pillow needs 1, 3 or 4; use output='numpy' or "
+            "'tensor'"
         )
 
 

@@ -1,7 +1,7 @@
 """`latentae.pipeline`: images to latents and back.
 
 image            path, Pillow, NumPy or tensor; any size, 1, 3 or 4 channels, 8 or 16 bits
-pixels           [C, H, W] float in [-1, 1], padded by reflection on the right and bottom to multiples of f
+pixels           [C, H, W] float in [-1, 1], padded by reflection to multiples of f
 raw latent       the posterior's mean or a sample, [z, H'/f, W'/f]
 latent           (z - shift) * scale, the input of a diffusion model
 """
@@ -50,14 +50,14 @@ def pipeline(
 
     Args:
         model: run, checkpoint, exported folder, file, or anything else that
-            `AutoencoderKL.from_pretrained` takes; or a model, which is moved to `device` and `dtype`
-            in place.
+            `AutoencoderKL.from_pretrained` takes; or a model, which is moved to `device` and
+            `dtype` in place.
         weights: "ema" or "raw" weights of a run.
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: "fp32", "bf16" or "fp16" (or torch's own) for the network. Latents are always fp32.
-        tiling: of an AutoencoderKL. "auto" uses blended tiles for images of more than `LARGEST_PASS`
-            (2.4 million) pixels, "none" no tiles, "blended" always tiles, "exact" always the slower
-            tiles with the untiled result. See docs/tiling.md.
+        tiling: of an AutoencoderKL. "auto" uses blended tiles for images of more than
+            `LARGEST_PASS` (2.4 million) pixels, "none" no tiles, "blended" always tiles, "exact"
+            always the slower tiles with the untiled result. See docs/tiling.md.
         batch_size: images of one size per pass, fewer if they exceed `LARGEST_PASS` pixels.
         max_pixels: refuse image files with more pixels in their header.
 
@@ -87,9 +87,9 @@ class Normalization:
     def of(cls, config: AutoencoderConfig) -> Normalization:
         """The normalization of a config.
 
-        (z - shift_factor) * scaling_factor, as in SD3 and Flux (with shift_factor 0 also SD and DiT).
-        With latents_mean and latents_std it is (z - latents_mean) * scaling_factor / latents_std, as
-        in SDXL (with scaling_factor 1 also Wan), and shift_factor is ignored.
+        (z - shift_factor) * scaling_factor, as in SD3 and Flux (with shift_factor 0 also SD and
+        DiT). With latents_mean and latents_std it is (z - latents_mean) * scaling_factor /
+        latents_std, as in SDXL (with scaling_factor 1 also Wan), and shift_factor is ignored.
 
         Raises:
             ModelError: mean and std are not one number per channel, or a std is not positive.
@@ -102,7 +102,8 @@ class Normalization:
         if not len(mean) == len(std) == channels or not all(value > 0 for value in std):
             raise ModelError(
                 f"the config has {len(mean)} latents_mean and {len(std)} latents_std (lowest "
-                f"{min(std, default=0.0):g}), expected {channels} of each and each std above 0; correct config.json"
+                f"{min(std, default=0.0):g}), expected {channels} of each and each std above 0; correct "
+                "config.json"
             )
         return cls(torch.tensor(mean).view(-1, 1, 1), scaling / torch.tensor(std).view(-1, 1, 1))
 
@@ -117,7 +118,7 @@ class Normalization:
 
 @dataclass(frozen=True, repr=False)
 class Latents:
-    """One latent per image, in order, and the size of each image before padding, for cropping back."""
+    """One latent per image, in order, and the size of each image before padding."""
 
     tensors: tuple[Tensor, ...]
     """Each [z, h, w] fp32, as a diffusion model takes it."""
@@ -143,7 +144,7 @@ class Latents:
         if len(shapes) != 1:
             found = " and ".join(" x ".join(map(str, shape)) for shape in shapes) or "no latent"
             raise ImageError(
-                f"found {found}, expected latents of one size; resize the images, or use the latents one by one"
+                f"found {found}, expected latents of one size; resize the images, or use latents one by one"
             )
         return torch.stack(self.tensors)
 
@@ -196,10 +197,10 @@ class LatentPipeline:
         """Encode images of any sizes to latents of a diffusion model.
 
         Args:
-            images: one or several: paths, Pillow images, uint8 or uint16 arrays [H, W] or [H, W, C],
-                tensors [C, H, W] (uint8, uint16, or float in [-1, 1]), a batch with one more axis, or
-                a list of these. Channels are converted as in docs/images.md: for a model without
-                alpha, transparent parts become white.
+            images: one or several: paths, Pillow images, uint8 or uint16 arrays [H, W] or [H, W,
+                C], tensors [C, H, W] (uint8, uint16, or float in [-1, 1]), a batch with one more
+                axis, or a list of these. Channels are converted as in docs/images.md: for a model
+                without alpha, transparent parts become white.
             sample: draw from the posterior instead of taking its mean.
             seed: of the draw. Image i gets the noise of (seed, i) for any batch size and device.
 
@@ -237,8 +238,8 @@ class LatentPipeline:
                 sizes.
             sizes: height and width to crop each image to, such as `encode(...).sizes`. By default
                 those of `latents`, or f times the latent's sides.
-            output: "pil", "numpy" (uint8 [H, W, C]), "numpy16" (uint16) or "tensor" (float [C, H, W]
-                in [-1, 1], on the model's device).
+            output: "pil", "numpy" (uint8 [H, W, C]), "numpy16" (uint16) or "tensor" (float [C, H,
+                W] in [-1, 1], on the model's device).
 
         Raises:
             ModelError: a latent has another shape, or the result is not finite.
@@ -296,7 +297,7 @@ class LatentPipeline:
             yield pad_to_multiple(pixels, config.downsampling).to(self._dtype)
 
     def _batches(self, items: Iterable[Tensor], factor: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches of tensors [C, H, W] of one size, with their numbers. Bounds what waits per size."""
+        """Batches of tensors [C, H, W] of one size, with their numbers. Few wait per size."""
         waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for number, item in enumerate(items):
             group = waiting.setdefault(item.shape, [])
@@ -310,7 +311,7 @@ class LatentPipeline:
         channels = self.model.config.latent_channels
         if latent.ndim != 3 or latent.shape[0] != channels or not latent.numel():
             raise ModelError(
-                f"found a latent of shape {list(latent.shape)}, expected [{channels}, h, w], or a batch of these"
+                f"found a latent of shape {list(latent.shape)}, expected [{channels}, h, w] or a batch"
             )
         return latent.to(self._device)
 

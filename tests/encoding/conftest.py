@@ -111,7 +111,7 @@ def kept(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def largest_file(capsys: pytest.CaptureFixture[str]) -> Callable[[int], AbstractContextManager[None]]:
-    """`with largest_file(size):` no file can grow beyond that many bytes, as on a full disk. capsys keeps what is said in memory."""
+    """`with largest_file(size):` limits files to that many bytes, as on a full disk."""
     resource = pytest.importorskip("resource")
 
     @contextmanager

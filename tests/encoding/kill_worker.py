@@ -1,9 +1,9 @@
-"""Encodes in forked children that are killed at random moments, until a run comes to its end; nothing is imported twice.
+"""Encode in forked children that are killed at random moments, until a run completes.
 
     python kill_worker.py MODEL SHARDS FOLDER KILLS        prints one JSON object
 
-Of two children that race for the same output one or both are killed. A kill is drawn to fall anywhere in the time that a whole run
-takes, and some fall into the moments in which files get their names: a child marks those in shared memory.
+If two children race for an output, one or both are killed. Kills fall at any moment of a run, some
+while a file is renamed: children mark those moments in shared memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from latentae.encoding import encode as module
 from latentae.encoding import image_batches, shard_writer
 
 _memory = mmap.mmap(-1, 4096)
-# [0]: committing now; [1]: commits begun. Two racing children may lose each other's counts: they say where kills fall, no more.
+# [0]: renames in progress, [1]: begun. Racing children may lose counts, used only to place kills.
 marks = memoryview(_memory)[:16].cast("i")
 
 
@@ -85,7 +85,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def check_whole(out: Path, whole: dict[str, bytes]) -> int:
-    """What has its name is what the uninterrupted run wrote; returns how many files a killed writer left behind."""
+    """Compare all named files with the complete run; returns the number of temporary files left."""
     left = 0
     for name, data in snapshot(out).items() if out.exists() else ():
         if name.endswith(".incomplete"):
@@ -112,7 +112,7 @@ def kill(model: Path, shards: Path, folder: Path, kills: int, options: dict) -> 
             marks[:] = memoryview(bytes(16)).cast("i")
             children = [spawn(model, shards, out, options) for _ in range(1 + (sum(fell.values()) % 3 == 1))]
             found["races"] += len(children) > 1
-            # a third of the kills wait for a file to get its name, the others for a moment of a run that has half its work done
+            # a third of the kills wait for a rename, the others for a random moment of the run
             after, until = rng.randrange(1, commits), time.perf_counter() + rng.random() * 0.8 * seconds
             at_commit = rng.random() < 1 / 3
             while not ended(children[0]) and (marks[1] < after if at_commit else time.perf_counter() < until):

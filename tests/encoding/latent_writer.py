@@ -1,4 +1,4 @@
-"""A second writer of latent shards, from the description of the layout alone, so that readers are not tested against our own."""
+"""A second writer of latent shards, from the description of the layout, to test readers with."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def write_output(out: Path, shards: dict[str, list[Made]], *, packed=False, fini
 
 
 def pack(store: Store, name: str, samples: list[Made], packed: bool) -> tuple[bytes, list[PackedFile]]:
-    """The tar of a shard, once the files beside it are written: one for each bucket where latents are `packed`."""
+    """The tar of a shard, and with `packed` the files next to it, one per bucket."""
     members: dict[str, bytes] = {}
     stacks: dict[tuple[int, int], list[dict[str, torch.Tensor]]] = {}
     for sample in samples:

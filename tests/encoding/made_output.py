@@ -1,4 +1,4 @@
-"""Outputs of `encode` made by hand from the layout in the handbook, so that what reads them is not tested by what writes them."""
+"""Outputs of `encode` written from the description of the layout, to test readers with."""
 
 from __future__ import annotations
 

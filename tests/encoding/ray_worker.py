@@ -1,6 +1,6 @@
-"""A driver in a process of its own: encode with two Ray workers, one of which is killed over its second shard.
+"""A driver process: encode with two Ray workers, one of which crashes on its second batch.
 
-python ray_worker.py MODEL SHARDS OUT MARK      MARK: a file that the worker leaves before it dies; "" for nobody dies
+python ray_worker.py MODEL SHARDS OUT HOW MARK   HOW: live, die or raise; MARK: file it leaves
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ OPTIONS = {"dtype": "fp32", "batch_size": 4, "device": "cpu"}
 
 
 def test_output_mirrors_input(encoded, kept, photos, read_tar):
-    """Same shards, same keys, same order; captions and unknown members byte for byte; images gone; bare tar headers."""
+    """Same shards, keys and order; other members unchanged; no images; plain tar headers."""
     shards = sorted(photos.glob("*.tar"))
     assert [p.name for p in sorted(encoded.glob("*.tar"))] == [p.name for p in shards]
     for shard in shards:
@@ -48,7 +48,7 @@ def test_output_mirrors_input(encoded, kept, photos, read_tar):
 
 
 def test_latents_are_the_models(encoded, photos, model, read_tar):
-    """Stored moments are those of the model on the described crop, and decode to the model's own reconstruction."""
+    """Stored moments are the model's on the described crop, and decode to its reconstruction."""
     autoencoder = AutoencoderKL.from_pretrained(model)
     images, latents = read_tar(photos / "train-000.tar"), read_tar(encoded / "train-000.tar")
     for name, data in images.items():
@@ -381,7 +381,7 @@ def test_two_workers_on_one_shard_do_no_harm(encoded, model, photos, snapshot, t
 def test_a_disk_that_is_full_is_one_clear_line_and_nothing_is_lost(
     packed, model, photos, snapshot, tmp_path, largest_file
 ):
-    """No file may grow beyond a size: not the record, then not the larger shards, then not the statistics, until all fit."""
+    """No file may exceed a limit: the record, then the shards, then the statistics."""
     encode(model, photos, tmp_path / "whole", packed=packed, **OPTIONS)
     whole, out = snapshot(tmp_path / "whole"), tmp_path / "out"
     sizes = sorted({len(data) for data in whole.values()})

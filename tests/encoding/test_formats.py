@@ -1,4 +1,4 @@
-"""Each layout is read by a re-statement of what its trainer does, written from descriptions of the layouts; no trainer's code is here."""
+"""Each layout is read as its trainer does, from descriptions of the layouts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shards(**options):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Twelve latents of one size with flips, labels and images, in the tar and packed, and what went in, in order."""
+    """Twelve latents with flips, labels and images, in the tar and packed, and their content."""
     made, home = shards(images=True), tmp_path_factory.mktemp("made")
     plain, packed = (write_output(home / name, made, packed=name == "packed") for name in ("plain", "packed"))
     return plain, packed, [one for samples in made.values() for one in samples]
@@ -62,7 +62,7 @@ def assert_standard_normal(noise):
 
 
 class LightningDiT:
-    """Files in the order of their names; a coin chooses latents or latents_flip; normalised by latents_stats.pt."""
+    """Files in the order of names; random choice of latents or latents_flip; normalized."""
 
     def __init__(self, folder):
         self.places = []
@@ -113,7 +113,7 @@ def test_lightningdit(latents, tmp_path, monkeypatch):
 
 
 class Edm2:
-    """A zip or a folder of npy files, sorted by name, with labels from dataset.json; z = mean + std * noise."""
+    """Sorted npy files in a zip or folder, labels from dataset.json; mean + std * noise."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -156,7 +156,7 @@ def test_edm2(latents, tmp_path, folder):
 
 
 class Repa:
-    """Images and features in two folders, each sorted, paired by place; labels by the features' names."""
+    """Images and features in two sorted folders, paired by position; labels by feature name."""
 
     def __init__(self, folder):
         known = {*Image.registered_extensions(), ".npy"}
@@ -193,7 +193,7 @@ def test_repa(latents, tmp_path):
 
 
 def test_mar(latents, tmp_path):
-    """torchvision's DatasetFolder over npz files; a coin chooses moments or moments_flip, which hold mean and log-variance."""
+    """torchvision's DatasetFolder over npz files; random choice of moments or moments_flip."""
     reader = DatasetFolder(
         str(write("mar", latents[0], tmp_path / "out")), loader=np.load, extensions=(".npz",)
     )
@@ -212,7 +212,7 @@ def test_mar(latents, tmp_path):
 
 
 class FastDiT:
-    """Two folders, each listed and sorted; a batch of [B, 1, z, h, w] loses its second axis, as do its labels [B, 1]."""
+    """Two sorted folders; batches [B, 1, z, h, w] and labels [B, 1] lose their second axis."""
 
     def __init__(self, folder):
         self.folders = [Path(folder) / name for name in ("imagenet256_features", "imagenet256_labels")]
@@ -245,7 +245,7 @@ def test_fastdit(latents, tmp_path, scaling):
 
 
 def kohya(image_path, original, bucket, model):
-    """The cache file of an image, whether it is as expected, and what is in it. Sizes are (width, height)."""
+    """The cache file of an image, its validity and content. Sizes are (width, height)."""
     path = Path(os.path.splitext(image_path)[0] + f"_{original[0]:04d}x{original[1]:04d}_{model}.npz")  # noqa: PTH122
     with np.load(path) as file:
         expected = (bucket[1] // 8, bucket[0] // 8)
@@ -349,7 +349,7 @@ def test_unknown_names(latents, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(folders, tmp_path, format, snapshot, monkeypatch):
-    """A disk that is full when so many times the files are flushed or a file is moved; every such moment is tried."""
+    """The disk is full at the n-th flush or move, for every n."""
     folder = folders[0]
     replace, left = Path.replace, 10**9
 
@@ -394,7 +394,8 @@ def start(target):
 children = [start(out) for _ in range(2)]
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 child = start(killed)
-while not Path(killed, "layout.incomplete/done/3").exists() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+DONE = Path(killed, "layout.incomplete/done/3")
+while not DONE.exists() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
     time.sleep(0.0005)
 os.kill(child, signal.SIGKILL)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -1,4 +1,4 @@
-"""What an output survives: kills at any moment, and a second worker at the same work. The moments are chosen in kill_worker.py."""
+"""An output survives kills at any moment and a second worker. See kill_worker.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A class label is a whole number however it is written; anything else is refused where labels are asked for."""
+"""A class label is a whole number in any notation; others are refused when used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray engine, on one worker in this process and on a real cluster of two: its driver has a process of its own, which Ray changes."""
+"""The Ray engine with one worker in this process and on a cluster of two."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_an_error_of_a_worker_ends_the_run_and_the_next_one_goes_on(
 
 
 class FakeRay(types.ModuleType):
-    """As much of Ray as the engine uses, on one worker in this process; `answer` changes what the worker says of a shard."""
+    """The parts of Ray that the engine uses, with one worker here; `answer` changes its results."""
 
     def __init__(self) -> None:
         super().__init__("ray")

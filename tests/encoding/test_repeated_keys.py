@@ -1,4 +1,4 @@
-"""Shards may repeat keys: where a file is named after a key that is refused before the work, elsewhere every sample counts."""
+"""Repeated keys are refused where files are named after keys; elsewhere every sample counts."""
 
 from __future__ import annotations
 

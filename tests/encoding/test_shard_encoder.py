@@ -110,7 +110,7 @@ def test_buckets_flips_and_order(model, wide, read_tar, tmp_path):
         expected |= dict(zip(("mean_flip", "logvar_flip"), encoder(crop.flip(3)), strict=True))
         assert latents.keys() == expected.keys()
         for name, value in expected.items():
-            # fp32 convolutions and norms over 36864 pixels: another batch or number of threads sums in another order
+            # fp32 sums depend on the batch and the number of threads
             torch.testing.assert_close(latents[name], value[0], rtol=1e-4, atol=1e-4)
     assert len(used) >= 3
     assert summary["samples"] == 23

@@ -170,7 +170,8 @@ def test_statistics_of_the_output(made: Made) -> None:
     }.items():
         made.replace("statistics.json", json.dumps({**found, name: value}).encode())
         assert problems(made) == [
-            "statistics.json is missing, damaged or not the sum of the sidecars; run the same encode command again"
+            "statistics.json is missing, damaged or not the sum of the sidecars; "
+            "run the same encode command again"
         ]
     made.store.remove("statistics.json")
     assert len(problems(made)) == 1
@@ -182,7 +183,7 @@ def test_a_shard_of_another_job_and_what_is_no_output(made: Made, tmp_path: Path
     with pytest.raises(OutputError, match="damaged or not of latentae"):
         verify(tmp_path)
     (tmp_path / "latentae.json").write_text('{"format_version": 1, "verb": "train", "inputs": {}}')
-    with pytest.raises(OutputError, match="was made by latentae train"):
+    with pytest.raises(OutputError, match="was written by latentae train"):
         verify(tmp_path)
     write_sidecar(made.store, made.sidecars["a.tar"].model_copy(update={"fingerprint": "e" * 64}))
     assert problems(made)[0].startswith("a.tar: it is of another job than most shards here")
@@ -347,7 +348,7 @@ def test_keys_of_the_input(tmp_path: Path) -> None:
 
 
 def test_encoding_to_storage_that_fails(kept: Path, model: Path, photos: Path, monkeypatch) -> None:
-    """Uploads die now and then, one in the middle of a file, one for good: what is left is whole, and the rest is made later."""
+    """Uploads fail: some once, one half-written, one for good. Nothing incomplete is left."""
     url = f"memory://{uuid.uuid4().hex}/out"
     options = {
         "dtype": "fp32",

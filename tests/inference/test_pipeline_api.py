@@ -1,4 +1,4 @@
-"""`latentae.pipeline`: what comes in, what comes out, and that sizes, batches and tiles change neither."""
+"""`latentae.pipeline`: inputs, outputs, and independence of sizes, batches and tiles."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_sample_has_the_posteriors_spread_and_its_own_seed(model, pipe):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_are_converted_as_files_are(channels, tmp_path):
-    """Between gray, gray with alpha, RGB and RGBA, in 8 and 16 bits: the latent of the array is that of the file."""
+    """Gray, gray with alpha, RGB and RGBA, 8 and 16 bits: arrays and files give the same latent."""
     pipe = latentae.pipeline(build(in_channels=channels, out_channels=channels))
     gray, colour = photo(8, 8, 1)[..., 0], photo(8, 8, 4)
     pictures = {

@@ -62,17 +62,17 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
         format: one of FORMATS.
         latents: the output of `encode`, a folder or an fsspec URL.
         out: a local folder, empty or of the same job.
-        options: of the format: `seed` of the noise (lightningdit, fastdit, kohya), `scaling` (fastdit;
-            defaults to the latents' scaling factor), `folder` (edm2; a folder instead of a zip),
-            `model` (kohya; "sd" or "sdxl", the suffix of its file names).
+        options: of the format: `seed` of the noise (lightningdit, fastdit, kohya), `scaling`
+            (fastdit; defaults to the latents' scaling factor), `folder` (edm2; a folder instead of
+            a zip), `model` (kohya; "sd" or "sdxl", the suffix of its file names).
 
     Returns:
         The path for the trainer: `out`, or for edm2 the zip in it.
 
     Raises:
         RecipeError: an unknown format or option.
-        OutputError: the latents do not fit the format (several sizes, no flips, no images, for kohya
-            repeated keys or too long file names), or `out` holds something else.
+        OutputError: the latents do not fit the format (several sizes, no flips, no images, for
+            kohya repeated keys or too long file names), or `out` holds something else.
         DataError: the format needs class labels and some samples have none.
         ShardError: a latent shard is damaged.
     """
@@ -127,8 +127,8 @@ def _check(name: str, dataset: LatentDataset) -> None:
         )
     if needs.labels and len(missing := np.flatnonzero(dataset.labels < 0)):
         raise DataError(
-            f"{name} needs a class label for each sample; {len(missing)} of {len(dataset)} have none, the first "
-            f"is {dataset.keys[int(missing[0])]!r}; {MISSING_LABELS}"
+            f"{name} needs a class label for each sample; {len(missing)} of {len(dataset)} have none, the "
+            f"first is {dataset.keys[int(missing[0])]!r}; {MISSING_LABELS}"
         )
     if needs.images and dataset.meta(0)[JSON_MEMBER]["source"] not in dataset.members(0):
         raise OutputError(

@@ -3,7 +3,7 @@
     00000/img-mean-std-00000000.npy   [2z, h, w] fp32: mean, then std
     dataset.json                      {"labels": [[path, label], ...]}
 
-EDM2's own autoencoder takes images in [0, 1], ours [-1, 1]: decode samples with the model that encoded.
+EDM2's own autoencoder takes images in [0, 1], ours [-1, 1]: decode samples with the same model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """kohya's sd-scripts: the latent cache next to each image, for SD and SDXL.
 
     NAME_WWWWxHHHH_sd.npz     latents [z, h, w] fp32 (drawn, raw), original_size (w, h), crop_ltrb;
-                              latents_flipped if stored. WWWWxHHHH is the size of the original image,
+                              latents_flipped if stored. WWWWxHHHH is the original image size,
                               the suffix is _sd or _sdxl
     NAME.jpg, NAME.txt ...    the image if stored, and its caption
 

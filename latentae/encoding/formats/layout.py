@@ -1,4 +1,4 @@
-"""The files of a trainer's layout: written shard by shard into a temporary folder, then published."""
+"""The files of a trainer's layout: written to a temporary folder shard by shard, then published."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Layout:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def shards(self) -> Iterator[range]:
-        """The sample indices of each shard not yet written. Requesting the next marks it as written."""
+        """The sample indices of each shard not yet written. The next request marks it written."""
         ranges = self._dataset.shard_ranges
         marks = [self._done / str(number) for number in range(len(ranges))]
         todo = [(rows, mark) for rows, mark in zip(ranges, marks, strict=True) if not mark.exists()]
@@ -99,8 +99,8 @@ class Layout:
             yield
         except OSError as error:
             raise OutputError(
-                f"could not write {self._out}: {error.strerror or error}; {write_advice(error.errno)}; the same "
-                "command resumes"
+                f"could not write {self._out}: {error.strerror or error}; {write_advice(error.errno)}; the "
+                "same command resumes"
             ) from error
 
 

@@ -1,7 +1,7 @@
 """LightningDiT: safetensors of up to 10,000 samples, drawn and raw, and statistics of all data.
 
     latents_rankRR_shardSSS.safetensors   latents, latents_flip [n, z, h, w] fp32; labels [n] int64
-    latents_stats.pt                      mean, std [1, z, 1, 1] fp32, for the trainer's normalization
+    latents_stats.pt                      mean, std [1, z, 1, 1] fp32, for normalization
 
 The reader picks latents or latents_flip at random and reads files in the order of their names.
 """

@@ -1,4 +1,4 @@
-"""MAR: mean and log-variance (not standard deviation) of each image and its flip, one folder per class.
+"""MAR: mean and log-variance (not standard deviation) of images and flips, one folder per class.
 
     00007/00000000.npz   moments, moments_flip [2z, h, w] fp32: mean, then logvar
 
@@ -27,8 +27,9 @@ def check(dataset: LatentDataset, out: Path, options: dict[str, Any]) -> None:
     gap = next((number for number, label in enumerate(classes) if number != label), None)
     if gap is not None:
         raise DataError(
-            f"mar numbers classes by the order of their folders, but class {gap} has no sample ({len(classes)} "
-            f"classes up to {classes[-1]}), which would shift the labels; number classes from 0 without gaps"
+            f"mar numbers classes by the order of their folders, but class {gap} has no sample "
+            f"({len(classes)} classes up to {classes[-1]}), which would shift the labels; "
+            "number classes from 0 without gaps"
         )
 
 

@@ -2,7 +2,7 @@
 
 images/00000/img00000000.png   the encoded crop, for the features that REPA aligns to
 vae-sd/00000/img00000000.npy   [2z, h, w] fp32: mean, then std
-.../dataset.json               {"labels": [[path, label], ...]} in both folders; the reader uses vae-sd's
+.../dataset.json               {"labels": [[path, label], ...]} in both folders
 """
 
 from __future__ import annotations
