@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 
 from latentae.data.sources import read_range, shown, size_of
-from latentae.data.tars import Reader, group, walk
+from latentae.data.tars import Member, Reader, walk_samples
 from latentae.errors import DataError
 
 __all__ = ["CLASS_NUMBERS", "MAX_LABEL_BYTES", "MISSING_LABELS", "has_label", "label_of"]
@@ -63,17 +64,13 @@ def has_label(shards: Iterable[str]) -> bool:
         DataError: the label is no class number.
     """
     for path in shards:
+        reader = Reader(partial(read_range, path), size_of(path), chunk=1 << 13)
 
-        def fetch(start: int, stop: int, path: str = path) -> bytes:
-            return read_range(path, start, stop)
+        def take(member: Member, reader: Reader = reader) -> bytes | None:
+            wanted = member.name.lower().endswith((".cls", ".json")) and member.size <= MAX_LABEL_BYTES
+            return reader.take(member.size) if wanted else None
 
-        reader = Reader(fetch, size_of(path), chunk=1 << 13)
-        for sample in group(walk(reader, shown(path)), lambda problem: None):
-            texts = {
-                extension: fetch(offset, offset + size)
-                for extension, offset, size in sample.members
-                if extension in ("cls", "json") and size <= MAX_LABEL_BYTES
-            }
+        for sample, texts in walk_samples(reader, shown(path), take, lambda problem: None):
             try:
                 return label_of(texts.get("cls"), texts.get("json")) is not None
             except ValueError as error:

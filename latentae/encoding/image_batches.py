@@ -14,7 +14,7 @@ from latentae.data.decode import decode_sample, image_extension
 from latentae.data.selection import Bucket, assign_buckets
 from latentae.data.shard_files import RawSample
 from latentae.data.sources import ByteStream, shown, size_of, stream
-from latentae.data.tars import Member, Problem, Reader, group, walk
+from latentae.data.tars import Member, Problem, Reader, walk_samples
 from latentae.data.transforms import crop_to_bucket
 from latentae.encoding.latent_shard import JSON_MEMBER, LATENT_MEMBER
 from latentae.encoding.plan import Shard, ShardSettings
@@ -97,20 +97,13 @@ def _read(shard: Shard) -> Iterator[Input]:
     yield replace(shard, bytes=size)
     with stream(source) as file:
         reader = Reader(lambda start, stop: _exactly(file, stop - start, name), size, observe=digest.update)
-        data: dict[int, bytes] = {}
 
-        def members() -> Iterator[Member]:
-            for member in walk(reader, name):
-                if member.kind == "file":
-                    data[member.offset] = reader.take(member.size)
-                yield member
+        def take(member: Member) -> bytes | None:
+            return reader.take(member.size) if member.kind == "file" else None
 
-        for count, sample in enumerate(group(members(), lambda problem: _refuse(name, problem)), start=1):
-            raw: RawSample = {"__key__": sample.key, "__url__": name}
-            raw.update((extension, data[offset]) for extension, offset, _ in sample.members)
-            for offset in [offset for offset in data if offset < sample.end]:
-                del data[offset]
-            yield Undecoded(count - 1, raw)
+        for sample, members in walk_samples(reader, name, take, lambda problem: _refuse(name, problem)):
+            yield Undecoded(count, {"__key__": sample.key, "__url__": name, **members})
+            count += 1
     yield ShardFile(samples=count, bytes=size, sha256=digest.hexdigest())
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from latentae.data.sources import is_remote, read_range, shown, size_of
-from latentae.data.tars import Member, Problem, Reader, Sample, group, walk
+from latentae.data.tars import Member, Problem, Reader, Sample, walk_samples
 from latentae.encoding.class_labels import MAX_LABEL_BYTES, label_of
 from latentae.encoding.latent_shard import JSON_MEMBER, LATENT_MEMBER, bucket_of
 from latentae.encoding.sidecar import Sidecar
@@ -93,22 +93,17 @@ def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> tuple[SampleI
     layouts = [_layout(address(file.name), file.rows) for file in sidecar.packed]
     chunk = 1 << 22 if is_remote(path) else 1 << 13
     reader = Reader(lambda start, stop: read_range(path, start, stop), size_of(path), chunk=chunk)
-    small: dict[int, bytes] = {}  # JSON and labels by offset, read along with the headers
 
-    def members() -> Iterator[Member]:
-        for member in walk(reader, shown(path)):
-            wanted = member.kind == "file" and member.name.lower().endswith((".json", ".cls"))
-            if wanted and member.size <= MAX_LABEL_BYTES:
-                small[member.offset] = reader.take(member.size)
-            yield member
+    def take(member: Member) -> bytes | None:
+        """Read JSON and labels along with the headers."""
+        wanted = member.kind == "file" and member.name.lower().endswith((".json", ".cls"))
+        return reader.take(member.size) if wanted and member.size <= MAX_LABEL_BYTES else None
 
     rows: list[tuple[int, ...]] = []
     text = bytearray()
-    for sample in group(members(), lambda problem: _refuse(path, problem)):
+    for sample, texts in walk_samples(reader, shown(path), take, lambda problem: _refuse(path, problem)):
         text += sample.key.encode("utf-8", "surrogateescape")
-        rows.append(_row(path, sample, small, layouts, len(text)))
-        for offset in [offset for offset in small if offset < sample.end]:
-            del small[offset]
+        rows.append(_row(path, sample, texts, layouts, len(text)))
     if len(rows) != sidecar.output.samples:
         raise ShardError(
             f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode "
@@ -125,11 +120,10 @@ def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> tuple[SampleI
 
 
 def _row(
-    path: str, sample: Sample, small: dict[int, bytes], layouts: Sequence[PackedLayout], key_end: int
+    path: str, sample: Sample, texts: dict[str, bytes], layouts: Sequence[PackedLayout], key_end: int
 ) -> tuple[int, ...]:
     """The numbers of one sample, in the order of `_ROW`."""
     there = {extension: (offset, size) for extension, offset, size in sample.members}
-    texts = {extension: small.get(offset, b"") for extension, (offset, _) in there.items()}
     try:
         info = json.loads(texts[JSON_MEMBER])
         height, width = bucket_of(info)

@@ -205,9 +205,9 @@ def test_damage_is_redone(encoded, model, photos, snapshot, tmp_path):
         ({"compute_dtype": "bf16"}, "compute was 'fp32' and is now 'bf16'"),
         ({"resolution": 64}, "resolution was 32 and is now 64"),
         ({"keep_images": True}, "keep_images"),
-        ({"flip": True}, "flip is False"),
-        ({"packed": True}, "packed is"),
-        ({"buckets": "auto", "resolution": 64}, "resolution is"),
+        ({"flip": True}, "flip was False"),
+        ({"packed": True}, "packed was"),
+        ({"buckets": "auto", "resolution": 64}, "resolution was"),
     ],
 )
 def test_another_job_into_the_same_output_is_refused(change, named, encoded, model, photos, snapshot):
