@@ -440,5 +440,5 @@ def _read_statistics(store: Store) -> dict[str, Any]:
         return json.loads(store.read(STATISTICS) or b"")
     except ValueError as error:
         raise OutputError(
-            f"could not read {store.show(STATISTICS)} ({error}); run the same encode command to restore it"
+            f"could not read {store.show(STATISTICS)} ({error}); run the same encode command again"
         ) from error

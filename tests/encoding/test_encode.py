@@ -287,7 +287,7 @@ def test_latent_shards_are_no_input_and_images_no_output(kept, model, tmp_path):
     shutil.copy2(kept / "train-000.tar", tmp_path / "in")
     with pytest.raises(ShardError, match="already holds a latent"):
         encode(model, tmp_path / "in", tmp_path / "out", **OPTIONS)
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="already contains"):
         encode(model, tmp_path / "in", tmp_path / "in", **OPTIONS)
     assert (tmp_path / "in/train-000.tar").read_bytes() == (kept / "train-000.tar").read_bytes()
 

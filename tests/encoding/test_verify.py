@@ -282,7 +282,7 @@ def test_samples_that_are_wrong_from_the_start(
     ("tar", "problem"),
     [
         (b"", "is an empty file"),
-        (b"x" * 1024, "is not a whole, uncompressed tar"),
+        (b"x" * 1024, "is not a complete, uncompressed tar"),
         (tar_bytes({}), "it holds 0 samples, expected 1"),
         (tar_bytes({"k.latent.json": b"{}"})[:-9728], "damaged"),
         (tar_bytes({"k.txt": b"", "l.txt": b"", "k.json": b"{}"}), "holds 'k', which does not belong there"),
