@@ -38,8 +38,7 @@ from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import PRESETS, preset
 from latentae.models.tiling import Tiled
-from latentae.models.tiling.blended import Tiles
-from latentae.models.tiling.statistics import samples
+from latentae.models.tiling.blended import Tiles, samples
 from latentae.models.tiling.steps import change, encoder_steps, split_encoder
 
 PHOTOS = ("retina.jpg", "hubble_deep_field.jpg", "astronaut.png", "coffee.png")  # inside scikit-image

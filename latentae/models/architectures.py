@@ -1,4 +1,4 @@
-"""Every architecture. A new one is a module with its class, its config in config.py, and one line here."""
+"""All architectures. A new one needs a module with its class, a config and one line here."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ ARCHITECTURES: dict[type[AutoencoderConfig], type[Autoencoder]] = {
 
 
 def build(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder of this shape, with the weights its class starts with."""
+    """An autoencoder of this shape with initial weights."""
     network: Any = ARCHITECTURES[type(config)]
     return network(config)

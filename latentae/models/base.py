@@ -1,4 +1,4 @@
-"""The pass that all autoencoders share: encode, sample the posterior, transform the latent, decode."""
+"""The forward pass of all autoencoders: encode, sample, transform the latent, decode."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class AutoencoderOutput:
     decoded: Tensor
     """[B, z, h, w], the decoder's input."""
     leaf: Tensor | None = None
-    """Where the decoder's graph ends with `cut_latent`. The decoder's backward pass leaves its gradient here;
-    `latent.backward(leaf.grad)` continues through the encoder. None if nothing before the latent is trained."""
+    """With `cut_latent`: the end of the decoder's graph, where its backward pass leaves a gradient.
+    `latent.backward(leaf.grad)` continues through the encoder. None if nothing before the latent is
+    trained."""
     decoder_features: Tensor | None = None
     """With `keep_features`: the detached input of the decoder's last normalization."""
     encoder_features: Tensor | None = None
@@ -42,13 +43,13 @@ class AutoencoderOutput:
 class Autoencoder(nn.Module, ABC):
     """An encoder, a Gaussian bottleneck and a decoder.
 
-    Images are float in [-1, 1], [B, C, H, W], with H and W multiples of `config.downsampling`. Latents are
-    unscaled: the pipeline that uses them scales them.
+    Images are float in [-1, 1], [B, C, H, W], with H and W multiples of `config.downsampling`.
+    Latents are unscaled: the pipeline that uses them scales them.
 
     Attributes:
         config: the shape.
-        gradient_checkpointing: whether training stores only the input of each block and recomputes the rest.
-            Outputs and gradients stay the same. Models without blocks ignore it.
+        gradient_checkpointing: whether training stores only the input of each block and recomputes
+            the rest. Outputs and gradients stay the same. Models without blocks ignore it.
     """
 
     config: Any
@@ -92,13 +93,15 @@ class Autoencoder(nn.Module, ABC):
 
         Args:
             x: images [B, C, H, W] in [-1, 1].
-            noise: standard normal [B, z, H/f, W/f] for the sample; torch's generator draws it by default.
+            noise: standard normal [B, z, H/f, W/f] for the sample; torch's generator draws it by
+                default.
             sample_posterior: whether to sample or take the mean.
-            latent_transform: [B, z, h, w] -> [B, z, h', w'], applied to the latent before it is decoded
-                (noise, a mask, a rotation).
-            also_decode: [B, z, h, w] -> [B, z, h', w'], a second input of the decoder in the same pass.
-            cut_latent: end the decoder's graph at a leaf, so that the gradient at the latent can be read
-                and changed.
+            latent_transform: [B, z, h, w] -> [B, z, h', w'], applied to the latent before it is
+                decoded (noise, a mask, a rotation).
+            also_decode: [B, z, h, w] -> [B, z, h', w'], a second input of the decoder in the same
+                pass.
+            cut_latent: end the decoder's graph at a leaf, so that the gradient at the latent can be
+                read and changed.
             keep_features: also return the inputs of the last normalizations.
         """
         self.check_image(x)
@@ -115,10 +118,10 @@ class Autoencoder(nn.Module, ABC):
         )
 
     def compile_coders(self, **options: Any) -> None:
-        """`torch.compile` encoder and decoder in place, each by itself; state-dict keys stay the same.
+        """`torch.compile` encoder and decoder separately; state-dict keys stay the same.
 
-        One graph for both could not be differentiated in two parts, as `cut_latent` needs. `torch.compile`
-        has no second derivatives (R1 on the reconstruction, Jacobian penalties).
+        One graph for both could not be differentiated in two parts, as `cut_latent` needs.
+        `torch.compile` has no second derivatives (R1 on the reconstruction, Jacobian penalties).
 
         Args:
             **options: of `torch.compile`.
@@ -138,7 +141,8 @@ class Autoencoder(nn.Module, ABC):
         height, width = x.shape[2:]
         if height % f or width % f or not height or not width:
             raise ImageError(
-                f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or resize it"
+                f"image is {height} x {width}, expected sides that are multiples of {f}; crop, pad or "
+                "resize it"
             )
 
     def check_latent(self, z: Tensor) -> None:
@@ -152,7 +156,7 @@ class Autoencoder(nn.Module, ABC):
             raise ModelError(f"latent has shape {tuple(z.shape)}, expected [B, {channels}, h, w]")
 
     def _run(self, coder: nn.Module, x: Tensor, keep_features: bool) -> tuple[Tensor, Tensor | None]:
-        """The output of encoder or decoder, and with `keep_features` the input of its last normalization.
+        """The output of a coder, and with `keep_features` the input of its last normalization.
 
         Without extras a coder is called with one tensor, so that users can replace or hook it.
         """
@@ -171,14 +175,15 @@ class Autoencoder(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, weights: str = "ema") -> Self:
-        """Load a diffusers folder, a run, a checkpoint, a repository on the Hub, or a file of weights.
+        """Load a diffusers folder, a run, a checkpoint, a Hub repository, or a file of weights.
 
         Args:
             path: folder, file or `owner/name`.
             weights: "ema" or "raw"; only runs and checkpoints have both.
 
         Raises:
-            ModelError: none of these, weights that do not fit the config, or a model of another class.
+            ModelError: none of these, weights that do not fit the config, or a model of another
+                class.
         """
         from latentae.models.pretrained import load_model
 
@@ -188,7 +193,7 @@ class Autoencoder(nn.Module, ABC):
         return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `diffusion_pytorch_model.safetensors`, which diffusers loads unchanged."""
+        """Write diffusers' `config.json` and `diffusion_pytorch_model.safetensors`."""
         from latentae.models.pretrained import save_model
 
         save_model(self, folder, dtype)

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Block(nn.Module, ABC):
-    """A block with a tensor as input and output. Inside a chain it leaves its last additions pending."""
+    """A block of tensors. In a chain it leaves its last additions pending."""
 
     @abstractmethod
     def step(self, x: Pending) -> Pending:
@@ -48,7 +48,7 @@ class Chain(Block):
         """The blocks in the order in which they run."""
 
     def step(self, x: Pending, checkpointing: bool = False) -> Pending:
-        """Run the blocks; the last additions stay pending. `checkpointing` stores only their inputs."""
+        """Run the blocks; `checkpointing` stores only their inputs."""
         for block in self.blocks():
             x = run_block(block, x, checkpointing)
         return x
@@ -58,8 +58,8 @@ def run_block(block: nn.Module, x: Pending, checkpointing: bool = False) -> Pend
     """Run a block, or every block of a chain, with the least memory that its gradient needs.
 
     A frozen block with frozen input runs as in inference: no graph, additions in place. With
-    `checkpointing` the other blocks keep only their input (Chen et al. 2016, "Training Deep Nets with
-    Sublinear Memory Cost"). A block that is replaced or hooked is called as a module.
+    `checkpointing` the other blocks keep only their input (Chen et al. 2016, "Training Deep Nets
+    with Sublinear Memory Cost"). A block that is replaced or hooked is called as a module.
     """
     own = type(block).forward is Block.forward and _is_quiet(block)
     if own and isinstance(block, Chain):
@@ -78,12 +78,12 @@ def _called(block: nn.Module) -> Callable[[Pending], Pending]:
 
 
 def _is_quiet(module: nn.Module) -> bool:
-    """Whether nothing depends on a call: no hooks, and no export, which names operators by module calls."""
+    """Whether a call may be skipped: no hooks, and no export, which names operators by calls."""
     return is_unhooked(module) and not torch.compiler.is_exporting()
 
 
 def _is_frozen(block: nn.Module) -> bool:
-    """Whether nothing in a block is trained. A hook may add a tensor that is, so hooked blocks are not frozen."""
+    """Whether nothing in a block is trained; a hook may add a tensor that is."""
     trained = any(parameter.requires_grad for parameter in block.parameters())
     return not trained and all(is_unhooked(module) for module in block.modules())
 
@@ -91,8 +91,8 @@ def _is_frozen(block: nn.Module) -> bool:
 def recomputed(step: Callable[[Pending], Pending], x: Pending) -> Pending:
     """`step(x)`, run again in the backward pass instead of stored.
 
-    Pending additions are computed first, because one sum takes less memory than its parts. No block draws
-    random numbers, so no generator state is kept.
+    Pending additions are computed first, because one sum takes less memory than its parts. No block
+    draws random numbers, so no generator state is kept.
     """
 
     def plain(value: Tensor) -> tuple[Tensor | None, ...]:
@@ -107,7 +107,7 @@ def group_norm(groups: int, channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(Block):
-    """Two norm-activation-convolution steps around a skip, with a 1x1 convolution if the width changes."""
+    """Two norm-activation-convolution steps around a skip; a 1x1 convolution changes its width."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Attention(Block):
 
 
 class Downsample(Block):
-    """A strided convolution that halves height and width, padded at the right and bottom only, as in LDM."""
+    """A convolution that halves height and width, padded only at right and bottom, as in LDM."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class MidBlock(Chain):
 
 
 class Level(Chain):
-    """Residual blocks at one resolution, each followed by optional attention, then a change of resolution.
+    """Residual blocks with optional attention at one resolution, then a change of resolution.
 
     [B, C_in, H, W] -> [B, C_out, H', W'].
 

@@ -1,4 +1,4 @@
-"""Shapes of autoencoders: what a `config.json` holds, under diffusers' own keys where it has the class."""
+"""Shapes of autoencoders: the content of `config.json`, with diffusers' keys."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ __all__ = [
 ChannelsIn = Annotated[int, Field(ge=1, description="Image channels in.")]
 ChannelsOut = Annotated[int, Field(ge=1, description="Image channels out.")]
 LatentChannels = Annotated[int, Field(ge=1, description="Channels of the latent, z.")]
-SampleSize = Annotated[
-    int | tuple[int, ...], Field(description="Image side in pixels of the model; diffusers' tile size.")
-]
+SampleSize = Annotated[int | tuple[int, ...], Field(description="Image side; diffusers' tile size.")]
 ScalingFactor = Annotated[float, Field(gt=0, description="Factor of latents for a diffusion model.")]
 ShiftFactor = Annotated[float, Field(description="Subtracted from latents before scaling.")]
 
+Counts = tuple[int, ...]
+Widths = Annotated[Counts, Field(min_length=1, description="Channels of each level, fine to coarse.")]
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
 DOWN, UP = get_args(DownBlock), get_args(UpBlock)
@@ -76,8 +76,8 @@ class AutoencoderConfig(BaseModel, ABC):
     def from_values(cls, values: Mapping[str, Any], path: str | Path) -> Self:
         """Check the content of a `config.json`.
 
-        Keys that start with `_` are diffusers' notes and are ignored. Unknown keys with the value null
-        are logged and ignored: a newer diffusers writes them for options that are not used.
+        Keys that start with `_` are diffusers' notes and are ignored. Unknown keys with the value
+        null are logged and ignored: a newer diffusers writes them for options that are not used.
 
         Raises:
             ModelError: another class, or an unknown key or value; the message names `path`.
@@ -92,7 +92,8 @@ class AutoencoderConfig(BaseModel, ABC):
         """Read a diffusers `config.json`.
 
         Raises:
-            ModelError: the file is missing, damaged or of another class, or has an unknown key or value.
+            ModelError: the file is missing, damaged or of another class, or has an unknown key or
+                value.
         """
         return cls.from_values(read_config_values(path), path)
 
@@ -124,8 +125,8 @@ def _known_values(
     if used:
         version = values.get("_diffusers_version", "of unknown version")
         raise ModelError(
-            f"{path} has {some(used)}, which {name} does not know here (written by diffusers {version}); update "
-            "latentae, or delete the key if its value is the default there"
+            f"{path} has {some(used)}, which {name} does not know here (written by diffusers {version}); "
+            "update latentae, or delete the key if its value is the default there"
         )
     if new:
         note(f"{path}: ignored {some(new)}, unknown here and null")
@@ -154,7 +155,8 @@ def read_config(path: str | Path) -> AutoencoderConfig:
     """The config in a `config.json`, of the class that it names; AutoencoderKL if it names none.
 
     Raises:
-        ModelError: the file is missing, damaged or of an unknown class, or has an unknown key or value.
+        ModelError: the file is missing, damaged or of an unknown class, or has an unknown key or
+            value.
     """
     values = read_config_values(path)
     name = values.get("_class_name", AutoencoderKLConfig.class_name)
@@ -167,44 +169,36 @@ def read_config(path: str | Path) -> AutoencoderConfig:
 
 
 class AutoencoderKLConfig(AutoencoderConfig):
-    """Every key of a diffusers AutoencoderKL `config.json`, with the same names, meanings and defaults."""
+    """Every key of a diffusers AutoencoderKL config, with the same meaning and default."""
 
     class_name = "AutoencoderKL"
 
     in_channels: ChannelsIn = 3
     out_channels: ChannelsOut = 3
     down_block_types: tuple[DownBlock, ...] = Field(
-        default=("DownEncoderBlock2D",), description="Encoder levels, from fine to coarse."
+        default=("DownEncoderBlock2D",), description="Encoder levels, fine to coarse."
     )
     up_block_types: tuple[UpBlock, ...] = Field(
-        default=("UpDecoderBlock2D",), description="Decoder levels, from coarse to fine."
+        default=("UpDecoderBlock2D",), description="Decoder levels, coarse to fine."
     )
-    block_out_channels: tuple[int, ...] = Field(
-        default=(64,), description="Channels of each level, from fine to coarse."
-    )
+    block_out_channels: Widths = (64,)
     layers_per_block: int = Field(
-        default=1, ge=1, description="Residual blocks per encoder level; a decoder level has one more."
+        default=1, ge=1, description="Blocks per encoder level; decoder levels have one more."
     )
-    act_fn: Literal["silu", "swish"] = Field(
-        default="silu", description="Activation; this family has only SiLU."
-    )
+    act_fn: Literal["silu", "swish"] = Field(default="silu", description="Activation: only SiLU.")
     latent_channels: LatentChannels = 4
     norm_num_groups: int = Field(default=32, ge=1, description="Groups of every GroupNorm.")
     sample_size: SampleSize = 256
     scaling_factor: ScalingFactor = 0.18215
     shift_factor: Annotated[ShiftFactor, BeforeValidator(lambda value: 0.0 if value is None else value)] = 0.0
-    latents_mean: tuple[float, ...] | None = Field(default=None, description="Mean of each latent channel.")
-    latents_std: tuple[float, ...] | None = Field(
-        default=None, description="Standard deviation of each latent channel."
-    )
+    latents_mean: tuple[float, ...] | None = Field(default=None, description="Mean per latent channel.")
+    latents_std: tuple[float, ...] | None = Field(default=None, description="Deviation per latent channel.")
     force_upcast: Annotated[bool, BeforeValidator(lambda value: True if value is None else value)] = Field(
         default=True, description="Pipelines run the model in fp32 even when the rest is fp16."
     )
     use_quant_conv: bool = Field(default=True, description="A 1x1 convolution after the encoder.")
     use_post_quant_conv: bool = Field(default=True, description="A 1x1 convolution before the decoder.")
-    mid_block_add_attention: bool = Field(
-        default=True, description="One attention layer in the middle of encoder and decoder."
-    )
+    mid_block_add_attention: bool = Field(default=True, description="Attention in the middle blocks.")
 
     @model_validator(mode="after")
     def _consistent(self) -> AutoencoderKLConfig:
@@ -229,7 +223,7 @@ class AutoencoderKLConfig(AutoencoderConfig):
 
 
 class LinearAutoencoderConfig(AutoencoderConfig):
-    """The shape of a linear autoencoder. diffusers has no such class; shared keys keep its names."""
+    """The shape of a linear autoencoder, a class that diffusers does not have."""
 
     class_name = "LinearAutoencoder"
 
@@ -246,8 +240,8 @@ class LinearAutoencoderConfig(AutoencoderConfig):
     def _consistent(self) -> LinearAutoencoderConfig:
         if self.tied and self.in_channels != self.out_channels:
             raise ValueError(
-                f"in_channels is {self.in_channels} and out_channels {self.out_channels}, but tied weights need "
-                "equal ones; set tied = false"
+                f"in_channels is {self.in_channels} and out_channels {self.out_channels}, but tied weights "
+                "need equal ones; set tied = false"
             )
         numbers = min(self.in_channels, self.out_channels) * self.patch**2
         if self.latent_channels > numbers:
@@ -279,9 +273,7 @@ _DC_NAMES: dict[str, tuple[str, ...]] = {
 _ANY_CASE = ("decoder_act_fns", "decoder_conv_act_fn", "downsample_block_type")
 
 Names = str | tuple[str, ...]
-Counts = tuple[int, ...]
 BlockTypes = Annotated[Names, Field(description="Block type of every level, or of each.")]
-Widths = Annotated[Counts, Field(min_length=1, description="Channels of each level.")]
 Depths = Annotated[Counts, Field(description="Blocks of each level.")]
 Windows = Annotated[tuple[Counts, ...], Field(description="Extra attention windows of each level.")]
 
@@ -296,11 +288,12 @@ class Level(NamedTuple):
 
 
 class AutoencoderDCConfig(AutoencoderConfig):
-    """Every key of a diffusers AutoencoderDC `config.json`, with the same meaning and default, and two of ours.
+    """Every key of a diffusers AutoencoderDC config, with the same meaning and default, and two of
+    ours.
 
-    Levels are counted from fine to coarse; `encoder_block_out_channels` gives their number. As in diffusers,
-    lists may be longer: the rest is ignored. The finest level may have no block: then the first layer halves
-    the image and the width of that level is ignored.
+    Levels are counted from fine to coarse; `encoder_block_out_channels` gives their number. As in
+    diffusers, lists may be longer: the rest is ignored. The finest level may have no block: then
+    the first layer halves the image and the width of that level is ignored.
     """
 
     class_name = "AutoencoderDC"
@@ -316,12 +309,8 @@ class AutoencoderDCConfig(AutoencoderConfig):
     decoder_layers_per_block: Depths = (3, 3, 3, 3, 3, 3)
     encoder_qkv_multiscales: Windows = ((), (), (), (5,), (5,), (5,))
     decoder_qkv_multiscales: Windows = ((), (), (), (5,), (5,), (5,))
-    upsample_block_type: str = Field(
-        default="pixel_shuffle", description="How the decoder doubles: 'pixel_shuffle' or 'interpolate'."
-    )
-    downsample_block_type: str = Field(
-        default="pixel_unshuffle", description="How the encoder halves: 'pixel_unshuffle' or 'conv'."
-    )
+    upsample_block_type: str = Field(default="pixel_shuffle", description="'pixel_shuffle' or 'interpolate'.")
+    downsample_block_type: str = Field(default="pixel_unshuffle", description="'pixel_unshuffle' or 'conv'.")
     decoder_norm_types: Names = Field(default="rms_norm", description="Norm of the decoder's blocks.")
     decoder_act_fns: Names = Field(default="silu", description="Activation of the decoder's blocks.")
     encoder_out_shortcut: bool = Field(default=True, description="Add averaged channels to the latent.")
@@ -339,8 +328,8 @@ class AutoencoderDCConfig(AutoencoderConfig):
         levels, decoder = len(self.encoder_block_out_channels), len(self.decoder_block_out_channels)
         if decoder != levels:
             raise ValueError(
-                f"encoder_block_out_channels has {levels} levels but decoder_block_out_channels {decoder}; give "
-                "one of each per level"
+                f"encoder_block_out_channels has {levels} levels but decoder_block_out_channels {decoder}; "
+                "give one of each per level"
             )
         for key, known in _DC_NAMES.items():
             self._check_names(key, known)
@@ -377,7 +366,7 @@ class AutoencoderDCConfig(AutoencoderConfig):
         return [Level(*level) for level in zip(self.per_level(f"{name}_block_types"), *lists, strict=False)]
 
     def diffusers_dict(self) -> dict[str, Any]:
-        """The values as plain JSON types; of our own keys only a "gaussian" bottleneck, which has weights."""
+        """The values as plain JSON types; of our own keys only a "gaussian" bottleneck."""
         values = super().diffusers_dict()
         del values["sample_size"]
         if self.bottleneck == "deterministic":
@@ -403,17 +392,18 @@ class AutoencoderDCConfig(AutoencoderConfig):
             inner = 0 < index < levels - 1 or levels == 1
             if layers < 0 or (layers == 0 and inner):
                 raise ValueError(
-                    f"{side}_layers_per_block has {layers} at level {index}; only the finest and the coarsest of "
-                    "several may be empty"
+                    f"{side}_layers_per_block has {layers} at level {index}; only the finest and the "
+                    "coarsest of several may be empty"
                 )
             if width < 1 or any(window < 1 or window % 2 == 0 for window in windows):
                 raise ValueError(
-                    f"{side} level {index} has {width} channels and windows {list(windows)}; windows are odd numbers"
+                    f"{side} level {index} has {width} channels and windows {list(windows)}; windows are odd"
                 )
             head = self.attention_head_dim
             if block == "EfficientViTBlock" and layers and width < head:
                 raise ValueError(
-                    f"{side} level {index} has {width} channels, attention_head_dim is {head}; a head needs as many"
+                    f"{side} level {index} has {width} channels, attention_head_dim is {head}; a head needs "
+                    "as many"
                 )
 
     def _check_widths(self, side: str) -> None:
@@ -432,6 +422,6 @@ class AutoencoderDCConfig(AutoencoderConfig):
         shortcut = "encoder_out_shortcut" if side == "encoder" else "decoder_in_shortcut"
         if getattr(self, shortcut) and widths[-1] % self.latent_channels:
             raise ValueError(
-                f"{key} ends with {widths[-1]}, which latent_channels {self.latent_channels} does not divide; "
-                f"choose another, or set {shortcut} = false"
+                f"{key} ends with {widths[-1]}, which latent_channels {self.latent_channels} does not "
+                f"divide; choose another, or set {shortcut} = false"
             )

@@ -1,8 +1,9 @@
-"""Discriminators: networks that tell reconstructions from photos: patch by patch, pixel by pixel, or by pretrained features.
+"""Discriminators of reconstructions and photos, by patches, by pixels or by pretrained features.
 
-Each maps images [B, C, H, W] in [-1, 1] to a tuple of logit maps [B, 1, h, w], is twice differentiable (gradient penalties), and
-judges an image without its batch mates. Spectral normalization is not offered: its power iteration moves at every forward pass, so
-that weights would depend on how a batch was cut into parts. Batch statistics are not offered: they leak between the samples of a
+Each maps images [B, C, H, W] in [-1, 1] to a tuple of logit maps [B, 1, h, w], is twice
+differentiable (gradient penalties), and judges each image independently of its batch. There is no
+spectral normalization: its power iteration advances at every forward pass, so that weights would
+depend on how a batch is split. There are no batch statistics: they leak between the samples of a
 batch and differ between ranks.
 """
 
@@ -37,36 +38,26 @@ class PatchDiscriminator(nn.Module):
         self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: Norm = "group"
     ) -> None:
         super().__init__()
-        modules: list[nn.Module] = [
-            nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-        ]
+        modules: list[nn.Module] = [*_layer(in_channels, channels, 4, 2, "none")]
         width = channels
         for index in range(1, layers + 1):
             before, width = width, channels * min(2**index, 8)
-            stride = 2 if index < layers else 1
-            modules += [
-                nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=norm == "none"),
-                *_norm(norm, width),
-                nn.LeakyReLU(0.2),
-            ]
+            modules += _layer(before, width, 4, 2 if index < layers else 1, norm)
         modules.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
         self.layers = nn.Sequential(*modules)
-        self.minimum_size = (
-            2 ** (layers + 1) + 2**layers
-        )  # smaller images leave no patch after the two stride-1 layers
+        self.minimum_size = 3 * 2**layers  # a smaller image leaves no patch after the two stride-1 layers
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, H, W] in [-1, 1] -> one map of logits [B, 1, h, w], one a patch."""
+        """Images [B, C, H, W] in [-1, 1] -> one map of logits [B, 1, h, w], one logit per patch."""
         return (self.layers(x),)
 
 
 class UNetDiscriminator(nn.Module):
-    """U-Net GAN's discriminator (Schonfeld et al. 2020, section 3.1) from PatchGAN's layers.
+    """U-Net GAN's discriminator (Schonfeld et al. 2020, section 3.1) with PatchGAN's layers.
 
-    The encoder judges at its bottleneck, here a map with one logit a patch rather than one an image, so that any size is taken; the
-    decoder, with skip connections, gives one logit a pixel.
+    Its bottleneck gives one logit per patch instead of one per image, so that images may have any
+    size. The decoder with skip connections gives one logit per pixel.
 
     Args:
         in_channels: image channels.
@@ -92,11 +83,11 @@ class UNetDiscriminator(nn.Module):
             for index in range(layers, 0, -1)
         )
         self.pixels = nn.Conv2d(channels, 1, 1)
-        self.minimum_size = 2**layers * _places(norm)
+        self.minimum_size = 2**layers * _smallest_map(norm)
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, H, W] in [-1, 1] -> logits of patches [B, 1, h, w] and of pixels [B, 1, H, W]."""
+        """Images [B, C, H, W] in [-1, 1] -> logits [B, 1, h, w] of patches and [B, 1, H, W]."""
         maps = [x]
         for layer in self.down:
             maps.append(layer(maps[-1]))
@@ -110,16 +101,18 @@ class UNetDiscriminator(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """Small heads on the feature maps of a frozen backbone (Sauer et al. 2021, "Projected GANs"; with DINO: StyleGAN-T, 2023).
+    """Small heads on the feature maps of a frozen backbone.
 
-    Only the heads are trained, and only they are in state_dict(). Each is a 1x1 convolution, a residual 3x3 one and a logit a place;
-    the published ones use spectral norm and batch statistics, which are left out.
+    Sauer et al. 2021, "Projected GANs"; with DINO: StyleGAN-T, 2023. Only the heads are trained and
+    in state_dict(). Each is a 1x1 convolution, a residual 3x3 one and one logit per pixel of its
+    map. The published heads also use spectral norm and batch statistics.
 
     Args:
-        backbone: in evaluation mode, without gradients of its own.
+        backbone: in evaluation mode, without gradients.
         channels: width of the heads.
         norm: normalization inside them.
-        maps: how many feature maps, evenly spread over depth, have a head; all of them if the backbone has fewer.
+        maps: number of feature maps with a head, evenly spread over depth; at most those of the
+            backbone.
     """
 
     def __init__(
@@ -131,11 +124,11 @@ class FeatureDiscriminator(nn.Module):
         self.heads = nn.ModuleList(
             _Head(width, channels, norm) for width in backbone.feature_channels(self.maps)
         )
-        self.minimum_size = backbone.minimum_size * _places(norm)
+        self.minimum_size = backbone.minimum_size * _smallest_map(norm)
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, 3, H, W] in [-1, 1] -> one map of logits [B, 1, h, w] for each feature map, from fine to coarse."""
+        """Images [B, 3, H, W] in [-1, 1] -> a map of logits [B, 1, h, w] per feature map."""
         features = self.backbone.features(x, self.maps)
         return tuple(head(map_) for head, map_ in zip(self.heads, features, strict=True))
 
@@ -143,13 +136,8 @@ class FeatureDiscriminator(nn.Module):
 class _Head(nn.Module):
     def __init__(self, in_channels: int, channels: int, norm: Norm) -> None:
         super().__init__()
-        bias = norm == "none"
-        self.enter = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2)
-        )
-        self.residual = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=bias), *_norm(norm, channels), nn.LeakyReLU(0.2)
-        )
+        self.enter = _layer(in_channels, channels, 1, 1, norm)
+        self.residual = _layer(channels, channels, 3, 1, norm)
         self.logit = nn.Conv2d(channels, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -158,19 +146,22 @@ class _Head(nn.Module):
 
 
 def _layer(before: int, after: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:
-    convolution = nn.Conv2d(before, after, kernel, stride=stride, padding=1, bias=norm == "none")
+    convolution = nn.Conv2d(
+        before, after, kernel, stride=stride, padding=(kernel - 1) // 2, bias=norm == "none"
+    )
     return nn.Sequential(convolution, *_norm(norm, after), nn.LeakyReLU(0.2))
 
 
-def _places(norm: Norm) -> int:
-    """Shortest side of the coarsest map: one place has no variance that instance norm could divide by."""
+def _smallest_map(norm: Norm) -> int:
+    """Shortest side of the coarsest map: instance norm needs the variance of several pixels."""
     return 2 if norm == "instance" else 1
 
 
 def _norm(norm: Norm, channels: int) -> list[nn.Module]:
-    """The normalization of a convolution's output, or nothing; groups have at least four channels, or one for instance norm.
+    """The normalization of a convolution; groups have at least four channels, or one.
 
-    torch's own InstanceNorm2d copies its input to channels first, and of one image its CPU gradient is wrong if dy is channels last.
+    torch's InstanceNorm2d copies its input to channels first. For one image its CPU gradient is
+    wrong if dy is channels_last.
     """
     if norm == "none":
         return []
@@ -179,14 +170,14 @@ def _norm(norm: Norm, channels: int) -> list[nn.Module]:
 
 
 class _GroupNorm(nn.GroupNorm):
-    """GroupNorm that is accurate on a CPU in channels_last too."""
+    """GroupNorm that is also accurate on a CPU in channels_last."""
 
     def forward(self, input: Tensor) -> Tensor:
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _initialize(module: nn.Module) -> None:
-    """DCGAN's start (Radford et al. 2016): convolutions from N(0, 0.02), norms from N(1, 0.02), biases zero."""
+    """DCGAN's initialization (Radford et al. 2016): N(0, 0.02), norms N(1, 0.02), zero biases."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Image autoencoders that only diffusers defines, with this library's interface, to compare models with."""
+"""Image autoencoders that only diffusers defines, with this library's interface."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class ForeignConfig(AutoencoderConfig):
 class ForeignAutoencoder(Autoencoder):
     """A diffusers model with the interface of this library, only for inference.
 
-    Its posterior is that of its `encode`, or the latents with the smallest variance. A quantized model
-    (VQModel) gives the latents before quantization, and its decoder quantizes them.
+    Its posterior is that of its `encode`, or the latents with the smallest variance. A quantized
+    model (VQModel) gives the latents before quantization, and its decoder quantizes them.
     """
 
     config: ForeignConfig
@@ -79,7 +79,8 @@ def load_any_model(
     """`load_model`, also for any image autoencoder in a diffusers folder; in evaluation mode.
 
     Raises:
-        ModelError: see `load_model`; or a class that is not in diffusers, or no autoencoder of images.
+        ModelError: see `load_model`; or a class that is not in diffusers, or no autoencoder of
+            images.
         MissingDependencyError: the folder needs diffusers, which is not installed.
     """
     folder = _foreign_folder(path)
@@ -96,7 +97,7 @@ def load_any_model(
 
 
 def _foreign_folder(path: str | Path) -> Path | None:
-    """The folder whose config.json names a class that this library does not have; None if there is none."""
+    """The folder whose config.json names a class that this library does not have."""
     if hub_id(path) is not None:
         return None
     ours = {config.class_name for config in ARCHITECTURES}
@@ -117,7 +118,8 @@ def _load(folder: Path, values: dict[str, Any]) -> nn.Module:
     loader: Any = getattr(diffusers, name, None)
     if not (isinstance(loader, type) and issubclass(loader, nn.Module)):
         raise ModelError(
-            f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an autoencoder"
+            f"{folder} holds a {name}, which neither this library nor diffusers has as a model; give an "
+            "autoencoder"
         )
     file = folder_weights(folder)
     words = file.name.split(".")[1:] if file else []
@@ -132,7 +134,8 @@ def _load(folder: Path, values: dict[str, Any]) -> nn.Module:
         module, info = loader.from_pretrained(folder, **options)  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"diffusers could not load the {name} in {folder} ({first_line(error)[:200]}); give a complete folder"
+            f"diffusers could not load the {name} in {folder} ({first_line(error)[:200]}); give a complete "
+            "folder"
         ) from error
     for what in ("missing", "unexpected", "mismatched"):
         if keys := info[f"{what}_keys"]:
@@ -155,13 +158,13 @@ def _config(module: Any, values: dict[str, Any], folder: Path) -> ForeignConfig:
         restored = _image(module, latent.to(weight.dtype))
     except Exception as error:  # a model of videos, sound or proteins can fail in any way
         raise ModelError(
-            f"the {name} in {folder} does not take images [B, {channels}, H, W] ({first_line(error)[:200]}); give an "
-            "image autoencoder"
+            f"the {name} in {folder} does not take images [B, {channels}, H, W] "
+            f"({first_line(error)[:200]}); give an image autoencoder"
         ) from error
     if latent.ndim != 4 or restored.shape[-2:] != image.shape[-2:] or TRIAL % latent.shape[-1]:
         raise ModelError(
-            f"the {name} in {folder} gives latents {tuple(latent.shape)} and images {tuple(restored.shape)} for an image "
-            f"{tuple(image.shape)}; give an image autoencoder"
+            f"the {name} in {folder} gives latents {tuple(latent.shape)} and images {tuple(restored.shape)} "
+            f"for an image {tuple(image.shape)}; give an image autoencoder"
         )
     return ForeignConfig(
         kind=name,
@@ -184,10 +187,10 @@ def _posterior(module: Any, x: Tensor) -> DiagonalGaussian:
         )
     found = encoded.latent_dist
     mean, logvar = found.mode(), getattr(found, "logvar", None)
-    known = isinstance(logvar, Tensor) and logvar.shape == mean.shape
-    if not known or getattr(found, "deterministic", False):
-        return DiagonalGaussian.of_mean(mean)
-    return DiagonalGaussian(torch.cat([mean, logvar], dim=1))
+    random = not getattr(found, "deterministic", False)
+    if random and isinstance(logvar, Tensor) and logvar.shape == mean.shape:
+        return DiagonalGaussian(torch.cat([mean, logvar], dim=1))
+    return DiagonalGaussian.of_mean(mean)
 
 
 def _image(module: Any, z: Tensor) -> Tensor:

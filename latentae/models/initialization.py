@@ -42,7 +42,7 @@ class InitialWeights:
     state: dict[str, Tensor]
     """The autoencoder's state dict, in fp32."""
     discriminator: dict[str, Tensor] | None
-    """The state dict of a discriminator in the same files; `load_discriminator` checks whether it fits."""
+    """The state dict of a discriminator in the same files, for `load_discriminator`."""
     fingerprint: str
     """Equal fingerprints give equal weights."""
 
@@ -50,7 +50,8 @@ class InitialWeights:
 def load_initial(path: str | Path) -> InitialWeights:
     """Read the EMA weights of a MODEL (see `resolve_model`).
 
-    The discriminator is that of the run, of the export's `training/`, or of the LDM file, if there is one.
+    The discriminator is that of the run, of the export's `training/`, or of the LDM file, if there
+    is one.
 
     Raises:
         ModelError: no such model, or one that is damaged, incomplete or of another family.
@@ -68,7 +69,7 @@ def load_initial(path: str | Path) -> InitialWeights:
 
 
 def _discriminator_file(source: ModelSource) -> Path | None:
-    """Where the discriminator of a model's training would be: in its checkpoint, or next to an export."""
+    """The discriminator of a model's training: in its checkpoint, or next to an export."""
     folder = source.weights_file.parent
     if source.kind == "file":
         return None
@@ -99,13 +100,14 @@ def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> str | Non
 
 @torch.no_grad()
 def start_linear(model: Autoencoder) -> None:
-    """Start as a nearly linear codec: residual branches add zero, convolutions keep the variance of their input.
+    """Start as a nearly linear codec: branches add zero, convolutions keep their input's variance.
 
-    PyTorch's own start cuts the variance to a third at each convolution, and the branches add noise to the
-    rest. With few steps, most of them are spent on undoing that. Branches start at zero (Goyal et al. 2017,
-    section 5.1) and weights have variance 1/fan-in (He et al. 2015, eq. 10, with gain 1 since the trunk has no
-    activation). The branches of an AutoencoderDC end in a normalization, whose weight and bias start at zero.
-    Its convolutions with a shortcut share the variance with it.
+    PyTorch's own start cuts the variance to a third at each convolution, and the branches add noise
+    to the rest. With few steps, most of them are spent on undoing that. Branches start at zero
+    (Goyal et al. 2017, section 5.1) and weights have variance 1/fan-in (He et al. 2015, eq. 10,
+    with gain 1 since the trunk has no activation). The branches of an AutoencoderDC end in a
+    normalization, whose weight and bias start at zero. Its convolutions with a shortcut share the
+    variance with it.
 
     Raises:
         ModelError: a model without such branches.
@@ -140,7 +142,7 @@ def _last_of_branch(module: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def set_initial_logvar(model: Autoencoder, logvar: float) -> None:
-    """Add `logvar` to the posterior's log-variance, so that training starts with more or less latent noise.
+    """Add `logvar` to the posterior's log-variance: training starts with more or less latent noise.
 
     Raises:
         ModelError: a model without a posterior, and `logvar` is not 0.
@@ -150,16 +152,17 @@ def set_initial_logvar(model: Autoencoder, logvar: float) -> None:
         conv.bias[first:] += logvar
     elif logvar:
         raise ModelError(
-            f"initial log-variance is {logvar:g}, but a {type(model).__name__} without a posterior has none; set it to 0"
+            f"initial log-variance is {logvar:g}, but a {type(model).__name__} without a posterior has "
+            "none; set it to 0"
         )
 
 
 @torch.no_grad()
 def set_deterministic(model: Autoencoder) -> None:
-    """Set the posterior's log-variance to its minimum for every image, so that a sample equals the mean.
+    """Set the posterior's log-variance to its minimum, so that a sample equals the mean.
 
-    Without a KL term and without sampling these weights get no gradient, so they stay. Models without a
-    posterior are not changed.
+    Without a KL term and without sampling these weights get no gradient, so they stay. Models
+    without a posterior are not changed.
     """
     conv, first = _logvar_layer(model)
     if conv is not None and conv.bias is not None:

@@ -1,8 +1,10 @@
-"""The gradient at a last layer's weight for any gradient that arrives there, computed from the layer's remembered input.
+"""Gradients at a last layer's weight for any gradient at its output, from the layer's stored input.
 
-Adaptive weights compare losses by the norm of their gradients at the last layer (Esser et al. 2021, "Taming Transformers", eq. 7, at the
-decoder's; Yao & Wang 2025, "Reconstruction vs. Generation", "adaptive weighting", at the encoder's). The usual way is a retained backward
-pass for each loss. The weight gradient of a convolution needs no more than its input and the gradient at its output, so here there is none.
+Adaptive weights compare losses by the norm of their gradients at the last layer: of the decoder
+(Esser et al. 2021, "Taming Transformers", eq. 7), or of the encoder (Yao & Wang 2025,
+"Reconstruction vs. Generation", "adaptive weighting"). Other code retains the graph for one
+backward pass per loss. The weight gradient of a convolution needs only its input and the gradient
+at its output, so no backward pass is needed here.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ __all__ = ["decoder_weight_gradient", "encoder_weight_gradient"]
 
 @torch.no_grad()
 def decoder_weight_gradient(model: Autoencoder, features: Tensor, gradient: Tensor) -> Tensor:
-    """d sum(gradient * reconstruction) / d weight of the decoder's last convolution, in at least fp32.
+    """d sum(gradient * reconstruction) / d weight of the decoder's last convolution, fp32 or wider.
 
     Args:
-        model: the autoencoder, its weights as they were in the forward pass.
+        model: the autoencoder, with the weights of the forward pass.
         features: `AutoencoderOutput.decoder_features`.
-        gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work and give [n C, ...].
+        gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work and
+            give [n C, ...].
 
     Returns:
-        [C, C_in, 3, 3]; [4 C, C_in, 3, 3] where the last convolution is followed by a pixel shuffle.
+        [C, C_in, 3, 3]; [4 C, C_in, 3, 3] if a pixel shuffle follows the last convolution.
 
     Raises:
         ModelError: a model without such a layer.
@@ -40,10 +43,10 @@ def decoder_weight_gradient(model: Autoencoder, features: Tensor, gradient: Tens
     with torch.autocast(features.device.type, enabled=False):
         if isinstance(model, AutoencoderDC):
             return model.decoder.weight_gradient(features, gradient)
-        activation = _activation(_kl(model).decoder, features)
-        weight = _kl(model).decoder.conv_out.weight
-        shape = (gradient.shape[1], *weight.shape[1:])
-        return conv2d_weight(activation, list(shape), gradient.to(activation.dtype), padding=1)
+        decoder = _kl(model).decoder
+        activation = _activation(decoder, features)
+        shape = [gradient.shape[1], *decoder.conv_out.weight.shape[1:]]
+        return conv2d_weight(activation, shape, gradient.to(activation.dtype), padding=1)
 
 
 def encoder_weight_gradient(
@@ -51,16 +54,17 @@ def encoder_weight_gradient(
 ) -> Tensor:
     """d sum(gradient * latent) / d weight of the encoder's last convolution, in at least fp32.
 
-    The layers after it, down to the sample, are run again: at the latent's resolution they cost next to nothing.
+    The layers from it to the sample run again, which costs little at the latent's resolution.
 
     Args:
-        model: the autoencoder, its weights as they were in the forward pass.
+        model: the autoencoder, with the weights of the forward pass.
         features: `AutoencoderOutput.encoder_features`.
-        noise: what the posterior was sampled with, [B, z, h, w]; None where its mean was decoded.
+        noise: the posterior sample's noise, [B, z, h, w]; None if the mean was decoded.
         gradient: [B, z, h, w].
 
     Returns:
-        [2z, C_in, 3, 3], the weight of mean and log-variance. Of an AutoencoderDC [z, C_in, 3, 3], that of the mean.
+        [2z, C_in, 3, 3], the weight of mean and log-variance; [z, C_in, 3, 3], that of the mean,
+        for an AutoencoderDC.
 
     Raises:
         ModelError: a model without such a layer.
@@ -68,9 +72,9 @@ def encoder_weight_gradient(
     if isinstance(model, AutoencoderDC):
         with torch.autocast(features.device.type, enabled=False):
             return model.encoder.weight_gradient(features, gradient)
+    conv, quant = _kl(model).encoder.conv_out, _kl(model).quant_conv
     activation = _activation(_kl(model).encoder, features)
     wide = activation.dtype
-    conv, quant = _kl(model).encoder.conv_out, _kl(model).quant_conv
     assert conv.bias is not None
     with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
         weight = conv.weight.detach().to(wide).requires_grad_()
@@ -93,7 +97,7 @@ def _kl(model: Autoencoder) -> AutoencoderKL:
 
 @torch.no_grad()
 def _activation(coder: Coder, features: Tensor) -> Tensor:
-    """What the last convolution read."""
+    """The last convolution's input."""
     with torch.autocast(features.device.type, enabled=False):
         y = normalize_activate(coder.conv_norm_out, features)
     return y.to(torch.promote_types(y.dtype, torch.float32))

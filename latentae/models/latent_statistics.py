@@ -4,8 +4,9 @@
     of the means   E[mean], Var[mean]
     of the samples z = mean + sigma eps:  E[z] = E[mean],  Var[z] = Var[mean] + E[sigma^2]  (law of total variance, no draw)
 
-Two sets of values merge by Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
-variances", eq. 2.1. Everything is NumPy in double precision: its sums do not depend on the number of threads.
+Two sets of values merge by Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise
+algorithm for computing sample variances", eq. 2.1. Everything is NumPy in double precision: its
+sums do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -89,9 +90,10 @@ class LatentStatistics:
     def summary(self) -> dict[str, Any]:
         """What a diffusion model needs to know, as plain JSON values.
 
-        `scaling_factor` is 1 / (standard deviation of the sampled latent over all channels), Rombach et al. 2022, App. G;
-        `shift_factor` is its mean; `latents_mean` and `latents_std` are the same by channel. A diffusion model sees
-        (z - shift) * scaling. All are null where no latent was seen, `scaling_factor` also where the latents do not vary.
+        `scaling_factor` is 1 / (standard deviation of the sampled latent over all channels),
+        Rombach et al. 2022, App. G; `shift_factor` is its mean; `latents_mean` and `latents_std`
+        are the same by channel. A diffusion model sees (z - shift) * scaling. All are null where no
+        latent was seen, `scaling_factor` also where the latents do not vary.
         """
         if not self.count:
             names = (
@@ -137,7 +139,8 @@ class LatentStatistics:
 
 
 def merge(parts: Iterable[LatentStatistics], channels: int) -> LatentStatistics:
-    """All `parts` together, merged in the order given (the last bits depend on it: give them sorted)."""
+    """All `parts` together, merged in the order given (the last bits depend on it: give them
+    sorted)."""
     total = LatentStatistics.empty(channels)
     for part in parts:
         total = total.merge(part)

@@ -1,4 +1,4 @@
-"""Names of the same weights in latent diffusion (CompVis): single files of a model or of its autoencoder.
+"""LDM's names of weights: single files of a latent diffusion model or of its autoencoder.
 
 encoder.down.0.block.1.nin_shortcut     encoder.down_blocks.0.resnets.1.conv_shortcut
 encoder.down.0.attn.1.q                 encoder.down_blocks.0.attentions.1.to_q
@@ -7,8 +7,9 @@ encoder.mid.block_1, attn_1, block_2    encoder.mid_block.resnets.0, attentions.
 decoder.up.3                            decoder.up_blocks.0
 encoder.norm_out                        encoder.conv_norm_out
 
-LDM's attention layers are 1x1 convolutions, diffusers' are linear. LDM counts the decoder's levels from fine to
-coarse. Source: Rombach et al. 2022, ldm/modules/diffusionmodules/model.py in their repository.
+LDM's attention layers are 1x1 convolutions, diffusers' are linear. LDM counts the decoder's levels
+from fine to coarse. Source: Rombach et al. 2022, ldm/modules/diffusionmodules/model.py in their
+repository.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def _ldm_name(key: str, levels: int) -> str:
 def to_ldm(state: Mapping[str, Tensor], config: AutoencoderKLConfig) -> dict[str, Tensor]:
     """A state dict of this library under LDM's names, without prefix.
 
-    LDM's own code reads it if `norm_num_groups` is 32, both 1x1 convolutions and the middle attention are
-    present, and attention follows all blocks of a level or none; other readers may take more.
+    LDM's own code reads it if `norm_num_groups` is 32, both 1x1 convolutions and the middle
+    attention are present, and attention follows all blocks of a level or none; other readers may
+    take more.
     """
     names = ldm_names(state, len(config.block_out_channels))
     return {
@@ -75,7 +77,7 @@ def to_ldm(state: Mapping[str, Tensor], config: AutoencoderKLConfig) -> dict[str
 
 
 def prefix_before(keys: Iterable[str], mark: str) -> str | None:
-    """The prefix of an autoencoder's keys in a file, found by one of them; None if there is no such key.
+    """The prefix of an autoencoder's keys in a file, found by one key; None without that key.
 
     Raises:
         ModelError: the file holds several autoencoders.
@@ -97,8 +99,8 @@ def ldm_prefix(keys: Iterable[str]) -> str | None:
 def infer_config(tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
     """The config of the autoencoder in an LDM file, from the names and shapes of its tensors.
 
-    The number of groups is LDM's 32 and the image size is the config's default. The scaling factor is that
-    of the latent diffusion model in the file (`scale_factor`), or the default.
+    The number of groups is LDM's 32 and the image size is the config's default. The scaling factor
+    is that of the latent diffusion model in the file (`scale_factor`), or the default.
 
     Raises:
         ModelError: no LDM autoencoder, or not a KL autoencoder of this family.
@@ -112,8 +114,8 @@ def infer_config(tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
     latent, output = _convolution(found, "decoder.conv_in"), _convolution(found, "decoder.conv_out")
     if moments[0] != 2 * latent[1]:
         raise ModelError(
-            f"its encoder gives {moments[0]} channels and its decoder takes {latent[1]}, expected half as many (mean "
-            "and log-variance); other families such as VQ are not read"
+            f"its encoder gives {moments[0]} channels and its decoder takes {latent[1]}, expected half as "
+            "many (mean and log-variance); other families such as VQ are not read"
         )
     widths = [_convolution(found, f"encoder.down.{level}.block.0.conv1")[0] for level in levels]
     values: dict[str, Any] = {
@@ -157,11 +159,11 @@ def _convolution(found: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 def discriminator_from_ldm(
     tensors: Mapping[str, Tensor], file: str | Path = "the LDM file"
 ) -> dict[str, Tensor] | None:
-    """The PatchGAN of an LDM autoencoder's training under PatchDiscriminator's keys; None if there is none.
+    """The PatchGAN of an LDM autoencoder's training, under PatchDiscriminator's keys.
 
-    It keeps convolutions and the scale and shift of normalizations. It drops the running statistics of LDM's
-    BatchNorm, and logs that: a PatchDiscriminator normalizes each image by itself, so it starts as a related
-    network, not as the same one.
+    It keeps convolutions and the scale and shift of normalizations. It drops the running statistics
+    of LDM's BatchNorm, and logs that: a PatchDiscriminator normalizes each image by itself, so it
+    starts as a related network, not as the same one.
 
     Args:
         tensors: content of the file.
@@ -176,6 +178,7 @@ def discriminator_from_ldm(
     running = [key for key in state if key.endswith(_RUNNING)]
     if running:
         note(
-            f"{file}: left out the running statistics of the discriminator's BatchNorm ({len(running)} tensors)"
+            f"{file}: left out the running statistics of the discriminator's BatchNorm ({len(running)} "
+            "tensors)"
         )
     return {key: value for key, value in state.items() if key not in running} or None

@@ -1,4 +1,4 @@
-"""The linear autoencoder: one strided convolution down, one transposed convolution up. Trained on squared error it finds PCA."""
+"""The linear autoencoder: a strided convolution down, a transposed one up."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["LinearAutoencoder"]
 
 
 class _PatchDecoder(nn.Module):
-    """z -> images: each latent pixel becomes `weight`'s combination of patches, plus one constant patch.
+    """Latent -> image: each latent pixel becomes a combination of patches plus a constant patch.
 
-    A bias of one number per channel would not do: PCA adds back the mean patch, and what of it lies outside the subspace no latent gives.
+    One bias per channel is not enough: PCA adds the mean patch, and no latent gives its part
+    outside the subspace.
     """
 
     def __init__(self, config: LinearAutoencoderConfig) -> None:
@@ -28,18 +29,19 @@ class _PatchDecoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape))
 
     def forward(self, z: Tensor, shared: Tensor) -> Tensor:
-        """Latents [B, z, h, w], and the encoder's weight [z, C, p, p] for a decoder that has none."""
+        """Latents [B, z, h, w], and the encoder's weight [z, C, p, p] for a tied decoder."""
         weight = shared if self.weight is None else self.weight
         images = F.conv_transpose2d(z, weight, stride=weight.shape[-1])
         return images + self.bias.repeat(1, z.shape[2], z.shape[3])
 
 
 class LinearAutoencoder(Autoencoder):
-    """A linear encoder and decoder of patches with nothing between them: deterministic, the log-variance fixed at -30.
+    """A linear encoder and decoder of patches: deterministic, with a log-variance of -30.
 
-    Trained on squared error, its decoder comes to span the leading principal components and has PCA's error, tied or untied (Baldi &
-    Hornik 1989, "Neural networks and principal component analysis: learning from examples without local minima"). Orthonormality is not
-    imposed: components come mixed by any invertible matrix (untied) or rotation (tied).
+    Trained on squared error, its decoder spans the leading principal components and has PCA's
+    error, tied or untied (Baldi & Hornik 1989, "Neural networks and principal component analysis:
+    learning from examples without local minima"). Orthonormality is not imposed: components are
+    mixed by any invertible matrix (untied) or rotation (tied).
     """
 
     config: LinearAutoencoderConfig
@@ -48,31 +50,28 @@ class LinearAutoencoder(Autoencoder):
 
     def __init__(self, config: LinearAutoencoderConfig) -> None:
         super().__init__()
+        z, patch = config.latent_channels, config.patch
         self.config = config
-        self.encoder = nn.Conv2d(
-            config.in_channels, config.latent_channels, config.patch, stride=config.patch
-        )
+        self.encoder = nn.Conv2d(config.in_channels, z, patch, stride=patch)
         self.decoder = _PatchDecoder(config)
         self._start_as_projection()
 
     @torch.no_grad()
     def load_pca(self, pca: PatchPCA) -> None:
-        """Become PCA: the latent is the patch's components on the [-1, 1] scale of images, their mean zero.
+        """Become PCA: the latent is the patch's components on the [-1, 1] scale, with mean zero.
 
         Raises:
             ModelError: patch, channels or the number of components differ.
         """
         config = self.config
         numbers, components = pca.basis.shape
-        found, expected = (
-            (pca.patch, numbers, components),
-            (config.patch, self._numbers(), config.latent_channels),
-        )
-        if found != expected or config.in_channels != config.out_channels:
+        expected = (config.patch, config.out_channels * config.patch**2, config.latent_channels)
+        if (pca.patch, numbers, components) != expected or config.in_channels != config.out_channels:
             raise ModelError(
-                f"PCA has {components} components of {pca.patch} x {pca.patch} patches with {numbers} numbers, the linear autoencoder "
-                f"{config.latent_channels} of {config.patch} x {config.patch} with {self._numbers()} out of {config.in_channels} channels "
-                "in; fit PCA on the same patch, channels and components"
+                f"PCA has {components} components of {pca.patch} x {pca.patch} patches with {numbers} "
+                "numbers, the linear "
+                f"autoencoder {expected[2]} of {config.patch} x {config.patch} with {expected[1]} out of "
+                f"{config.in_channels} channels in; fit PCA on the same patch, channels and components"
             )
         mean = pca.mean / 127.5 - 1
         weight = pca.basis.T.reshape(self.encoder.weight.shape)
@@ -85,24 +84,22 @@ class LinearAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def subspace(self) -> Tensor:
-        """An orthonormal basis of what the decoder can draw around its constant patch: fp64 [d, z], d = C * patch * patch."""
+        """Orthonormal basis of the decoder's patches: fp64 [d, z], d = C * patch * patch."""
         weight = self.encoder.weight if self.decoder.weight is None else self.decoder.weight
         return torch.linalg.qr(weight.double().flatten(1).T)[0]
 
-    def _numbers(self) -> int:
-        return self.config.out_channels * self.config.patch**2
-
     @torch.no_grad()
     def _start_as_projection(self) -> None:
-        """Begin as the projection onto a random subspace, where that is possible: the decoder undoes what the encoder does."""
+        """Start as the projection onto a random subspace if in and out channels are equal."""
         assert self.encoder.bias is not None
         nn.init.orthogonal_(self.encoder.weight)
         nn.init.zeros_(self.encoder.bias)
-        if self.decoder.weight is not None:
-            if self.decoder.weight.shape == self.encoder.weight.shape:
-                self.decoder.weight.copy_(self.encoder.weight)
-            else:
-                nn.init.orthogonal_(self.decoder.weight)
+        if self.decoder.weight is None:
+            return
+        if self.decoder.weight.shape == self.encoder.weight.shape:
+            self.decoder.weight.copy_(self.encoder.weight)
+        else:
+            nn.init.orthogonal_(self.decoder.weight)
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
         return DiagonalGaussian.of_mean(self.encoder(x)), None

@@ -1,10 +1,11 @@
-"""Principal components of image patches: the best linear autoencoder there is (Baldi & Hornik 1989), in closed form or in one cheap pass.
+"""Principal components of image patches: the best linear autoencoder (Baldi & Hornik 1989).
 
-`fit_pca` sums the covariance, exact and independent of the order of images, and takes d^2 numbers of memory and d^3 of time for
-patches of d numbers. `sketch_pca` keeps the leading directions seen so far and needs memory for a few times `components` patches.
-On the photos of scikit-image its reconstructions are within 0.001 dB of the closed form, also where images come sorted by brightness
-(16 x 16 patches with 32 components, 32 x 32 with 64); a random sketch of the covariance of the same size lost 0.2 dB there, and
-randomised subspace iteration came as near in its third pass only.
+`fit_pca` sums the covariance: exact and independent of the order of images. It takes d^2 memory and
+d^3 time for patches of d numbers. `sketch_pca` keeps the leading directions of the patches so far,
+with memory for a few times `components` patches. On the photos of scikit-image its reconstructions
+are within 0.001 dB of the exact ones, even for images sorted by brightness (16 x 16 patches with 32
+components, 32 x 32 with 64). A random sketch of the covariance of the same size loses 0.2 dB there,
+and randomized subspace iteration needs three passes.
 """
 
 from __future__ import annotations
@@ -31,25 +32,26 @@ __all__ = [
 ]
 
 MAX_PATCH_NUMBERS = 3 * 32 * 32
-"""Where the closed form gets dear: the covariance of f32 patches takes 75 MB, of f64 patches 1.2 GB and minutes."""
+"""Limit of the closed form: the covariance takes 75 MB for f32 patches, 1.2 GB for f64."""
 PATCHES_PER_COMPONENT = 20
-"""What a sketch asks for at least: with as few, the photos of scikit-image lose 0.25 dB on others; with half, 0.5 dB and more."""
+"""Minimum for a sketch: it loses 0.25 dB on other photos; half as many lose 0.5 dB."""
 PATCH_ORIGIN = 127.5
-"""Where second moments are summed about: a fixed place near the mean keeps the subtraction of the mean from them exact."""
+"""Origin of second moments: a fixed value near the mean keeps the subtraction of the mean exact."""
 
 
 @dataclass(frozen=True)
 class PatchBasis:
-    """An orthonormal basis that patches are projected on: `components` floats a patch in place of C * patch * patch.
+    """An orthonormal basis of patches: `components` floats per patch instead of C * patch * patch.
 
     Numbers of a patch are ordered [C, patch, patch], as in the weight of a convolution.
 
     Attributes:
         mean: fp64 [d], d = C * patch * patch, on the [0, 255] scale.
-        basis: fp64 [d, k], orthonormal columns, largest variance first; signs follow a rule, not the processor.
+        basis: fp64 [d, k], orthonormal columns, largest variance first; signs follow a rule, not
+            the processor.
         variances: fp64 [k], mean square of each component over the patches, on the [0, 255] scale.
         patch: side of a patch in pixels.
-        patches: how many patches it was fitted on.
+        patches: number of patches it was fitted on.
     """
 
     mean: Tensor
@@ -65,22 +67,25 @@ class PatchBasis:
 
     @property
     def components(self) -> int:
-        """Floats that are kept of a patch, k."""
+        """Floats per patch, k."""
         return self.basis.shape[1]
 
     def truncated(self, components: int) -> Self:
-        """The same with the leading `components` only."""
+        """The leading `components` of it."""
         return replace(self, basis=self.basis[:, :components], variances=self.variances[:components])
 
     def encode(self, images: Tensor) -> Tensor:
-        """The components of the patches of uint8 images [B, C, H, W]: fp64 [B, k, H / patch, W / patch], about the mean.
+        """Components of the patches of uint8 images [B, C, H, W]: fp64 [B, k, H / patch, W /
+        patch].
 
         Raises:
-            ImageError: a side that `patch` does not divide, or other channels than those it was fitted on.
+            ImageError: a side that `patch` does not divide, or other channels than those it was
+                fitted on.
         """
         if images.shape[1] != self.channels:
             raise ImageError(
-                f"images have {images.shape[1]} channels, these components are of images with {self.channels}; fit them on such images"
+                f"images have {images.shape[1]} channels, these components are of images with "
+                f"{self.channels}; use others"
             )
         tokens = image_patches(images, self.patch)
         height, width = images.shape[2] // self.patch, images.shape[3] // self.patch
@@ -88,7 +93,7 @@ class PatchBasis:
         return found.transpose(1, 2).unflatten(2, (height, width))
 
     def decode(self, components: Tensor) -> Tensor:
-        """Images uint8 [B, C, H, W] from components [B, k, H / patch, W / patch], computed in fp64, rounded and clamped."""
+        """Images uint8 [B, C, H, W] from components [B, k, H / patch, W / patch]."""
         found = components.double().flatten(2).transpose(1, 2)
         tokens = self.mean.to(found) + found @ self.basis.to(found).T
         size = (components.shape[2] * self.patch, components.shape[3] * self.patch)
@@ -96,26 +101,28 @@ class PatchBasis:
         return folded.round().clamp(0, 255).to(torch.uint8)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Project the patches of uint8 images [B, C, H, W] onto the components and back; uint8, the same shape.
+        """Project the patches of uint8 images [B, C, H, W] on the components and back to uint8.
 
         Raises:
-            ImageError: a side that `patch` does not divide, or other channels than those it was fitted on.
+            ImageError: a side that `patch` does not divide, or other channels than those it was
+                fitted on.
         """
         return self.decode(self.encode(images))
 
 
 class PatchPCA(PatchBasis):
-    """Principal components of image patches: the basis with the smallest squared error on the patches it was fitted on."""
+    """Principal components: the basis with the smallest squared error on its own patches."""
 
 
 def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
-    """PCA of the patch x patch patches of images, in closed form: mean, fp64 covariance, eigenvectors.
+    """PCA of image patches in closed form: mean, fp64 covariance, eigenvectors.
 
     Args:
-        images: uint8 [N, C, H, W], or an iterable of such batches (memory does not grow with their number).
+        images: uint8 [N, C, H, W], or an iterable of such batches (memory does not grow with their
+            number).
         patch: side of a patch; it divides H and W.
-        components: how many to keep; a model with z channels and downsampling f keeps as many floats as z components
-            of f x f patches. At most C * patch * patch.
+        components: number to keep, at most C * patch * patch. z components of f x f patches have as
+            many floats as the latent of a model with z channels and downsampling f.
 
     Raises:
         DataError: fewer patches than numbers in a patch.
@@ -136,17 +143,19 @@ def fit_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> P
 
 
 def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -> PatchPCA:
-    """The leading principal components of large patches in one pass, for patches whose covariance is too large.
+    """The leading principal components of patches whose covariance is too large, in one pass.
 
-    Sequential Karhunen-Loeve (Ross, Lim, Lin & Yang 2008, "Incremental learning for robust visual tracking", sec. 3.1): each block of
-    patches is stacked on the leading singular vectors of all before it, and their SVD truncated. Twice the wanted number are carried, so
-    that a direction which begins faint is not lost. Mean exact, nothing random: equal images in equal order give equal components.
+    Sequential Karhunen-Loeve (Ross, Lim, Lin & Yang 2008, "Incremental learning for robust visual
+    tracking", sec. 3.1): each block of patches is stacked on the leading singular vectors of the
+    blocks before it, and the SVD is truncated. Twice the wanted number are kept, so that a
+    direction that starts faint is not lost. The mean is exact and nothing is random: equal images
+    in equal order give equal components.
 
     Args:
-        images: uint8 [N, C, H, W], or an iterable of such batches, best in mixed order. It is read once; how it is cut into batches
-            changes nothing.
+        images: uint8 [N, C, H, W], or an iterable of such batches, best in mixed order. It is read
+            once; the size of batches has no effect.
         patch: side of a patch; it divides H and W.
-        components: how many to keep, at most C * patch * patch. Fewer patches than 20 for each are refused.
+        components: number to keep, at most C * patch * patch; it needs 20 patches for each.
 
     Raises:
         DataError: too few patches.
@@ -177,14 +186,15 @@ def sketch_pca(images: Tensor | Iterable[Tensor], patch: int, components: int) -
 
 
 def image_patches(images: Tensor, patch: int) -> Tensor:
-    """Cut uint8 images [B, C, H, W] into patches: fp64 [B, patches, C * patch * patch].
+    """Split uint8 images [B, C, H, W] into patches: fp64 [B, patches, C * patch * patch].
 
     Raises:
         ImageError: a side that `patch` does not divide.
     """
     if images.shape[2] % patch or images.shape[3] % patch:
         raise ImageError(
-            f"image is {images.shape[2]} x {images.shape[3]}, patches of {patch} need sides that {patch} divides"
+            f"image is {images.shape[2]} x {images.shape[3]}, expected sides that are multiples of the "
+            f"patch, {patch}"
         )
     return F.unfold(images.double(), kernel_size=patch, stride=patch).transpose(1, 2)
 
@@ -192,12 +202,13 @@ def image_patches(images: Tensor, patch: int) -> Tensor:
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """Angles between two subspaces in degrees, smallest first: fp64 [min(k, m)].
 
-    From sines below 45 degrees and from cosines above, so that small angles keep their digits (Bjorck & Golub 1973, "Numerical methods
-    for computing angles between linear subspaces", eq. 13 and 15).
+    They come from sines below 45 degrees and from cosines above, so that small angles keep their
+    digits (Bjorck & Golub 1973, "Numerical methods for computing angles between linear subspaces",
+    eq. 13 and 15).
 
     Args:
-        a: [d, k], independent columns that span the one.
-        b: [d, m], those of the other.
+        a: [d, k], independent columns that span the first.
+        b: [d, m], independent columns that span the second.
     """
     a, b = (torch.linalg.qr(basis.double())[0] for basis in (a, b))
     if a.shape[1] < b.shape[1]:
@@ -209,15 +220,16 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _leading(rows: Tensor, rank: int) -> Tensor:
-    """The `rank` leading right singular vectors of rows [n, d] times their singular values, through the small [n, n] products."""
+    """The `rank` leading right singular vectors of rows [n, d], times their singular values."""
     vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors
     return vectors.flip(1)[:, :rank].T @ rows
 
 
 def _signed(basis: Tensor) -> Tensor:
-    """Columns [d, k] with signs by rule: LAPACK's depend on the processor, and so would the signs of latent channels.
+    """Columns [d, k] with signs by a rule, because LAPACK's signs depend on the processor.
 
-    The first number that is at least half as large as the column's largest is positive. The largest itself may not be unique.
+    The first number that is at least half as large as the column's largest is positive; the largest
+    may not be unique.
     """
     sizes = basis.abs()
     first = (sizes >= 0.5 * sizes.amax(dim=0)).int().argmax(dim=0, keepdim=True)
@@ -226,7 +238,7 @@ def _signed(basis: Tensor) -> Tensor:
 
 def _too_few(count: int, patch: int, needed: int) -> DataError:
     what = f"at least {needed} patches of {patch} x {patch} pixels" if count else "any"
-    return DataError(f"PCA was given {count} patches, it needs {what}; give it more images")
+    return DataError(f"PCA has {count} patches, it needs {what}; give it more images")
 
 
 def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
@@ -234,7 +246,7 @@ def _batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 
 
 def _blocks(batches: Iterable[Tensor], patch: int, size: int) -> Iterator[Tensor]:
-    """The patches of all batches, fp64 [size, d] at a time, about the fixed origin; the last block may be smaller."""
+    """The patches of all batches minus the origin, at most fp64 [size, d] at a time."""
     waiting: list[Tensor] = []
     for batch in batches:
         waiting.append(image_patches(batch, patch).flatten(0, 1) - PATCH_ORIGIN)

@@ -1,16 +1,18 @@
-"""Activations whose last additions are left to the normalization that reads them, and the layer steps that pass them on.
+"""Layer steps that leave the last additions of an activation to the next normalization.
 
-A convolution's bias and a residual block's addition each cost a pass over memory of their own on a GPU. The fused kernels do both
-on the way into the next normalization, so there a layer hands on its bare output with what remains to be added. Elsewhere (a CPU,
-an export) the convolution adds its bias itself and the sum is made at once: native operators are fastest that way.
+On a GPU a convolution's bias and a residual block's addition each cost a pass over memory. The
+fused kernels compute both while they read the input of the next normalization, so there a layer
+returns its bare output and the pending additions. Elsewhere (a CPU, an export) the convolution adds
+its bias and the sum is computed at once, which is fastest with native operators.
 
-The steps take `nn.GroupNorm`, `nn.Conv2d` and `nn.Linear` modules of any model: `latentae.fuse` runs them on diffusers'. A step reads
-the parameters of plain layers. It calls any other layer: one that is replaced, wrapped, hooked or parametrized (see `plain.py`).
+The steps take `nn.GroupNorm`, `nn.Conv2d` and `nn.Linear` modules of any model: `latentae.fuse`
+runs them on those of diffusers. A step reads the parameters of plain layers. It calls every other
+layer: one that is replaced, wrapped, hooked or parametrized (see `plain.py`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ __all__ = [
 
 
 class Pending(NamedTuple):
-    """`x + bias + residual`, not yet added up."""
+    """`x + bias + residual`, not yet added."""
 
     x: Tensor  # [B, C, H, W]
     bias: Tensor | None = None  # [C]
@@ -45,38 +47,11 @@ class Pending(NamedTuple):
         return total if self.residual is None else total + self.residual
 
 
-class ResidualLayers(Protocol):
-    """The layers of a residual block, here and in diffusers."""
-
-    @property
-    def norm1(self) -> nn.Module: ...
-    @property
-    def conv1(self) -> nn.Module: ...
-    @property
-    def norm2(self) -> nn.Module: ...
-    @property
-    def conv2(self) -> nn.Module: ...
-    @property
-    def conv_shortcut(self) -> nn.Module | None: ...
-
-
-class AttentionLayers(Protocol):
-    """The layers of single-head attention."""
-
-    @property
-    def group_norm(self) -> nn.Module: ...
-    @property
-    def to_q(self) -> nn.Module: ...
-    @property
-    def to_k(self) -> nn.Module: ...
-    @property
-    def to_v(self) -> nn.Module: ...
-    @property
-    def to_out(self) -> nn.ModuleList: ...
-
-
 def convolve(conv: nn.Module, x: Tensor, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> Pending:
-    """A convolution, its bias pending where the kernels can add it for nothing. The shape is that of a plain layer."""
+    """A convolution with a pending bias if the kernels can add it at no cost.
+
+    `kernel`, `stride` and `padding` are those of a plain layer here.
+    """
     if not _fused(x) or not is_plain_conv(conv, kernel=kernel, stride=stride, padding=padding):
         return Pending(conv(x))
     return Pending(F.conv2d(x, conv.weight, None, stride, padding), conv.bias)
@@ -92,7 +67,7 @@ def upsample_convolve(conv: nn.Module, x: Tensor) -> Pending:
 
 
 def normalize(norm: nn.Module, x: Pending) -> tuple[Tensor, Pending]:
-    """GroupNorm without activation; returns its input too, for the skip around it."""
+    """GroupNorm without activation; also returns its input, for the skip around it."""
     if not is_plain_norm(norm):
         total = x.value()
         return norm(total), Pending(total)
@@ -113,9 +88,10 @@ def normalize_activate(norm: nn.Module, x: Tensor) -> Tensor:
 def normalize_convolve(
     norm: nn.Module, conv: nn.Module, x: Pending, *, last_use: bool = False
 ) -> tuple[Pending, Pending]:
-    """GroupNorm, SiLU and a 3x3 convolution of stride 1; returns the input of the norm too, for the skip around it.
+    """GroupNorm, SiLU and a 3x3 convolution of stride 1; also returns the norm's input.
 
-    `last_use`: nobody reads x afterwards, so a CPU may write the result into its memory (the second value is then void).
+    `last_use`: x is not read later, so a CPU may write the result to its memory; the second value
+    is then invalid.
     """
     if not (is_plain_norm(norm) and is_plain_conv(conv)):
         total = x.value()
@@ -134,16 +110,11 @@ def normalize_convolve(
 def add(branch: Pending, skip: Pending, *, overwrite: bool) -> Pending:
     """Add a branch to its skip, or leave the addition to the next normalization.
 
-    `overwrite`: the branch comes from a plain layer, so nobody else has its memory.
+    `overwrite`: the branch comes from a plain layer, so nothing else uses its memory.
     """
     if _fused(branch.x):
-        bias = (
-            branch.bias
-            if skip.bias is None
-            else skip.bias
-            if branch.bias is None
-            else branch.bias + skip.bias
-        )
+        biases = [bias for bias in (branch.bias, skip.bias) if bias is not None]
+        bias = biases[0] + biases[1] if len(biases) == 2 else next(iter(biases), None)
         return Pending(branch.x, bias, skip.x)
     x, y = branch.value(), skip.value()
     if not overwrite or torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -151,8 +122,8 @@ def add(branch: Pending, skip: Pending, *, overwrite: bool) -> Pending:
     return Pending(x.add_(y))  # fresh memory costs a CPU more than the addition
 
 
-def residual_step(block: ResidualLayers, x: Pending) -> Pending:
-    """Two norm-activation-convolution steps around a skip."""
+def residual_step(block: Any, x: Pending) -> Pending:
+    """Two norm-activation-convolution steps around a skip; the layers have diffusers' names."""
     h, skip = normalize_convolve(block.norm1, block.conv1, x)
     h, _ = normalize_convolve(block.norm2, block.conv2, h, last_use=is_plain_conv(block.conv1))
     if block.conv_shortcut is not None:
@@ -160,8 +131,8 @@ def residual_step(block: ResidualLayers, x: Pending) -> Pending:
     return add(h, skip, overwrite=is_plain_conv(block.conv2))
 
 
-def attend(attention: AttentionLayers, x: Pending) -> Pending:
-    """Single-head self-attention over all pixels, around a skip."""
+def attend(attention: Any, x: Pending) -> Pending:
+    """Single-head self-attention around a skip; the layers have diffusers' names."""
     y, skip = normalize(attention.group_norm, x)
     tokens = y.flatten(2).transpose(1, 2)  # [B, HW, C]
     layers = (attention.to_q, attention.to_k, attention.to_v)

@@ -1,9 +1,9 @@
 """Read pickled checkpoints as plain tensors without running any code of the file.
 
-torch's restricted unpickler reads most files. It refuses those that name classes of a trainer, such as the
-callbacks of Lightning 1.4 in LDM's own checkpoints. These files are read a second time with an inert stand-in
-for every unknown class or function. Nothing is imported. Only OrderedDict and torch's functions that rebuild a
-dense tensor are called.
+torch's restricted unpickler reads most files. It refuses those that name classes of a trainer, such
+as the callbacks of Lightning 1.4 in LDM's own checkpoints. These files are read a second time with
+an inert stand-in for every unknown class or function. Nothing is imported. Only OrderedDict and
+torch's functions that rebuild a dense tensor are called.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     The tensors are the file's own, those of its "state_dict", or those of its only dict of tensors.
 
     Raises:
-        ModelError: the file is damaged, holds no dict of tensors or several, or a weight is not a plain tensor.
+        ModelError: the file is damaged, holds no dict of tensors or several, or a weight is not a
+            plain tensor.
     """
     content = _content(file)
     if not isinstance(content, dict):
@@ -60,12 +61,12 @@ def read_pickle(file: str | Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether this is a dict of weights. A tensor without dimensions, such as a count of steps, is no weight."""
+    """Whether this is a dict of weights; a count of steps, without dimensions, is no weight."""
     return isinstance(value, dict) and any(isinstance(item, Tensor) and item.ndim for item in value.values())
 
 
 def _plain(value: Tensor | _Inert, key: Any, file: str | Path) -> Tensor:
-    """Check that `value` is a dense tensor with its own values; a stride of zero can claim terabytes."""
+    """Check that a tensor is dense with its own values; a stride of zero can claim terabytes."""
     if isinstance(value, _Inert):
         found = f"a {value.name}"
     elif value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
@@ -88,13 +89,13 @@ def _content(file: str | Path) -> Any:
         except Exception:
             reason = f"{type(error).__name__}: {first_line(error).partition('. ')[0][:200]}"
             raise ModelError(
-                f"could not read {file} as plain tensors ({reason}); the file is damaged or of an unknown format, "
-                "use another copy"
+                f"could not read {file} as plain tensors ({reason}); the file is damaged or of an unknown "
+                "format, use another copy"
             ) from error
 
 
 def _inert_content(file: str | Path) -> Any:
-    """The file's content with stand-ins: torch reads the container and values, `_InertUnpickler` the pickle."""
+    """The content: torch reads the container and values, `_InertUnpickler` the pickle."""
     with Path(file).open("rb") as stream:
         zipped = stream.read(4) == b"PK\x03\x04"  # as torch decides
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
@@ -110,7 +111,7 @@ def _inert_content(file: str | Path) -> Any:
 
 
 class _Inert:
-    """Stand-in for a class, a function or an object of one: keeps the name, takes any call and does nothing."""
+    """An inert class, function or object: keeps its name, takes any call and does nothing."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Whether a layer does exactly what its class does, so that a fused step may read its parameters instead of calling it."""
+"""Check that a layer is plain: a fused step may read its parameters instead of calling it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["has_hooks", "is_plain", "is_plain_conv", "is_plain_norm", "is_unhook
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call runs torch's hooks too. Weight norm, spectral norm and pruning are forward pre-hooks."""
+    """Whether a call runs torch's hooks; weight norm, spectral norm and pruning are pre-hooks."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -22,23 +22,24 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether a call runs the forward of the module's class and nothing else.
+    """Whether a call runs only the forward of the module's class.
 
-    Offloading by accelerate and by diffusers, and `latentae.fuse`, set an instance attribute `forward`.
+    Offloading in accelerate and diffusers, and `latentae.fuse`, set an instance attribute
+    `forward`.
     """
     return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of the classes themselves and unhooked.
+    """Whether a module has exactly one of the classes and is unhooked.
 
-    A parametrized, quantized or adapted layer (LoRA) is of another class.
+    A parametrized, quantized or adapted layer (LoRA) has another class.
     """
     return type(module) in kinds and is_unhooked(module)
 
 
 def is_plain_conv(conv: Any, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> TypeGuard[nn.Conv2d]:
-    """Whether a layer is a plain zero-padded convolution with square kernel, one group and no dilation."""
+    """Whether a layer is a plain zero-padded square convolution, one group, no dilation."""
     return (
         is_plain(conv, nn.Conv2d)
         and conv.kernel_size == (kernel, kernel)

@@ -12,8 +12,8 @@ class DiagonalGaussian:
     """A normal distribution with a diagonal covariance for each latent element.
 
     Args:
-        moments: [B, 2z, h, w], mean and log-variance stacked over channels. Half precision is widened to
-            fp32 and the log-variance is clamped to [-30, 20], as in LDM.
+        moments: [B, 2z, h, w], mean and log-variance stacked over channels. Half precision is
+            widened to fp32 and the log-variance is clamped to [-30, 20], as in LDM.
     """
 
     SMALLEST_LOGVAR = -30.0
@@ -26,7 +26,7 @@ class DiagonalGaussian:
 
     @classmethod
     def of_mean(cls, mean: Tensor) -> DiagonalGaussian:
-        """The posterior of a deterministic encoder: `mean` [B, z, h, w] with the smallest variance."""
+        """The posterior of a deterministic encoder: `mean` [B, z, h, w], smallest variance."""
         return cls(torch.cat([mean, torch.full_like(mean, cls.SMALLEST_LOGVAR)], dim=1))
 
     @property
@@ -35,7 +35,7 @@ class DiagonalGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """mean + std * noise (Kingma & Welling 2013, eq. 4), [B, z, h, w]; draws `noise` if it is None."""
+        """mean + std * noise (Kingma & Welling 2013, eq. 4), [B, z, h, w], noise drawn if None."""
         if noise is None:
             noise = torch.randn(
                 self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
@@ -47,5 +47,5 @@ class DiagonalGaussian:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, I)) summed over the latent of each image, [B] (Kingma & Welling 2013, appendix B)."""
+        """KL(q || N(0, I)) of each image's latent, [B] (Kingma & Welling 2013, appendix B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))

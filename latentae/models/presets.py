@@ -26,7 +26,7 @@ LINEAR = "linear"  # the preset of the linear autoencoder
 def _kl(
     multipliers: tuple[int, ...], latent: int, attention: tuple[int, ...] = (), width: int = 128, **rest: Any
 ) -> Values:
-    """Values of an AutoencoderKL with attention after every block of the levels in `attention`; 0 is the finest."""
+    """Values of an AutoencoderKL; the levels in `attention` attend, 0 is the finest."""
     levels = range(len(multipliers))
     return {
         "block_out_channels": tuple(width * m for m in multipliers),
@@ -47,7 +47,8 @@ _TINY: Values = {
     "sample_size": 64,
 }
 
-# LDM's model zoo (Rombach et al. 2022, table 8): base width 128; attention at side 16 (and 8) of 256 pixels.
+# LDM's model zoo (Rombach et al. 2022, table 8): base width 128; attention at side 16 (and 8) of
+# 256 pixels.
 PRESETS: dict[str, Values] = {
     "kl-f4": _kl((1, 2, 4), latent=3),
     "kl-f8": _kl((1, 2, 4, 4), latent=4),
@@ -67,7 +68,7 @@ def _dc(
     layers: tuple[tuple[int, ...], tuple[int, ...]],
     windows: tuple[int, ...] = (5,),
 ) -> Values:
-    """Values of an AutoencoderDC whose `attention` coarsest levels attend; `layers` of encoder and decoder."""
+    """Values of an AutoencoderDC; its `attention` coarsest levels attend."""
     attends = [level >= len(widths) - attention for level in range(len(widths))]
     values: Values = {"latent_channels": latent}
     for side, depths in zip(SIDES, layers, strict=True):
@@ -78,9 +79,10 @@ def _dc(
     return values
 
 
-# f32 and f64 have the widths and depths of mit-han-lab's dc-ae-f32c32-in-1.0 and dc-ae-f64c128-in-1.0, whose
-# attention has no windows. Those have BatchNorm and ReLU in the decoder's three finest levels. A model that is
-# trained from scratch has RMSNorm and SiLU there, as dc-ae-f32c32-sana-1.0 has. f8 and f16 are our choice.
+# f32 and f64 have the widths and depths of mit-han-lab's dc-ae-f32c32-in-1.0 and
+# dc-ae-f64c128-in-1.0, whose attention has no windows. Those have BatchNorm and ReLU in the
+# decoder's three finest levels. A model that is trained from scratch has RMSNorm and SiLU there, as
+# dc-ae-f32c32-sana-1.0 has. f8 and f16 are our choice.
 DC_PRESETS: dict[str, Values] = {
     "dc-f8": _dc((128, 256, 512, 512), 16, 1, ((2, 2, 2, 3), (3, 3, 3, 3))),
     "dc-f16": _dc((128, 256, 512, 512, 1024), 32, 2, ((2, 2, 2, 3, 3), (3, 3, 3, 3, 3))),
@@ -139,7 +141,7 @@ def preset(name: str, **overrides: Any) -> AutoencoderKLConfig:
 
 
 def _of_both_sides(values: Values, overrides: Values) -> Values:
-    """Spread `block_out_channels` and `layers_per_block` over encoder and decoder of an AutoencoderDC.
+    """Apply `block_out_channels` and `layers_per_block` to both sides of an AutoencoderDC.
 
     One number of layers leaves empty levels empty.
     """

@@ -1,10 +1,10 @@
 """Find, load and save the weights of an autoencoder: MODEL -> source -> weights.
 
-exported folder   config.json, diffusion_pytorch_model.safetensors  (or config.json, vae.ldm.safetensors)
-diffusers folder  the same; or shards with an index, .bin, or a half-precision variant if nothing else is there
+exported folder   config.json, diffusion_pytorch_model.safetensors (or vae.ldm.safetensors)
+diffusers folder  the same; or shards with an index, .bin, or a variant such as fp16
 checkpoint        config.json, {ema,autoencoder}.safetensors, meta.json
 run folder        checkpoints/latest -> the name of one of checkpoints/step-*, metrics.jsonl
-file              .safetensors, pickled, or an index of shards, with or without config.json in its folder
+file              .safetensors, pickled, or an index of shards, with or without config.json
 owner/name        a repository on the Hub that holds an exported folder, or one as `vae/`
 
 `weight_files` reads the tensors of a file and `state_dicts` fits them to a model.
@@ -61,7 +61,8 @@ CHECKPOINT_WEIGHTS = {"ema": "ema.safetensors", "raw": "autoencoder.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FOLDERS = ("", "vae/")  # of the model itself, or of a pipeline
 
-# Patterns of the weights in a diffusers folder, best first; "*" in a name is a variant such as fp16.
+# Patterns of the weights in a diffusers folder, best first; "*" in a name is a variant such as
+# fp16.
 _STEM = "diffusion_pytorch_model"
 _WEIGHTS = (
     (WEIGHTS, f"{WEIGHTS}.index.json"),
@@ -92,9 +93,10 @@ class ModelSource:
         path: as given by the user, or the folder of the Hub's client.
         weights_file: the file of weights.
         config: the model's shape.
-        kind: what `path` is.
+        kind: type of `path`.
         resolution: image side in pixels of its training, or the config's sample_size.
-        fingerprint: hex digest of the weights file and the config; equal fingerprints give equal outputs.
+        fingerprint: hex digest of the weights file and the config; equal fingerprints give equal
+            outputs.
         metrics_log: the run's metrics.jsonl if there is one.
     """
 
@@ -118,7 +120,8 @@ class ModelSource:
             raise ImageError(f"resolution is {side}, {self.path} needs a multiple of {f}; use {use}")
 
     def check_channels(self, *, decodes: bool = True) -> None:
-        """Check that image files have the model's channels: 1, 3 or 4, and as many out as in if it `decodes`.
+        """Check that image files have the model's channels: 1, 3 or 4, and equal ones out if it
+        `decodes`.
 
         Raises:
             ModelError: other channels.
@@ -158,11 +161,12 @@ def load_weights(model: Autoencoder, file: str | Path) -> None:
 def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
     """Find config and weights of a run folder, checkpoint, exported folder, file or Hub repository.
 
-    A file may be .safetensors, .ckpt, .pt, .pth, .bin or an index of shards. Its names are diffusers' or
-    LDM's, with or without a prefix such as "first_stage_model." or "module.". Its shape is that of the
-    config.json in its folder, or is read from the tensors. Pickled files are read as tensors and run no
-    code. In a diffusers folder full precision is preferred to a variant, and safetensors to .bin. A path
-    that does not exist and reads `owner/name` is looked up on the Hub.
+    A file may be .safetensors, .ckpt, .pt, .pth, .bin or an index of shards. Its names are
+    diffusers' or LDM's, with or without a prefix such as "first_stage_model." or "module.". Its
+    shape is that of the config.json in its folder, or is read from the tensors. Pickled files are
+    read as tensors and run no code. In a diffusers folder full precision is preferred to a variant,
+    and safetensors to .bin. A path that does not exist and reads `owner/name` is looked up on the
+    Hub.
 
     Raises:
         ModelError: `path` is none of these, or a part is missing.
@@ -173,8 +177,8 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
     path = Path(path) if name is None else _downloaded(name)
     if not path.exists():
         raise ModelError(
-            f"{path} does not exist; give a run folder, a checkpoint, an exported folder, a file of weights or "
-            "owner/name on the Hub"
+            f"{path} does not exist; give a run folder, a checkpoint, an exported folder, a file of weights "
+            "or owner/name on the Hub"
         )
     if path.is_file():
         if not is_weights_file(path):
@@ -198,7 +202,7 @@ def resolve_model(path: str | Path, weights: str = "ema") -> ModelSource:
 
 
 def folder_weights(path: Path) -> Path | None:
-    """The weights, or their index, in a diffusers folder or the `vae/` of a pipeline; None if there are none.
+    """The weights, or their index, in a diffusers folder or the `vae/` of a pipeline.
 
     Raises:
         ModelError: several files are equally good.
@@ -254,7 +258,7 @@ def _fingerprint(file: Path, config: AutoencoderConfig) -> str:
 
 
 def hub_id(path: str | Path) -> str | None:
-    """`path` as the name of a repository on the Hub; None if it can't be one or its parent folder exists."""
+    """`path` as a repository on the Hub; None if it can't be one or its parent folder exists."""
     path = Path(path)
     name = path.as_posix()
     if not _HUB_ID.fullmatch(name) or path.exists() or path.parent.exists():
@@ -290,13 +294,13 @@ def snapshot(name: str, files: Sequence[str]) -> Path:
     ) as error:  # the Hub's client raises errors of its own, of its transport and of the system
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(
-            f"{name} is no path here, and the Hub did not give it ({reason}); check the name and the connection, "
-            "or log in with `hf auth login`"
+            f"{name} is no path here, and the Hub did not give it ({reason}); check the name and the "
+            "connection, or log in with `hf auth login`"
         ) from error
 
 
 def save_weights(state: dict[str, Tensor], file: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors atomically and contiguously, so that equal weights give equal bytes in any memory format."""
+    """Write tensors atomically; equal weights give equal bytes in any memory format."""
     plain = {
         key: value.detach()
         .to("cpu", dtype if value.is_floating_point() else None)

@@ -1,7 +1,7 @@
 """From the tensors of a file to the state dict of a model, under any of the names that files have.
 
-Files name the same weights as diffusers does, as diffusers did until 2023, or as latent diffusion (LDM) does,
-each with or without a prefix such as "first_stage_model.".
+Files name the same weights as diffusers does, as diffusers did until 2023, or as latent diffusion
+(LDM) does, each with or without a prefix such as "first_stage_model.".
 """
 
 from __future__ import annotations
@@ -27,28 +27,36 @@ _DIFFUSERS_MARK = "encoder.mid_block.resnets.0.conv1.weight"
 _DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 # what a training leaves in the file of an autoencoder and no encoder or decoder reads
 _TRAINING = (
-    "loss.", "discriminator.", "model_ema.", "foundation_model.", "linear_proj.", "colorize", "n_averaged", "scale_factor",
+    "loss.", "discriminator.", "model_ema.", "foundation_model.", "linear_proj.", "colorize", "n_averaged",
+    "scale_factor",
 )  # fmt: skip
 # names that no other component has
 _AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")
 # tensors that show another family with these names, and what to do
-_FAMILIES = {
-    r"^(bn\.|encoder\.quant_conv\.|decoder\.post_quant_conv\.)": "this is FLUX.2's layout, which is not read; "
-    "`evaluate` reads its diffusers folder (AutoencoderKLFlux2)",
-    r"(^|\.)(time_stack|mix_factor|time_mix_conv)\b": "these are layers over time, of an autoencoder of videos; "
-    "give one of images",
-}
+_FAMILIES = (
+    (
+        r"^(bn\.|encoder\.quant_conv\.|decoder\.post_quant_conv\.)",
+        "this is FLUX.2's layout, which is not read; `evaluate` reads its diffusers folder "
+        "(AutoencoderKLFlux2)",
+    ),
+    (
+        r"(^|\.)(time_stack|mix_factor|time_mix_conv)\b",
+        "these are layers over time, of an autoencoder of videos; give one of images",
+    ),
+)
 
 
 def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """The tensors of `file` as a state dict of `model`, which may be on the meta device.
 
-    An LDM file with an average of all weights of the autoencoder (`model_ema.*`, from LDM's `ema_decay`)
-    gives the average. The average of a latent diffusion model covers only its denoiser and is ignored. The
-    log names the tensors that are left out: those of a training and of other components.
+    An LDM file with an average of all weights of the autoencoder (`model_ema.*`, from LDM's
+    `ema_decay`) gives the average. The average of a latent diffusion model covers only its denoiser
+    and is ignored. The log names the tensors that are left out: those of a training and of other
+    components.
 
     Raises:
-        ModelError: a key, shape or type does not fit, or a tensor is unknown; the first ones are named.
+        ModelError: a key, shape or type does not fit, or a tensor is unknown; the first ones are
+            named.
     """
     expected = model.state_dict()
     with _naming(file):
@@ -80,8 +88,8 @@ def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str |
 def inferred_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLConfig:
     """The shape of the autoencoder in a file of weights without a config, from its tensors.
 
-    Tensors do not tell the number of groups of a norm. It is 32 in LDM. Under diffusers' names 32 is assumed
-    and logged.
+    Tensors do not tell the number of groups of a norm. It is 32 in LDM. Under diffusers' names 32
+    is assumed and logged.
 
     Raises:
         ModelError: the tensors are not those of an autoencoder of this library.
@@ -93,7 +101,8 @@ def inferred_config(file: Path, tensors: Mapping[str, Tensor]) -> AutoencoderKLC
         prefix = prefix_before(current, _DIFFUSERS_MARK)
         if prefix is None:
             raise ModelError(
-                "no config.json is next to it, and its tensors are not those of an AutoencoderKL; put its config.json there"
+                "no config.json is next to it, and its tensors are not those of an AutoencoderKL; put its "
+                "config.json there"
             )
         current = {key.removeprefix(prefix): v for key, v in current.items() if key.startswith(prefix)}
         levels = 0
@@ -137,7 +146,7 @@ def _matrix(value: Tensor, expected: Tensor) -> Tensor:
 def _check(
     model: Autoencoder, expected: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> None:
-    """Check that `state` has every key of `expected` with its shape; `names` are those in the file."""
+    """Check that `state` has the keys and shapes of `expected`; `names` are the file's."""
     wrong = [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         latent = ("quant_conv", "post_quant_conv", "decoder.conv_in")
@@ -145,7 +154,8 @@ def _check(
         z = model.config.latent_channels
         hint = f"; the config says latent_channels = {z}" if key.startswith(latent) else ""
         raise ModelError(
-            f"{names[key]} has shape {tuple(state[key].shape)}, the model expects {tuple(expected[key].shape)}{hint}"
+            f"{names[key]} has shape {tuple(state[key].shape)}, the model expects "
+            f"{tuple(expected[key].shape)}{hint}"
         )
     missing = [names[key] for key in expected if key not in state]
     if missing:
@@ -160,8 +170,8 @@ def _check(
 def _split_unknown(keys: Iterable[str], used: Collection[str], prefix: str) -> tuple[list[str], str]:
     """The keys of a file that are an error, and in words those that may be left out.
 
-    Harmless are the tensors of a training (`loss.*`, `model_ema.*`, ...), and other components if the
-    autoencoder has a prefix.
+    Harmless are the tensors of a training (`loss.*`, `model_ema.*`, ...), and other components if
+    the autoencoder has a prefix.
     """
     left = [key for key in keys if key not in used]
     inside = [key for key in left if key.startswith(prefix)]
@@ -175,7 +185,7 @@ def _split_unknown(keys: Iterable[str], used: Collection[str], prefix: str) -> t
 
 
 def _advice(unknown: list[str], prefix: str) -> str:
-    for pattern, text in _FAMILIES.items():
+    for pattern, text in _FAMILIES:
         if any(re.search(pattern, key.removeprefix(prefix)) for key in unknown):
             return text
     return "the weights and config.json belong to different models"

@@ -1,8 +1,8 @@
-"""Which part of an autoencoder learns. The forward pass builds no graph in front of the first layer that does."""
+"""Select the part of an autoencoder that is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from torch import nn
@@ -20,75 +20,65 @@ Part = Literal["all", "decoder", "decoder-head", "encoder", "latent"]
 
 
 def select_trainable(model: Autoencoder, part: Part) -> None:
-    """Let `part` of the model learn and nothing else; every parameter of it gets a gradient from a reconstruction.
+    """Set `requires_grad` so that only a part of the model is trained.
+
+    A reconstruction gives every parameter of it a gradient.
 
     Args:
         model: its parameters' `requires_grad` is set.
-        part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its finest level and what comes after), which
-            leave the latent as it is; "encoder" (with the 1x1 convolution after it); or "latent", the coarsest level and the middle of
-            both: what DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled high-resolution adaptation"). Of an
-            AutoencoderDC levels are those that have blocks.
+        part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its finest
+            level and the layers after it), which leave the latent unchanged; "encoder" (with the
+            1x1 convolution after it); or "latent", the coarsest level and the middle of both, which
+            DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled high-resolution
+            adaptation"). In an AutoencoderDC only levels with blocks count.
 
     Raises:
         ModelError: an unknown part, or one that this architecture does not have.
     """
     if part not in get_args(Part):
         raise ModelError(f"unknown part {part!r} to train; the parts are {', '.join(get_args(Part))}")
-    if not isinstance(model, AutoencoderKL | AutoencoderDC):
-        if part != "all":
-            raise ModelError(
-                f"a {type(model).__name__} is trained as a whole, not by parts such as {part!r}; take 'all'"
-            )
-        model.requires_grad_(True)
-        return
+    if isinstance(model, AutoencoderKL):
+        modules = _kl_modules(model, part)
+    elif isinstance(model, AutoencoderDC):
+        modules = _dc_modules(model, part)
+    elif part == "all":
+        modules = [model]
+    else:
+        raise ModelError(f"a {type(model).__name__} has no part {part!r}; train 'all'")
     model.requires_grad_(False)
-    for module in _modules(model, part) if isinstance(model, AutoencoderKL) else _dc_modules(model, part):
+    for module in modules:
         if module is not None:
             module.requires_grad_(True)
 
 
-def _modules(model: AutoencoderKL, part: Part) -> Iterator[nn.Module | None]:
+def _kl_modules(model: AutoencoderKL, part: Part) -> Iterable[nn.Module | None]:
     encoder, decoder = model.encoder, model.decoder
-    if part in ("all", "encoder"):
-        yield from (encoder, model.quant_conv)
-    if part in ("all", "decoder"):
-        yield from (model.post_quant_conv, decoder)
-    if part == "decoder-head":
-        yield from (decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out)
-    if part == "latent":
-        yield from (
-            encoder.down_blocks[-1],
-            encoder.mid_block,
-            encoder.conv_norm_out,
-            encoder.conv_out,
-            model.quant_conv,
-        )
-        yield from (model.post_quant_conv, decoder.conv_in, decoder.mid_block, decoder.up_blocks[0])
+    before = (encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out)
+    after = (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0])
+    return {
+        "all": [model],
+        "encoder": [encoder, model.quant_conv],
+        "decoder": [model.post_quant_conv, decoder],
+        "decoder-head": [decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out],
+        "latent": [*before, model.quant_conv, model.post_quant_conv, *after],
+    }[part]
 
 
-def _dc_modules(model: AutoencoderDC, part: Part) -> Iterator[nn.Module | None]:
+def _dc_modules(model: AutoencoderDC, part: Part) -> Iterable[nn.Module | None]:
     encoder, decoder = model.encoder, model.decoder
-    levels = (encoder.down_blocks, decoder.up_blocks)
-    down, up = ([level for level in blocks if len(level)] for blocks in levels)  # pyright: ignore
-    if part in ("all", "encoder"):
-        yield encoder
-    if part in ("all", "decoder"):
-        yield decoder
-    if part == "decoder-head":
-        yield from (*up[:1], decoder.norm_out, decoder.conv_out)
-    if part == "latent":
-        yield from (*down[-1:], encoder.conv_out, encoder.conv_out_logvar, decoder.conv_in, *up[-1:])
+    down = [level for level in encoder.down_blocks if len(level)]  # pyright: ignore[reportArgumentType]
+    up = [level for level in decoder.up_blocks if len(level)]  # pyright: ignore[reportArgumentType]
+    return {
+        "all": [model],
+        "encoder": [encoder],
+        "decoder": [decoder],
+        "decoder-head": [*up[:1], decoder.norm_out, decoder.conv_out],
+        "latent": [*down[-1:], encoder.conv_out, encoder.conv_out_logvar, decoder.conv_in, *up[-1:]],
+    }[part]
 
 
 def trunk_names(model: Autoencoder) -> set[str]:
-    """Names of the parameters that are in no residual branch: what an image passes through if all branches add nothing."""
-    branches = [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, ResnetBlock | Attention | ResidualBlock | AttentionBlock)
-    ]
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if not any(name.startswith(f"{branch}.") for branch in branches)
-    }
+    """Names of the parameters outside residual branches."""
+    branches = (ResnetBlock, Attention, ResidualBlock, AttentionBlock)
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, branches))
+    return {name for name, _ in model.named_parameters() if not name.startswith(prefixes)}

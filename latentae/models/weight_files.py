@@ -27,7 +27,7 @@ def is_weights_file(file: str | Path) -> bool:
 
 
 def _is_index(file: Path) -> bool:
-    """An index of shards is named, for example, `diffusion_pytorch_model.safetensors.index.json`."""
+    """Whether a file's name is that of an index, such as `model.safetensors.index.json`."""
     return ".index." in file.name and file.suffix == ".json"
 
 
@@ -61,10 +61,12 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a file of weights, or of the shards of an index; pickled files run no code.
+    """Read all tensors of a file of weights, or of the shards of an index.
 
-    Names lose what torch.compile (`_orig_mod.`), DDP (`module.`) and FSDP add. Entries of a pickled file
-    that are not tensors are logged once.
+    Pickled files run no code.
+
+    Names lose what torch.compile (`_orig_mod.`), DDP (`module.`) and FSDP add. Entries of a pickled
+    file that are not tensors are logged once.
 
     Raises:
         ModelError: a file is damaged or unreadable, or its names repeat or differ from the index.

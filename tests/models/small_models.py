@@ -1,4 +1,4 @@
-"""Autoencoders small enough for the kernels' interpreter, and what several tests ask of a model."""
+"""Autoencoders small enough for the kernels' interpreter, and helpers of several tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from latentae.models.base import Autoencoder
+from latentae.models.blocks import Attention
 from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig
 from latentae.models.presets import PRESETS, preset
+from latentae.models.tiling.steps import Residual, Step, scale_change
 
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 DC = {
@@ -24,7 +26,7 @@ DC = {
     "encoder_qkv_multiscales": ((), (), (5,)),
     "decoder_qkv_multiscales": ((), (), (5,)),
 }
-"""Values of an AutoencoderDC of f = 4 that has both kinds of blocks."""
+"""Values of an AutoencoderDC of f = 4 with both types of blocks."""
 
 DC_TWO_LEVELS = {
     "latent_channels": 4,
@@ -38,7 +40,7 @@ DC_TWO_LEVELS = {
     "encoder_qkv_multiscales": ((), (5,)),
     "decoder_qkv_multiscales": ((), (5,)),
 }
-"""The smallest AutoencoderDC with both kinds of blocks, f = 2."""
+"""The smallest AutoencoderDC with both types of blocks, f = 2."""
 
 
 def narrow(name: str, **overrides) -> AutoencoderKLConfig:
@@ -50,7 +52,7 @@ def narrow(name: str, **overrides) -> AutoencoderKLConfig:
 
 
 def two_levels(name: str = "kl-f8", **overrides) -> AutoencoderKLConfig:
-    """An f2 model with every kind of layer."""
+    """An f2 model with every type of layer."""
     return preset(
         name,
         **{"block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1, **LEVELS, **overrides},
@@ -91,10 +93,26 @@ def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
 
 
 def weights_that_do_not_learn(model: Autoencoder, x: torch.Tensor) -> list[str]:
-    """Names of the parameters without a gradient in the second step; the first one moves the branches that start at zero."""
+    """Names of parameters without a gradient in the second step, after branches left zero."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
         (model(x).reconstruction - x).square().mean().backward()
         optimizer.step()
     return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def halo(steps: list[Step], scale: float) -> int:
+    """Reach of a result in image pixels; `scale` is image pixels per pixel of the first input."""
+    reach = 0.0
+    for step in steps:
+        assert not isinstance(step, Attention)
+        if isinstance(step, Residual):
+            reach += scale * (step.first.conv.padding[0] + step.second.conv.padding[0])
+            continue
+        after = scale / scale_change(step)
+        # a doubled pixel is as far as half of one before; a halving convolution reaches two pixels
+        # down and right
+        reach += scale * 2 if step.kind == "down" else after * int(step.conv.padding[0])
+        scale = after
+    return int(-(-reach // 1))

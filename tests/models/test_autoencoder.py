@@ -76,7 +76,8 @@ def test_fp32_is_within_twice_the_distance_of_diffusers_from_fp64(name):
     values, grads = run(ours, x.float(), noise.float(), theirs=False)
     expected, expected_grads = run(theirs, x.float(), noise.float(), theirs=True)
 
-    # Norms over many values: the largest error of a few is left to chance, and differs from processor to processor.
+    # Norms over many values: the largest error of a few is left to chance, and differs from
+    # processor to processor.
     def distance(found, true):
         return torch.stack([(found[key].double() - true[key]).norm() for key in true]).norm().item()
 

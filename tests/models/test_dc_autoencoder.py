@@ -1,4 +1,4 @@
-"""AutoencoderDC against diffusers' class: outputs, gradients, folders both ways; and what diffusers' class has not."""
+"""AutoencoderDC against diffusers' class: outputs, gradients, folders, and its posterior."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def outputs(ours, theirs, x, z):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_and_gradients_equal_diffusers(name):
-    """To fp32, which diffusers takes for statistics and attention in any precision; ours stays in fp64."""
+    """To fp32, in which diffusers computes statistics and attention; ours stays in fp64."""
     for dtype, size in ((torch.float64, (1, 2)), (torch.float32, (3, 4))):
         ours, theirs = pair(dtype, **CONFIGS[name])
         x, z = inputs(ours.config, dtype, *size)
@@ -305,7 +305,7 @@ def test_a_pipeline_scales_by_the_factor_alone_and_wrong_shapes_and_tiling_are_r
         model.encode(torch.zeros(1, 3, 10, 8))
     with pytest.raises(ModelError, match="expected \\[B, 4, h, w\\]"):
         model.decode(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ModelError, match="tiling is made for AutoencoderKL, this is a AutoencoderDC"):
+    with pytest.raises(ModelError, match="tiling takes an AutoencoderKL, this is a AutoencoderDC"):
         Tiled(model)  # pyright: ignore[reportArgumentType]
     images = torch.rand(2, 3, 24, 20) * 2 - 1
     latents = LatentPipeline(model).encode(images)

@@ -1,4 +1,4 @@
-"""A start at PCA: an ordinary AutoencoderDC whose latents and reconstructions are those of principal components."""
+"""A start at PCA: latents and reconstructions of an AutoencoderDC are those of PCA."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXACT = {
 
 
 def pictures(channels: int = 3, count: int = 48, side: int = 64) -> torch.Tensor:
-    """Edges at several scales, and noise: uint8 [N, C, H, W], whose spectrum falls as that of photos."""
+    """Edges at several scales, and noise: uint8 [N, C, H, W] with a photo's spectrum."""
     generator = torch.Generator().manual_seed(5)
     image = torch.zeros(count, channels, side, side)
     for size in (2, 4, 8, 16, 32, 64):

@@ -1,4 +1,4 @@
-"""diffusers folders as they are found: only a variant, only .bin, shards, wrapped names, keys of a newer diffusers."""
+"""diffusers folders with only a variant, only .bin, shards, wrapped names or new keys."""
 
 from __future__ import annotations
 

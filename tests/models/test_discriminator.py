@@ -13,7 +13,7 @@ from latentae.models.backbone import FrozenBackbone
 from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminator, UNetDiscriminator
 
 NORMS = ("none", "group", "instance")
-# patch and unet share their layers, efficientnet and vit their heads: each norm in both, each network with one norm at least
+# patch and unet share layers, efficientnet and vit heads: each norm in both, each network with one
 KINDS = [
     *(("patch", norm) for norm in NORMS),
     ("unet", "group"),
@@ -120,7 +120,7 @@ def test_a_gradient_penalty_has_the_right_gradient_in_fp64(build, kind, norm):
     gradients = torch.autograd.grad(penalty(), parameters, allow_unused=True)
     assert sum(g is not None for g in gradients) >= len(parameters) / 2  # the last biases move no gradient
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
-    step = 1e-8  # so small that no LeakyReLU turns over between the two, and far above the rounding of the penalty
+    step = 1e-8  # no LeakyReLU changes sign, and far above rounding
     difference = (shifted(step) - shifted(-step)) / (2 * step)
     torch.testing.assert_close(difference, slope, rtol=1e-3, atol=1e-4 * penalty().item())
 

@@ -15,18 +15,16 @@ diffusers = pytest.importorskip("diffusers")
 
 def tiny(cls, **changes):
     torch.manual_seed(0)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    widths = [f"{side}_block_out_channels" for side in ("encoder", "decoder", "down", "up")]
     shapes = {
         "AutoencoderTiny": {
-            "encoder_block_out_channels": (8, 8),
-            "decoder_block_out_channels": (8, 8),
-            "num_encoder_blocks": (1, 1),
-            "num_decoder_blocks": (1, 1),
+            **dict.fromkeys(widths[:2], (8, 8)),
+            **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1, 1)),
         },
-        "VQModel": {"block_out_channels": (8, 8), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
-                    "up_block_types": ("UpDecoderBlock2D",) * 2, "num_vq_embeddings": 16},
-        "AsymmetricAutoencoderKL": {"down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8), "norm_num_groups": 4,
-                                    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
-    }  # fmt: skip
+        "VQModel": {"block_out_channels": (8, 8), "norm_num_groups": 4, **levels, "num_vq_embeddings": 16},
+        "AsymmetricAutoencoderKL": {**dict.fromkeys(widths[2:], (8, 8)), "norm_num_groups": 4, **levels},
+    }
     return getattr(diffusers, cls)(**{**shapes[cls], **changes}).eval()
 
 
@@ -39,19 +37,15 @@ def test_any_image_autoencoder_of_diffusers_gives_its_own_outputs(cls, tmp_path)
     assert isinstance(ours, ForeignAutoencoder)
     assert ours.config.kind == cls
     x = torch.rand(2, 3, 32, 48) * 2 - 1
-    made = theirs.encode(x)
-    latent = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    encoded = theirs.encode(x)
+    latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     posterior = ours.encode(x)
     torch.testing.assert_close(posterior.mode(), latent)
-    assert latent.shape == (
-        2,
-        ours.config.latent_channels,
-        32 // ours.config.downsampling,
-        48 // ours.config.downsampling,
-    )
+    f = ours.config.downsampling
+    assert latent.shape == (2, ours.config.latent_channels, 32 // f, 48 // f)
     torch.testing.assert_close(ours.decode(latent), theirs.decode(latent).sample)
-    if hasattr(made, "latent_dist"):
-        torch.testing.assert_close(posterior.std, made.latent_dist.std)
+    if hasattr(encoded, "latent_dist"):
+        torch.testing.assert_close(posterior.std, encoded.latent_dist.std)
     else:
         assert posterior.std.max() < 1e-6
     assert source.fingerprint == load_any_model(tmp_path / "model")[1].fingerprint
@@ -78,8 +72,9 @@ def test_what_is_no_image_autoencoder_is_refused_in_one_line(tmp_path):
         with pytest.raises(ModelError, match=message) as caught:
             load_any_model(config.parent)
         assert "\n" not in str(caught.value)
-    model = diffusers.UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=16,
-                                  down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    levels = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    shape = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
+    model = diffusers.UNet2DModel(**shape, **levels)
     model.save_pretrained(tmp_path / "unet")
     with pytest.raises(ModelError, match="does not take images"):
         load_any_model(tmp_path / "unet")

@@ -37,7 +37,7 @@ def build_dc(dtype=torch.float32, **changes) -> nn.Module:
     return vae.to(dtype)
 
 
-# diffusers' AutoencoderDC computes statistics in fp32 in any precision, so that it is no reference in fp64
+# diffusers' AutoencoderDC computes statistics in fp32, so it is no reference in fp64
 KINDS = {
     "kl": (build, torch.float64, {"rtol": 1e-8, "atol": 1e-11}),
     "dc": (build_dc, torch.float32, {"rtol": 1e-3, "atol": 1e-5}),
@@ -89,9 +89,9 @@ def test_outputs_and_gradients_stay(backend, kind):
 @pytest.mark.parametrize(
     ("kind", "counts"),
     [
-        ("kl", {"residual blocks": 10, "levels": 4, "middle blocks": 2, "upsamplers": 1, "attention normalizations": 2,
-                "output normalizations": 2}),
-        # each of three attention blocks has one norm in the attention and one after the convolutions
+        ("kl", {"residual blocks": 10, "levels": 4, "middle blocks": 2, "upsamplers": 1,
+                "attention normalizations": 2, "output normalizations": 2}),
+        # three attention blocks, each with one norm in the attention and one after the convolutions
         ("dc, silu", {"residual blocks": 2, "RMS normalizations": 2 + 3 * 2, "output normalizations": 1}),
     ],
 )  # fmt: skip
@@ -195,7 +195,7 @@ def test_hooks_see_tensors_and_fire(backend):
 
 @pytest.mark.parametrize("order", ["fuse, then offload", "fuse, then cast", "cast, then fuse"])
 def test_hooks_that_change_weights_are_not_passed_by(order):
-    """Offloading keeps weights on "meta" except during a call, layerwise casting in 8 bits: without hooks results are nonsense."""
+    """Offloading keeps weights on "meta", layerwise casting in 8 bits: both need their hooks."""
     from accelerate import cpu_offload
 
     def hook(vae):

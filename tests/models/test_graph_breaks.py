@@ -1,4 +1,4 @@
-"""torch.compile takes encode and decode as one graph each: what a pipeline compiles, and what training does."""
+"""torch.compile takes encode and decode as one graph each, in a pipeline and in training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentae.models.dc.autoencoder import AutoencoderDC
 
 pytestmark = pytest.mark.slow  # tests/models/test_pending.py compiles one model in the fast set
 
-# Every kind of block: attention in a level and in the middle, a change of width, both resamplings, both 1x1 convolutions.
+# every block: attention in a level and the middle, a new width, both resamplings, 1x1 convolutions
 BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
     "norm_num_groups": 4,

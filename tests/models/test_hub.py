@@ -21,7 +21,7 @@ CONFIG = preset("tiny", block_out_channels=(8, 8, 16))
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """The Hub as a folder: someone/model is what lies in it, fetched by the patterns that were asked for."""
+    """The Hub as a folder: someone/model has its files that match the requested patterns."""
     repository = tmp_path / "hub"
     repository.mkdir()
 

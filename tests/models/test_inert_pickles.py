@@ -109,7 +109,7 @@ def test_an_ldm_checkpoint_of_lightning_is_a_model(trainer, tmp_path, monkeypatc
 
 
 class Call:
-    """Pickles as a call of `function` with `arguments`, with a state, items and keys if they are given."""
+    """Pickles as a call of `function`, with an optional state, items and keys."""
 
     def __init__(self, function, arguments, *more):
         self.made = (function, arguments, *more)

@@ -41,7 +41,7 @@ def build(name: str) -> AutoencoderKL | AutoencoderDC:
 def gradients(
     model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, noise: torch.Tensor, sampled: bool = True
 ):
-    """Both gradients from the graph, and from the features; the gradients that arrive are drawn, two stacked at the image."""
+    """Both gradients from the graph and from the features, for random gradients."""
     out = model(x, noise, sample_posterior=sampled, keep_features=True)
     at_image, at_latent = (
         torch.randn_like(torch.stack([out.reconstruction] * 2)),

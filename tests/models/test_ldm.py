@@ -71,12 +71,13 @@ def test_the_names_are_those_of_the_published_files():
     names = to_ldm(state, preset("kl-f16")).keys()
     assert len(names) == len(state)
     for name in (
-        "encoder.conv_in.weight", "encoder.down.0.block.0.norm1.weight", "encoder.down.2.block.0.nin_shortcut.weight",
-        "encoder.down.4.attn.1.q.weight", "encoder.down.4.attn.1.norm.bias", "encoder.down.3.downsample.conv.bias",
-        "encoder.mid.block_1.conv1.weight", "encoder.mid.attn_1.proj_out.bias", "encoder.mid.block_2.conv2.bias",
-        "encoder.norm_out.weight", "decoder.up.4.attn.2.k.weight", "decoder.up.4.upsample.conv.weight",
-        "decoder.up.0.block.2.conv2.weight", "decoder.norm_out.bias", "decoder.conv_out.weight", "quant_conv.weight",
-        "post_quant_conv.bias",
+        "encoder.conv_in.weight", "encoder.down.0.block.0.norm1.weight",
+        "encoder.down.2.block.0.nin_shortcut.weight", "encoder.down.4.attn.1.q.weight",
+        "encoder.down.4.attn.1.norm.bias", "encoder.down.3.downsample.conv.bias",
+        "encoder.mid.block_1.conv1.weight", "encoder.mid.attn_1.proj_out.bias",
+        "encoder.mid.block_2.conv2.bias", "encoder.norm_out.weight", "decoder.up.4.attn.2.k.weight",
+        "decoder.up.4.upsample.conv.weight", "decoder.up.0.block.2.conv2.weight",
+        "decoder.norm_out.bias", "decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.bias",
     ):  # fmt: skip
         assert name in names, name
     assert not any(name.startswith(("decoder.up.0.upsample", "encoder.down.4.downsample")) for name in names)

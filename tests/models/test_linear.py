@@ -99,7 +99,7 @@ def test_with_pcas_weights_it_is_pca(tied: bool, patch: int):
         found = (model.float()(x.float(), sample_posterior=False).reconstruction + 1) * 127.5
     difference = found.round().clamp(0, 255) - pca.reconstruct(images).float()
     assert difference.abs().max() <= 1
-    # fp32 errs by at most 1e-3 of a gray level in sums of 192 products, so that less than 1 in 500 values round the other way
+    # fp32 errs by at most 1e-3 gray levels in 192 products: under 1 in 500 values round differently
     assert (difference != 0).float().mean() < 2e-3
 
 

@@ -1,4 +1,4 @@
-"""PCA of patches: against numpy, the sketch against the closed form, and angles between subspaces."""
+"""PCA of patches against numpy, the sketch against PCA, and angles between subspaces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentae.models.pca import fit_pca, principal_angles, sketch_pca
 
 
 def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
-    """Coloured gradients with a little noise: compressible as photos are; uint8 [N, 3, size, size]."""
+    """Color gradients with a little noise, as compressible as photos: uint8 [N, 3, size, size]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
@@ -21,7 +21,7 @@ def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 def photo_tiles(size: int) -> Tensor:
-    """Tiles of two photos, in order of brightness, the worst for a sketch; uint8 [N, 3, size, size]."""
+    """Tiles of two photos by brightness, the worst order for a sketch: uint8 [N, 3, size, size]."""
     data = pytest.importorskip("skimage.data")
     tiles = []
     for photo in (data.astronaut(), data.chelsea()):
@@ -124,9 +124,9 @@ def test_signs_of_components_do_not_follow_those_of_lapack(monkeypatch, fit):
 
 
 def test_pca_of_too_few_patches_is_refused():
-    with pytest.raises(DataError, match=r"given 32 patches, it needs at least 48 patches of 4 x 4"):
+    with pytest.raises(DataError, match=r"PCA has 32 patches, it needs at least 48 patches of 4 x 4"):
         fit_pca(smooth_images(2, 16), 4, 8)
-    with pytest.raises(DataError, match=r"given 32 patches, it needs at least 160 patches of 4 x 4"):
+    with pytest.raises(DataError, match=r"PCA has 32 patches, it needs at least 160 patches of 4 x 4"):
         sketch_pca(smooth_images(2, 16), 4, 8)
     for fit in (fit_pca, sketch_pca):
         with pytest.raises(DataError, match="0 patches, it needs any"):

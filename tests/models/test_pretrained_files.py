@@ -1,4 +1,4 @@
-"""Weights from files of every kind, and files that are refused."""
+"""Weights from files of every type, and files that are refused."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def same(path: Path, model: AutoencoderKL) -> bool:
 
 @pytest.mark.parametrize(
     ("suffix", "names"),
-    [(".safetensors", ""), (".safetensors", "vae."), (".safetensors", "diffusers"), (".ckpt", "first_stage_model."), (".ckpt", ""),
-     (".pth", "vae."), (".pt", "diffusers"), (".bin", "diffusers")],
+    [(".safetensors", ""), (".safetensors", "vae."), (".safetensors", "diffusers"), (".ckpt", ""),
+     (".ckpt", "first_stage_model."), (".pth", "vae."), (".pt", "diffusers"), (".bin", "diffusers")],
 )  # fmt: skip
 def test_a_lone_file_is_a_model(suffix, names, model, tmp_path):
     state = model.state_dict()
@@ -161,7 +161,7 @@ def test_a_bad_pickle_is_refused_in_one_line_and_runs_nothing(what, tmp_path):
         assert len(str(caught.value)) < 600
     assert not made.exists()
     assert not (tmp_path / "vae").exists()
-    if "runs code" in what:  # the file does what it is said to do, for those who load it so
+    if "runs code" in what:  # the file is harmful, for those who load it so
         torch.load(file, weights_only=False) if what.startswith("archive") else pickle.loads(
             file.read_bytes()
         )

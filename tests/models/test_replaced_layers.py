@@ -1,4 +1,4 @@
-"""Layers that users replace, wrap, hook or parametrize count as they do in diffusers: in our models and in fused ones."""
+"""Layers that users replace, wrap, hook or parametrize work as in diffusers."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_a_replaced_block_or_half_gets_a_tensor(family):
 
 
 def test_a_layer_put_in_place_of_a_fused_one_is_used():
-    """The last activation is part of the fused normalization; a normalization that replaces it later needs the activation."""
+    """A normalization that replaces the fused one later needs the last activation again."""
     found, x = models("kl"), torch.randn(1, 3, 4, 4)
     images = {}
     for kind in ("diffusers", "fused"):
@@ -352,7 +352,7 @@ def test_tiling_names_the_layers_that_it_can_not_split():
 
 
 def test_weights_of_videos_keep_their_order_and_output():
-    """The decoder of Stable Video Diffusion has convolutions over time next to those that fuse knows."""
+    """Stable Video Diffusion's decoder also has convolutions over time."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import randomize_norms
+from small_models import halo, randomize_norms
 from torch import nn
 
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError
@@ -18,15 +18,13 @@ from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import preset
 from latentae.models.tiling import Tiled, maps
 from latentae.models.tiling import tiled as tiled_module
-from latentae.models.tiling.blended import UNUSED
-from latentae.models.tiling.statistics import Source
+from latentae.models.tiling.blended import UNUSED, Source
 from latentae.models.tiling.steps import (
     Affine,
     Step,
     change,
     decoder_steps,
     encoder_steps,
-    halo,
     run,
     split_decoder,
     split_encoder,
@@ -56,7 +54,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, **replaced) -> Autoenco
 
 
 def picture(height: int, width: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Smooth colours, dark at one corner, with fine structure in one half only: tiles of it are unlike each other."""
+    """Smooth colors, dark at one corner, with fine structure in one half: its tiles differ."""
     y, x = torch.linspace(-1, 1, height, dtype=dtype).view(-1, 1), torch.linspace(-1, 1, width, dtype=dtype)
     base = torch.stack([torch.sin(3 * y + x), y * x, torch.cos(2 * x) * y])
     noise = torch.randn(3, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -65,7 +63,7 @@ def picture(height: int, width: int, dtype: torch.dtype = torch.float64) -> torc
 
 @torch.no_grad()
 def psnr(found: torch.Tensor, whole: torch.Tensor) -> float:
-    """Against the spread of the whole, so that latents and images are judged alike."""
+    """Against the spread of the full image, so that latents and images are judged alike."""
     return float(10 * torch.log10(whole.var() / (found - whole).square().mean()))
 
 
@@ -87,7 +85,7 @@ def test_exact_is_the_untiled_result(shape):
 
 @pytest.mark.slow
 def test_exact_at_full_size():
-    """In fp64 equal; in fp32 nearer to that than the model itself, whose GroupNorm adds up millions of values in fp32."""
+    """Equal in fp64; in fp32 nearer to fp64 than the model, whose GroupNorm sums in fp32."""
     precise = build("kl-f8", **NARROW)
     model = copy.deepcopy(precise).float()
     with torch.no_grad():
@@ -202,7 +200,7 @@ def test_what_does_not_fit_is_refused(arguments, message):
 
 
 def test_other_models_are_refused_and_wrong_shapes_are_the_models_errors():
-    with pytest.raises(ModelError, match="made for AutoencoderKL, this is a Identity"):
+    with pytest.raises(ModelError, match="takes an AutoencoderKL, this is a Identity"):
         Tiled(nn.Identity())
     tiled = Tiled(build("tiny"), "exact", tile=16)
     with pytest.raises(ImageError, match="multiples of 4"):
@@ -258,7 +256,8 @@ def status(field):
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = AutoencoderKL(preset("kl-f8", block_out_channels=(64, 64, 64, 64), norm_num_groups=8, layers_per_block=1)).eval()
+config = preset("kl-f8", block_out_channels=(64, 64, 64, 64), norm_num_groups=8, layers_per_block=1)
+model = AutoencoderKL(config).eval()
 tiled = Tiled(model, sys.argv[1], tile=128, scratch=sys.argv[2])
 tiled.decode(torch.randn(1, 4, 20, 20))  # loads what stays loaded
 latent = torch.randn(1, 4, int(sys.argv[3]), int(sys.argv[3]))
@@ -282,5 +281,5 @@ def test_memory_is_bounded_by_the_tile(mode, tmp_path):
     assert done.returncode == 0, done.stderr
     image, tile = 3 * (8 * side) ** 2 * 4, 64 * 128 * 128 * 4
     assert int(done.stdout) < image + 6 * tile + 2**25
-    # one map of the whole image would not fit
+    # one map of the full image would not fit
     assert image + 6 * tile + 2**25 < 64 * (8 * side) ** 2 * 4

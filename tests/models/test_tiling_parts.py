@@ -4,24 +4,23 @@ import itertools
 
 import pytest
 import torch
+from small_models import halo
 from torch import nn
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.blocks import Attention
 from latentae.models.presets import preset
-from latentae.models.tiling import statistics, streamed
-from latentae.models.tiling.blended import Tiles, blend, weights
-from latentae.models.tiling.maps import Moments, affine, store
-from latentae.models.tiling.statistics import Source, estimate, samples
+from latentae.models.tiling.blended import SHARE, Source, Tiles, blend, estimate, samples, weights
+from latentae.models.tiling.maps import Moments, Store, affine
 from latentae.models.tiling.steps import (
     Convolution,
     decoder_steps,
     encoder_steps,
-    halo,
     run,
     split_decoder,
     split_encoder,
 )
+from latentae.models.tiling.streamed import stream
 
 
 def model() -> AutoencoderKL:
@@ -111,13 +110,13 @@ def test_moments_are_those_of_all_rows_even_where_the_mean_is_large():
 def test_attention_looks_at_a_grid_where_there_are_too_many_places():
     attention = Attention(16, 4).double()
     blocks = torch.randn(1, 16, 6, 9, dtype=torch.float64)
-    x = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)  # every second place holds what the others do
+    x = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)  # every second pixel repeats its neighbor
 
     def attended(keys):
-        with store(None, torch.float64) as maps:
-            made = maps.new(12, 18, 16, 8)
-            made.write(0, x)
-            return streamed.stream([attention], made, maps, 30 * 64, keys).whole(x)
+        with Store(None, torch.float64) as maps:
+            source = maps.new(12, 18, 16, 8)
+            source.write(0, x)
+            return stream([attention], source, maps, 30 * 64, keys).whole(x)
 
     whole = attention(x)
     for keys in (None, 216, 54):
@@ -137,7 +136,7 @@ def test_samples_lie_in_the_image_and_grow_with_it():
                 assert 0 <= top <= height - high
                 assert 0 <= left <= width - wide
             assert sum(high * wide for _, _, high, wide in boxes) <= 128**2
-    assert area(2048, 2048) == pytest.approx(2048**2 / statistics.SHARE, rel=0.1)
+    assert area(2048, 2048) == pytest.approx(2048**2 / SHARE, rel=0.1)
 
 
 @torch.no_grad()

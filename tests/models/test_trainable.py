@@ -18,8 +18,8 @@ PARTS = {
     "decoder-head": ("decoder.up_blocks.{last}.", "decoder.conv_norm_out.", "decoder.conv_out."),
     "encoder": ("encoder.", "quant_conv."),
     "latent": (
-        "encoder.down_blocks.{last}.", "encoder.mid_block.", "encoder.conv_norm_out.", "encoder.conv_out.", "quant_conv.",
-        "post_quant_conv.", "decoder.conv_in.", "decoder.mid_block.", "decoder.up_blocks.0.",
+        "encoder.down_blocks.{last}.", "encoder.mid_block.", "encoder.conv_norm_out.", "encoder.conv_out.",
+        "quant_conv.", "post_quant_conv.", "decoder.conv_in.", "decoder.mid_block.", "decoder.up_blocks.0.",
     ),
 }  # fmt: skip
 DC_PARTS = {

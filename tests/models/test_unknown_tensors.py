@@ -1,4 +1,4 @@
-"""Tensors that a model of its shape does not have: refused by name, or logged if a training or another component left them there."""
+"""Unknown tensors in files are refused by name; those of a training or component are logged."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The deep-compression autoencoder (Chen et al. 2024, "Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models")."""
+"""The deep-compression autoencoder (Chen et al. 2024, arXiv 2410.10733)."""

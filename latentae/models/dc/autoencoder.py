@@ -46,7 +46,7 @@ def _run_level(level: nn.Module, x: Pending, checkpointing: bool) -> Pending:
 
 
 class DCEncoder(nn.Module):
-    """Image [B, C, H, W] -> latent [B, z, H/f, W/f], or with a posterior its moments [B, 2z, H/f, W/f]."""
+    """Image [B, C, H, W] -> latent [B, z, H/f, W/f], or moments [B, 2z, H/f, W/f]."""
 
     def __init__(self, config: AutoencoderDCConfig) -> None:
         super().__init__()
@@ -158,12 +158,13 @@ class DCDecoder(nn.Module):
 
 
 class AutoencoderDC(Autoencoder):
-    """diffusers' AutoencoderDC (Chen et al. 2024, "Deep Compression Autoencoder", DC-AE), also for training.
+    """diffusers' AutoencoderDC, also for training (DC-AE, Chen et al. 2024, arXiv 2410.10733).
 
-    Steps of two move space to channels and back. Each has a shortcut without parameters that averages or
-    repeats channels, so that a network of many levels still trains. The published models are deterministic.
-    With `bottleneck = "gaussian"` a second head predicts a log-variance, so that a posterior can be trained.
-    `without_posterior`, and with it an export, keeps the posterior's mean.
+    Steps of two move space to channels and back. Each has a shortcut without parameters that
+    averages or repeats channels, so that a network of many levels still trains. The published
+    models are deterministic. With `bottleneck = "gaussian"` a second head predicts a log-variance,
+    so that a posterior can be trained. `without_posterior`, and with it an export, keeps the
+    posterior's mean.
     """
 
     config: AutoencoderDCConfig
@@ -178,7 +179,7 @@ class AutoencoderDC(Autoencoder):
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def without_posterior(self) -> AutoencoderDC:
-        """The deterministic model whose latent is the mean, with shared weights; itself if deterministic."""
+        """The deterministic model whose latent is the mean, with shared weights."""
         if self.config.bottleneck == "deterministic":
             return self
         with torch.device("meta"):
@@ -187,7 +188,7 @@ class AutoencoderDC(Autoencoder):
         return plain.train(self.training)
 
     def with_own_head(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fit the state dict of another model of this family: drop the posterior's head, or add this model's.
+        """Fit the state dict of another such model: drop the posterior's head, or add this model's.
 
         So training with a posterior can start from a published model, which has no such head.
         """

@@ -1,4 +1,4 @@
-"""The layers of the deep-compression autoencoder; attribute names give diffusers' state-dict keys."""
+"""The layers of the deep-compression autoencoder; their names give diffusers' keys."""
 
 from __future__ import annotations
 
@@ -29,18 +29,13 @@ __all__ = [
 ]
 
 EPS = 1e-5
-_SPARE = 1e-15  # of linear attention, where no key answers a query
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "mish": F.mish,
-}
+_SMALLEST = 1e-15  # sum of linear attention weights, for a query that no key matches
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "mish": F.mish}
+ACTIVATIONS |= {"silu": F.silu, "swish": F.silu}
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the channels of each pixel with weight and bias, eps 1e-5, statistics in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+    """RMSNorm over the channels of each pixel in fp32 (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,9 +50,10 @@ class RMSNorm(nn.Module):
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch normalization by its stored mean and variance, in training as well; weight and bias learn.
+    """Batch normalization by stored mean and variance, also in training.
 
-    A published model that has it can be fine-tuned so, whatever the batch, the number of processes and what is recomputed.
+    So published models can be fine-tuned with any batch size, number of processes and
+    recomputation.
     """
 
     def __init__(self, channels: int) -> None:
@@ -70,31 +66,28 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         )
 
 
-def normalization(kind: str, channels: int) -> nn.Module:
-    """Of a residual branch: "rms_norm" or "batch_norm"."""
-    return RMSNorm(channels) if kind == "rms_norm" else FrozenBatchNorm(channels)
+def _normalization(name: str, channels: int) -> nn.Module:
+    return RMSNorm(channels) if name == "rms_norm" else FrozenBatchNorm(channels)
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, activation, convolution and normalization around a skip: diffusers' `ResBlock`."""
+    """Convolution, activation, convolution, normalization around a skip: `ResBlock`."""
 
     def __init__(self, channels: int, norm: str, act: str) -> None:
         super().__init__()
         self.act = act
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = normalization(norm, channels)
+        self.norm = _normalization(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
-        h = ACTIVATIONS[self.act](convolve(self.conv1, x))
-        return add(
-            self.norm(convolve(self.conv2, h)), x, overwrite=is_plain(self.norm, RMSNorm, FrozenBatchNorm)
-        )
+        h = convolve(self.conv2, ACTIVATIONS[self.act](convolve(self.conv1, x)))
+        return add(self.norm(h), x, overwrite=is_plain(self.norm, RMSNorm, FrozenBatchNorm))
 
 
 class Projection(nn.Module):
-    """Queries, keys and values seen through a larger window: a depthwise convolution, then one over the channels of each head."""
+    """Queries, keys and values of a window: depthwise convolution, then one per head."""
 
     def __init__(self, channels: int, heads: int, kernel: int) -> None:
         super().__init__()
@@ -110,9 +103,9 @@ class Projection(nn.Module):
 class Attention(nn.Module):
     """Multi-scale ReLU linear attention around a skip (Cai et al. 2023, "EfficientViT", eq. 2).
 
-    For a query q and all pairs of key and value, relu(q) sum_j relu(k_j)^T v_j / relu(q) sum_j relu(k_j)^T: work and memory grow linearly
-    with the number of pixels. diffusers forms the products in the other order on maps of no more pixels than a head has channels; the
-    value is the same.
+    relu(q) sum_j relu(k_j)^T v_j / relu(q) sum_j relu(k_j)^T for a query q and all keys and values:
+    time and memory are linear in the number of pixels. diffusers multiplies in the other order on
+    maps with at most `head` pixels; the value is the same.
     """
 
     def __init__(self, channels: int, head: int, kernels: tuple[int, ...], norm: str) -> None:
@@ -123,7 +116,7 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner, bias=False) for _ in range(3))
         self.to_qkv_multiscale = nn.ModuleList([Projection(inner, heads, kernel) for kernel in kernels])
         self.to_out = nn.Linear(inner * (1 + len(kernels)), channels, bias=False)
-        self.norm_out = normalization(norm, channels)
+        self.norm_out = _normalization(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
@@ -143,29 +136,24 @@ class Attention(nn.Module):
 
 
 def linear_attention(qkv: Tensor, head: int) -> Tensor:
-    """[B, heads * 3 * head, H, W], q, k and v of each head one after the other -> [B, H, W, heads * head], in at least fp32."""
+    """[B, heads * 3 * head, H, W], q, k, v of each head -> [B, H, W, heads * head], fp32."""
     batch, channels, height, width = qkv.shape
     rows = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).movedim(1, -1)
-    rows = rows.reshape(batch, height * width, channels // (3 * head), 3 * head).transpose(
-        1, 2
-    )  # [B, heads, HW, 3 head]
-    q, k, v = rows.chunk(3, dim=-1)
+    rows = rows.reshape(batch, height * width, channels // (3 * head), 3 * head)
+    q, k, v = rows.transpose(1, 2).chunk(3, dim=-1)  # [B, heads, HW, head]
     q, k = F.relu(q), F.relu(k)
     total = q @ k.sum(dim=2).unsqueeze(-1)  # [B, heads, HW, 1]
-    mixed = (q @ (k.transpose(-1, -2) @ v)) / total.clamp(
-        min=_SPARE
-    )  # ONNX's optimizer takes so small a number, added, for zero
+    # clamped: ONNX's optimizer would drop a sum with so small a number
+    mixed = (q @ (k.transpose(-1, -2) @ v)) / total.clamp(min=_SMALLEST)
     return mixed.transpose(1, 2).reshape(batch, height, width, channels // 3)
 
 
 class GatedConv(nn.Module):
-    """Expand, look around, gate, contract, normalise, around a skip: the gated feed-forward of EfficientViT, diffusers' `GLUMBConv`."""
-
-    EXPANSION = 4
+    """EfficientViT's gated feed-forward around a skip: diffusers' `GLUMBConv`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = self.EXPANSION * channels
+        hidden = 4 * channels
         self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
@@ -191,42 +179,41 @@ class AttentionBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve height and width: a convolution, and beside it space moved to channels, of which each group's mean is taken.
+    """Halve height and width: a convolution, plus a shortcut that averages moved channels.
 
     Args:
         in_channels: of the input.
         out_channels: of the output; with a shortcut a divisor of 4 `in_channels`.
-        strided: the convolution has stride 2, instead of moving space to channels after it.
-        shortcut: whether there is anything beside the convolution.
+        strided: whether the convolution has stride 2; otherwise space is moved to channels after
+            it.
+        shortcut: whether to add the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, strided: bool, shortcut: bool = True) -> None:
         super().__init__()
         self.out_channels, self.strided, self.shortcut = out_channels, strided, shortcut
-        made = out_channels if strided else out_channels // 4
-        self.conv = nn.Conv2d(in_channels, made, 3, stride=2 if strided else 1, padding=1)
+        stride, width = (2, out_channels) if strided else (1, out_channels // 4)
+        self.conv = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H/2, W/2]."""
-        h = self.conv(x)
-        h = h if self.strided else F.pixel_unshuffle(h, 2)
+        h = self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), 2)
         if not self.shortcut:
             return h
-        return add(
-            h,
-            grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels),
-            overwrite=is_plain(self.conv, nn.Conv2d),
-        )
+        means = grouped_mean(F.pixel_unshuffle(x, 2), self.out_channels)
+        return add(h, means, overwrite=is_plain(self.conv, nn.Conv2d))
 
 
 class Up(nn.Module):
-    """Double height and width: a convolution, and beside it channels repeated and moved to space.
+    """Double height and width: a convolution, plus a shortcut that repeats channels.
 
     Args:
         in_channels: of the input.
-        out_channels: of the output; with a shortcut 4 times as many are a multiple of `in_channels`.
-        interpolate: the convolution follows nearest-neighbour doubling, instead of preceding the move of channels to space.
-        shortcut: whether there is anything beside the convolution.
+        out_channels: of the output; with a shortcut 4 `out_channels` is a multiple of
+            `in_channels`.
+        interpolate: whether the convolution follows nearest-neighbor doubling; otherwise channels
+            are moved to space after it.
+        shortcut: whether to add the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, interpolate: bool, shortcut: bool = True) -> None:
@@ -236,56 +223,46 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W]."""
-        h = self.from_conv(self.conv(self.to_conv(x)))
+        h = self.conv(self.to_conv(x))
+        h = h if self.interpolate else F.pixel_shuffle(h, 2)
         if not self.shortcut:
             return h
-        return add(
-            h,
-            F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2),
-            overwrite=is_plain(self.conv, nn.Conv2d),
-        )
+        copies = F.pixel_shuffle(repeated(x, 4 * self.out_channels), 2)
+        return add(h, copies, overwrite=is_plain(self.conv, nn.Conv2d))
 
     def to_conv(self, x: Tensor) -> Tensor:
-        """What the convolution reads."""
+        """The convolution's input."""
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.interpolate else x
 
-    def from_conv(self, h: Tensor) -> Tensor:
-        """What its output becomes."""
-        return h if self.interpolate else F.pixel_shuffle(h, 2)
-
     def to_conv_output(self, gradient: Tensor) -> Tensor:
-        """The gradient at the convolution's output, of one at the block's."""
+        """The gradient at the convolution's output, from the gradient at the block's."""
         return gradient if self.interpolate else F.pixel_unshuffle(gradient, 2)
 
 
 def grouped_mean(x: Tensor, channels: int) -> Tensor:
-    """[B, C, H, W] -> [B, channels, H, W]: the mean of each group of neighbouring channels."""
+    """[B, C, H, W] -> [B, channels, H, W]: the mean of each group of neighboring channels."""
     return x if x.shape[1] == channels else x.unflatten(1, (channels, -1)).mean(dim=2)
 
 
 def repeated(x: Tensor, channels: int) -> Tensor:
-    """[B, C, H, W] -> [B, channels, H, W]: each channel several times in a row."""
+    """[B, C, H, W] -> [B, channels, H, W]: each channel repeated."""
     times = channels // x.shape[1]
     return x if times == 1 else x.repeat_interleave(times, dim=1, output_size=channels)
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 3x3 convolution of stride 1: fused where the layer is plain, else called."""
+    """A 3x3 convolution of stride 1: fused if the layer is plain, else called."""
     return conv3x3(x, conv.weight, conv.bias) if is_plain_conv(conv) else conv(x)
 
 
 def normalize_activate(norm: nn.Module, x: Tensor, act: str) -> Tensor:
-    """Normalization and activation, in one kernel where both are known."""
+    """Normalization and activation, in one kernel if both are known."""
     return norm(x, act) if is_plain(norm, RMSNorm) else ACTIVATIONS[act](norm(x))
 
 
 def add(branch: Tensor, skip: Tensor, *, overwrite: bool) -> Tensor:
-    """Add a branch to its skip; `overwrite`: it comes from a plain layer, so nobody else has its memory."""
-    if (
-        not overwrite
-        or torch.is_grad_enabled()
-        or torch.compiler.is_exporting()
-        or branch.dtype != skip.dtype
-    ):
+    """Add a branch to its skip, in place if `overwrite`: the branch is a plain layer's output."""
+    keeps = torch.is_grad_enabled() or torch.compiler.is_exporting() or branch.dtype != skip.dtype
+    if keeps or not overwrite:
         return branch + skip
     return branch.add_(skip)  # fresh memory costs a CPU more than the addition

@@ -1,4 +1,4 @@
-"""Images too large for memory, in parts: `Tiled` encodes and decodes them exactly or by blended tiles."""
+"""`Tiled` encodes and decodes images too large for memory, exactly or by blended tiles."""
 
 from latentae.models.tiling.tiled import Tiled
 

@@ -1,7 +1,7 @@
-"""The autoencoder as a list of steps, and each step on a tensor whose normalizations are already known.
+"""The autoencoder as a list of steps, each of which runs on any part of an image.
 
-GroupNorm is all that ties distant pixels of a convolutional network together. Given its scale and shift for each channel, a step sees
-no further than its convolutions do, so that it can run on any part of an image.
+Only GroupNorm connects distant pixels of a convolutional network. With a known scale and shift for
+each channel, a step depends only on the pixels that its convolutions read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ __all__ = [
     "convolve",
     "decoder_steps",
     "encoder_steps",
-    "halo",
     "output_channels",
     "run",
     "scale_change",
@@ -43,19 +42,19 @@ __all__ = [
 ]
 
 Affine = tuple[Tensor, Tensor]
-"""Scale and shift of each channel, [C] each: GroupNorm whose statistics are known."""
+"""Scale and shift of each channel, [C] each: a GroupNorm with known statistics."""
 Norms = Callable[[nn.GroupNorm, Tensor], Affine]
-"""What gives a step its normalization: the layer and what it is about to read, [B, C, H, W], to scale and shift."""
+"""Gives a step its normalization: the layer and its input [B, C, H, W] -> scale and shift."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution, GroupNorm and SiLU before it where there is a norm."""
+    """One convolution, after GroupNorm and SiLU if it has a norm."""
 
     conv: nn.Conv2d
     norm: nn.GroupNorm | None = None
     kind: Literal["same", "down", "up"] = "same"
-    """Whether height and width stay, are halved (padded at the right and bottom only) or doubled before the convolution."""
+    """Whether height and width stay, are halved (padded right and bottom) or doubled."""
 
 
 @dataclass(frozen=True)
@@ -68,40 +67,30 @@ class Residual:
 
 
 Step = Convolution | Residual | Attention
-_KINDS = (
-    Encoder,
-    Decoder,
-    Level,
-    MidBlock,
-    ResnetBlock,
-    Attention,
-    Downsample,
-    Upsample,
-    nn.GroupNorm,
-)
+_BLOCKS = (Encoder, Decoder, Level, MidBlock, ResnetBlock, Attention, Downsample, Upsample, nn.GroupNorm)
 
 
 def check_layers(model: AutoencoderKL) -> None:
-    """Refuse a model with layers that tiling would ignore: its steps compute normalizations and skips themselves.
+    """Check that tiling ignores no layer: its steps compute normalizations and skips themselves.
 
     Raises:
-        ModelError: a block, normalization or convolution that is replaced, or a hooked block or normalization.
+        ModelError: a block, normalization or convolution is replaced, or a block or normalization
+            is hooked.
     """
     for name, module in model.named_modules():
-        reason = _obstacle(module) if name else None
-        if reason is not None:
+        if name and (reason := _obstacle(module)) is not None:
             raise ModelError(
                 f"tiling can't split this model: {name} {reason}; merge or remove it, or run untiled"
             )
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why tiling would ignore a module; None for those that it calls or computes itself."""
+    """Why tiling would ignore a module; None if it calls or computes it."""
     if isinstance(module, nn.ModuleList | nn.Linear):
         return None
-    if isinstance(module, nn.Conv2d):  # steps call it where it is not plain
+    if isinstance(module, nn.Conv2d):  # steps call it if it is not plain
         return None if module.padding_mode == "zeros" else f"pads its input by {module.padding_mode!r} values"
-    if type(module) not in _KINDS:
+    if type(module) not in _BLOCKS:
         return f"is a {type(module).__name__}"
     return None if is_unhooked(module) else "has hooks"
 
@@ -137,7 +126,7 @@ def _block(block: nn.Module) -> Step:
 
 
 def split_decoder(steps: list[Step]) -> tuple[list[Step], list[Step]]:
-    """What runs at the latent's resolution, or looks at the whole image (attention), and the convolutions after it."""
+    """Steps at the latent's resolution or up to the last attention, and those after them."""
     resampling = [index for index, step in enumerate(steps) if scale_change(step) != 1]
     attention = [index + 1 for index, step in enumerate(steps) if isinstance(step, Attention)]
     cut = max(resampling[:1] + attention + [1])
@@ -145,7 +134,7 @@ def split_decoder(steps: list[Step]) -> tuple[list[Step], list[Step]]:
 
 
 def split_encoder(steps: list[Step]) -> tuple[list[Step], list[Step]]:
-    """The convolutions down to the latent's resolution, or to the first attention, and what comes after them."""
+    """Steps down to the latent's resolution or to the first attention, and those after them."""
     resampling = [index + 1 for index, step in enumerate(steps) if scale_change(step) != 1]
     attention = [index for index, step in enumerate(steps) if isinstance(step, Attention)]
     before = [cut for cut in resampling if not attention or cut <= attention[0]]
@@ -170,48 +159,32 @@ def output_channels(steps: list[Step]) -> int:
     return (last.second if isinstance(last, Residual) else last).conv.out_channels
 
 
-def halo(steps: list[Step], scale: float) -> int:
-    """How many image pixels beyond its place a result can depend on; `scale` is image pixels per pixel of the first input."""
-    reach = 0.0
-    for step in steps:
-        assert not isinstance(step, Attention)
-        if isinstance(step, Residual):
-            reach += scale * (step.first.conv.padding[0] + step.second.conv.padding[0])  # pyright: ignore[reportOperatorIssue]
-            continue
-        after = scale / scale_change(step)
-        # a doubled pixel is as far as half of one before; a halving convolution reaches two pixels down and right
-        reach += scale * 2 if step.kind == "down" else after * int(step.conv.padding[0])
-        scale = after
-    return int(-(-reach // 1))
-
-
 def run(steps: list[Step], x: Tensor, norms: Norms) -> Tensor:
-    """Convolutional steps on a part of an image, [B, C, H, W], padded by zeros at its edges."""
+    """Run convolutional steps on a part of an image, [B, C, H, W], with zeros around it."""
     for step in steps:
         assert not isinstance(step, Attention)
         if isinstance(step, Convolution):
-            x = _convolution(step, x, norms)
+            x = _run_convolution(step, x, norms)
             continue
-        h = _convolution(step.second, _convolution(step.first, x, norms), norms)
+        h = _run_convolution(step.second, _run_convolution(step.first, x, norms), norms)
         x = h.add_(x if step.shortcut is None else step.shortcut(x))
     return x
 
 
-def _convolution(step: Convolution, x: Tensor, norms: Norms) -> Tensor:
+def _run_convolution(step: Convolution, x: Tensor, norms: Norms) -> Tensor:
     return convolve(step, x if step.norm is None else activate(x, norms(step.norm, x)))
 
 
 def activate(x: Tensor, affine: Affine, silu: bool = True) -> Tensor:
-    """silu(scale x + shift) in a new tensor; half precision is widened on the way."""
-    scale, shift = (
-        value.to(torch.promote_types(x.dtype, torch.float32)).view(1, -1, 1, 1) for value in affine
-    )
-    y = torch.addcmul(shift, x.to(scale.dtype), scale)
+    """silu(scale x + shift) in a new tensor, computed in at least fp32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, shift = (value.to(wide).view(1, -1, 1, 1) for value in affine)
+    y = torch.addcmul(shift, x.to(wide), scale)
     return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
 
 
 def convolve(step: Convolution, x: Tensor) -> Tensor:
-    """The convolution alone, of a part with zeros around it."""
+    """The convolution without its normalization, on a part with zeros around it."""
     conv = step.conv
     if step.kind == "up":
         return upsample_convolve(conv, x).value()

@@ -1,7 +1,8 @@
-"""Steps on the maps of a whole image, strip by strip: what they would give on the whole, in bounded memory.
+"""Steps on the maps of a full image, strip by strip: the exact result in bounded memory.
 
-Normalization k reads the whole output of normalization k - 1, so there is no way but step by step: each writes its map, with the moments
-of its channels, and the next reads it. A strip reads one row more above and below than it writes, for the convolution.
+Normalization k reads the complete output of normalization k - 1, so steps run one after the other.
+Each writes its map with the moments of its channels, and the next reads it. For the convolution, a
+strip reads one row more above and below than it writes.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from latentae.models.tiling.steps import Convolution, Residual, Step, activate, 
 __all__ = ["stream"]
 
 BLOCK = 1024
-"""Keys at a time, at least a row of them: attention's scores are held for a strip of queries and so many keys."""
+"""Keys at a time, at least one row, of attention's scores."""
 
 
 def stream(steps: list[Step], x: Map, maps: Store, area: int, keys: int | None = None) -> Map:
-    """Run the steps on a whole map.
+    """Run the steps on a full map.
 
     Args:
         steps: in order.
-        x: the input, which is given back to the store.
-        maps: where results are kept.
+        x: the input, which is closed.
+        maps: where results are stored.
         area: image pixels in a strip.
-        keys: attention looks at about so many places at most, on a regular grid; None looks at all.
+        keys: attention uses at most about this many positions, on a regular grid; None uses all.
     """
     for step in steps:
         if isinstance(step, Attention):
@@ -51,7 +52,7 @@ def _output(step: Convolution, x: Map, maps: Store) -> Map:
 def _residual(step: Residual, x: Map, maps: Store, area: int) -> Map:
     h = _output(step.first, x, maps)
     _pass(step.first, x, h, area)
-    # nothing but the skip reads x from here on, and that at the place that is written
+    # from here only the skip reads x, each row just before it is written
     out = x.restart() if step.shortcut is None else _output(step.second, h, maps)
     _pass(step.second, h, out, area, skip=(x, step.shortcut))
     h.close()
@@ -71,18 +72,16 @@ def _pass(
         y = convolve(step, part if known is None else activate(part, known))[:, :, crop : crop + stop - start]
         if skip is not None:
             source, shortcut = skip
-            beside = source.rows(start, stop).to(device)
-            y += beside if shortcut is None else shortcut(beside)
+            rows = source.rows(start, stop).to(device)
+            y += rows if shortcut is None else shortcut(rows)
         out.write(start, y)
 
 
 def _needed(step: Convolution, start: int, stop: int, height: int) -> tuple[int, int, int]:
-    """Rows [first, last) of the input that rows [start, stop) of the output need, and how many output rows too many come first."""
+    """Input rows [first, last) for output rows [start, stop), and the extra output rows first."""
     if step.conv.kernel_size == (1, 1):
         return start, stop, 0
-    if (
-        step.kind == "down"
-    ):  # windows of three rows from every second one; the zeros below the last are padding
+    if step.kind == "down":  # windows of three rows from every second one; zeros pad the bottom
         return 2 * start, min(2 * stop + 1, height), 0
     low, high = (start // 2, (stop + 1) // 2) if step.kind == "up" else (start, stop)
     first, last = max(low - 1, 0), min(high + 1, height)
@@ -90,16 +89,18 @@ def _needed(step: Convolution, start: int, stop: int, height: int) -> tuple[int,
 
 
 def _attend(attention: Attention, x: Map, maps: Store, area: int, keys: int | None) -> Map:
-    """Single-head attention in blocks of queries and keys (Milakov & Gimelshein 2018; Dao et al. 2022), written over x."""
+    """Single-head attention in blocks of queries and keys, written over x.
+
+    Milakov & Gimelshein 2018; Dao et al. 2022.
+    """
     known = affine(attention.group_norm, x.moments.mean, x.moments.variance)
     device = attention.to_q.weight.device
     stride = 1 if keys is None else max(1, -int(-((x.height * x.width / keys) ** 0.5) // 1))
     size = -(-x.height // stride), -(-x.width // stride)
     k, v = (maps.new(*size, x.channels, x.scale * stride) for _ in range(2))
     for start, stop in k.strips(area):
-        part = x.rows(start * stride, min((stop - 1) * stride + 1, x.height))[:, :, ::stride, ::stride].to(
-            device
-        )
+        rows = x.rows(start * stride, min((stop - 1) * stride + 1, x.height))
+        part = rows[:, :, ::stride, ::stride].to(device)
         tokens = _tokens(activate(part, known, silu=False))
         for layer, target in ((attention.to_k, k), (attention.to_v, v)):
             target.put(start, _image(layer(tokens), part.shape[-1]))
@@ -107,15 +108,14 @@ def _attend(attention: Attention, x: Map, maps: Store, area: int, keys: int | No
     for start, stop in x.strips(area):
         part = x.rows(start, stop).to(device)
         q = attention.to_q(_tokens(activate(part, known, silu=False)))
-        out = _image(attention.to_out[0](_mix(q, k, v)), x.width) + part
-        x.write(start, out)
+        x.write(start, _image(attention.to_out[0](_mix(q, k, v)), x.width) + part)
     k.close()
     v.close()
     return x
 
 
 def _mix(q: Tensor, k: Map, v: Map) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v for [n, C] queries, the softmax rescaled as larger scores appear."""
+    """softmax(q k^T / sqrt(C)) v for [n, C] queries, rescaled as larger scores appear."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide) * q.shape[1] ** -0.5
     highest = torch.full((len(q), 1), -torch.inf, dtype=wide, device=q.device)

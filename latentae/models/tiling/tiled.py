@@ -11,9 +11,8 @@ from torch import Tensor
 from latentae.errors import ModelError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.posterior import DiagonalGaussian
-from latentae.models.tiling.blended import Tiles, blend
-from latentae.models.tiling.maps import Map, Store, store
-from latentae.models.tiling.statistics import Source, estimate
+from latentae.models.tiling.blended import Source, Tiles, blend, estimate
+from latentae.models.tiling.maps import Map, Store
 from latentae.models.tiling.steps import (
     Norms,
     Step,
@@ -31,25 +30,28 @@ __all__ = ["KEYS", "MODES", "Tiled"]
 
 MODES = ("blended", "exact")
 KEYS = 16384
-"""Blended attention looks at all places of the latent up to so many, at a regular grid of about so many beyond."""
+"""Blended attention uses all positions up to this number, and a regular grid beyond."""
 
 
 class Tiled:
-    """An autoencoder in parts, for images that are too large for memory (docs/tiling.md). Without gradients.
+    """An autoencoder in parts, for images too large for memory (docs/tiling.md). Without gradients.
 
-    "exact" runs layer by layer in strips and keeps the maps in between in scratch files: the result is the model's own, to rounding.
+    "exact" runs layer by layer in strips and stores the maps between layers in scratch files. The
+    result is the model's own, to rounding.
 
-    "blended" does the same, in memory, only where the model works at the latent's resolution or attends; the levels between there and
-    the image run on overlapping tiles. All tiles have the same normalizations, whose statistics are estimated from samples of the image:
-    that is the only difference to the model's own result, so that no tile shows. An image of no more pixels than a tile is given to the
-    model whole.
+    "blended" does the same, in memory, only at the latent's resolution and for attention. The
+    levels between there and the image run on overlapping tiles with equal normalizations, so that
+    no tile is visible. Their statistics are estimated from samples of the image: that is the only
+    difference to the model's own result. An image with no more pixels than a tile runs untiled.
 
     Args:
-        model: on any device; maps are held in main memory.
+        model: on any device; maps are stored in main memory.
         mode: "exact" or "blended".
-        tile: side of a tile in image pixels, a multiple of f and at least 4 f; strips and samples have as many pixels.
-        overlap: share of a tile's side that neighbours have in common, below 0.5.
-        scratch: folder for scratch files; exact takes the system's temporary folder if none is given, blended memory.
+        tile: side of a tile in image pixels, a multiple of f and at least 4 f; strips and samples
+            have as many pixels.
+        overlap: share of a tile's side that neighbors have in common, below 0.5.
+        scratch: folder for scratch files. By default exact uses the system's temporary folder and
+            blended memory.
 
     Raises:
         ModelError: another type of model, or layers that are replaced or hooked.
@@ -67,14 +69,14 @@ class Tiled:
     ) -> None:
         if not isinstance(model, AutoencoderKL):
             raise ModelError(
-                f"tiling is made for AutoencoderKL, this is a {type(model).__name__}; run it untiled"
+                f"tiling takes an AutoencoderKL, this is a {type(model).__name__}; run it untiled"
             )
         f = model.config.downsampling
         if mode not in MODES:
             raise RecipeError(f"tiling mode is {mode!r}, expected {' or '.join(MODES)}")
         if tile < 4 * f or tile % f:
             raise RecipeError(
-                f"tile is {tile} pixels, expected a multiple of {f} and at least {4 * f} for a model of f = {f}"
+                f"tile is {tile} pixels, expected a multiple of {f} and at least {4 * f} for f = {f}"
             )
         if not 0 <= overlap < 0.5:
             raise RecipeError(
@@ -82,17 +84,16 @@ class Tiled:
             )
         check_layers(model)
         self.model, self.mode, self.tile, self.overlap = model, mode, tile, overlap
-        self._scratch = (
-            Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) if mode == "exact" else None
-        )
+        default = Path(tempfile.gettempdir()) if mode == "exact" else None
+        self._scratch = default if scratch is None else Path(scratch)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Images [B, C, H, W] in [-1, 1] -> posterior over latents [B, z, H/f, W/f], as `AutoencoderKL.encode`.
+        """Images [B, C, H, W] in [-1, 1] -> posterior over latents [B, z, H/f, W/f].
 
         Raises:
             ImageError: wrong number of channels, or a side that f does not divide.
-            OutputError: the scratch folder can't be written to, or is too small.
+            OutputError: the scratch folder is not writable or has too little space.
         """
         self.model.check_image(x)
         if self._fits(x.shape[2] * x.shape[3]):
@@ -106,7 +107,7 @@ class Tiled:
 
         Raises:
             ModelError: wrong number of latent channels.
-            OutputError: the scratch folder can't be written to, or is too small.
+            OutputError: the scratch folder is not writable or has too little space.
         """
         self.model.check_latent(z)
         if self._fits(z.shape[2] * z.shape[3] * self.model.config.downsampling**2):
@@ -120,22 +121,21 @@ class Tiled:
     def _encode(self, image: Tensor) -> Tensor:
         """[1, C, H, W] -> moments [1, 2z, H/f, W/f]."""
         steps, area = encoder_steps(self.model), self.tile**2
-        with store(self._scratch, image.dtype) as maps:
+        with Store(self._scratch, image.dtype) as maps:
             if self.mode == "exact":
                 return stream(steps, _map(image, maps, 1, area), maps, area).whole(image)
             fine, coarse = split_encoder(steps)
             return stream(coarse, self._blend_features(fine, image, maps), maps, area, KEYS).whole(image)
 
     def _blend_features(self, fine: list[Step], image: Tensor, maps: Store) -> Map:
-        """The fine levels of the encoder on tiles, blended into a map."""
+        """The encoder's fine levels on tiles, blended into a map."""
         height, width = image.shape[2:]
         scale, channels = round(change(fine)), output_channels(fine)
         out = maps.new(height // scale, width // scale, channels, scale).clear(self.tile**2)
 
         def cut(top: int, left: int, high: int, wide: int) -> Tensor:
-            return image[:, :, top : top + high, left : left + wide].contiguous(
-                memory_format=torch.channels_last
-            )
+            part = image[:, :, top : top + high, left : left + wide]
+            return part.contiguous(memory_format=torch.channels_last)
 
         source = Source(cut, image, height, width, scale)
         blend(fine, source, out.add, self._norms(fine, source), self._tiles(scale), scale)
@@ -144,7 +144,7 @@ class Tiled:
     def _decode(self, latent: Tensor) -> Tensor:
         """[1, z, h, w] -> [1, C, f*h, f*w]."""
         steps, area = decoder_steps(self.model), self.tile**2
-        with store(self._scratch, latent.dtype) as maps:
+        with Store(self._scratch, latent.dtype) as maps:
             z = _map(latent, maps, self.model.config.downsampling, area)
             if self.mode == "exact":
                 return stream(steps, z, maps, area).whole(latent)
@@ -152,7 +152,7 @@ class Tiled:
             return self._blend_image(fine, stream(coarse, z, maps, area, KEYS), latent)
 
     def _blend_image(self, fine: list[Step], features: Map, latent: Tensor) -> Tensor:
-        """The fine levels of the decoder on tiles, blended into an image."""
+        """The decoder's fine levels on tiles, blended into an image."""
         scale = features.scale
         height, width = features.height * scale, features.width * scale
         image = latent.new_zeros((1, output_channels(fine), height, width))
@@ -177,7 +177,7 @@ class Tiled:
 
 def _map(x: Tensor, maps: Store, scale: int, area: int) -> Map:
     """[1, C, H, W] as a map."""
-    made = maps.new(x.shape[2], x.shape[3], x.shape[1], scale)
-    for start, stop in made.strips(area):
-        made.write(start, x[:, :, start:stop])
-    return made
+    out = maps.new(x.shape[2], x.shape[3], x.shape[1], scale)
+    for start, stop in out.strips(area):
+        out.write(start, x[:, :, start:stop])
+    return out
