@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -73,14 +73,16 @@ def image_extension(raw: Mapping[str, Any]) -> str | None:
     return next((extension for extension in IMAGE_EXTENSIONS if extension in raw), None)
 
 
-def decode_sample(
-    raw: RawSample,
-    *,
-    channels: int = 3,
-    bits: int = 8,
-    max_pixels: int | None = MAX_PIXELS,
-    short: int | None = None,
-) -> Sample:
+class DecodeOptions(TypedDict, total=False):
+    """Options of `decode_image`, which explains them."""
+
+    channels: int
+    bits: int | None
+    max_pixels: int | None
+    short: int | None
+
+
+def decode_sample(raw: RawSample, **options: Unpack[DecodeOptions]) -> Sample:
     """Decode the image of a raw sample as `decode_image` does.
 
     ImageError names its key and shard.
@@ -92,18 +94,11 @@ def decode_sample(
         found = ", ".join(sorted(member for member in raw if not member.startswith("__"))) or "nothing"
         expected = ", ".join(IMAGE_EXTENSIONS)
         raise ImageError(f"sample {name} has no image: found {found}, expected one of {expected}")
-    image, size = _decode(raw[extension], f"{name} ({extension})", channels, bits, max_pixels, short)
+    image, size = _decode(raw[extension], f"{name} ({extension})", **options)
     return Sample(key, image, size)
 
 
-def read_image(
-    path: str | Path,
-    *,
-    channels: int = 3,
-    bits: int | None = 8,
-    max_pixels: int | None = MAX_PIXELS,
-    short: int | None = None,
-) -> Tensor:
+def read_image(path: str | Path, **options: Unpack[DecodeOptions]) -> Tensor:
     """Decode the image file at `path` as `decode_image` does.
 
     An unreadable file is an ImageError too.
@@ -112,7 +107,7 @@ def read_image(
         data = Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"could not read {path}: {error.strerror}; give image files") from error
-    return _decode(data, str(path), channels, bits, max_pixels, short)[0]
+    return _decode(data, str(path), **options)[0]
 
 
 def decode_image(
@@ -151,7 +146,12 @@ def decode_image(
 
 
 def _decode(
-    data: bytes, name: str, channels: int, bits: int | None, max_pixels: int | None, short: int | None
+    data: bytes,
+    name: str,
+    channels: int = 3,
+    bits: int | None = 8,
+    max_pixels: int | None = MAX_PIXELS,
+    short: int | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
     """The pixels, and height and width of the file's upright image."""
     if channels not in (1, 3, 4) or bits not in (8, 16, None):

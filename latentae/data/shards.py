@@ -247,7 +247,6 @@ class _Packer:
     def __init__(self, source: ImageSource, options: ShardsOptions) -> None:
         self.source, self.options, self.out = source, options, Path(options.out)
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._bad: dict[str, list[str]] | None = None
 
     def run(self, plan: Sequence[tuple[Path, range]]) -> list[ShardEntry]:
         """Write the missing shards of a plan, each with its index.
@@ -334,14 +333,9 @@ class _Packer:
         """Replace the lines of this shard in `bad_samples.jsonl`, perhaps from a killed run."""
         record = self.out / BAD_SAMPLES
         with self._lock:
-            if self._bad is None:
-                self._bad = {}
-                for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else []:
-                    self._bad.setdefault(json.loads(line)["shard"], []).append(line)
-            before = self._bad.pop(path.name, [])
-            lines = [json.dumps(entry, ensure_ascii=False) for entry in bad]
-            if lines:
-                self._bad[path.name] = lines
+            before = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+            others = [line for line in before if json.loads(line)["shard"] != path.name]
+            lines = [*others, *(json.dumps(entry, ensure_ascii=False) for entry in bad)]
+            lines.sort(key=lambda line: json.loads(line)["shard"])
             if lines != before:
-                rows = (f"{line}\n" for shard in sorted(self._bad) for line in self._bad[shard])
-                write_text(record, "".join(rows))
+                write_text(record, "".join(f"{line}\n" for line in lines))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -224,15 +225,12 @@ def _damaged(shard: str, position: int, reason: str) -> DamagedTar:
 
 def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]:
     """Type, name and size from a header block, after a check of its checksum."""
-    stored = header[148:156]
-    total = sum(header) - sum(stored) + 8 * 32  # the checksum counts its own field as spaces
-    expected = _octal(stored)
-    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])  # as some old writers did
-    if expected not in (total, signed):
+    summed, expected = header[:148] + b" " * 8 + header[156:], _number(header[148:156])
+    if expected != sum(summed) and expected != sum(array("b", summed)):  # old writers summed signed bytes
         if position == 0:
             raise _no_tar(header, shard)
         raise _damaged(shard, position, "the checksum of a header is wrong")
-    size = _size(header[124:136])
+    size = _number(header[124:136])
     if size is None:
         raise _damaged(shard, position, "a header has no valid size")
     name = header[:100].split(b"\0", 1)[0]
@@ -241,18 +239,12 @@ def _parse(header: bytes, shard: str, position: int) -> tuple[bytes, bytes, int]
     return header[156:157], name, size
 
 
-def _octal(field: bytes) -> int | None:
-    digits = field.split(b"\0", 1)[0].strip()
-    try:
-        return int(digits, 8) if digits.isdigit() else 0 if not digits else None
-    except ValueError:
-        return None
-
-
-def _size(field: bytes) -> int | None:
-    if field[0] == 0x80:  # base 256, GNU's format above 8 GiB
+def _number(field: bytes) -> int | None:
+    """An octal number, or a binary one in GNU's format above 8 GiB; None if it is invalid."""
+    if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return _octal(field)
+    digits = field.split(b"\0", 1)[0].strip()
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
 
 
 def _no_tar(header: bytes, shard: str) -> DamagedTar:
