@@ -1,1 +1,1 @@
-"""How good a model is: metrics with stated conventions, baselines at the same budget, the report."""
+"""Verbs that measure models: metrics, baselines at the same budget, and reports."""

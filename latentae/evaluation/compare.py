@@ -1,4 +1,4 @@
-"""The verb `compare`: runs and evaluations side by side, on one page that opens offline."""
+"""The verb `compare`: runs and evaluations on one page that opens offline."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ SEED = 0  # of the bootstrap
 
 @verb(CompareOptions)
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Put runs and evaluations side by side: recipes, curves, validation, speed, and metrics with paired intervals.
+    """Compare the recipes, curves, speed and metrics of runs and evaluations.
 
-    A run may still be training. An evaluation of one of the runs is shown with it. Values that can't be compared (other images, another
-    perceptual network) are shown, but none is called the best.
+    A run may still be training. An evaluation of one of the runs is shown with it. Values that are
+    not comparable (other images, another perceptual network) are shown, but none is marked as the
+    best.
 
     Returns:
-        The numbers on the page: `subjects` (what is compared), `recipes` (the keys that differ), `validation`, `training` (speed and
-        time), `evaluation` (metrics by subject) and `paired` (differences on the same images).
+        The numbers on the page: `subjects` (what is compared), `recipes` (the keys that differ),
+        `validation`, `training` (speed and time), `evaluation` (metrics by subject) and `paired`
+        (differences on the same images).
 
     Raises:
         RecipeError: fewer than two folders, or one given twice.
@@ -91,7 +93,7 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 
 def _recipes(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Keys that are not the same in all recipes, each with its value by subject (left out where it is not set)."""
+    """Keys that differ between recipes, each with its values by subject."""
     known = {subject.name: subject.recipe for subject in subjects if subject.recipe is not None}
     if len(known) < 2:
         return {"missing": "it takes the recipes (recipe.toml) of two runs", "differing": [], "same": 0}
@@ -109,7 +111,7 @@ def _recipes(subjects: Sequence[Subject]) -> dict[str, Any]:
 
 
 def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
-    """Last and best value of every quantity measured on held-out images, by subject, and whose is best."""
+    """Last and best value of each validation metric by subject, and the best subject."""
     found = []
     names = dict.fromkeys(
         name for subject in subjects for name in subject.series if name.startswith(VALIDATION)
@@ -139,7 +141,7 @@ def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
 
 
 def _winner(values: Mapping[str, float], higher: bool) -> str | None:
-    """Whose value is the best; None where it is not one alone."""
+    """The subject with the best value; None for a tie."""
     best = (max if higher else min)(values.values(), default=0.0)
     winners = [name for name, value in values.items() if math.isclose(value, best, rel_tol=SAME)]
     return winners[0] if len(winners) == 1 < len(values) else None
@@ -150,7 +152,7 @@ def _best_point(series: Sequence[tuple[float, float]], higher: bool) -> tuple[fl
 
 
 def _not_comparable(subjects: Sequence[Subject], metric: str) -> str | None:
-    """Why a value measured while training is not of the same thing in all runs; None if it is, as far as recipes tell."""
+    """Why validation values are not comparable between runs; None if their recipes agree."""
     recipes = [subject.recipe for subject in subjects if subject.recipe is not None]
     keys = [*DATA_OF_VALIDATION, *(("loss.perceptual.net",) if metric == "perceptual" else ())]
     if any(recipe.get("data.validation") == "auto" for recipe in recipes):
@@ -160,7 +162,7 @@ def _not_comparable(subjects: Sequence[Subject], metric: str) -> str | None:
 
 
 def _evaluations(evaluated: Sequence[Subject]) -> dict[str, Any]:
-    """Metrics by subject, and whose is best where all are of the same images."""
+    """Metrics by subject, and the best subject if all evaluations use the same images."""
     results = {subject.name: subject.evaluation for subject in evaluated if subject.evaluation is not None}
     names = dict.fromkeys(metric for result in results.values() for metric in result["metrics"])
     reason = next(
@@ -184,7 +186,7 @@ def _evaluations(evaluated: Sequence[Subject]) -> dict[str, Any]:
 
 
 def _frechet(results: Mapping[str, Mapping[str, Any]], reason: str | None) -> dict[str, Any]:
-    """Frechet distances by name of the extractor, then by subject, and whose is best."""
+    """Frechet distances by extractor and subject, and the best subject."""
     by_extractor: dict[str, dict[str, float]] = {}
     for name, result in results.items():
         found = result.get("frechet") or {}
@@ -201,7 +203,7 @@ def _frechet(results: Mapping[str, Mapping[str, Any]], reason: str | None) -> di
 
 
 def _other_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    """Why two evaluations are not of the same images; None if they may be."""
+    """Why two evaluations use different images; None if they may use the same."""
     for key, name in (("digest", "shards"), ("resolution", "resolution"), ("channels", "channels")):
         if a["data"].get(key) != b["data"].get(key):
             return f"the evaluations are of other images ({name} differ)"
@@ -209,7 +211,7 @@ def _other_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
 
 
 def _paired(evaluated: Sequence[Subject]) -> Iterator[dict[str, Any]]:
-    """For each two evaluations of the same images, the second less the first on the images that both have."""
+    """Differences, second minus first, of each pair of evaluations on their common images."""
     for a, b in itertools.combinations(evaluated, 2):
         assert a.evaluation is not None
         assert b.evaluation is not None
@@ -237,7 +239,7 @@ def _scores(rows: Sequence[Mapping[str, float]]) -> Scores:
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    """The numbers as a table on standard output, a row for each; the best is bold."""
+    """Print the numbers as a table, the best in bold."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -258,7 +260,7 @@ def _print(result: Mapping[str, Any]) -> None:
 
 
 def _table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], str | None]]:
-    """Title, text by subject, and whose is best."""
+    """Title, text by subject, and the best subject."""
     yield (
         "images seen",
         {item["name"]: f"{item['images']:,}" for item in result["subjects"] if item["images"] is not None},

@@ -1,4 +1,4 @@
-"""What `compare` compares: what runs and evaluations have left in their folders, finished or not."""
+"""Folders that `compare` reads: runs and evaluations, finished or not."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Subject:
     """A run, an evaluation, or a run with its evaluation.
 
     Attributes:
-        name: the shortest end of its path that no other has.
-        run: the run folder, if it is one.
-        evaluated: the folder of the evaluation, if there is one.
-        recipe: values by dotted key; None without a recipe that can be read.
+        name: shortest end of its path that is unique.
+        run: the run folder, if any.
+        evaluated: the evaluation's folder, if any.
+        recipe: values by dotted key; None without a readable recipe.
         series: every number of the log as (images seen, value).
         record: latentae.json of the run.
-        ran_on: what the run said it ran on, last.
+        ran_on: hardware at the run's last start.
         evaluation: metrics.json.
-        rows: the model's own numbers by the key of the image, and how often the key came before: shards may repeat keys.
+        rows: the model's numbers by the image's key and the number of its earlier occurrences.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Subject:
 
 
 def read_subjects(paths: Sequence[Path]) -> list[Subject]:
-    """One subject for each folder, in their order; an evaluation of one of the runs goes with it.
+    """Read one subject per folder, in order; an evaluation of one of the runs is joined to it.
 
     Raises:
         DataError: a folder is neither a run nor an evaluation, or can't be read.
@@ -96,7 +96,7 @@ def _joined(run: Subject, evaluation: Subject | None) -> Subject:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths, in whole parts, that tell them apart."""
+    """The shortest unique ends of the paths."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -171,7 +171,7 @@ def _evaluation(file: Path) -> Mapping[str, Any]:
 
 
 def _rows(file: Path) -> Iterator[tuple[tuple[str, int], dict[str, float]]]:
-    """The model's own columns of per_image.csv; rows that are damaged are passed over."""
+    """The model's columns of per_image.csv, without damaged rows."""
     seen: Counter[str] = Counter()
     with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace", newline="") as lines:
         for row in csv.DictReader(lines):
@@ -184,7 +184,7 @@ def _rows(file: Path) -> Iterator[tuple[tuple[str, int], dict[str, float]]]:
 
 
 def _recipe(file: Path) -> dict[str, Any] | None:
-    """By dotted key; None where there is none, or it can't be read."""
+    """Values by dotted key; None if the recipe is missing or damaged."""
     try:
         return dict(_flat(tomllib.loads(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
@@ -203,7 +203,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _ran_on(file: Path) -> str | None:
-    """The message of the last start in a run's events."""
+    """Message of the last start in a run's events."""
     found = None
     with suppress(OSError):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Details on a few images, after the pass over all: examples, disturbed latents, rate and distortion, diffusability."""
+"""Details on a few images: examples, disturbed latents, rate and distortion, diffusability."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The verb `evaluate`: measure how well a model reconstructs images, compared with baselines at the same budget.
+"""The verb `evaluate`: measure a model and baselines at the same budget on images.
 
-Processes share one pass over the images, divided into chunks. The process that finishes last merges the chunks, measures details
-on a few images and writes the report.
+Processes share one pass over the images, divided into chunks. The process that finishes last merges
+the chunks, measures details on a few images and writes the report.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ __all__ = ["evaluate"]
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Measure reconstruction, the latent space and the baselines on images in shards.
 
-    Under torchrun, accelerate or a SLURM array, each process measures its share of the images. The process that finishes last
-    writes the report. Run the same command again to resume.
+    Under torchrun, accelerate or a SLURM array, each process measures its share of the images. The
+    process that finishes last writes the report. Run the same command again to resume.
 
     Returns:
         The content of metrics.json; empty if other processes are still running.
 
     Raises:
-        LatentAEError: the model, the shards, an option or the output folder can't be used. The folder is claimed only after
-            the inputs are checked, and metrics.json is written last.
+        LatentAEError: the model, the shards, an option or the output folder can't be used. The
+            folder is claimed only after the inputs are checked, and metrics.json is written last.
     """
     task, tasks = resolve_task(None, None)
     if options.out is None and tasks > 1:

@@ -1,4 +1,4 @@
-"""The inputs of an evaluation, checked before any work: models, images, metrics, and baselines fitted on demand."""
+"""Inputs of an evaluation, loaded and checked: models, images, metrics and baselines."""
 
 from __future__ import annotations
 
@@ -240,7 +240,8 @@ def _check_compared(other: ModelSource, source: ModelSource, path: object, resol
     theirs, ours = other.config, source.config
     if (theirs.in_channels, theirs.out_channels) != (ours.in_channels, ours.out_channels):
         raise ModelError(
-            f"{path} has {theirs.in_channels} channels in and {theirs.out_channels} out, the evaluated model has "
+            f"{path} has {theirs.in_channels} channels in and {theirs.out_channels} out, the evaluated model "
+            "has "
             f"{ours.in_channels} and {ours.out_channels}; compare models of the same images"
         )
     other.check_side(resolution)

@@ -1,4 +1,4 @@
-"""The pass over the images: load them, reconstruct them with every method, and score the results."""
+"""The pass over the images: load them, reconstruct them with every method, score them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def samples_at(index: ShardIndex, positions: Sequence[int]) -> Iterator[tuple[in
 def load_images(
     samples: Iterable[tuple[int, RawSample]], resolution: int, channels: int, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Loaded]:
-    """Decode, resize and crop samples; an unreadable one is yielded with the reason instead of an image."""
+    """Decode, resize and crop samples; an unreadable one has a reason instead of an image."""
     for position, raw in samples:
         key, label = printable(raw["__key__"]), _label(raw)
         try:

@@ -1,7 +1,7 @@
-"""Measurements of images: rows of numbers and sums, stored in one file per chunk of images and merged in order.
+"""Measurements of images: rows of numbers and sums, stored per chunk and merged in order.
 
-The chunks depend only on the number of images. One process, several processes and a resumed evaluation therefore give
-the same numbers.
+The chunks depend only on the number of images. One process, several processes and a resumed
+evaluation therefore give the same numbers.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class Measurement:
         keys: printable keys.
         labels: of the images, "" for an image without a label.
         scores: by method.
-        features: fp32 [n, d] arrays by method, for the Frechet distance; NaN where a method has no result.
+        features: fp32 [n, d] arrays by method, for the Frechet distance; NaN where a method has no
+            result.
         moments: of the features of the chunks added so far, by method.
         halves: moments of the originals' features in two halves, chosen by key.
-        pooled: fp32 [n, p] arrays of pooled latents for the linear probe, of the images with a label.
+        pooled: fp32 [n, p] arrays of pooled latents for the linear probe, of the images with a
+            label.
         latents: sums over the latents.
         latent_shape: z, h, w.
         skipped: (key, reason) of images that could not be read.
@@ -188,7 +190,7 @@ def merge(chunks: Iterable[Measurement]) -> Measurement:
 
 
 def chunks_of(total: int) -> list[range]:
-    """Positions 0 to `total` in at most 32 chunks; all but the last have the same multiple of 16 images."""
+    """Positions 0 to `total` in at most 32 chunks of a multiple of 16, except for the last."""
     size = CHUNK_MULTIPLE * max(-(-total // (MOST_CHUNKS * CHUNK_MULTIPLE)), 1)
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -229,7 +231,9 @@ class ChunkFiles:
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Whether this process may write the results; the system releases the lock of a crashed process.
+        """Whether this process may write the results.
+
+        The system releases the lock of a crashed process.
 
         False also if another process has written the results and removed the folder.
         """

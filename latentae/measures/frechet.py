@@ -1,16 +1,19 @@
-"""Frechet distance of two sets of images: the distance of the Gaussians with the means and covariances of their features.
+"""Frechet distance of two sets of images, as Gaussians of their features.
 
     d^2 = |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))
 
-Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", sec. 3, after Dowson &
-Landau 1982, eq. 4. As usual, d^2 is reported, and covariances are divided by n - 1.
+Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash
+equilibrium", sec. 3, after Dowson & Landau 1982, eq. 4. As usual, d^2 is reported, and covariances
+are divided by n - 1.
 
-**Noise floor.** For two finite samples of one distribution d^2 is about 1 / n, not 0. `noise_floor` measures it as the distance
-between two halves of the originals. Generated images below it can't be told from perfect ones; with as many images as originals
-they have about half of that bias. Reconstructions share the sampling noise of their originals and may be far below.
+**Noise floor.** For two finite samples of one distribution d^2 is about 1 / n, not 0. `noise_floor`
+measures it as the distance between two halves of the originals. Generated images below it can't be
+told from perfect ones; with as many images as originals they have about half of that bias.
+Reconstructions share the sampling noise of their originals and may be far below.
 
-**No interval.** A bootstrap resample contains about 63 % distinct images, so its d^2 is biased upwards like that of a smaller
-set. All resamples can exceed d^2 of the sample that they come from. Compare d^2 at equal numbers of images, and with the floor.
+**No interval.** A bootstrap resample contains about 63 % distinct images, so its d^2 is biased
+upwards like that of a smaller set. All resamples can exceed d^2 of the sample that they come from.
+Compare d^2 at equal numbers of images, and with the floor.
 """
 
 from __future__ import annotations
@@ -49,10 +52,13 @@ def moments_of(features: Tensor | np.ndarray) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Frechet distance of two sets of 2 or more images, which may be fewer than features; 0 for equal sets.
+    """Squared Frechet distance of two sets of 2 or more images; 0 for equal sets.
 
-    With S = R R^T, the trace of (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b. Unlike a matrix square root,
-    this takes no root of a rounding error if the covariances are singular.
+    There may be fewer images than features.
+
+    With S = R R^T, the trace of (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b.
+    Unlike a matrix square root, this takes no root of a rounding error if the covariances are
+    singular.
 
     Raises:
         DataError: fewer than two images in a set, or features of different lengths.
@@ -85,7 +91,9 @@ def _root(moments: Moments) -> np.ndarray:
 
 
 def split_moments(keys: Sequence[str], features: Tensor | np.ndarray) -> tuple[Moments, Moments]:
-    """Moments of two halves of images, chosen by the hash of the key: independent of order, batches and processes.
+    """Moments of two halves of images, chosen by the hash of the key.
+
+    The halves do not depend on order, batches and processes.
 
     Args:
         keys: of the N images.
@@ -104,7 +112,7 @@ def split_moments(keys: Sequence[str], features: Tensor | np.ndarray) -> tuple[M
 
 
 def noise_floor(halves: tuple[Moments, Moments]) -> float | None:
-    """Frechet distance of two halves, caused by sampling noise alone; None if a half has fewer than two images."""
+    """Frechet distance of two halves; None if a half has fewer than two images."""
     return frechet_distance(*halves) if min(half.count for half in halves) >= 2 else None
 
 

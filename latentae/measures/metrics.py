@@ -1,9 +1,10 @@
 """Metrics of images against others, and the bootstrap interval of their mean.
 
-Conventions: RGB, uint8, one value per image, fp64. SSIM is that of Wang et al. 2004 as scikit-image computes it with
-`gaussian_weights=True, use_sample_covariance=False, data_range=255`: only windows inside the image count. torchmetrics 1.x also
-counts windows that mirror the edge; on windows inside the image the two agree. torchmetrics is not used because importing it
-takes longer than evaluating a hundred small images.
+Conventions: RGB, uint8, one value per image, fp64. SSIM is that of Wang et al. 2004 as scikit-image
+computes it with `gaussian_weights=True, use_sample_covariance=False, data_range=255`: only windows
+inside the image count. torchmetrics 1.x also counts windows that mirror the edge; on windows inside
+the image the two agree. torchmetrics is not used because importing it takes longer than evaluating
+a hundred small images.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _check(a: Tensor, b: Tensor) -> None:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, 10 log10(255^2 / MSE); infinite for identical images.
+    """PSNR of each image in dB, 10 log10(255^2 / MSE); infinite for identical images.
 
     Args:
         a: uint8 [B, C, H, W].
@@ -53,7 +54,9 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each image (Wang et al. 2004, eq. 13): mean over channels and the windows inside the image.
+    """Structural similarity of each image (Wang et al. 2004, eq. 13).
+
+    It is averaged over channels and the windows inside the image.
 
     Args:
         a: uint8 [B, C, H, W], sides of at least 11.
@@ -68,7 +71,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     if min(a.shape[2:]) < TAPS:
         raise ImageError(
-            f"image is {a.shape[2]} x {a.shape[3]}, SSIM needs sides of at least {TAPS}; evaluate at a larger resolution"
+            f"image is {a.shape[2]} x {a.shape[3]}, SSIM needs sides of at least {TAPS}; evaluate at a "
+            "larger resolution"
         )
     x, y = a.double(), b.double()
     mean_x, mean_y = _blur(x), _blur(y)
@@ -83,7 +87,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Separable Gaussian over the windows inside the image: [B, C, H, W] -> [B, C, H - 10, W - 10]."""
+    """Gaussian over the windows inside the image: [B, C, H, W] -> [B, C, H - 10, W - 10]."""
     weights = [math.exp(-0.5 * ((tap - TAPS // 2) / SIGMA) ** 2) for tap in range(TAPS)]
     total = sum(weights)
     for dim in (2, 3):
@@ -104,7 +108,8 @@ class Interval:
         low: 2.5th percentile of the resampled means.
         high: 97.5th percentile.
         n: number of values in the mean.
-        infinite: number of infinite values, which are left out (identical images have an infinite PSNR).
+        infinite: number of infinite values, which are left out (identical images have an infinite
+            PSNR).
     """
 
     mean: float | None
@@ -115,7 +120,9 @@ class Interval:
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Mean and percentile bootstrap interval (Efron & Tibshirani 1993, ch. 13) of one value per image.
+    """Mean of one value per image and its percentile bootstrap interval.
+
+    Source: Efron & Tibshirani 1993, ch. 13.
 
     NaN marks an image without a value and is left out. Infinite values are left out and counted.
     """

@@ -1,4 +1,4 @@
-"""The perceptual distance of an evaluation: chosen by name, or the best one whose weights are on this machine."""
+"""The perceptual distance of an evaluation, chosen by name or by the weights on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Distance:
         return self.between(x, self.seen(y))
 
     def seen(self, images: Tensor) -> Sequence[Tensor]:
-        """Features of uint8 [B, 3, H, W] for `between`, computed once for images that several are compared with."""
+        """Features of uint8 [B, 3, H, W] for `between`, so that they are computed once."""
         return [] if self.module is None else self.module.features(to_float(images))
 
     def between(self, images: Tensor, seen: Sequence[Tensor]) -> Tensor:
@@ -56,8 +56,9 @@ def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu
     """Build a perceptual distance.
 
     Args:
-        net: a network of `latentae.losses.perceptual`, "none", or "auto": LPIPS if its weights are on this machine, else the
-            EfficientNet-Lite0 distance if its package is installed, else none.
+        net: a network of `latentae.losses.perceptual`, "none", or "auto": LPIPS if its weights are
+            on this machine, else the EfficientNet-Lite0 distance if its package is installed, else
+            none.
         resolution: side of the images in pixels.
         device: where it runs.
 
@@ -83,6 +84,7 @@ def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu
     module = build_perceptual(cast(PerceptualNet, net))
     if resolution < module.minimum_size:
         raise ImageError(
-            f"{module.name} needs sides of at least {module.minimum_size} pixels, got {resolution}; use another one"
+            f"{module.name} needs sides of at least {module.minimum_size} pixels, got {resolution}; use "
+            "another one"
         )
     return Distance(module.to(device), module.name, "asked for")

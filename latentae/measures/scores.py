@@ -62,10 +62,12 @@ class Scores:
 
 
 def paired(model: Scores, other: Scores, seed: int) -> dict[str, Any]:
-    """For each metric, model - other on the images that both have: mean, 95 % interval, and which is better.
+    """Differences model - other per metric: mean, 95 % interval, and which is better.
 
-    The result is "unclear" if the interval contains 0, or if the mean prints as 0. Two infinite values (both images exact) count
-    as equal. An infinite difference is left out and counted.
+    They are taken on the images that both have.
+
+    The result is "unclear" if the interval contains 0, or if the mean prints as 0. Two infinite
+    values (both images exact) count as equal. An infinite difference is left out and counted.
     """
     result = {}
     for metric, higher in HIGHER_IS_BETTER.items():
@@ -134,7 +136,7 @@ def interval_text(metric: str, interval: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def methods(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Methods of an evaluation that have results, the model first, each with `name`, `label` and `metrics`."""
+    """Methods with results, the model first, each with `name`, `label` and `metrics`."""
     return [
         {"name": "model", "label": "this model", "metrics": result["metrics"]},
         *({"name": name, **other} for name, other in _named(result) if "metrics" in other),
@@ -179,9 +181,10 @@ def print_table(result: Mapping[str, Any]) -> None:
 
 
 def rank(values: ArrayLike, *, relative: float = SAME, absolute: float = 0.0) -> Iterator[int]:
-    """Yield the positions of values from the lowest to the highest; of equal values the earlier position comes first.
+    """Yield the positions of values from the lowest to the highest; ties keep their order.
 
-    Nearly equal values count as equal, because last bits depend on the processor, the batch and the number of threads.
+    Nearly equal values count as equal, because last bits depend on the processor, the batch and the
+    number of threads.
 
     Args:
         values: [N], without NaN.

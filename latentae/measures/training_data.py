@@ -1,4 +1,4 @@
-"""The training data of a model, as its checkpoint recorded it: PCA is fitted on it, and overlaps are reported."""
+"""The training data of a model, as recorded in its recipe, for fitting baselines."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def training_images(
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """About `wanted` images uint8 [B, C, R, R] and their keys, equally many per shard, without held-out images."""
+    """About `wanted` training images uint8 [B, C, R, R] and their keys.
+
+    Each shard gives equally many, without held-out images.
+    """
     entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
     random.Random(seed).shuffle(entries)
     share = math.ceil(wanted / max(len(entries), 1))

@@ -1,4 +1,4 @@
-"""Images and models that are unusual: sizes, depths, channels, damage, other models, several processes."""
+"""Unusual inputs: sizes, depths, channels, damage, other models, several processes."""
 
 from __future__ import annotations
 

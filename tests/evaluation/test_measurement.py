@@ -28,14 +28,17 @@ def measured(seed, count=3):
         positions=[5, 7, 9][:count],
         keys=["a", "b/\\udcff", "c"][:count],
         labels=["cat", "", "dog"][:count],
-        scores={"model": Scores({"psnr": [1.5, float("inf"), float("nan")], "bytes": [1.0, 2.0, 3.0]}), "pca": Scores({"psnr": [0.1] * 3})},
+        scores={
+            "model": Scores({"psnr": [1.5, float("inf"), float("nan")], "bytes": [1.0, 2.0, 3.0]}),
+            "pca": Scores({"psnr": [0.1] * 3}),
+        },
         features={ORIGINALS: [numbers.random((2, 5), np.float32), numbers.random((1, 5), np.float32)]},
         pooled=[numbers.random((2, 6), np.float32)],
         latents=report,
         latent_shape=(2, 8, 8),
         skipped=[("bad", "why")],
         counts={"gray": 2},
-    )  # fmt: skip
+    )
 
 
 def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path):

@@ -33,7 +33,8 @@ def test_psnr_of_noise_of_known_sigma_and_of_a_constant_shift(sigma: float):
     image = torch.full((1, 3, 256, 256), 128, dtype=torch.uint8)
     assert psnr(image + int(sigma), image).item() == pytest.approx(20 * math.log10(255 / sigma), abs=1e-12)
     noisy = (image + sigma * torch.randn(image.shape)).round().clamp(0, 255).to(torch.uint8)
-    # rounding to integers adds a variance of 1/12; four standard errors of the variance of 196,608 numbers are 0.06 dB
+    # rounding to integers adds a variance of 1/12; four standard errors of the variance of 196,608
+    # numbers are 0.06 dB
     assert psnr(noisy, image).item() == pytest.approx(10 * math.log10(255**2 / (sigma**2 + 1 / 12)), abs=0.06)
 
 

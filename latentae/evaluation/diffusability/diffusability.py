@@ -1,7 +1,4 @@
-"""Diffusability: Frechet distances of decoded midpoints between latents, and of samples from a tiny flow.
-
-See docs/diffusability.md.
-"""
+"""Diffusability: Frechet distances of decoded midpoints and of samples of a flow."""
 
 from __future__ import annotations
 
@@ -31,8 +28,10 @@ __all__ = ["BATCH", "LIMITS", "SAMPLES", "STEPS", "diffusability"]
 
 STEPS, BATCH, SAMPLES = 300, 32, 256
 LIMITS = (
-    "A ranking aid, no gFID: it orders models that were measured on the same images, with the same extractor, steps and seeds, and its "
-    "numbers mean nothing elsewhere. A flow this small and short shows how quickly a space is learned, not what a large model would reach; "
+    "A ranking aid, no gFID: it orders models that were measured on the same images, with the same "
+    "extractor, steps and seeds, and its "
+    "numbers mean nothing elsewhere. A flow this small and short shows how quickly a space is learned, not "
+    "what a large model would reach; "
     "it is compared with the images it was fitted to. Differences within the spread of the seeds are none."
 )
 AT_A_TIME = 32  # latents decoded
@@ -56,15 +55,18 @@ def diffusability(
     device: torch.device | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Measure how easily a diffusion model can learn the latents of some images; memory does not grow with their number.
+    """Measure how easily a diffusion model can learn the latents of some images.
+
+    Memory does not grow with their number.
 
     Args:
         model: in evaluation mode, on `device`.
-        batches: uint8 images of one size [B, C, H, W] with C of 1, 3 or 4, and their keys. At most `limit` images (and 134 MB of
-            latents) are used, chosen by the hash of the key.
+        batches: uint8 images of one size [B, C, H, W] with C of 1, 3 or 4, and their keys. At most
+            `limit` images (and 134 MB of latents) are used, chosen by the hash of the key.
         extractor: of features for the Frechet distances.
         statistics: of the latents of these images, for whitening.
-        neighbors: images to find neighbors in, such as training images; defaults to the same images.
+        neighbors: images to find neighbors in, such as training images; defaults to the same
+            images.
         seeds: of the flows.
         steps: of each flow; 0 samples white noise.
         batch: latents per step.
@@ -75,9 +77,10 @@ def diffusability(
         progress: whether to print progress.
 
     Returns:
-        Plain JSON values; only "missing", with the reason, if nothing could be measured. And pictures uint8 [3, H, W] by name:
-        "samples" of the first seed's flow; "interpolated", where each column shows the reconstruction of an image, the decoded
-        midpoint, and the reconstruction of the neighbor.
+        Plain JSON values; only "missing", with the reason, if nothing could be measured. And
+        pictures uint8 [3, H, W] by name: "samples" of the first seed's flow; "interpolated", where
+        each column shows the reconstruction of an image, the decoded midpoint, and the
+        reconstruction of the neighbor.
 
     Raises:
         RecipeError: a number is too small.
@@ -131,7 +134,7 @@ class _Job:
     progress: bool
 
     def interpolate(self, references: Latents | None) -> tuple[dict[str, Any], Tensor | None]:
-        """Distance of decoded midpoints to neighbors among `references`, or among the images themselves, and a picture."""
+        """Distance of decoded midpoints, and a picture; references default to the images."""
         images, itself = self.images, references is not None
         source = "training images" if itself else "the same images"
         references = references if references is not None else images
@@ -211,7 +214,7 @@ class _Job:
     def samples(
         self, fitted: Fitted, count: int, seed: int, shown: list[Tensor], bar: Progress
     ) -> Iterator[Tensor | None]:
-        """Decoded samples in parts, None if the flow diverged; appends the first of them to `shown`."""
+        """Decoded samples in parts, None if the flow diverged; adds the first to `shown`."""
         if fitted.diverged:
             yield None
             return

@@ -1,8 +1,8 @@
 """A small rectified flow on whitened latents, trained for a fixed number of steps and sampled.
 
-Liu et al. 2022; Lipman et al. 2022. With z_0 ~ N(0, I), a latent z_1 and t in [0, 1]: z_t = (1 - t) z_0 + t z_1, and the loss is
-E |v(z_t, t) - (z_1 - z_0)|^2. A sample is the solution of dz/dt = v at t = 1 that starts at z_0. Every random number is keyed by
-the seed and the step or sample.
+Liu et al. 2022; Lipman et al. 2022. With z_0 ~ N(0, I), a latent z_1 and t in [0, 1]: z_t = (1 - t)
+z_0 + t z_1, and the loss is E |v(z_t, t) - (z_1 - z_0)|^2. A sample is the solution of dz/dt = v at
+t = 1 that starts at z_0. Every random number is keyed by the seed and the step or sample.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _schedule(step: int, steps: int) -> float:
 def _batch(
     latents: Latents, whitening: Whitening, batch: int, seed: int, step: int, device: torch.device | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whitened posterior samples, noise [B, z, h, w] and times [B]; stratified times reduce the variance of the loss."""
+    """Whitened samples, noise [B, z, h, w] and times [B], stratified for a steadier loss."""
     source = generator(seed, "step", step, hashed=digest)
     rows = torch.randint(len(latents), (batch,), generator=source).tolist()
     mean, std = (torch.stack([column[row] for row in rows]) for column in (latents.means, latents.stds))

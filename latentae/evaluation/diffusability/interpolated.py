@@ -1,9 +1,10 @@
-"""Latents at the midpoint between neighbors, which should decode to images because a diffusion model will sample there.
+"""Latents at the midpoint between neighbors, where a diffusion model will sample.
 
-"iFID" of Xu et al. 2026, "Making reconstruction FID predictive of diffusion generation FID", arXiv 2603.05630, read from the
-authors' code. Of the 10 reference latents nearest by cosine, one is drawn with probability softmax(-mean squared difference). The
-two latents are interpolated spherically at 1/2 and decoded. Ours are whitened per channel first, so that no channel's scale or
-offset decides which latents are near.
+"iFID" of Xu et al. 2026, "Making reconstruction FID predictive of diffusion generation FID", arXiv
+2603.05630, read from the authors' code. Of the 10 reference latents nearest by cosine, one is drawn
+with probability softmax(-mean squared difference). The two latents are interpolated spherically at
+1/2 and decoded. Ours are whitened per channel first, so that no channel's scale or offset decides
+which latents are near.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def nearest(
 ) -> list[list[int]]:
     """Positions of the `count` references with the largest cosine to each latent, nearest first.
 
-    Latents are whitened and flattened. Cosines are rounded to six digits; ties go to the earlier position.
+    Latents are whitened and flattened. Cosines are rounded to six digits; ties go to the earlier
+    position.
     """
     count = min(count, len(references) - (not itself))
     found = []
@@ -85,7 +87,9 @@ def nearest(
 
 
 def midpoint(a: Tensor, b: Tensor) -> Tensor:
-    """Spherical interpolation at 1/2 of latents [B, z, h, w] about 0 (Shoemake 1985): (a + b) / (2 cos(w / 2)), w the angle between them.
+    """Interpolate latents [B, z, h, w] spherically about 0 at 1/2.
+
+    Shoemake 1985: (a + b) / (2 cos(w / 2)), w the angle between them.
 
     Linear if they are opposite, where the arc is not unique.
     """

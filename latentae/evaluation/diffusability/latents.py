@@ -1,4 +1,4 @@
-"""The latents that diffusability uses: at most a fixed number, chosen by the hash of their keys, and whitened per channel."""
+"""Latents of diffusability: a bounded number, chosen by hash of key, whitened per channel."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def collect(
     purpose: str = "images",
     progress: bool = True,
 ) -> Latents:
-    """Encode the images whose keys have the smallest hashes: a sample that depends only on the set of images.
+    """Encode the images whose keys have the smallest hashes.
+
+    This sample depends only on the set of images.
 
     Args:
         model: in evaluation mode, on `device`.
@@ -108,7 +110,8 @@ def collect(
         DataError: images of different sizes.
         ModelError: a latent is not finite.
     """
-    # Entries are (order, row), smallest order first: the largest hash is dropped first. Orders are unique.
+    # Entries are (order, row), smallest order first: the largest hash is dropped first. Orders are
+    # unique.
     heap: list[tuple[tuple[int, str, int], tuple[Tensor, ...]]] = []
     seen, size = 0, None
     with Progress(f"encoding {purpose}", None, quiet=not progress) as bar:
@@ -146,14 +149,15 @@ def _encode(
     extractor: Extractor | None,
     device: torch.device | None,
 ) -> list[tuple[Tensor, ...]]:
-    """Means, standard deviations and, with an extractor, features of some rows of a batch, each row in its own memory."""
+    """Means, standard deviations and features of some rows of a batch, each in its own memory."""
     images = batch.images[rows].to(device)
     posterior = model.encode(to_float(images))
     finite = finite_rows(posterior.mean, posterior.std)
     if not finite.all():
         key = batch.keys[rows[int((~finite).nonzero()[0])]]
         raise ModelError(
-            f"the latent of {key} has NaN or infinite values; the model has diverged, evaluate an earlier checkpoint"
+            f"the latent of {key} has NaN or infinite values; the model has diverged, evaluate an earlier "
+            "checkpoint"
         )
     columns = [posterior.mean.float(), posterior.std.float()]
     if extractor is not None:

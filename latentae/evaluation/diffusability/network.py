@@ -1,16 +1,18 @@
-"""The network of every flow: a scalable interpolant transformer (SiT) of about 1.5 million parameters.
+"""The network of every flow: a scalable interpolant transformer of 1.5 million parameters.
 
-adaLN-Zero (Peebles & Xie 2022, DiT; Ma et al. 2024, SiT) without classes. Width, depth and heads are fixed; only the first and the
-last layer depend on the number of latent channels. The patch is the smallest that gives at most 64 tokens: side 4 for a
-32 x 32 latent, side 1 for an 8 x 8 latent.
+adaLN-Zero (Peebles & Xie 2022, DiT; Ma et al. 2024, SiT), without classes. Width, depth and heads
+are fixed; only the first and the last layer depend on the number of latent channels. The patch is
+the smallest that gives at most 64 tokens: side 4 for a 32 x 32 latent, side 1 for an 8 x 8 latent.
 
-Inputs and outputs are scaled for whitened data, like those of Karras et al. 2022 (EDM), sec. 5 and app. B.6. With
-z_t = (1 - t) z_0 + t z_1 of independent unit variances, s^2 = (1 - t)^2 + t^2 is the variance of z_t, and v = z_1 - z_0 is
+Inputs and outputs are scaled for whitened data, like those of Karras et al. 2022 (EDM), sec. 5 and
+app. B.6. With z_t = (1 - t) z_0 + t z_1 of independent unit variances, s^2 = (1 - t)^2 + t^2 is the
+variance of z_t, and v = z_1 - z_0 is
 
     v = (2 t - 1) / s^2  z_t  +  1 / s  F(z_t / s, t)
 
-with F of unit variance. The first term is the best linear prediction from z_t. So a new network, whose F is 0, maps white noise to
-white noise, and noise need not pass through tokens narrower than a patch.
+with F of unit variance. The first term is the best linear prediction from z_t. So a new network,
+whose F is 0, maps white noise to white noise, and noise need not pass through tokens narrower than
+a patch.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ class TinyTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP on tokens, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+    """Attention and an MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -137,6 +139,6 @@ def waves(values: Tensor, width: int) -> Tensor:
 
 
 def positions(rows: int, columns: int, width: int) -> Tensor:
-    """Position embeddings [rows * columns, width]: the first half encodes the row, the second half the column."""
+    """Position embeddings [rows * columns, width]: one half for the row, one for the column."""
     row, column = (waves(torch.arange(side).float(), width // 2) for side in (rows, columns))
     return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], dim=1)

@@ -1,8 +1,8 @@
 """JPEG and WebP within a budget of bytes: each image at the best quality whose file fits.
 
-The size of a file includes its headers. Bisection finds a quality that fits while the next one does not. File size almost
-always grows with quality. On photos of 16 to 256 pixels 1 to 3 % of the steps shrink, and bisection ends at most 4 qualities
-below the best one.
+The size of a file includes its headers. Bisection finds a quality that fits while the next one does
+not. File size almost always grows with quality. On photos of 16 to 256 pixels 1 to 3 % of the steps
+shrink, and bisection ends at most 4 qualities below the best one.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class ImageCodec(ABC):
     def within(self, image: Tensor, budget: int) -> Coded | None:
         """Code an image uint8 [C, H, W] in at most `budget` bytes.
 
-        Each variant gets the highest quality that fits; the variant with the smallest squared error wins.
+        Each variant gets the highest quality that fits; the variant with the smallest squared error
+        wins.
 
         Returns:
             None if the lowest quality exceeds the budget.
@@ -159,7 +160,8 @@ class Jpeg(ImageCodec):
         """See `ImageCodec`."""
         options: dict[str, Any] = {"subsampling": SUBSAMPLING[variant]} if variant else {}
         file = io.BytesIO()
-        # Optimized tables need the file to fit one buffer; Pillow's guess of 1 or 2 bytes a pixel fails on noise
+        # Optimized tables need the file to fit one buffer; Pillow's guess of 1 or 2 bytes a pixel
+        # fails on noise
         with _buffer:
             usual = ImageFile.MAXBLOCK
             ImageFile.MAXBLOCK = max(usual, 4 * image.numel() + JPEG_HEADERS)
@@ -173,8 +175,8 @@ class Jpeg(ImageCodec):
 class WebP(ImageCodec):
     """Lossy WebP, with alpha either exact or at the quality of the colors. Gray, RGB or RGBA.
 
-    WebP subsamples chroma. Gray is stored as RGB, which costs a few bytes for empty chroma. Colors under transparent
-    pixels are kept (`exact`), because the metrics count them.
+    WebP subsamples chroma. Gray is stored as RGB, which costs a few bytes for empty chroma. Colors
+    under transparent pixels are kept (`exact`), because the metrics count them.
     """
 
     name: str = "webp"

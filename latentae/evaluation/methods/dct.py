@@ -1,13 +1,15 @@
-"""Block DCT at the latent's size: the k coefficients of an f x f block that vary most over the training images.
+"""Block DCT at the latent's size: the k coefficients per block that vary most over images.
 
-Colors are rotated by an orthonormal luma/chroma transform, the DCT-II of three numbers: (R + G + B)/sqrt 3, (R - B)/sqrt 2
-and (R - 2G + B)/sqrt 6. Up to scale these are the features of Ohta, Kanade & Sakai 1980. Alpha and gray stay unchanged. Then
-each f x f block of each channel gets the orthonormal two-dimensional DCT-II (Ahmed, Natarajan & Rao 1974).
+Colors are rotated by an orthonormal luma/chroma transform, the DCT-II of three numbers: (R + G +
+B)/sqrt 3, (R - B)/sqrt 2 and (R - 2G + B)/sqrt 6. Up to scale these are the features of Ohta,
+Kanade & Sakai 1980. Alpha and gray stay unchanged. Then each f x f block of each channel gets the
+orthonormal two-dimensional DCT-II (Ahmed, Natarajan & Rao 1974).
 
-As with PCA, k coefficients per block are kept as floats. The rest are replaced by their mean over the training images, which
-costs nothing. All transforms are orthonormal, so the error is the sum of the dropped variances, and keeping the k largest is
-optimal. PCA is the best basis, so it is never worse on the images that both were fitted on. The gap between the two shows how
-much PCA gains from being fitted to such images.
+As with PCA, k coefficients per block are kept as floats. The rest are replaced by their mean over
+the training images, which costs nothing. All transforms are orthonormal, so the error is the sum of
+the dropped variances, and keeping the k largest is optimal. PCA is the best basis, so it is never
+worse on the images that both were fitted on. The gap between the two shows how much PCA gains from
+being fitted to such images.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class DctVariances:
         self.count += len(found)
 
     def watch(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Count batches and pass them on, so that PCA and DCT share one pass over the training images."""
+        """Count batches and pass them on, so that PCA and DCT share one pass over images."""
         for batch in batches:
             self.add(batch)
             yield batch
@@ -66,8 +68,9 @@ class DctVariances:
     def best(self, components: int) -> BlockDCT:
         """The coefficients of largest variance, at most C * f * f.
 
-        Variances that differ by no more than their rounding error count as equal. Ties go to the earlier channel (luma before
-        chroma), then to the lower vertical and the lower horizontal frequency.
+        Variances that differ by no more than their rounding error count as equal. Ties go to the
+        earlier channel (luma before chroma), then to the lower vertical and the lower horizontal
+        frequency.
 
         Raises:
             DataError: no block was counted.
@@ -78,7 +81,8 @@ class DctVariances:
             )
         mean, squares = (total / self.count for total in self._sums)
         variances, channels = (squares - mean.square()).clamp(min=0).flatten(), len(mean)
-        # A coefficient sums 2 f + C products, and its square is summed over all blocks; the error grows as a random walk
+        # A coefficient sums 2 f + C products, and its square is summed over all blocks; the error
+        # grows as a random walk
         terms = 2 * self.block + channels + self.count**0.5
         rounding = torch.finfo(torch.float64).eps * terms * float(squares.max())
         ranked = rank(-variances, relative=0.0, absolute=rounding)
@@ -110,7 +114,10 @@ def fit_dct(images: Tensor | Iterable[Tensor], block: int, components: int) -> B
 
 
 def _cosines(size: int) -> Tensor:
-    """The orthonormal DCT-II, fp64 [size, size]: row u has c_u sqrt(2/n) cos(pi (2x + 1) u / 2n), c_0 = sqrt(1/2)."""
+    """The orthonormal DCT-II, fp64 [n, n]: row u is c_u sqrt(2/n) cos(pi (2x + 1) u / 2n).
+
+    c_0 is sqrt(1/2), the others are 1.
+    """
     position = torch.arange(size, dtype=torch.float64)
     table = torch.cos(math.pi / (2 * size) * (2 * position + 1) * position[:, None]) * math.sqrt(2 / size)
     table[0] *= math.sqrt(0.5)
@@ -118,7 +125,7 @@ def _cosines(size: int) -> Tensor:
 
 
 def _colors(channels: int) -> Tensor:
-    """The orthonormal color transform, fp64 [C, C]: rotates R, G and B, and leaves alpha and gray unchanged."""
+    """Orthonormal color transform fp64 [C, C]: rotates RGB, leaves alpha and gray unchanged."""
     table = torch.eye(channels, dtype=torch.float64)
     if channels in (3, 4):
         table[:3, :3] = _cosines(3)

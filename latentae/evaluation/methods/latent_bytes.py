@@ -1,12 +1,14 @@
 """Latents as streams of bytes with 2 to 8 bits per number.
 
-A latent [z, h, w] is quantized uniformly between the smallest and largest value of each channel. The stream holds 8 bytes per
-channel (minimum and step, little-endian fp32), then the codes, one byte each, channel after channel, deflated at level 9. Given
-the model and the image size, the stream is all that decoding needs.
+A latent [z, h, w] is quantized uniformly between the smallest and largest value of each channel.
+The stream holds 8 bytes per channel (minimum and step, little-endian fp32), then the codes, one
+byte each, channel after channel, deflated at level 9. Given the model and the image size, the
+stream is all that decoding needs.
 
-zlib beats lzma on a few kilobytes of codes: its header is smaller and its Huffman tables are as good. Codes of fewer than 8 bits
-are not packed, because the Huffman code does it better. But deflate then finds repeats that cost more than they save, up to a
-fifth of the stream on noise, so the smallest of four search strategies is used. For 8 bits they differ by 0.1 %.
+zlib beats lzma on a few kilobytes of codes: its header is smaller and its Huffman tables are as
+good. Codes of fewer than 8 bits are not packed, because the Huffman code does it better. But
+deflate then finds repeats that cost more than they save, up to a fifth of the stream on noise, so
+the smallest of four search strategies is used. For 8 bits they differ by 0.1 %.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def compress_latent(latent: Tensor, bits: int = 8) -> bytes:
         raise RecipeError(f"bits is {bits}; latents are quantized to 2 to 8 bits a number")
     if not torch.isfinite(latent).all():
         raise ModelError(
-            "the latent has NaN or infinite values and can't be quantized; the model has diverged, use another checkpoint"
+            "the latent has NaN or infinite values and can't be quantized; the model has diverged, use "
+            "another checkpoint"
         )
     levels = 2**bits - 1
     channels = latent.detach().cpu().float().flatten(1).numpy()
@@ -67,7 +70,8 @@ def quantize(latents: Tensor, bits: int = 8) -> tuple[Tensor, list[int]]:
         bits: 2 to 8 per number.
 
     Returns:
-        The latents after the round trip, with unchanged dtype, shape and device, and their B sizes in bytes.
+        The latents after the round trip, with unchanged dtype, shape and device, and their B sizes
+        in bytes.
 
     Raises:
         ModelError: a latent is not finite.

@@ -1,4 +1,4 @@
-"""The interface of a method, and the methods that count floats: other models, and bases of patches such as PCA."""
+"""The interface of methods, and the methods that count floats: models and patch bases."""
 
 from __future__ import annotations
 
@@ -60,9 +60,10 @@ def finite_rows(*values: Tensor) -> Tensor:
 
 
 class ModelMethod:
-    """Another model's reconstruction from its posterior mean; `bytes` is the size of its deflated 8-bit latent.
+    """Another model's reconstruction from its posterior mean.
 
-    An image with a non-finite latent or reconstruction is missing.
+    `bytes` is the size of its deflated 8-bit latent. An image with a non-finite latent or
+    reconstruction is missing.
 
     Args:
         name: key in metrics.json.
@@ -86,7 +87,7 @@ class ModelMethod:
 
 
 class PatchMethod:
-    """Projection of image patches onto a basis with as many components as the latent has channels, not quantized.
+    """Projection of image patches onto a basis with z components, not quantized.
 
     Args:
         name: "pca" or "dct", the key in metrics.json.

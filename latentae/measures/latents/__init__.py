@@ -1,1 +1,1 @@
-"""What a latent space looks like in numbers: its statistics and what they say, and how encoder and decoder behave around it."""
+"""Measures of a latent space, and of how encoder and decoder behave around it."""

@@ -1,4 +1,4 @@
-"""Diagnosis of encoder and decoder on a few images: equivariance, noise, half precision and interpolation."""
+"""Diagnosis on a few images: equivariance, noise, half precision and interpolation."""
 
 from __future__ import annotations
 
@@ -33,20 +33,23 @@ def diagnose(
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Diagnose a model on images in memory; 32 are enough.
 
-    Costs about 8 times encoding and decoding them, and tracing the model. Interpolation follows the arc about the channel means.
+    Costs about 8 times encoding and decoding them, and tracing the model. Interpolation follows the
+    arc about the channel means.
 
     Args:
         model: in evaluation mode, on `device`; outside `torch.inference_mode`.
         images: uint8 [N, C, R, R], R a multiple of f.
-        statistics: of the latents of all data; their means are the center of the arc, their deviations the unit of noise.
+        statistics: of the latents of all data; their means are the center of the arc, their
+            deviations the unit of noise.
         keys: of the images.
         batch_size: images per batch; affects speed and memory only.
         device: where the model is.
         seed: of the noise.
 
     Returns:
-        Plain JSON values `images`, `equivariance`, `sensitivity`, `half` and `interpolation`, with `missing` as the reason where one
-        was not measured. And uint8 [C, R, 9 R], the images decoded between the first and the last one; None for one image.
+        Plain JSON values `images`, `equivariance`, `sensitivity`, `half` and `interpolation`, with
+        `missing` as the reason where one was not measured. And uint8 [C, R, 9 R], the images
+        decoded between the first and the last one; None for one image.
 
     Raises:
         DataError: no images, or another number of keys.
@@ -54,7 +57,8 @@ def diagnose(
     """
     if not len(images) or len(images) != len(keys):
         raise DataError(
-            f"a diagnosis got {len(images)} images and {len(keys)} keys; give at least one image, and a key for each"
+            f"a diagnosis got {len(images)} images and {len(keys)} keys; give at least one image, and a key "
+            "for each"
         )
     coder = Coder(model, torch.device(device), batch_size)
     latents = torch.cat([coder.encode(to_float(images[part])) for part in coder.parts(len(images))])

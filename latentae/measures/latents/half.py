@@ -1,7 +1,8 @@
-"""Audit of half precision: how large a model's activations get, and how fp16 and bf16 change its output.
+"""Audit of half precision: largest activations, and how fp16 and bf16 change the output.
 
-The largest fp16 number is 65504. A model whose activations get near it produces infinities and then NaN on some image sooner or
-later. Pipelines run such a model in fp32 if its config says `force_upcast`.
+The largest fp16 number is 65504. A model whose activations get near it produces infinities and then
+NaN on some image sooner or later. Pipelines run such a model in fp32 if its config says
+`force_upcast`.
 """
 
 from __future__ import annotations
@@ -48,14 +49,16 @@ LOGIT_ROWS = 1024  # queries per block of attention logits
 
 @dataclass(frozen=True)
 class HalfRun:
-    """Difference between the model in half precision, weights and activations, and the same model in fp32.
+    """Difference between the model in half precision (weights and activations) and in fp32.
 
     Attributes:
         finite: whether everything was finite.
-        latent_max_abs: largest difference of the encoder's mean, in units of the raw latent; None if not finite.
-        image_max_abs: largest difference of images decoded from the same latent, range [-1, 1]; None if not finite.
-        image_psnr: of the decoded images against those of fp32, over all images, in dB with peak 2; infinite if equal, None if not
-            finite.
+        latent_max_abs: largest difference of the encoder's mean, in units of the raw latent; None
+            if not finite.
+        image_max_abs: largest difference of images decoded from the same latent, range [-1, 1];
+            None if not finite.
+        image_psnr: of the decoded images against those of fp32, over all images, in dB with peak 2;
+            infinite if equal, None if not finite.
     """
 
     finite: bool
@@ -109,7 +112,8 @@ class HalfAudit:
         if not run.finite or run.image_psnr is None:
             return "the output in fp16 is not finite"
         if run.image_psnr < PSNR_NEEDED:
-            return f"images in fp16 differ by {run.image_psnr:.1f} dB PSNR from those in fp32; {PSNR_NEEDED:.1f} is asked for"
+            found = f"images in fp16 differ by {run.image_psnr:.1f} dB PSNR from those in fp32"
+            return f"{found}; {PSNR_NEEDED:.1f} is asked for"
         return None
 
     @property
@@ -150,11 +154,13 @@ class HalfAudit:
 def audit_half(model: Autoencoder, batches: Iterable[Tensor]) -> HalfAudit:
     """Measure activations in fp32, and compare the model in fp16 and bf16 with fp32.
 
-    Maxima are over all intermediate results of the model as plain operators, including attention logits. Fused steps, which hide some
-    of them, are not used here. The decoder gets samples of the posterior, the same each time.
+    Maxima are over all intermediate results of the model as plain operators, including attention
+    logits. Fused steps, which hide some of them, are not used here. The decoder gets samples of the
+    posterior, the same each time.
 
-    The half-precision runs are those of `model.to(dtype)` on its device, with the kernels of that device. A GPU runs all images.
-    A CPU runs the center of the first images, at most CPU_SIDE pixels a side, until it has run CPU_PIXELS pixels.
+    The half-precision runs are those of `model.to(dtype)` on its device, with the kernels of that
+    device. A GPU runs all images. A CPU runs the center of the first images, at most CPU_SIDE
+    pixels a side, until it has run CPU_PIXELS pixels.
 
     Args:
         model: in any dtype, on any device; copied, not changed.
@@ -200,7 +206,7 @@ def _sample(posterior: DiagonalGaussian, seed: int) -> Tensor:
 
 
 def _half_part(x: Tensor, f: int, done: int) -> Tensor:
-    """The part of a batch to run in half precision after `done` pixels; sides stay multiples of `f`."""
+    """The part of a batch to run in half precision after `done` pixels; `f` divides its sides."""
     if x.device.type != "cpu":
         return x
     height, width = (min(side, max(CPU_SIDE // f, 1) * f) for side in x.shape[2:])
@@ -234,7 +240,8 @@ def _programs(model: Autoencoder, device: torch.device) -> dict[str, ExportedPro
         (ENCODER, config.in_channels, config.downsampling),
         (DECODER, config.latent_channels, 1),
     ):
-        # Traced at unequal sides other than 1: torch.export takes a 1 for a constant, and equal sides for one number
+        # Traced at unequal sides other than 1: torch.export takes a 1 for a constant, and equal
+        # sides for one number
         example = torch.zeros(2, channels, 3 * f, 4 * f, device=device)
         shapes = {"x": {0: batch, 2: f * sides[0], 3: f * sides[1]}}
         try:
@@ -242,13 +249,14 @@ def _programs(model: Autoencoder, device: torch.device) -> dict[str, ExportedPro
         except Exception as error:  # many types, one for each thing that can't be traced
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ModelError(
-                f"torch.export can't trace this {type(model).__name__} ({reason}), so its activations can't be measured"
+                f"torch.export can't trace this {type(model).__name__} ({reason}), so its activations can't "
+                "be measured"
             ) from error
     return programs
 
 
 class _Watch(fx.Interpreter):
-    """Runs an exported coder operator by operator and records the largest magnitude in each stage."""
+    """Runs an exported coder by operator and records the largest magnitude in each stage."""
 
     def __init__(self, program: ExportedProgram, coder: str, model: Autoencoder) -> None:
         super().__init__(
@@ -283,10 +291,11 @@ class _Watch(fx.Interpreter):
 
 
 def _stages(nodes: Sequence[fx.Node], coder: str, model: Autoencoder) -> list[str | None]:
-    """The stage of each operator: conv_in, down_blocks.0 ..., mid_block, up_blocks.0 ..., conv_out, quant_conv.
+    """The stage of each operator: conv_in, down_blocks.0 ..., mid_block, conv_out, quant_conv.
 
-    An operator of the coder itself belongs to the stage before it. After the last stage it belongs to conv_out, if there is one. An
-    operator outside all modules belongs to the coder, or to no stage (None) if it only passes the moments on.
+    An operator of the coder itself belongs to the stage before it. After the last stage it belongs
+    to conv_out, if there is one. An operator outside all modules belongs to the coder, or to no
+    stage (None) if it only passes the moments on.
     """
     names = (f".{name}" for name, _ in model.named_modules())
     last = "conv_out" if any(name.endswith(f".{coder}.conv_out") for name in names) else coder
@@ -316,7 +325,7 @@ class _Comparison:
         self.count = 0
 
     def add(self, x: Tensor, mean: Tensor, latent: Tensor, decoded: Tensor) -> None:
-        """Compare on images, given fp32's posterior mean, a latent and the image decoded from it."""
+        """Compare on images, given fp32's mean, a latent and the image decoded from it."""
         posterior = self.model.encode(x.to(self.dtype))
         difference = (posterior.mean - mean).abs().amax()
         latent_error = torch.where(posterior.logvar.isnan().any(), torch.nan, difference)

@@ -13,9 +13,9 @@ MODES = ("linear", "spherical")
 def mix_latents(a: Tensor, b: Tensor, share: float, mode: str, center: float | Tensor = 0.0) -> Tensor:
     """Interpolate between two latents.
 
-    "linear" is a + t (b - a). "spherical" is sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b about the center, with w the angle between
-    the two (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3). It is linear if w is 0 or 180 degrees, where
-    the arc is not unique.
+    "linear" is a + t (b - a). "spherical" is sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b about
+    the center, with w the angle between the two (Shoemake 1985, "Animating rotation with quaternion
+    curves", sec. 3.3). It is linear if w is 0 or 180 degrees, where the arc is not unique.
 
     Args:
         a: [z, h, w].

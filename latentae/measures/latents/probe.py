@@ -41,9 +41,10 @@ class LinearProbe:
 
 
 def pooled(latents: Tensor) -> Tensor:
-    """Features of an image for the probe: the mean of each latent channel over each quarter of the latent.
+    """Features for the probe: the mean of each latent channel over each quarter of the latent.
 
-    A mean over all positions would keep little but brightness and color. A side of one pixel is not divided.
+    A mean over all positions would keep little but brightness and color. A side of one pixel is not
+    divided.
 
     Args:
         latents: [B, z, h, w], such as posterior means.
@@ -56,7 +57,9 @@ def pooled(latents: Tensor) -> Tensor:
 
 
 def fit_probe(features: Tensor, classes: Tensor, count: int, inverse_penalty: float = 1.0) -> LinearProbe:
-    """Minimize the sum of cross-entropies + |W|^2 / (2 C) by L-BFGS in fp64, like scikit-learn's LogisticRegression.
+    """Minimize the sum of cross-entropies + |W|^2 / (2 C) by L-BFGS in fp64.
+
+    This is scikit-learn's LogisticRegression.
 
     Args:
         features: [N, d].
@@ -103,7 +106,8 @@ def probe_report(keys: Sequence[str], labels: Sequence[str], features: Tensor) -
     tested = torch.tensor([is_held_out(key, HELD_OUT) for key in keys], dtype=torch.bool)
     classes = torch.tensor([names.index(label) for label in labels])
     report: dict[str, Any] = {
-        "method": "softmax regression on standardised features, L2 with C = 1, L-BFGS; tested on images held out by key",
+        "method": "softmax regression on standardised features, L2 with C = 1, L-BFGS; "
+        "tested on images held out by key",
         "classes": len(names),
         "features": features.shape[1],
         "trained_on": int((~tested).sum()),

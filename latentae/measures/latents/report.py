@@ -1,4 +1,4 @@
-"""Statistics of a latent space: moments by channel, KL, dimensions in use, spectrum, and the scaling it needs."""
+"""Statistics of a latent space: moments by channel, KL, dimensions in use, and spectrum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ROUNDING = 1e-14  # variance over squared mean of a constant fp32 number
 
 
 def kl_by_channel(mean: Tensor, logvar: Tensor) -> np.ndarray:
-    """KL(q || N(0, I)) = 1/2 sum(mean^2 + sigma^2 - 1 - log sigma^2) in nats, summed over the pixels of each channel.
+    """KL(q || N(0, I)) = 1/2 sum(mean^2 + sigma^2 - 1 - log sigma^2) in nats, summed over the
+    pixels of each channel.
 
     Source: Kingma & Welling 2013, appendix B.
 
@@ -39,8 +40,8 @@ def kl_by_channel(mean: Tensor, logvar: Tensor) -> np.ndarray:
 def active_units(variance: np.ndarray) -> int:
     """Number of channels whose posterior mean varies by more than 0.01 over the data.
 
-    Source: A_u = Cov_x(E[u | x]) > 0.01, Burda et al. 2016, "Importance weighted autoencoders", sec. 5.2. Here a unit is a channel,
-    and its variance is over images and pixels.
+    Source: A_u = Cov_x(E[u | x]) > 0.01, Burda et al. 2016, "Importance weighted autoencoders",
+    sec. 5.2. Here a unit is a channel, and its variance is over images and pixels.
 
     Args:
         variance: [z], of the posterior mean over the data.
@@ -49,10 +50,12 @@ def active_units(variance: np.ndarray) -> int:
 
 
 def effective_rank(covariance: np.ndarray) -> float | None:
-    """Number of directions in which the channels vary: exp(- sum p log p), p the normalized eigenvalues of the covariance.
+    """Number of directions in which the channels vary: exp(- sum p log p), p the normalized
+    eigenvalues of the covariance.
 
-    1 if all channels are equal up to scale, z if they are uncorrelated with equal variance. Source: Roy & Vetterli 2007, "The
-    effective rank: a measure of effective dimensionality", with eigenvalues of the covariance for singular values.
+    1 if all channels are equal up to scale, z if they are uncorrelated with equal variance. Source:
+    Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", with
+    eigenvalues of the covariance for singular values.
 
     Args:
         covariance: [z, z] of the channels of posterior means, up to a factor.
@@ -79,7 +82,8 @@ class _Sums:
         std: [z], posterior standard deviations over images and pixels.
         kl: [z], KL in nats over images and pixels.
         largest: magnitude of a posterior mean.
-        power: of latents and images, see `power_sums`; None without images, or for latents smaller than 4 x 4.
+        power: of latents and images, see `power_sums`; None without images, or for latents smaller
+            than 4 x 4.
         shape: z, h, w.
     """
 
@@ -110,7 +114,8 @@ class _Sums:
         """Sums over both sets of latents, this one's first."""
         if self.shape != other.shape or (self.power is None) != (other.power is None):
             raise ImageError(
-                f"found latents of {self._described()} and {other._described()}, expected the same of all; give images of one size"
+                f"found latents of {self._described()} and {other._described()}, expected the same of all; "
+                "give images of one size"
             )
         a, b = self.statistics, other.statistics
         delta = b.mean - a.mean  # Chan et al. 1979, eq. 2.1, for vectors
@@ -136,8 +141,8 @@ class _Sums:
 class LatentReport:
     """Sums over the latents counted so far; memory does not grow with their number.
 
-    Images are counted one by one, so batches do not change the numbers. Reports of parts of the data merge. The last bits depend
-    on the division into parts and on their order.
+    Images are counted one by one, so batches do not change the numbers. Reports of parts of the
+    data merge. The last bits depend on the division into parts and on their order.
     """
 
     _sums: _Sums | None = None
@@ -152,21 +157,24 @@ class LatentReport:
 
         Args:
             posterior: of latents [B, z, h, w].
-            images: the encoded images, float [B, C, H, W] in [-1, 1]; without them there are no spectra. Give them always or
-                never.
+            images: the encoded images, float [B, C, H, W] in [-1, 1]; without them there are no
+                spectra. Give them always or never.
 
         Raises:
             ModelError: a latent is not finite.
-            ImageError: the latents' shape changes, or the number of images differs from that of latents.
+            ImageError: the latents' shape changes, or the number of images differs from that of
+                latents.
         """
         mean, logvar = (values.cpu().contiguous() for values in (posterior.mean, posterior.logvar))
         if images is not None and (images.ndim != 4 or len(images) != len(mean)):
             raise ImageError(
-                f"images have shape {tuple(images.shape)}, expected [{len(mean)}, C, H, W] for as many latents"
+                f"images have shape {tuple(images.shape)}, expected [{len(mean)}, C, H, W] for as many "
+                "latents"
             )
         if not (mean.isfinite().all() and logvar.isfinite().all()):
             raise ModelError(
-                "the encoder gave latents with NaN or infinite values; the model has diverged, use an earlier checkpoint"
+                "the encoder gave latents with NaN or infinite values; the model has diverged, use an "
+                "earlier checkpoint"
             )
         for number in range(len(mean)):
             one = _Sums.of(mean[number], logvar[number], None if images is None else images[number])
@@ -211,10 +219,12 @@ class LatentReport:
         return cls(_Sums(statistics, arrays["scatter"], std, kl, largest, power, (z, height, width)))
 
     def result(self) -> dict[str, Any]:
-        """Everything as plain JSON values; null where it does not exist (see `LatentStatistics.summary` for the scaling).
+        """Everything as plain JSON values; null where it does not exist (see
+        `LatentStatistics.summary` for the scaling).
 
-        `channel_posterior_std` is the mean of the posterior's standard deviation. `channel_mean_variance` is the variance of its
-        mean over images and pixels. `kl_nats_per_channel` is the mean over images of the KL summed over pixels.
+        `channel_posterior_std` is the mean of the posterior's standard deviation.
+        `channel_mean_variance` is the variance of its mean over images and pixels.
+        `kl_nats_per_channel` is the mean over images of the KL summed over pixels.
 
         Raises:
             DataError: no latent was counted.

@@ -1,4 +1,4 @@
-"""How encoder and decoder respond to transformed images and noisy latents: a diagnosis of the latent space, not a ranking."""
+"""How encoder and decoder respond to transformed images and noisy latents."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ class Coder:
 def equivariance(coder: Coder, images: Tensor, latents: Tensor) -> list[dict[str, Any]]:
     """Measure how far encoder and decoder commute with each of `TRANSFORMS`.
 
-    `encoder_error` is sum |E(Tx) - T E(x)|^2 / sum |E(Tx) - m|^2 over all images, with E the posterior mean and m the channel means
-    of E(Tx). It is 0 for a latent that is transformed like its image, and 1 if T E(x) predicts E(Tx) no better than the mean does.
-    `decoder_psnr` compares D(T E(x)) with Tx in dB, both rounded to 8 bits, averaged over images. T is antialiased bilinear
+    `encoder_error` is sum |E(Tx) - T E(x)|^2 / sum |E(Tx) - m|^2 over all images, with E the
+    posterior mean and m the channel means of E(Tx). It is 0 for a latent that is transformed like
+    its image, and 1 if T E(x) predicts E(Tx) no better than the mean does. `decoder_psnr` compares
+    D(T E(x)) with Tx in dB, both rounded to 8 bits, averaged over images. T is antialiased bilinear
     (Kouzelis et al. 2025, arXiv 2502.09509; see `latentae.losses.equivariance`).
 
     Args:
@@ -78,8 +79,8 @@ def equivariance(coder: Coder, images: Tensor, latents: Tensor) -> list[dict[str
         latents: their posterior means, fp32 [N, z, h, w].
 
     Returns:
-        For each transform its name and both numbers as plain JSON values, null where they do not exist; or its name and
-        `missing`, the reason why it was not measured.
+        For each transform its name and both numbers as plain JSON values, null where they do not
+        exist; or its name and `missing`, the reason why it was not measured.
     """
     rows = []
     for name, transform in TRANSFORMS.items():
@@ -99,7 +100,8 @@ def _obstacle(transform: Transform, latents: Tensor) -> str | None:
     for side in (height, width):
         wanted = transform.scale * side
         if abs(max(1, round(wanted)) - wanted) > TOLERANCE * wanted:
-            return f"the latents have {height} x {width} places, and {transform.scale:g} of {side} is not near a whole number"
+            size = f"the latents have {height} x {width} places"
+            return f"{size}, and {transform.scale:g} of {side} is not near a whole number"
     return None
 
 
@@ -126,10 +128,13 @@ def _commutation(
 def sensitivity(
     coder: Coder, images: Tensor, latents: Tensor, *, keys: Sequence[str], std: Tensor, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """PSNR of images decoded from noisy latents, because the latents of a diffusion model are never exactly the encoder's.
+    """Measure the PSNR of images decoded from noisy latents.
 
-    A noise level t decodes z + t std eps, with z the posterior mean and std that of each channel. The standard normal eps depends
-    only on the image's key and the seed, and is the same at all levels.
+    The latents of a diffusion model are never exactly the encoder's.
+
+    A noise level t decodes z + t std eps, with z the posterior mean and std that of each channel.
+    The standard normal eps depends only on the image's key and the seed, and is the same at all
+    levels.
 
     Args:
         coder: the model.
@@ -140,8 +145,9 @@ def sensitivity(
         seed: of the noise.
 
     Returns:
-        For each level `noise`; `psnr` in dB against the original image, averaged over images; and `drop`, the loss of PSNR against
-        no noise, over the images where both are finite. Plain JSON values, null where they do not exist.
+        For each level `noise`; `psnr` in dB against the original image, averaged over images; and
+        `drop`, the loss of PSNR against no noise, over the images where both are finite. Plain JSON
+        values, null where they do not exist.
     """
     values: dict[float, list[float]] = {level: [] for level in (0.0, *NOISES)}
     for part in coder.parts(len(images)):
@@ -158,6 +164,6 @@ def sensitivity(
 
 
 def _psnr(decoded: Tensor, images: Tensor) -> list[float]:
-    """PSNR in dB of float [B, C, H, W] against uint8 images, after rounding; infinite if equal, NaN if not finite."""
+    """PSNR in dB of float images against uint8 ones; infinite if equal, NaN if not finite."""
     bad = ~decoded.isfinite().flatten(1).all(1)
     return psnr(to_uint8(decoded.nan_to_num()), images).masked_fill(bad, math.nan).tolist()

@@ -1,4 +1,4 @@
-"""Radial spectrum of latents, compared with that of their images: how much of a latent is fine detail."""
+"""Radial spectrum of latents and of their images: the share of fine detail."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ NOTHING = 1e-12  # power of rounding errors: images are in [-1, 1], and channels
 
 
 def power_sums(latent: Tensor, image: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Power of a latent and of its image, shrunk to the same size, by radial band; sums over images add up.
+    """Power of a latent and of its image, shrunk to the same size, by radial band.
 
-    Power is the square of a DCT-II coefficient. The DCT is orthonormal, so power adds up to the variance about the image's mean.
-    The constant coefficient, the mean itself, is left out.
+    Power is the square of a DCT-II coefficient. The DCT is orthonormal, so power adds up to the
+    variance about the image's mean. The constant coefficient, the mean itself, is left out.
 
     Args:
         latent: [z, h, w], a posterior mean with sides of at least `SMALLEST`.
         image: [C, H, W] with H >= h and W >= w; area-averaged to h x w pixels.
 
     Returns:
-        Per latent channel, fp64 [z, bands + 2]: the mean power of a coefficient in each band, then the power of all coefficients
-        above `HIGH`, and of all. The same over all channels of the image, fp64 [bands + 2].
+        Per latent channel, fp64 [z, bands + 2]: the mean power of a coefficient in each band, then
+        the power of all coefficients above `HIGH`, and of all. The same over all channels of the
+        image, fp64 [bands + 2].
     """
     _, height, width = latent.shape
     small = F.adaptive_avg_pool2d(image.double().contiguous(), (height, width))
@@ -45,15 +46,17 @@ def spectrum(
 ) -> dict[str, Any] | None:
     """Both spectra as plain JSON values.
 
-    `frequency` is the mean of each band in cycles per latent pixel (0.5 is the highest along a side, 0.707 that of a corner).
-    `latent` and `image` are the mean power of a coefficient in each band, divided by the sum over bands: white noise is flat.
-    Channels are divided by their variance, so that they have equal weight. `high_frequency_share` is the share of power above
+    `frequency` is the mean of each band in cycles per latent pixel (0.5 is the highest along a
+    side, 0.707 that of a corner). `latent` and `image` are the mean power of a coefficient in each
+    band, divided by the sum over bands: white noise is flat. Channels are divided by their
+    variance, so that they have equal weight. `high_frequency_share` is the share of power above
     `HIGH`.
 
     Args:
         latent, image: sums of `power_sums` over images.
         size: height and width of the latents.
-        variance: [z], of the posterior mean over images and pixels; channels with variance 0 are left out.
+        variance: [z], of the posterior mean over images and pixels; channels with variance 0 are
+            left out.
 
     Returns:
         None if all images, or all latents, are constant.
@@ -74,12 +77,13 @@ def spectrum(
 def radial_bands(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Assign the coefficients of a DCT to radial bands.
 
-    Coefficient (ky, kx) has the radius sqrt((ky / 2h)^2 + (kx / 2w)^2) in cycles per pixel. Bands have equal widths. There are at
-    most 16, and at most as many as a side has pixels, so that none is empty.
+    Coefficient (ky, kx) has the radius sqrt((ky / 2h)^2 + (kx / 2w)^2) in cycles per pixel. Bands
+    have equal widths. There are at most 16, and at most as many as a side has pixels, so that none
+    is empty.
 
     Returns:
-        Membership [h w, bands] of 0 and 1 (the constant coefficient has none), the mean radius of each band [bands], and whether
-        coefficients are above `HIGH` [h w]; all fp64.
+        Membership [h w, bands] of 0 and 1 (the constant coefficient has none), the mean radius of
+        each band [bands], and whether coefficients are above `HIGH` [h w]; all fp64.
     """
     bands = min(MOST_BANDS, height, width)
     radius = np.hypot((np.arange(height) / (2 * height))[:, None], np.arange(width) / (2 * width)).ravel()
@@ -92,7 +96,7 @@ def radial_bands(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _band_power(x: Tensor) -> np.ndarray:
-    """Mean power by band, power above `HIGH`, and total power of each channel of [C, h, w]: fp64 [C, bands + 2]."""
+    """Power of each channel of [C, h, w]: mean by band, above `HIGH`, and total."""
     power = torch.square(dct2(x)).flatten(1).cpu().numpy()
     power[:, 0] = 0.0
     membership, _, high = radial_bands(*x.shape[1:])

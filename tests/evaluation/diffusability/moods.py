@@ -36,7 +36,7 @@ class Patches(Autoencoder):
 
 
 def moods(count: int, size: int = 16, channels: int = 3, seed: int = 0) -> Tensor:
-    """Images of one color each, normally distributed, with a little noise: uint8 [N, C, size, size]."""
+    """Images of one normally distributed color each, with a little noise: uint8 [N, C, s, s]."""
     generator = torch.Generator().manual_seed(seed)
     colors = 128 + 35 * torch.randn(count, channels, 1, 1, generator=generator)
     noise = torch.randn(count, channels, size, size, generator=generator)

@@ -127,7 +127,7 @@ def test_training_that_diverges_stops_and_says_so():
 
 @pytest.mark.parametrize(("std", "expected"), [(1.0, math.pi / 2), (1e-3, math.pi / 4)])
 def test_training_samples_the_posterior_at_evenly_spread_times(std, expected):
-    """The loss of a new network is known: the mean over t of 1 / s^2 for white latents, and of t^2 / s^4 for latents that are 0."""
+    """A new network's loss is the mean over t of 1 / s^2 for white latents, t^2 / s^4 for zeros."""
     means = tuple(torch.zeros(4, 2, 16, 16))
     latents = Latents(tuple("abcd"), means, tuple(torch.full_like(mean, std) for mean in means), None, 4)
     loss = fit_flow(latents, WHITE, steps=1, batch=64, seed=0).loss

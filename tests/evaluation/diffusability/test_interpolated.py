@@ -69,7 +69,7 @@ def test_neighbours_are_drawn_by_the_softmax_of_minus_the_mean_squared_differenc
 
 
 def test_equally_near_neighbours_are_chosen_by_their_position_not_by_rounding():
-    """All latents lie on one line, so that every cosine is 1, but for rounding that differs with the length."""
+    """All latents are on one line, so every cosine is 1 up to rounding."""
     line, sizes = latents(1).means[0], torch.linspace(0.3, 3.1, 40).split(1)
     references = [line * size.view(1, 1, 1) for size in sizes]
     assert nearest([line], references, PLAIN, itself=True, count=9) == [list(range(9))]

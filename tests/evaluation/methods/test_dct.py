@@ -1,4 +1,4 @@
-"""Block DCT: against scipy's transform done plainly, and never better than PCA where both were fitted."""
+"""Block DCT: compared with scipy's transform, and never better than PCA on its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]]
 
 
 def coefficients(images: Tensor, block: int) -> np.ndarray:
-    """Blocks' coefficients by scipy: [blocks, C, block, block], colors rotated if there are three."""
+    """Coefficients by scipy: [blocks, C, block, block], colors rotated if there are three."""
     fft = pytest.importorskip("scipy.fft")
     count, channels, height, width = images.shape
     grid = images.double().numpy().reshape(count, channels, height // block, block, width // block, block)
@@ -91,7 +91,7 @@ def test_large_blocks_of_few_images_work(smooth_images):
 
 
 def test_equal_variances_keep_luma_and_low_frequencies():
-    """Rounding would order them otherwise on each processor: all are 0, or those of a frequency across and down are the same."""
+    """Rounding would order equal variances differently on each processor."""
     flat = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
     dct = fit_dct(flat, 4, 2)
     assert dct.basis[:, 0].tolist() == pytest.approx([1 / 48**0.5] * 48)

@@ -1,4 +1,4 @@
-"""Latents in few bits: against plain numpy, with the error and the bytes that the format promises."""
+"""Latents in few bits: compared with numpy, with the error and bytes of the format."""
 
 from __future__ import annotations
 

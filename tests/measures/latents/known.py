@@ -13,7 +13,7 @@ from latentae.models.posterior import DiagonalGaussian
 
 
 class Blocks(Autoencoder):
-    """An autoencoder whose latent is the mean of f x f pixels, decoded as f x f equal pixels; with f = 1 it is the identity."""
+    """Encodes the mean of f x f pixels and decodes f x f equal pixels; the identity for f = 1."""
 
     def __init__(self, f: int = 1, channels: int = 3) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def blocks(f: int = 1, channels: int = 3) -> Blocks:
 
 
 def moments(count: int, channels: int = 3, side: int = 8, seed: int = 0) -> Tensor:
-    """Moments [B, 2z, h, w] with channels of different mean and spread that depend on each other."""
+    """Moments [B, 2z, h, w] of correlated channels with different means and spreads."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(channels, channels, generator=generator)
     noise = torch.randn(count, channels, side, side, generator=generator)

@@ -62,7 +62,7 @@ def healthy() -> tuple[AutoencoderKL, HalfAudit]:
 
 
 def test_a_healthy_model_is_safe_and_its_maxima_are_those_of_diffusers(healthy):
-    """Nothing is missed: the largest of all is what a dispatch mode sees inside diffusers' own model."""
+    """The largest activation is the one that a dispatch mode sees inside diffusers' model."""
     model, found = healthy
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' own imports warn

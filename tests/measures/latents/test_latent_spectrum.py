@@ -19,7 +19,7 @@ def spectrum_of(latents, images):
 
 
 def plain(maps: np.ndarray) -> tuple[list[float], float]:
-    """Band by band, one coefficient after the other: [N, C, s, s] -> the spectrum, and the share above a quarter cycle a pixel."""
+    """[N, C, s, s] -> spectrum and share above 1/4 cycle per pixel, by plain loops."""
     side = maps.shape[-1]
     bands = min(16, side)
     highest = math.hypot(side - 1, side - 1)

@@ -107,7 +107,7 @@ def noisy(model, images, keys=None, batch_size=2, std=None, seed=0):
 
 
 def test_noise_through_the_identity_has_the_known_psnr():
-    """Mid-gray images, which noise leaves inside the range: MSE = (127.5 t std)^2 + 1/12 for the rounding."""
+    """Mid-gray images stay in range: MSE = (127.5 t std)^2 + 1/12 for rounding."""
     images = torch.randint(120, 136, (4, 3, 64, 64), dtype=torch.uint8)
     rows = noisy(blocks(), images, std=torch.tensor([0.1, 0.2, 0.3]))
     assert [row["noise"] for row in rows] == list(NOISES)
