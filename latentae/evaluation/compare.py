@@ -21,10 +21,7 @@ from latentae.version import __version__
 __all__ = ["compare"]
 
 VALIDATION = "validation/"
-DATA_OF_VALIDATION = (
-    "data.validation",
-    "data.resolution",
-)  # keys of a recipe that decide what a run validates on
+VALIDATION_KEYS = "data.validation", "data.resolution"  # of a recipe, for its validation images
 SEED = 0  # of the bootstrap
 
 
@@ -56,9 +53,9 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         raise RecipeError(
             f"compare takes two or more folders of runs or evaluations, got {len(paths)}; name another one"
         )
-    twice = next((a for a, b in itertools.combinations(paths, 2) if a.resolve() == b.resolve()), None)
-    if twice is not None:
-        raise RecipeError(f"{twice} is given twice; a folder is compared with others")
+    for a, b in itertools.combinations(paths, 2):
+        if a.resolve() == b.resolve():
+            raise RecipeError(f"{a} is given twice; a folder is compared with others")
     subjects = read_subjects(paths)
     result = _result(subjects)
     write_text(page, write_compare_page(subjects, result, page.parent))
@@ -97,46 +94,44 @@ def _recipes(subjects: Sequence[Subject]) -> dict[str, Any]:
     known = {subject.name: subject.recipe for subject in subjects if subject.recipe is not None}
     if len(known) < 2:
         return {"missing": "it takes the recipes (recipe.toml) of two runs", "differing": [], "same": 0}
-    keys = dict.fromkeys(itertools.chain.from_iterable(known.values()))
-    rows = [
-        {"key": key, "values": {name: recipe[key] for name, recipe in known.items() if key in recipe}}
-        for key in keys
-    ]
-    differing = [
-        row
-        for row in rows
-        if len(row["values"]) < len(known) or len({repr(value) for value in row["values"].values()}) > 1
-    ]
-    return {"differing": differing, "same": len(rows) - len(differing)}
+    differing, keys = [], dict.fromkeys(itertools.chain.from_iterable(known.values()))
+    for key in keys:
+        values = {name: recipe[key] for name, recipe in known.items() if key in recipe}
+        if len(values) < len(known) or len(set(map(repr, values.values()))) > 1:
+            differing.append({"key": key, "values": values})
+    return {"differing": differing, "same": len(keys) - len(differing)}
 
 
 def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """Last and best value of each validation metric by subject, and the best subject."""
     found = []
-    names = dict.fromkeys(
-        name for subject in subjects for name in subject.series if name.startswith(VALIDATION)
-    )
-    for name in names:
+    names = dict.fromkeys(name for subject in subjects for name in subject.series)
+    for name in filter(lambda name: name.startswith(VALIDATION), names):
         metric = name.removeprefix(VALIDATION)
         higher, values = HIGHER_IS_BETTER.get(metric), {}
-        for subject in subjects:
-            series = subject.series.get(name)
-            if series:
-                images, last = series[-1]
-                best_images, best = series[-1] if higher is None else _best_point(series, higher)
-                values[subject.name] = {
-                    "last": last,
-                    "images": images,
-                    "best": best,
-                    "best_images": best_images,
-                }
-        reason = _not_comparable([subject for subject in subjects if subject.name in values], metric)
-        winner = None
-        if higher is not None and reason is None:
-            winner = _winner({name: value["best"] for name, value in values.items()}, higher)
-        found.append(
-            {"metric": metric, "higher_is_better": higher, "values": values, "best": winner, "reason": reason}
+        measured = [subject for subject in subjects if subject.series.get(name)]
+        for subject in measured:
+            series = subject.series[name]
+            best = (
+                series[-1] if higher is None else (max if higher else min)(series, key=lambda point: point[1])
+            )
+            facts = {"last": series[-1][1], "images": series[-1][0], "best": best[1], "best_images": best[0]}
+            values[subject.name] = facts
+        reason = _not_comparable(measured, metric)
+        comparable = higher is not None and reason is None
+        winner = (
+            _winner({key: value["best"] for key, value in values.items()}, bool(higher))
+            if comparable
+            else None
         )
+        row = {
+            "metric": metric,
+            "higher_is_better": higher,
+            "values": values,
+            "best": winner,
+            "reason": reason,
+        }
+        found.append(row)
     return found
 
 
@@ -147,14 +142,10 @@ def _winner(values: Mapping[str, float], higher: bool) -> str | None:
     return winners[0] if len(winners) == 1 < len(values) else None
 
 
-def _best_point(series: Sequence[tuple[float, float]], higher: bool) -> tuple[float, float]:
-    return (max if higher else min)(series, key=lambda point: point[1])
-
-
 def _not_comparable(subjects: Sequence[Subject], metric: str) -> str | None:
     """Why validation values are not comparable between runs; None if their recipes agree."""
     recipes = [subject.recipe for subject in subjects if subject.recipe is not None]
-    keys = [*DATA_OF_VALIDATION, *(("loss.perceptual.net",) if metric == "perceptual" else ())]
+    keys = [*VALIDATION_KEYS, *(("loss.perceptual.net",) if metric == "perceptual" else ())]
     if any(recipe.get("data.validation") == "auto" for recipe in recipes):
         keys += ["data.shards", "data.validation_fraction"]
     different = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
@@ -164,42 +155,28 @@ def _not_comparable(subjects: Sequence[Subject], metric: str) -> str | None:
 def _evaluations(evaluated: Sequence[Subject]) -> dict[str, Any]:
     """Metrics by subject, and the best subject if all evaluations use the same images."""
     results = {subject.name: subject.evaluation for subject in evaluated if subject.evaluation is not None}
-    names = dict.fromkeys(metric for result in results.values() for metric in result["metrics"])
-    reason = next(
-        (why for a, b in itertools.combinations(results.values(), 2) if (why := _other_images(a, b))), None
-    )
-    metrics = {}
-    for metric in names:
-        values = {
-            name: result["metrics"][metric] for name, result in results.items() if metric in result["metrics"]
-        }
-        labels = {metric_label(metric, results[name]) for name in values}
+    reasons = itertools.starmap(_other_images, itertools.combinations(results.values(), 2))
+    reason, metrics = next(filter(None, reasons), None), {}
+    for metric in dict.fromkeys(metric for result in results.values() for metric in result["metrics"]):
+        measured = {name: result for name, result in results.items() if metric in result["metrics"]}
+        values = {name: result["metrics"][metric] for name, result in measured.items()}
+        label, *others = {metric_label(metric, result) for result in measured.values()}
+        if others:
+            label = f"perceptual distance {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
         means = {name: interval["mean"] for name, interval in values.items() if interval["mean"] is not None}
-        best = _winner(means, HIGHER_IS_BETTER[metric]) if reason is None and len(labels) == 1 else None
-        label = (
-            labels.pop()
-            if len(labels) == 1
-            else f"perceptual distance {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
-        )
+        best = None if reason or others else _winner(means, HIGHER_IS_BETTER[metric])
         metrics[metric] = {"label": label, "values": values, "best": best}
-    return {"metrics": metrics, "reason": reason, "frechet": _frechet(results, reason)}
-
-
-def _frechet(results: Mapping[str, Mapping[str, Any]], reason: str | None) -> dict[str, Any]:
-    """Frechet distances by extractor and subject, and the best subject."""
-    by_extractor: dict[str, dict[str, float]] = {}
+    distances: dict[str, dict[str, float]] = {}  # by extractor, then by subject
     for name, result in results.items():
         found = result.get("frechet") or {}
         value = found.get("values", {}).get("model")
         if value is not None:
-            by_extractor.setdefault(found["name"], {})[name] = value
-    return {
-        extractor: {
-            "values": values,
-            "best": _winner(values, higher=False) if reason is None else None,
-        }
-        for extractor, values in by_extractor.items()
+            distances.setdefault(found["name"], {})[name] = value
+    frechet = {
+        extractor: {"values": values, "best": None if reason else _winner(values, higher=False)}
+        for extractor, values in distances.items()
     }
+    return {"metrics": metrics, "reason": reason, "frechet": frechet}
 
 
 def _other_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
@@ -223,12 +200,13 @@ def _paired(evaluated: Sequence[Subject]) -> Iterator[dict[str, Any]]:
         if reason is not None:
             yield {**pair, "missing": reason}
             continue
-        scores = [_scores([subject.rows[key] for key in keys]) for subject in (a, b)]
+        first, second = (_scores([subject.rows[key] for key in keys]) for subject in (a, b))
         if metric_label("perceptual", a.evaluation) != metric_label("perceptual", b.evaluation):
-            scores[0].values.pop("perceptual", None)
+            first.values.pop("perceptual", None)
+        names = {"model": b.name, "baseline": a.name}
         differences = {
-            metric: {**difference, "better": {"model": b.name, "baseline": a.name}.get(difference["better"])}
-            for metric, difference in paired(scores[1], scores[0], SEED).items()
+            metric: {**difference, "better": names.get(difference["better"])}
+            for metric, difference in paired(second, first, SEED).items()
         }
         yield {**pair, "images": len(keys), "metrics": differences}
 
@@ -239,7 +217,7 @@ def _scores(rows: Sequence[Mapping[str, float]]) -> Scores:
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    """Print the numbers as a table, the best in bold."""
+    """Print the numbers as a table, the best in bold, and the recipe keys that differ."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -261,25 +239,17 @@ def _print(result: Mapping[str, Any]) -> None:
 
 def _table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], str | None]]:
     """Title, text by subject, and the best subject."""
-    yield (
-        "images seen",
-        {item["name"]: f"{item['images']:,}" for item in result["subjects"] if item["images"] is not None},
-        None,
-    )
+    seen = {item["name"]: f"{item['images']:,}" for item in result["subjects"] if item["images"] is not None}
+    yield "images seen", seen, None
     for item in result["validation"]:
-        texts = {
-            name: f"{value['best']:.4g} at {value['best_images']:,.0f}"
-            for name, value in item["values"].items()
-        }
+        bests = {name: (value["best"], value["best_images"]) for name, value in item["values"].items()}
+        texts = {name: f"{best:.4g} at {images:,.0f}" for name, (best, images) in bests.items()}
         yield f"held-out {item['metric']}, best", texts, item["best"]
     speeds = {name: f"{speed['images_per_second']:.3g}" for name, speed in result["training"].items()}
     if speeds:
         yield "images a second", speeds, None
     for metric, item in result["evaluation"]["metrics"].items():
-        texts = {
-            name: "{} ({})".format(*interval_text(metric, interval))
-            for name, interval in item["values"].items()
-        }
-        yield item["label"], texts, item["best"]
+        pairs = {name: interval_text(metric, interval) for name, interval in item["values"].items()}
+        yield item["label"], {name: f"{mean} ({low})" for name, (mean, low) in pairs.items()}, item["best"]
     for extractor, item in result["evaluation"]["frechet"].items():
         yield f"{extractor} ↓", {name: f"{value:.4g}" for name, value in item["values"].items()}, item["best"]

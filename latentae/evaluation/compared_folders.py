@@ -66,33 +66,18 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
     Raises:
         DataError: a folder is neither a run nor an evaluation, or can't be read.
     """
-    names = _names(paths)
-    subjects = [_read(path, name) for path, name in zip(paths, names, strict=True)]
+    subjects = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    joined = {subject.name: subject for subject in subjects}
     runs = {subject.run.resolve(): subject.name for subject in subjects if subject.run is not None}
-    taken: dict[str, Subject] = {}
-    rest = []
-    for subject in subjects:
-        of = (
-            runs.get(Path(subject.evaluation["model"]["path"]).resolve())
-            if subject.evaluation is not None
-            else None
-        )
-        if of is None or of in taken:
-            rest.append(subject)
-        else:
-            taken[of] = subject
-    joined = [_joined(subject, taken.get(subject.name)) for subject in rest]
-    return (
-        joined if len(joined) > 1 else subjects
-    )  # a run beside nothing but its own evaluation: two rows say more than one
-
-
-def _joined(run: Subject, evaluation: Subject | None) -> Subject:
-    if evaluation is None:
-        return run
-    return replace(
-        run, evaluated=evaluation.evaluated, evaluation=evaluation.evaluation, rows=evaluation.rows
-    )
+    for found in subjects:
+        if found.evaluation is None:
+            continue
+        run = runs.pop(Path(found.evaluation["model"]["path"]).resolve(), None)
+        if run is not None:
+            del joined[found.name]
+            facts = {"evaluated": found.evaluated, "evaluation": found.evaluation, "rows": found.rows}
+            joined[run] = replace(joined[run], **facts)
+    return list(joined.values()) if len(joined) > 1 else subjects  # one row would compare nothing
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -111,20 +96,23 @@ def _read(path: Path, name: str) -> Subject:
         return Subject(name, evaluated=path, evaluation=evaluation, rows=dict(_rows(path / PER_IMAGE)))
     if not _is_run(path):
         raise DataError(_refusal(path))
-    record: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        record = read_json(path / RECORD)
     log = path / METRICS_LOG
-    series = read_log(log) if log.is_file() else {}
-    known = record if isinstance(record, dict) else {}
     return Subject(
         name,
         run=path,
         recipe=_recipe(path / RECIPE),
-        series=series,
-        record=known,
+        series=read_log(log) if log.is_file() else {},
+        record=_record(path),
         ran_on=_ran_on(path / EVENTS_LOG),
     )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        record = read_json(path / RECORD)
+        if isinstance(record, dict):
+            return record
+    return {}
 
 
 def _is_run(path: Path) -> bool:
@@ -133,32 +121,20 @@ def _is_run(path: Path) -> bool:
 
 def _refusal(path: Path) -> str:
     if not path.is_dir():
-        return f"{path} is no folder; give those that `latentae train` or `latentae evaluate --out` made"
-    record: Any = None
-    with suppress(OSError, ValueError):
-        record = read_json(path / RECORD)
-    if isinstance(record, dict) and record.get("verb") == "evaluate":
+        return f"{path} is no folder; give output folders of `latentae train` or `latentae evaluate --out`"
+    if _record(path).get("verb") == "evaluate":
         return f"the evaluation in {path} has not finished; run the same `latentae evaluate` again"
-    inside = sorted(
-        child.name
-        for child in path.iterdir()
-        if child.is_dir() and (_is_run(child) or (child / METRICS).is_file())
-    )
-    meant = (
-        f"did you mean {' or '.join(str(path / name) for name in inside[:3])}?"
-        if inside
-        else "give another folder"
-    )
+    children = sorted(child for child in path.iterdir() if child.is_dir())
+    inside = [str(child) for child in children if _is_run(child) or (child / METRICS).is_file()]
+    meant = f"did you mean {' or '.join(inside[:3])}?" if inside else "give another folder"
     return f"{path} is neither a run ({RECIPE} or {METRICS_LOG}) nor an evaluation ({METRICS}); {meant}"
 
 
 def _evaluation(file: Path) -> Mapping[str, Any]:
     try:
         evaluation = read_json(file)
-        complete = (
-            all(isinstance(evaluation[part], dict) for part in ("model", "data", "metrics"))
-            and evaluation["model"]["path"]
-        )
+        parts = [evaluation[name] for name in ("model", "data", "metrics")]
+        complete = all(isinstance(part, dict) for part in parts) and evaluation["model"]["path"]
     except OSError as error:
         raise DataError(f"could not read {file}: {error.strerror}; evaluate again") from error
     except (ValueError, KeyError, TypeError):

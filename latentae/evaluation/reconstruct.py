@@ -24,9 +24,7 @@ from latentae.progress import Progress, say
 
 __all__ = ["LONGEST_SIDE", "image_grid", "reconstruct"]
 
-LONGEST_SIDE = (
-    1024  # without a resolution, larger images are reduced to it: a whole photo would need tens of gigabytes
-)
+LONGEST_SIDE = 1024  # of larger images without a resolution; a photo would need tens of gigabytes
 
 
 @verb(ReconstructOptions)

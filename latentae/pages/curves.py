@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentae.errors import DataError
+from latentae.measures.scores import LABELS
 from latentae.pages.charts import Chart, Curve, line_plot
 
 __all__ = ["Series", "curve_chart", "curve_title", "read_log", "run_speed"]
@@ -25,10 +26,8 @@ TITLES = {
     "alignment/ratio": "Adaptive ratio: alignment",
     "discriminator/logits": "Logits",
     "discriminator/accuracy": "Accuracy",
-    "validation/psnr": "PSNR (dB)",
-    "validation/ssim": "SSIM",
-    "validation/perceptual": "Perceptual distance",
     "loss/kl": "KL",
+    **{f"validation/{metric}": label for metric, label in LABELS.items()},
 }
 SHARES = ("data_wait", "validation/ssim")  # always on a linear axis
 
