@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from latentae.exporting.diffusers_folder import ExportableConfig
-from latentae.exporting.earlier_results import LABELS, metric_text
+from latentae.exporting.earlier_results import metric_text
 from latentae.exporting.scaling import LatentScaling
+from latentae.measures.scores import LABELS
 from latentae.pages.render import DASH, render
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from latentae.errors import ModelError, RecipeError
 from latentae.exporting.scaling import MeasuredLatents
 from latentae.file_names import METRICS, STATISTICS
 from latentae.files import read_json
+from latentae.measures.scores import LABELS
 from latentae.models.pretrained import META, ModelSource
 
-__all__ = ["LABELS", "metric_text", "read_latents", "read_metrics", "read_validation"]
+__all__ = ["metric_text", "read_latents", "read_metrics", "read_validation"]
 
-LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 _PREFIX = "validation/"
 
 

@@ -8,15 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from latentae.exporting.diffusers_folder import Exportable
+from latentae.measures.latents.half import DECODER, ENCODER
 from latentae.models.dc.autoencoder import AutoencoderDC
 
-__all__ = ["DECODER", "ENCODER", "TOLERANCE", "coder_graphs", "coder_programs", "largest_difference"]
+__all__ = ["TOLERANCE", "coder_graphs", "largest_difference"]
 
-ENCODER, DECODER = "encoder", "decoder"
-SMALLEST = 2  # latent pixels per side; size 1 would give attention's tokens other symbolic strides
 TOLERANCE = 1e-4  # allowed by `largest_difference`
 
 
@@ -39,30 +37,6 @@ def coder_graphs(model: Exportable, device: str | torch.device = "cpu") -> dict[
 
 def _chain(**modules: nn.Module | None) -> nn.Module:
     return nn.Sequential(OrderedDict({name: part for name, part in modules.items() if part is not None}))
-
-
-def coder_programs(model: Exportable, graphs: dict[str, nn.Module]) -> dict[str, ExportedProgram]:
-    """`torch.export` of `coder_graphs(model)` with dynamic batch, height and width.
-
-    The batch is 1 or more. Image sides are multiples of f, latents have SMALLEST pixels or more per
-    side.
-    """
-    z, channels, f = model.config.latent_channels, model.config.in_channels, model.config.downsampling
-    device = next(graphs[ENCODER].parameters()).device
-    # torch.export takes a size of 1 for a constant, and equal sizes for one number
-    images = torch.zeros(2, channels, 3 * f, 4 * f, device=device)
-    latents = torch.zeros(2, z, 3, 4, device=device)
-    batch = Dim("batch_size", min=1)
-    height, width = Dim("latent_height", min=SMALLEST), Dim("latent_width", min=SMALLEST)
-    examples = {
-        ENCODER: (images, {0: batch, 2: f * height, 3: f * width}),
-        DECODER: (latents, {0: batch, 2: height, 3: width}),
-    }
-    with torch.no_grad():
-        return {
-            name: torch.export.export(graphs[name], (example,), dynamic_shapes=(shape,))
-            for name, (example, shape) in examples.items()
-        }
 
 
 def largest_difference(

@@ -12,15 +12,9 @@ from torch.export import ExportedProgram
 
 from latentae.errors import MissingDependencyError, ModelError
 from latentae.exporting.diffusers_folder import Exportable, ExportableConfig
-from latentae.exporting.graphs import (
-    DECODER,
-    ENCODER,
-    TOLERANCE,
-    coder_graphs,
-    coder_programs,
-    largest_difference,
-)
+from latentae.exporting.graphs import TOLERANCE, coder_graphs, largest_difference
 from latentae.files import atomic_file, write_json
+from latentae.measures.latents.half import DECODER, ENCODER, trace_coders
 from latentae.models.config import AutoencoderDCConfig
 from latentae.models.pretrained import CONFIG
 
@@ -73,7 +67,7 @@ def write_onnx(model: Exportable, config: ExportableConfig, folder: Path) -> Non
     graphs = coder_graphs(model)
     for name, graph in graphs.items():
         _check_size(name, graph)
-    for name, program in coder_programs(model, graphs).items():
+    for name, program in trace_coders(model.config, graphs).items():
         target = Path(folder) / FOLDERS[name]
         with atomic_file(target / MODEL) as path:
             path.write_bytes(_to_onnx(name, program, _output(name, config)).SerializeToString())

@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 from latentae.device import choose_device
 from latentae.errors import MissingDependencyError, ModelError, first_line
 from latentae.exporting.diffusers_folder import Exportable, ExportableConfig
-from latentae.exporting.graphs import TOLERANCE, coder_graphs, coder_programs, largest_difference
+from latentae.exporting.graphs import TOLERANCE, coder_graphs, largest_difference
 from latentae.files import atomic_file
+from latentae.measures.latents.half import trace_coders
 
 __all__ = ["write_pt2"]
 
@@ -44,7 +45,7 @@ def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device:
     """
     target = choose_device(device)
     graphs = coder_graphs(model, target)
-    for name, program in coder_programs(model, graphs).items():
+    for name, program in trace_coders(model.config, graphs).items():
         with atomic_file(Path(folder) / "pt2" / f"{name}.pt2") as path:
             package = path.with_name(f"{path.name}.pt2")  # torch requires the suffix
             try:

@@ -21,9 +21,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from latentae.errors import DataError, ModelError, first_line
 from latentae.models.base import Autoencoder
+from latentae.models.config import AutoencoderConfig
 from latentae.models.posterior import DiagonalGaussian
 
-__all__ = ["FP16_MAX", "MARGIN", "PSNR_NEEDED", "HalfAudit", "HalfRun", "audit_half"]
+__all__ = [
+    "DECODER",
+    "ENCODER",
+    "FP16_MAX",
+    "MARGIN",
+    "PSNR_NEEDED",
+    "HalfAudit",
+    "HalfRun",
+    "audit_half",
+    "trace_coders",
+]
 
 FP16_MAX = 65504.0
 MARGIN = 4.0  # for larger activations on other images
@@ -34,7 +45,7 @@ CPU_SIDE, CPU_PIXELS = (
     2**16,
 )  # run in half precision on a CPU, where it can take six times as long as fp32
 ENCODER, DECODER = "encoder", "decoder"
-SMALLEST = 2  # traced latent pixels per side; torch.export takes 1 for a constant
+SMALLEST = 2  # latent pixels per side; size 1 would give attention's tokens other symbolic strides
 MOST = 32  # images per batch of a traced model; diffusers' upsampling differs from 64 on
 POSTERIOR_OPERATORS = (
     torch.ops.aten.to.dtype,
@@ -173,7 +184,7 @@ def audit_half(model: Autoencoder, batches: Iterable[Tensor]) -> HalfAudit:
     """
     device = next(model.parameters()).device
     exact = copy.deepcopy(model).float().eval()
-    watched = {name: _Watch(program, name, exact) for name, program in _programs(exact, device).items()}
+    watched = {name: _Watch(program, name, exact) for name, program in _programs(exact).items()}
     comparisons = {name: _Comparison(model, dtype) for name, dtype in HALVES.items()}
     images = half_images = half_pixels = 0
     for batch in batches:
@@ -230,29 +241,39 @@ class _Coder(nn.Module):
         return posterior.mean, posterior.logvar
 
 
-def _programs(model: Autoencoder, device: torch.device) -> dict[str, ExportedProgram]:
-    """Encoder and decoder as plain operators, for any batch, height and width."""
-    config = model.config
-    batch = Dim("batch", min=1, max=MOST)
-    sides = Dim("height", min=SMALLEST), Dim("width", min=SMALLEST)
+def trace_coders(
+    config: AutoencoderConfig, coders: Mapping[str, nn.Module], most_images: int | None = None
+) -> dict[str, ExportedProgram]:
+    """Trace encoder and decoder, as modules of one input, with dynamic batch, height and width.
+
+    The batch is 1 to `most_images`. Image sides are multiples of f, latents have SMALLEST pixels or
+    more per side.
+    """
+    device = next(coders[ENCODER].parameters()).device
+    batch = Dim("batch_size", min=1, max=most_images)
+    height, width = Dim("latent_height", min=SMALLEST), Dim("latent_width", min=SMALLEST)
     programs = {}
     for name, channels, f in (
         (ENCODER, config.in_channels, config.downsampling),
         (DECODER, config.latent_channels, 1),
     ):
-        # Traced at unequal sides other than 1: torch.export takes a 1 for a constant, and equal
-        # sides for one number
+        # torch.export takes a size of 1 for a constant, and equal sizes for one number
         example = torch.zeros(2, channels, 3 * f, 4 * f, device=device)
-        shapes = {"x": {0: batch, 2: f * sides[0], 3: f * sides[1]}}
-        try:
-            programs[name] = torch.export.export(_Coder(model, name), (example,), dynamic_shapes=shapes)
-        except Exception as error:  # many types, one for each thing that can't be traced
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise ModelError(
-                f"torch.export can't trace this {type(model).__name__} ({reason}), so its activations can't "
-                "be measured"
-            ) from error
+        shapes = {0: batch, 2: f * height, 3: f * width}
+        with torch.no_grad():
+            programs[name] = torch.export.export(coders[name], (example,), dynamic_shapes=(shapes,))
     return programs
+
+
+def _programs(model: Autoencoder) -> dict[str, ExportedProgram]:
+    try:
+        return trace_coders(model.config, {name: _Coder(model, name) for name in (ENCODER, DECODER)}, MOST)
+    except Exception as error:  # many types, one for each thing that can't be traced
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(
+            f"torch.export can't trace this {type(model).__name__} ({reason}), so its activations can't "
+            "be measured"
+        ) from error
 
 
 class _Watch(fx.Interpreter):
