@@ -53,7 +53,6 @@ def diffusability(
     limit: int = LATENTS,
     seed: int = 0,
     device: torch.device | None = None,
-    progress: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Measure how easily a diffusion model can learn the latents of some images.
 
@@ -74,7 +73,6 @@ def diffusability(
         limit: maximum number of images.
         seed: of the draw among neighbors, and of all flows.
         device: where model and extractor are, and where flows are trained.
-        progress: whether to print progress.
 
     Returns:
         Plain JSON values; only "missing", with the reason, if nothing could be measured. And
@@ -93,17 +91,15 @@ def diffusability(
             "expected at least 0, 1, 2, 2 and one seed"
         )
     whitening = Whitening.of(statistics)
-    images = collect(model, batches, extractor, device=device, limit=limit, progress=progress)
+    images = collect(model, batches, extractor, device=device, limit=limit)
     if len(images) < 2:
         return {"missing": f"found {len(images)} images, a Frechet distance needs 2 or more"}, {}
     assert images.features is not None
     halves = split_moments(images.keys, images.features)
-    job = _Job(model, extractor, whitening, images, halves[0].merge(halves[1]), device, seed, progress)
+    job = _Job(model, extractor, whitening, images, halves[0].merge(halves[1]), device, seed)
     references = None
     if neighbors is not None:
-        references = collect(
-            model, neighbors, device=device, limit=limit, purpose="neighbours", progress=progress
-        )
+        references = collect(model, neighbors, device=device, limit=limit, purpose="neighbours")
     interpolated, strip = job.interpolate(references)
     flow, grid = job.fit_flows(list(seeds), steps, batch, min(samples, len(images)))
     result = {
@@ -131,7 +127,6 @@ class _Job:
     originals: Moments
     device: torch.device | None
     seed: int
-    progress: bool
 
     def interpolate(self, references: Latents | None) -> tuple[dict[str, Any], Tensor | None]:
         """Distance of decoded midpoints, and a picture; references default to the images."""
@@ -152,7 +147,7 @@ class _Job:
                 yield self.decode(midpoint(*ends(start, stop)))
                 bar.advance(stop - start)
 
-        with Progress("decoding between neighbours", len(images), quiet=not self.progress) as bar:
+        with Progress("decoding between neighbours", len(images)) as bar:
             value = self.frechet(midpoints(bar))
         result: dict[str, Any] = {
             "frechet": value,
@@ -177,7 +172,7 @@ class _Job:
         values: list[float | None] = []
         fits: list[Fitted] = []
         shown: list[Tensor] = []
-        with Progress("fitting tiny flows", work, unit="passes", quiet=not self.progress) as bar:
+        with Progress("fitting tiny flows", work, unit="passes") as bar:
             for number, flow_seed in enumerate(seeds, 1):
 
                 def advance(loss: float, note: str = f"flow {number} of {len(seeds)}") -> None:

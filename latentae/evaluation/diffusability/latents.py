@@ -91,7 +91,6 @@ def collect(
     device: torch.device | None = None,
     limit: int = LATENTS,
     purpose: str = "images",
-    progress: bool = True,
 ) -> Latents:
     """Encode the images whose keys have the smallest hashes.
 
@@ -104,7 +103,6 @@ def collect(
         device: where model and extractor are.
         limit: maximum number of latents; fewer if they would exceed `NUMBERS` numbers.
         purpose: name of the images in the progress bar.
-        progress: whether to print progress.
 
     Raises:
         DataError: images of different sizes.
@@ -114,7 +112,7 @@ def collect(
     # unique.
     heap: list[tuple[tuple[int, str, int], tuple[Tensor, ...]]] = []
     seen, size = 0, None
-    with Progress(f"encoding {purpose}", None, quiet=not progress) as bar:
+    with Progress(f"encoding {purpose}", None) as bar:
         for batch in batches:
             shape = tuple(batch.images.shape[1:])
             size = size or shape

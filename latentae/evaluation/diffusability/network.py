@@ -25,18 +25,7 @@ from torch import Tensor, nn
 
 from latentae.keyed import whole_seed
 
-__all__ = [
-    "DEPTH",
-    "HEADS",
-    "TOKENS",
-    "WIDTH",
-    "Block",
-    "TinyTransformer",
-    "patch_side",
-    "positions",
-    "waves",
-    "zeroed",
-]
+__all__ = ["Block", "TinyTransformer", "patch_side", "positions", "waves", "zeroed"]
 
 WIDTH, DEPTH, HEADS, TOKENS = 160, 3, 5, 64
 

@@ -24,17 +24,7 @@ from latentae.models.base import Autoencoder
 from latentae.models.config import AutoencoderConfig
 from latentae.models.posterior import DiagonalGaussian
 
-__all__ = [
-    "DECODER",
-    "ENCODER",
-    "FP16_MAX",
-    "MARGIN",
-    "PSNR_NEEDED",
-    "HalfAudit",
-    "HalfRun",
-    "audit_half",
-    "trace_coders",
-]
+__all__ = ["DECODER", "ENCODER", "HalfAudit", "HalfRun", "audit_half", "trace_coders"]
 
 FP16_MAX = 65504.0
 MARGIN = 4.0  # for larger activations on other images

@@ -26,7 +26,6 @@ def run(
         "steps": 2,
         "batch": 8,
         "samples": 8,
-        "progress": False,
     }
     return diffusability(model, batches(images, size), MOODS, **{**defaults, **arguments})
 
@@ -136,7 +135,7 @@ def test_numbers_and_images_that_make_no_sense_are_refused():
 
 
 def test_progress_says_how_long_it_will_take(capsys):
-    run(count=4, seeds=(0, 1), steps=3, batch=2, samples=2, progress=True)
+    run(count=4, seeds=(0, 1), steps=3, batch=2, samples=2)
     lines = capsys.readouterr().err
     assert "encoding images: 4 img" in lines
     assert "decoding between neighbours: 4/4 img" in lines

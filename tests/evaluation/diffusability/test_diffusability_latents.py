@@ -15,8 +15,8 @@ from latentae.models.latent_statistics import LatentStatistics, merge
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_the_kept_images_do_not_depend_on_batches_or_order(size):
     images = moods(20)
-    every = collect(Patches(), batches(images, 20), MOODS, limit=6, progress=False)
-    kept = collect(Patches(), reversed(list(batches(images, size))), MOODS, limit=6, progress=False)
+    every = collect(Patches(), batches(images, 20), MOODS, limit=6)
+    kept = collect(Patches(), reversed(list(batches(images, size))), MOODS, limit=6)
     assert (kept.keys, kept.seen, len(kept)) == (every.keys, 20, 6)
     assert len(set(kept.keys)) == 6
     for name in ("means", "stds"):
@@ -28,12 +28,12 @@ def test_the_kept_images_do_not_depend_on_batches_or_order(size):
 
 
 def test_memory_is_bounded_in_numbers_too(monkeypatch):
-    empty = collect(Patches(), [], progress=False)
+    empty = collect(Patches(), [])
     assert (len(empty), empty.seen, empty.features) == (0, 0, None)
     monkeypatch.setattr(latents, "NUMBERS", 5 * 48 * 16)
-    assert len(collect(Patches(), batches(moods(9), 4), progress=False)) == 5
+    assert len(collect(Patches(), batches(moods(9), 4))) == 5
     monkeypatch.setattr(latents, "LATENTS", 3)
-    kept = collect(Patches(), batches(moods(9), 4), progress=False)
+    kept = collect(Patches(), batches(moods(9), 4))
     assert len(kept) == 3
     assert all(
         mean.untyped_storage().nbytes() == mean.nbytes for mean in kept.means
@@ -42,11 +42,11 @@ def test_memory_is_bounded_in_numbers_too(monkeypatch):
 
 def test_other_sizes_and_diverged_models_are_errors():
     with pytest.raises(DataError, match="one size"):
-        collect(Patches(), [*batches(moods(2), 2), *batches(moods(2, 8), 2)], progress=False)
+        collect(Patches(), [*batches(moods(2), 2), *batches(moods(2, 8), 2)])
     model = Patches()
     model.offset = torch.nan
     with pytest.raises(ModelError, match="latent of 000 has NaN"):
-        collect(model, batches(moods(2), 2), progress=False)
+        collect(model, batches(moods(2), 2))
 
 
 def test_whitened_samples_have_mean_0_and_variance_1():
