@@ -138,8 +138,8 @@ def _toml(value: Any) -> str:
     return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else str(value)
 
 
-def _curves(subjects: Sequence[Subject]) -> dict[str, dict[str, Chart]]:
-    """Title of a section -> title of a chart -> one quantity of all runs."""
+def _curves(subjects: Sequence[Subject]) -> dict[str, list[tuple[str, Chart]]]:
+    """Title of a section -> titles and charts, each of one quantity of all runs."""
     names = dict.fromkeys(name for subject in subjects for name in subject.series)
     first = ["loss/total", *(f"validation/{metric}" for metric in NAMES)]
     ordered = first + sorted(name for name in names if name not in first)
@@ -148,13 +148,9 @@ def _curves(subjects: Sequence[Subject]) -> dict[str, dict[str, Chart]]:
         "Losses": [name for name in ordered if name in names and name.startswith("loss/")],
         "Steps and machine": [name for name in MACHINE if name in names],
     }
+    lines = {name: {subject.name: subject.series.get(name, ()) for subject in subjects} for name in names}
     return {
-        title: {
-            curve_title(name): curve_chart(
-                {subject.name: subject.series.get(name, ()) for subject in subjects}, name
-            )
-            for name in members
-        }
+        title: [(curve_title(name), curve_chart(lines[name], name)) for name in members]
         for title, members in groups.items()
     }
 

@@ -138,10 +138,12 @@ def _pictures(run: Path) -> Iterator[dict[str, Any]]:
             yield picture(read_png(file), label, seen)
 
 
-def _curves(series: Mapping[str, Series], marks: Sequence[tuple[float, str]]) -> dict[str, dict[str, Chart]]:
-    """Title of a section -> title of a chart -> chart. Other curves, unless all 0, come last."""
+def _curves(
+    series: Mapping[str, Series], marks: Sequence[tuple[float, str]]
+) -> dict[str, list[tuple[str, Chart]]]:
+    """Title of a section -> titles and charts. Other curves, unless all 0, come last."""
     rest = [name for name in series if name not in NOT_CURVES]
-    sections: dict[str, dict[str, Chart]] = {}
+    sections: dict[str, list[tuple[str, Chart]]] = {}
     for title, patterns in CURVES.items():
         members = [
             name
@@ -158,14 +160,14 @@ def _curves(series: Mapping[str, Series], marks: Sequence[tuple[float, str]]) ->
 
 def _charts(
     series: Mapping[str, Series], names: Sequence[str], marks: Sequence[tuple[float, str]]
-) -> dict[str, Chart]:
-    """Title -> chart; values for real and fake images share one."""
+) -> list[tuple[str, Chart]]:
+    """Titles and charts; values for real and fake images share one."""
     lines: dict[str, dict[str, Series]] = {}
     for name in names:
         base, _, end = name.rpartition("_")
         base, end = (base, end) if end in ("real", "fake") else (name, "")
         lines.setdefault(base, {})[end] = series[name]
-    return {curve_title(name): curve_chart(curves, name, marks) for name, curves in lines.items()}
+    return [(curve_title(name), curve_chart(curves, name, marks)) for name, curves in lines.items()]
 
 
 def _marks(phases: Sequence[Recipe]) -> Iterator[tuple[float, str, str]]:

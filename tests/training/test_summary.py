@@ -92,6 +92,7 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
             "gradient_norm/autoencoder": 1.0,
             "adversarial/ratio": 2.0,
             "something/new": 3.0,
+            "other/new": 4.0,
             "skipped_steps": 1,
         }
     events = [event(8 * i, "warning", f"trouble <{i}>") for i in range(100)] + [
@@ -108,15 +109,10 @@ def test_an_interrupted_run_with_phases_and_troubles(run, small):
     assert "The last 60 of 101" in found.text
     assert "Dashed: D, the adversarial loss starts; 1, head only begins." in found.text
     assert "phase 2 never reached: 800 images" in found.text
-    for title in (
-        "Logits",
-        "Accuracy",
-        "Adaptive ratio: adversarial",
-        "Gradient norm: autoencoder",
-        "New",
-    ):
+    for title in ("Logits", "Accuracy", "Adaptive ratio: adversarial", "Gradient norm: autoencoder", "New"):
         assert title in found.text
     assert "real fake" in found.text, "both in one chart"
+    assert found.section("Other").count("New") == 2, "one title, two charts"
     assert "Nothing was measured on held-out images" in found.text
 
 
