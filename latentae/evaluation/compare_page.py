@@ -10,7 +10,7 @@ from typing import Any
 
 from latentae.evaluation.compared_folders import Subject
 from latentae.file_names import METRICS, METRICS_LOG, RECIPE, REPORT, SUMMARY
-from latentae.measures.scores import DIGITS, NAMES, UNITS, finding, interval_text
+from latentae.measures.scores import DIGITS, NAMES, finding, interval_text
 from latentae.pages.charts import Chart, legend_key
 from latentae.pages.curves import curve_chart, curve_title
 from latentae.pages.images import LARGEST, picture, read_png, shrink
@@ -65,9 +65,8 @@ def _run_rows(runs: Sequence[Subject], result: Mapping[str, Any]) -> dict[str, S
 
 
 def _held_out_title(item: Mapping[str, Any]) -> str:
-    unit = UNITS.get(item["metric"], "").strip()
     arrow = {None: "", True: " ↑", False: " ↓"}[item["higher_is_better"]]
-    return _metric_name(item["metric"]) + (f" ({unit})" if unit else "") + arrow
+    return curve_title(f"validation/{item['metric']}") + arrow
 
 
 def _metric_name(metric: str) -> str:
