@@ -124,6 +124,8 @@ def shard_keys(path: str | Path) -> list[str]:
 def read_shard(path: str | Path, keys: Collection[str] | None = None) -> Iterator[RawSample]:
     """Yield the samples of a shard in tar order.
 
+    A sample is `{"__key__": str, "__url__": shard, extension: bytes, ...}`.
+
     Args:
         path: an uncompressed tar in the WebDataset convention (members of a sample are
             consecutive). A remote shard is copied to a temporary file first.

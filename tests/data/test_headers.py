@@ -7,11 +7,10 @@ import io
 import struct
 import zlib
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import noise, png, saved
+from image_files import chunk, noise, png, saved
 from PIL import Image, ImageOps, PngImagePlugin, features
 
 from latentae.data import decode, headers
@@ -21,7 +20,9 @@ from latentae.data.shard_index import load_index
 from latentae.data.shards import write_shards
 from latentae.data.tables import scan
 
-KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if features.check("avif") else [])]
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", *(["AVIF"] * features.check("avif")))
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
+ORIENTATIONS = st.integers(0, 9)
 
 
 def made(kind: str, height: int = 40, width: int = 60, mode: str = "RGB", **options) -> bytes:
@@ -32,15 +33,10 @@ def size(data: bytes) -> tuple[int, int] | None:
     return image_size(io.BytesIO(data).read, len(data))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
 def test_sizes_are_those_of_the_upright_image(kind, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = made(kind, exif=exif)
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image)
-    assert size(data) == (upright.height, upright.width) == tuple(decode.decode_image(data, "x").shape[1:])
+    check(made(kind, exif=exif(orientation)))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +83,7 @@ def test_the_smallest_and_the_largest_are_measured_without_being_decoded():
 @given(st.data())
 @settings(max_examples=80, deadline=None)
 def test_damaged_headers_have_a_size_or_none(data):
-    content = bytearray(made(data.draw(st.sampled_from(KINDS)), 8, 9))
+    content = bytearray(made(data.draw(st.sampled_from(FORMATS)), 8, 9))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, min(len(content) - 1, 200)))] = data.draw(st.integers(0, 255))
     found = size(bytes(content[: data.draw(st.integers(0, len(content)))]))
@@ -108,29 +104,10 @@ def test_a_header_is_enough():
     )
 
 
-FORMATS = [
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "TIFF",
-    "BMP",
-    "DIB",
-    "PPM",
-    *(["AVIF"] if features.check("avif") else []),
-]
-XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
-ORIENTATIONS = st.integers(0, 9)
-
-
 def exif(orientation: int) -> bytes:
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags.tobytes()
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def raw_profile(orientation: int, compressed: bool) -> bytes:
@@ -153,13 +130,6 @@ def png_metadata(orientation: int) -> dict[str, bytes]:
     }
 
 
-def noise_file(kind: str, size: tuple[int, int], **options) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
-
-
 def check(data: bytes) -> tuple[int, int] | None:
     """The size by the header, after a comparison with Pillow's upright image and ours."""
     with Image.open(io.BytesIO(data)) as image:
@@ -174,13 +144,13 @@ def check(data: bytes) -> tuple[int, int] | None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["eXIf", "zTXt", "tEXt", "iTXt"])
 def test_a_png_is_turned_wherever_it_says_so(how, when):
-    data = noise_file("PNG", (3, 5))
+    data = made("PNG", 3, 5)
     at = data.index(b"IDAT") - 4 if when == "before" else data.index(b"IEND") - 4
     assert check(data[:at] + png_metadata(6)[how] + data[at:]) == (5, 3)
 
 
 def test_the_end_of_a_large_png_is_read_without_its_pixels():
-    data = noise_file("PNG", (300, 500))
+    data = made("PNG", 300, 500)
     at = data.index(b"IEND") - 4
     data = data[:at] + png_metadata(8)["eXIf"] + data[at:]
     stream, taken = io.BytesIO(data), []
@@ -200,7 +170,7 @@ def test_the_end_of_a_large_png_is_read_without_its_pixels():
     after=st.lists(st.tuples(st.sampled_from(sorted(png_metadata(1))), ORIENTATIONS), max_size=3),
 )
 def test_any_metadata_of_a_png_counts_as_pillow_counts_it(size, before, after):
-    data = noise_file("PNG", size)
+    data = made("PNG", *size)
     first, last = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
     head, tail = (b"".join(png_metadata(value)[name] for name, value in chunks) for chunks in (before, after))
     check(data[:first] + head + data[first:last] + tail + data[last:])
@@ -229,11 +199,11 @@ def test_the_header_of_every_format_has_the_size_of_the_upright_image(kind, size
         options["save_all"] = True
     if kind == "TIFF" and padding:
         options["compression"] = "tiff_lzw"  # its tags come after its pixels
-    check(noise_file(kind, size, **options))
+    check(made(kind, *size, **options))
 
 
 def test_a_jpeg_may_say_that_it_is_turned_after_its_frame_header():
-    plain, turned = noise_file("JPEG", (3, 5)), noise_file("JPEG", (3, 5), exif=exif(6))
+    plain, turned = made("JPEG", 3, 5), made("JPEG", 3, 5, exif=exif(6))
     start = turned.index(b"\xff\xe1")
     segment = turned[start : start + 2 + int.from_bytes(turned[start + 2 : start + 4], "big")]
     scan = plain.index(b"\xff\xda")
@@ -250,7 +220,7 @@ def test_an_animated_png_has_the_metadata_of_its_first_frame():
 
 
 def test_an_index_has_the_upright_size(tmp_path):
-    data = noise_file("PNG", (3, 5))
+    data = made("PNG", 3, 5)
     at = data.index(b"IEND") - 4
     write_shards([{"__key__": "a", "png": data[:at] + png_metadata(6)["eXIf"] + data[at:]}], tmp_path)
     for indexed in tmp_path.glob("*.index"):
@@ -262,7 +232,7 @@ def test_an_index_has_the_upright_size(tmp_path):
 @pytest.mark.parametrize("damage", ["cut short", "a length that points beyond the file", "long metadata"])
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_tar, tmp_path):
-    data = noise_file("PNG", (40, 50))
+    data = made("PNG", 40, 50)
     at = data.index(b"IDAT") - 4
     if damage == "cut short":
         data = data[:5000]
@@ -271,7 +241,7 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
         data = data[:at] + struct.pack(">I", 1 << 20) + kind + data[at + 8 :]
     shard = write_tar(
         tmp_path / "a.tar",
-        [("a.png", data), ("b.png", noise_file("PNG", (3, 5))), ("c.png", noise_file("PNG", (4, 6)))],
+        [("a.png", data), ("b.png", made("PNG", 3, 5)), ("c.png", made("PNG", 4, 6))],
     )
     table = scan(str(shard), hashed=hashed)
     assert table.keys() == ["a", "b", "c"]
@@ -282,8 +252,5 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_first_bytes_say_which_extension_a_file_should_have(kind):
-    assert (
-        image_extension_of(noise_file(kind, (3, 5), **({"save_all": True} if kind == "MPO" else {})))
-        in IMAGE_EXTENSIONS
-    )
+    assert image_extension_of(made(kind, save_all=kind == "MPO")) in IMAGE_EXTENSIONS
     assert image_extension_of(b"<html>") is None
