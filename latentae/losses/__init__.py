@@ -1,1 +1,4 @@
-"""Losses on reconstructions and latents. They return one value per image; `Objective` averages them."""
+"""Losses on reconstructions and latents.
+
+They return one value per image; `Objective` averages them.
+"""

@@ -33,9 +33,10 @@ def mean_logit(maps: Maps) -> Tensor:
 def discriminator_loss(loss: GanLoss, real: Maps, fake: Maps) -> Tensor:
     """The discriminator's loss, averaged over each map and then over the maps, [B].
 
-    hinge: 1/2 (relu(1 - D(x)) + relu(1 + D(x'))) (Lim & Ye 2017, "Geometric GAN"; Miyato et al. 2018, eq. 17; LDM's half).
-    vanilla: 1/2 (softplus(-D(x)) + softplus(D(x'))) (Esser et al. 2021, the VQGAN code that LDM uses).
-    non-saturating: softplus(-D(x)) + softplus(D(x')), the cross entropy -log s(D(x)) - log(1 - s(D(x'))) of
+    hinge: 1/2 (relu(1 - D(x)) + relu(1 + D(x'))) (Lim & Ye 2017, "Geometric GAN"; Miyato et al.
+    2018, eq. 17; LDM's half). vanilla: 1/2 (softplus(-D(x)) + softplus(D(x'))) (Esser et al. 2021,
+    the VQGAN code that LDM uses). non-saturating: softplus(-D(x)) + softplus(D(x')), the cross
+    entropy -log s(D(x)) - log(1 - s(D(x'))) of
         Goodfellow et al. 2014, eq. 1, for logits.
     """
     if loss == "hinge":
@@ -54,10 +55,13 @@ def generator_loss(loss: GanLoss, fake: Maps) -> Tensor:
 
 
 def gradient_penalty(maps: Maps, images: Tensor) -> Tensor:
-    """Squared norm of the gradient of the summed logits at each image, [B], with a graph; R1 and R2 are gamma / 2 times it.
+    """Squared norm of the gradient of the summed logits at each image, [B], with a graph.
 
-    Source: Mescheder et al. 2018, eq. 9 (R1, on real images) and eq. 10 (R2, on reconstructions). They have one logit per image. Here
-    all logits of an image are summed, so the effect of gamma grows with the number of patches.
+    R1 and R2 are gamma / 2 times it.
+
+    Source: Mescheder et al. 2018, eq. 9 (R1, on real images) and eq. 10 (R2, on reconstructions).
+    They have one logit per image. Here all logits of an image are summed, so the effect of gamma
+    grows with the number of patches.
 
     Args:
         maps: logits [B, 1, h, w] of `images`, computed inside `twice_differentiable()`.
@@ -76,10 +80,10 @@ def twice_differentiable() -> Iterator[None]:
 
 
 class LeCam(nn.Module):
-    """LeCAM regularization of the discriminator (Tseng et al. 2021, arXiv 2104.03310), in the form of the authors' code.
+    """LeCAM regularization of the discriminator (Tseng et al. 2021, arXiv 2104.03310).
 
-    relu(D(x) - ema_fake)^2 + relu(ema_real - D(x'))^2, averaged over each map and then over the maps. The averages are buffers, which
-    checkpoints save.
+    As in the authors' code, relu(D(x) - ema_fake)^2 + relu(ema_real - D(x'))^2, averaged over each
+    map and then over the maps. The averages are buffers, which checkpoints save.
 
     Args:
         decay: share of the averages that an update keeps; the first update sets them.

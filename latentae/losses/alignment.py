@@ -17,12 +17,16 @@ LIMIT = 2**24  # similarities computed at a time: 64 MiB of fp32, 16 latents of 
 
 
 class AlignmentLoss(nn.Module):
-    """The VF loss of VA-VAE, `marginal_cosine` + `distance_similarity` (Yao et al. 2025, arXiv 2501.01423, section 3.2).
+    """The VF loss of VA-VAE, `marginal_cosine` + `distance_similarity`.
 
-    The projection is learned, a parameter of this module. Features are interpolated to the latent's grid and get no gradient.
+    Source: Yao et al. 2025, arXiv 2501.01423, section 3.2.
+
+    The projection is learned, a parameter of this module. Features are interpolated to the latent's
+    grid and get no gradient.
 
     Args:
-        options: backbone and margins; the training step applies the weight, because it knows the adaptive ratio.
+        options: backbone and margins; the training step applies the weight, because it knows the
+            adaptive ratio.
         latent_channels: channels z of the latent.
 
     Raises:
@@ -47,17 +51,17 @@ class AlignmentLoss(nn.Module):
 
 
 def marginal_cosine(projected: Tensor, features: Tensor, margin: float) -> Tensor:
-    """relu(1 - margin - cos(W z, f)) averaged over the positions of each image, [B, C, h, w] x 2 -> [B]."""
+    """relu(1 - margin - cos(W z, f)) averaged over positions, [B, C, h, w] x 2 -> [B]."""
     cosine = (F.normalize(projected, dim=1) * F.normalize(features, dim=1)).sum(dim=1)
     return F.relu(1.0 - margin - cosine).flatten(1).mean(dim=1)
 
 
 def distance_similarity(latent: Tensor, features: Tensor, margin: float) -> Tensor:
-    """relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin) averaged over all pairs of positions of each image, -> [B].
+    """relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin) averaged over pairs of positions, -> [B].
 
-    z is the latent before the projection, as in the paper; the authors' code uses it after the projection. N positions give N^2
-    pairs per image. Above `LIMIT` pairs in a batch, rows are computed in chunks and again in the backward pass, so that memory
-    grows with N instead of N^2.
+    z is the latent before the projection, as in the paper; the authors' code uses it after the
+    projection. N positions give N^2 pairs per image. Above `LIMIT` pairs in a batch, rows are
+    computed in chunks and again in the backward pass, so that memory grows with N instead of N^2.
 
     Args:
         latent: [B, z, h, w].

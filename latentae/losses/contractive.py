@@ -16,11 +16,14 @@ __all__ = ["frobenius_exact", "jacobian_energy"]
 def jacobian_energy(code: Tensor, x: Tensor, probes: Iterable[Tensor], *, graph: bool = True) -> Tensor:
     """||J^T v||^2 for J = d code / d x, averaged over probes v, [B].
 
-    With E[v v^T] = I this estimates ||J||_F^2 (Hutchinson 1990), the penalty of Rifai et al. 2011, eq. 1. Each probe costs a
-    backward pass through the encoder, and one more when the result is differentiated.
+    With E[v v^T] = I this estimates ||J||_F^2 (Hutchinson 1990), the penalty of Rifai et al. 2011,
+    eq. 1. Each probe costs a backward pass through the encoder, and one more when the result is
+    differentiated.
 
-    The forward pass of the code must run inside `latentae.losses.adversarial.twice_differentiable()`, and so must a backward pass
-    that recomputes blocks (gradient checkpointing). torch.compile has no second derivatives. The code's graph is retained.
+    The forward pass of the code must run inside
+    `latentae.losses.adversarial.twice_differentiable()`, and so must a backward pass that
+    recomputes blocks (gradient checkpointing). torch.compile has no second derivatives. The code's
+    graph is retained.
 
     Args:
         code: [B, z, h, w], computed from x.
@@ -37,7 +40,7 @@ def jacobian_energy(code: Tensor, x: Tensor, probes: Iterable[Tensor], *, graph:
 
 
 def frobenius_exact(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """||df/dx||_F^2 of each image, [B], with one backward pass per element of a code: for small models.
+    """||df/dx||_F^2 of each image, [B], by one backward pass per element of a code.
 
     The result has a graph to the encoder's weights if gradients are enabled.
 

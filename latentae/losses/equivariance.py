@@ -1,7 +1,7 @@
 """Transforms of a latent and its image, for losses that make the decoder commute with them.
 
-A latent's sides are rounded to whole pixels, and the image's sides are `downsampling` times as long. So the decoded transformed latent
-and the transformed image always have the same size.
+A latent's sides are rounded to whole pixels, and the image's sides are `downsampling` times as
+long. So the decoded transformed latent and the transformed image always have the same size.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ EQ_SCALES: tuple[float, ...] = tuple(i / 32 for i in range(8, 33))
 class Transform:
     """Bilinear scaling, then a rotation: tau of EQ-VAE (Kouzelis et al. 2025, arXiv 2502.09509).
 
-    The loss is the complete objective between D(tau.latent(z)) and tau.image(x, f). Scaling is antialiased, unlike in the authors'
-    code: below half the size plain interpolation skips pixels, which would put noise into the target.
+    The loss is the complete objective between D(tau.latent(z)) and tau.image(x, f). Scaling is
+    antialiased, unlike in the authors' code: below half the size plain interpolation skips pixels,
+    which would put noise into the target.
 
     Attributes:
         scale: factor of both sides, usually in (0, 1].
@@ -38,7 +39,10 @@ class Transform:
     quarter_turns: int
 
     def latent(self, z: Tensor) -> Tensor:
-        """[B, z, h, w] -> [B, z, h', w'], h' = round(scale h) and at least 1; a quarter turn swaps the sides."""
+        """[B, z, h, w] -> [B, z, h', w'], h' = round(scale h) and at least 1.
+
+        A quarter turn swaps the sides.
+        """
         return self.image(z, 1)
 
     def image(self, x: Tensor, downsampling: int) -> Tensor:
@@ -55,7 +59,7 @@ class Transform:
 
 
 def draw_transform(uniforms: Sequence[float], scales: Sequence[float] = EQ_SCALES) -> Transform:
-    """A scale and a rotation by 90, 180 or 270 degrees, all equally likely, as in EQ-VAE (which transforms every other batch).
+    """A random scale and rotation by 90, 180 or 270 degrees, as in EQ-VAE.
 
     Args:
         uniforms: two numbers in [0, 1), for scale and rotation.
@@ -66,9 +70,10 @@ def draw_transform(uniforms: Sequence[float], scales: Sequence[float] = EQ_SCALE
 
 
 def downscale(x: Tensor, factor: float, downsampling: int = 1) -> Tensor:
-    """Antialiased bilinear shrinking of a latent, or of an image to f times the shrunk latent's sides.
+    """Antialiased bilinear shrinking of a latent, or of an image to f times its sides.
 
-    For the term d(x_down, D(z_down)) of scale equivariance (Skorokhodov et al. 2025, arXiv 2502.14831), with factors 2 to 4.
+    For the term d(x_down, D(z_down)) of scale equivariance (Skorokhodov et al. 2025, arXiv
+    2502.14831), with factors 2 to 4.
 
     Args:
         x: [B, C, H, W].
@@ -82,7 +87,7 @@ def downscale(x: Tensor, factor: float, downsampling: int = 1) -> Tensor:
 
 
 def _resize(x: Tensor, scale: float, unit: int) -> Tensor:
-    """Scale sides to multiples of `unit` pixels, in at least fp32: half precision is not interpolated on every device."""
+    """Scale sides to multiples of `unit` pixels, in at least fp32."""
     height, width = x.shape[-2:]
     if height % unit or width % unit:
         found = f"image is {height} x {width}, expected sides that are multiples of {unit}"

@@ -1,7 +1,7 @@
 """All losses of one recipe as one objective.
 
-docs/add_a_loss.md shows how to add a regularizer of the latent (a module and a line in `regularizers.py`) and a pixel loss (a function
-and lines in `_PIXEL_LOSSES` and `LossOptions`).
+docs/add_a_loss.md shows how to add a regularizer of the latent (a module and a line in
+`regularizers.py`) and a pixel loss (a function and lines in `_PIXEL_LOSSES` and `LossOptions`).
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ class LossTerms:
 
 
 class Objective(FrozenParts):
-    """The image and latent losses of a recipe; the training step adds the adversarial loss and weights the alignment.
+    """The image and latent losses of a recipe.
 
-    Its parameters are the learned parts of losses: the output log-variance and the alignment's projection, if the recipe has them.
-    `state_dict()` has only these. Processes must average their gradients as they do for the autoencoder.
+    The training step adds the adversarial loss and weights the alignment.
+
+    Its parameters are the learned parts of losses: the output log-variance and the alignment's
+    projection, if the recipe has them. `state_dict()` has only these. Processes must average their
+    gradients as they do for the autoencoder.
 
     Args:
         options: weights of the terms.
@@ -91,13 +94,14 @@ class Objective(FrozenParts):
         return max((part.minimum_size for part in parts if part is not None), default=1)
 
     def image_terms(self, x: Tensor, target: Tensor, where: Tensor | None = None) -> LossTerms:
-        """Losses between reconstruction and target, [B, C, H, W] x 2 in [-1, 1], averaged over the batch.
+        """Mean losses between reconstruction and target, [B, C, H, W] x 2 in [-1, 1].
 
-        Where `where`, [B, 1, H, W], is 0 the target replaces the reconstruction, and pixel losses are means over the other pixels (0
-        without any). Wavelets reach across the boundary.
+        Where `where`, [B, 1, H, W], is 0 the target replaces the reconstruction, and pixel losses
+        are means over the other pixels (0 without any). Wavelets reach across the boundary.
 
-        With an output log-variance s every weighted term is divided by exp(s), and a learned s is a term itself. LDM's
-        `contperceptual` sums L / exp(s) + s over elements; here it is their mean.
+        With an output log-variance s every weighted term is divided by exp(s), and a learned s is a
+        term itself. LDM's `contperceptual` sums L / exp(s) + s over elements; here it is their
+        mean.
         """
         weights = {name: getattr(self.options, name) for name in _PIXEL_LOSSES}
         if where is not None:
@@ -162,7 +166,7 @@ class Objective(FrozenParts):
         return value, sparsity.active_fraction(mean.sigmoid(), 0.5).mean()
 
     def contractive_terms(self, output: AutoencoderOutput, images: Tensor, probes: Tensor) -> LossTerms:
-        """Squared Frobenius norm of the encoder's Jacobian divided by the number of image elements, averaged over the batch.
+        """Squared Frobenius norm of the encoder's Jacobian over the number of image elements.
 
         Args:
             output: of the autoencoder, computed inside `losses.adversarial.twice_differentiable()`.

@@ -1,6 +1,7 @@
 """Options of the losses.
 
-Image losses are means over elements; the KL is summed over the latent and divided by the number of image elements.
+Image losses are means over elements; the KL is summed over the latent and divided by the number of
+image elements.
 """
 
 from __future__ import annotations
@@ -209,9 +210,10 @@ class LossOptions(_RegularizerOptions):
     equivariance: EquivarianceOptions = EquivarianceOptions()
 
     def effective_weights(self) -> dict[str, str]:
-        """Weight of every active term for means over image elements (the KL: of the latent's sum over image elements).
+        """Weight of every active term, by name; for means over image elements.
 
-        Image terms are divided by exp(s) for the initial output log-variance s.
+        The KL's is for the latent's sum over image elements. Image terms are divided by exp(s) for
+        the initial output log-variance s.
         """
         p, c, a, v = self.perceptual, self.classifier, self.adversarial, self.alignment
         image = {name: getattr(self, name) for name in _PIXEL_LOSSES}

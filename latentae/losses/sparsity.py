@@ -15,12 +15,14 @@ __all__ = ["active_fraction", "kl_sparsity", "l1", "mean_activation"]
 
 
 def l1(mean: Tensor) -> Tensor:
-    """|mu| averaged over the latent of each image, [B, z, h, w] -> [B] (Olshausen & Field 1996, with S(x) = |x|)."""
+    """Mean |mu|, [B, z, h, w] -> [B] (Olshausen & Field 1996, with S(x) = |x|)."""
     return mean.abs().flatten(1).mean(dim=1)
 
 
 def mean_activation(mean: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """rho^_j: sigmoid(mu) averaged over batch and positions, [B, z, h, w] -> [z] (Ng 2011, "Sparse autoencoder", section 3).
+    """rho^_j: sigmoid(mu) averaged over batch and positions, [B, z, h, w] -> [z].
+
+    Source: Ng 2011, "Sparse autoencoder", section 3.
 
     Args:
         mean: of the posterior.
@@ -30,7 +32,9 @@ def mean_activation(mean: Tensor, reduce: Callable[[Tensor], Tensor] | None = No
 
 
 def kl_sparsity(mean_activation: Tensor, rho: float) -> Tensor:
-    """sum_j rho log(rho / rho^_j) + (1 - rho) log((1 - rho) / (1 - rho^_j)), a scalar (Ng 2011, section 3).
+    """sum_j rho log(rho / rho^_j) + (1 - rho) log((1 - rho) / (1 - rho^_j)), a scalar.
+
+    Source: Ng 2011, section 3.
 
     Args:
         mean_activation: rho^ in [0, 1], [z].
@@ -47,7 +51,9 @@ def kl_sparsity(mean_activation: Tensor, rho: float) -> Tensor:
 
 
 def active_fraction(activation: Tensor, threshold: float) -> Tensor:
-    """Share of the latent's elements with |activation| > threshold, [B, z, h, w] -> [B]; without gradient.
+    """Share of the latent's elements with |activation| > threshold, [B, z, h, w] -> [B].
+
+    Without gradient.
 
     Args:
         activation: the posterior's mean for `l1`, its sigmoid for `kl_sparsity`.

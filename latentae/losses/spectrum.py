@@ -22,19 +22,20 @@ def spectrum(output: AutoencoderOutput, images: Tensor) -> Tensor:
 
 
 def spectrum_matching(latent: Tensor, images: Tensor, *, bins: int = 16, flattening: float = 0.0) -> Tensor:
-    """KL(p || q) between the normalized radial DCT log-spectra p of the shrunk image and q of the latent, -> [B].
+    """KL(p || q) of normalized radial DCT log-spectra, p of the shrunk image, q of the latent -> [B].
 
-    Source: "encoding spectrum matching" (Ning et al. 2026, arXiv 2603.14645) as in the authors' code: sum_k p_k log(p_k / q_k) over
-    the bands k of `radial_log_spectrum`. Two choices differ. The image is shrunk by antialiased bicubic interpolation; the code
-    blurs by 1.2 pixels first, which fits f = 4 and aliases at f = 32. And radii are in cycles per pixel along each side; for
+    Source: "encoding spectrum matching" (Ning et al. 2026, arXiv 2603.14645) as in the authors'
+    code: sum_k p_k log(p_k / q_k) over the bands k of `radial_log_spectrum`. Two choices differ.
+    The image is shrunk by antialiased bicubic interpolation; the code blurs by 1.2 pixels first,
+    which fits f = 4 and aliases at f = 32. And radii are in cycles per pixel along each side; for
     square latents this equals the code's distance of indices. The image gets no gradient.
 
     Args:
         latent: [B, z, h, w], of about unit standard deviation: log(1 + power) depends on scale.
         images: [B, C, H, W] in [-1, 1].
         bins: bands between the lowest and the highest frequency.
-        flattening: delta; the image's power in band k = 1, 2, ... is multiplied by k^delta, which flattens its power law (the
-            authors' ESM-AE uses 1, with a weight of 0.01).
+        flattening: delta; the image's power in band k = 1, 2, ... is multiplied by k^delta, which
+            flattens its power law (the authors' ESM-AE uses 1, with a weight of 0.01).
     """
     with torch.autocast(latent.device.type, enabled=False):  # powers span many orders of magnitude
         z, size = wide(latent), latent.shape[-2:]
@@ -47,11 +48,14 @@ def spectrum_matching(latent: Tensor, images: Tensor, *, bins: int = 16, flatten
 
 
 def radial_log_spectrum(x: Tensor, bins: int = 16, flattening: float = 0.0) -> Tensor:
-    """Share of each band of spatial frequency in log(1 + power), [B, C, H, W] -> [B, bins]; sums to 1.
+    """Share of each band of spatial frequency in log(1 + power), [B, C, H, W] -> [B, bins].
 
-    Power is DCT(x)^2 averaged over channels and over the frequencies of a band. A frequency's radius is sqrt(fy^2 + fx^2), and the
-    highest is 1. The image's mean has no power, but it counts in the average, as in the authors' code. Bands without a frequency in a
-    small image are empty; an image without power gives zeros.
+    Sums to 1.
+
+    Power is DCT(x)^2 averaged over channels and over the frequencies of a band. A frequency's
+    radius is sqrt(fy^2 + fx^2), and the highest is 1. The image's mean has no power, but it counts
+    in the average, as in the authors' code. Bands without a frequency in a small image are empty;
+    an image without power gives zeros.
     """
     height, width = x.shape[-2:]
     power = dct2(x).square().mean(dim=1).flatten(1)  # [B, H W]
@@ -64,7 +68,7 @@ def radial_log_spectrum(x: Tensor, bins: int = 16, flattening: float = 0.0) -> T
 
 
 def dct2(x: Tensor) -> Tensor:
-    """Orthonormal two-dimensional DCT-II (Ahmed et al. 1974) of the last two dimensions, in the dtype of x."""
+    """Orthonormal DCT-II (Ahmed et al. 1974) of the last two dimensions, in the dtype of x."""
     return _dct_matrix(x.shape[-2], x) @ x @ _dct_matrix(x.shape[-1], x).T
 
 

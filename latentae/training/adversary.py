@@ -28,7 +28,10 @@ __all__ = ["Adversary", "reduction"]
 
 
 def reduction(accelerator: Accelerator, model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
-    """Whether DDP averages gradients over processes in a backward pass; only the last part's does."""
+    """Whether DDP averages gradients over processes in a backward pass.
+
+    Only the last part's does.
+    """
     return nullcontext() if synchronize else accelerator.no_sync(model)
 
 
@@ -83,10 +86,12 @@ class Adversary:
     def backward(
         self, real: Tensor, fake: Tensor, parts: int, synchronize: bool, step: int
     ) -> dict[str, Tensor]:
-        """Accumulate the discriminator's gradient for one of `parts` parts; returns its terms for the log.
+        """Accumulate the discriminator's gradient for one of `parts` parts.
 
-        Real and fake images share one forward pass. R1 and R2 are added every `penalty_every` steps, multiplied by that number (Karras
-        et al. 2020, section 3.1).
+        Returns its terms for the log.
+
+        Real and fake images share one forward pass. R1 and R2 are added every `penalty_every`
+        steps, multiplied by that number (Karras et al. 2020, section 3.1).
         """
         o = self.options
         penalize = bool(o.r1 or o.r2) and step % o.penalty_every == 0

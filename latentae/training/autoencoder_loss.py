@@ -1,8 +1,9 @@
 """The autoencoder's loss: terms that state where their gradient enters the backward pass.
 
-The image and adversarial losses are differentiated down to the detached reconstruction only. The sum of their gradients goes through
-the autoencoder in one backward pass, so no graph is retained and the discriminator's parameters get no gradient
-(docs/decisions/0002-leaf-gradient.md). A term at the latent cuts that pass once more: the decoder's part runs first.
+The image and adversarial losses are differentiated down to the detached reconstruction only. The
+sum of their gradients goes through the autoencoder in one backward pass, so no graph is retained
+and the discriminator's parameters get no gradient (docs/decisions/0002-leaf-gradient.md). A term at
+the latent cuts that pass once more: the decoder's part runs first.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Term:
     """A weighted term of the loss.
 
     Attributes:
-        at: tensor of the forward pass where its gradient enters; the term itself if autograd takes it to the parameters.
+        at: tensor of the forward pass where its gradient enters; the term itself if autograd takes
+            it to the parameters.
         gradient: of the term with respect to `at`.
         value: of the term, detached.
         owned: gradients of the parameters that belong to losses.
@@ -139,7 +141,8 @@ class AutoencoderLoss:
         """Accumulate the autoencoder's gradients for one part.
 
         Returns:
-            Unweighted terms for the log, and what the discriminator compares: targets and detached reconstructions.
+            Unweighted terms for the log, and what the discriminator compares: targets and detached
+                reconstructions.
         """
         found: list[Term] = []
         roots: list[tuple[Tensor, Tensor]] = []
@@ -163,7 +166,7 @@ class AutoencoderLoss:
         return scalars, passed.target, passed.leaf.detach()
 
     def _terms(self, part: Part) -> Iterator[tuple[str, list[TermFunction]]]:
-        """Where gradients enter, in the order of the backward pass, and the terms that enter there."""
+        """The terms by the point where their gradient enters, in backward order."""
         yield "reconstruction", [self._image, self._adversarial] if part.adversarial else [self._image]
         if self.recipe.loss.equivariance.downscaled:
             yield "smaller reconstruction", [self._downscaled]
@@ -205,7 +208,10 @@ class AutoencoderLoss:
         return Term(passed.output.reconstruction, gradient, terms.total.detach(), owned, scalars)
 
     def _adversarial(self, passed: Pass, others: Tensor | None) -> Term:
-        """The generator's loss; an adaptive weight compares it with the other gradients at the decoder's last layer."""
+        """The generator's loss.
+
+        An adaptive weight compares it with the other gradients at the decoder's last layer.
+        """
         assert self.adversary is not None
         assert others is not None
         options, leaf = self.recipe.loss.adversarial, passed.leaf
@@ -237,7 +243,10 @@ class AutoencoderLoss:
         return Term(smaller, gradient, weight * value, owned, {"loss/downscaled": value})
 
     def _alignment(self, passed: Pass, through_decoder: Tensor | None) -> Term:
-        """Alignment of the latent; an adaptive weight compares it with the other gradients at the encoder's last layer."""
+        """Alignment of the latent.
+
+        An adaptive weight compares it with the other gradients at the encoder's last layer.
+        """
         assert self.objective.alignment is not None
         assert through_decoder is not None
         options, output = self.recipe.loss.alignment, passed.output
@@ -289,14 +298,20 @@ class AutoencoderLoss:
         return gradient, owned
 
     def _ratio(self, gradients: Sequence[Tensor], limit: float) -> Tensor:
-        """|first| / (|second| + eps), at most `limit`; of gradients [2 x weight] averaged over processes."""
+        """|first| / (|second| + eps), at most `limit`.
+
+        Of gradients [2 x weight] averaged over processes.
+        """
         pair = mean_over_processes(self.accelerator, torch.stack(list(gradients)))
         reference, other = pair.flatten(1).norm(dim=1)
         return (reference / (other + RATIO_EPS)).clamp(0.0, limit).detach()
 
 
 def _through_decoder(passed: Pass, roots: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Run the decoder's backward pass; returns the gradient that arrives at the latent, of the mean over this part."""
+    """Run the decoder's backward pass.
+
+    Returns the gradient that arrives at the latent, of the mean over this part.
+    """
     _send(roots)
     assert passed.output.leaf is not None
     assert passed.output.leaf.grad is not None

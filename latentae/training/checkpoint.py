@@ -1,16 +1,18 @@
-"""Checkpoints: saving, verifying and restoring the state of a run, and rollbacks. A checkpoint is complete or absent.
+"""Checkpoints: saving, verifying and restoring the state of a run, and rollbacks.
+
+A checkpoint is complete or absent.
 
 RUN/checkpoints/latest                  the name of the newest complete checkpoint
 RUN/checkpoints/step-00001000/
-    config.json                         diffusers' own keys
-    autoencoder.safetensors  ema.safetensors  ...   one file per part of the trainer that has a state
-    optimizers.pt                       optimizer states (tensors and numbers only)
-    state.json                          step, images seen, phase, position in the data
-    recipe.toml                         the resolved recipe
-    meta.json                           format, versions, resolution, the job, SHA-256 of every file; written last
+    config.json                         diffusers' own keys autoencoder.safetensors  ema.safetensors
+    ...   one file per part of the trainer that has a state optimizers.pt
+    optimizer states (tensors and numbers only) state.json                          step, images
+    seen, phase, position in the data recipe.toml                         the resolved recipe
+    meta.json                           format, versions, resolution, the job, SHA-256 of every
+    file; written last
 
-Random numbers are keyed by seed and purpose, so no generator's state is saved. Format 1 (before phases) had fewer counters and can
-still be read.
+Random numbers are keyed by seed and purpose, so no generator's state is saved. Format 1 (before
+phases) had fewer counters and can still be read.
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its SHA-256.
 
     Raises:
-        TrainingError: a file is missing or differs, or the format is too new; the message names an older checkpoint that is complete.
+        TrainingError: a file is missing or differs, or the format is too new; the message names an
+            older checkpoint that is complete.
     """
     bad = _damage(folder)
     if bad:
@@ -179,7 +182,10 @@ def _damage(folder: Path) -> str | None:
 
 
 def discard(folder: Path) -> None:
-    """Rename a checkpoint to a hidden name, then remove it. The next save removes what could not be removed now."""
+    """Rename a checkpoint to a hidden name, then remove it.
+
+    The next save removes what could not be removed now.
+    """
     trash = folder.with_name(f".{folder.name}{INCOMPLETE}")
     shutil.rmtree(trash, ignore_errors=True)
     with suppress(OSError):
@@ -194,7 +200,7 @@ def newest(names: list[str], latest: str, keep: int) -> set[str]:
 
 
 def _prune(latest: Path, keep: int) -> None:
-    """Remove old checkpoints, those of a run that was rolled back beyond them, and leftovers of killed runs."""
+    """Remove old checkpoints, later ones of an earlier attempt, and leftovers of killed runs."""
     names = [folder.name for folder in latest.parent.glob("step-*")]
     for name in {*names} - newest(names, latest.name, keep):
         discard(latest.with_name(name))
@@ -228,7 +234,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def restore(trainer: Trainer, folder: Path, phase: int) -> dict[str, Any] | None:
-    """Load a checkpoint into the trainer of a phase: everything, or only the weights if it ended an earlier phase.
+    """Load a checkpoint: everything, or only the weights if it ended an earlier phase.
 
     Returns:
         The position in the data; None at the start of the phase.
@@ -285,7 +291,7 @@ def _missing(folder: Path, what: str) -> TrainingError:
 
 
 def enter_phase(trainer: Trainer, folder: Path, phase: int) -> None:
-    """Start a phase with the weights and averages of a checkpoint of an earlier phase and new optimizers.
+    """Start a phase with an earlier phase's weights and averages, and new optimizers.
 
     A discriminator or part of a loss whose shape changed starts anew.
 
@@ -309,7 +315,9 @@ def enter_phase(trainer: Trainer, folder: Path, phase: int) -> None:
 
 
 def roll_back(trainer: Trainer, run: Path) -> str:
-    """Restore weights, averages and optimizers from the last checkpoint. Step and images stay, so the data since then is skipped.
+    """Restore weights, averages and optimizers from the last checkpoint.
+
+    Step and images stay, so the data since then is skipped.
 
     Returns:
         A line for the log.

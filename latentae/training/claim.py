@@ -1,8 +1,8 @@
-"""One process at a time trains into a run folder or copies to an address: a claim that its holder renews.
+"""Claims: one process at a time trains into a run folder or copies to a URL.
 
-A claim is a small file. It names its holder (host, process, start) and changes every BEAT seconds as long as the holder lives. On
-this machine a holder that has ended is seen at once. Of another machine only the file tells: a claim that has not changed for WATCH
-seconds is taken over.
+A claim is a small file that names its holder (host, process, start). The holder changes it every BEAT
+seconds. On the same machine, a holder that has ended is recognized at once. A claim of another machine
+is taken over if it does not change for WATCH seconds.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from latentae.progress import say
 
 __all__ = ["BEAT", "CLAIM", "WATCH", "Claim", "ClaimPlace", "FolderPlace"]
 
-CLAIM = f".claim{INCOMPLETE}"  # verbs pass over files so named
-BEAT = 10.0  # seconds between two renewals
-WATCH = 90.0  # network disks may show a change up to a minute late
-SETTLE = 2.0  # seconds after which an object store shows which of two claims came last
+CLAIM = f".claim{INCOMPLETE}"  # verbs ignore files with this ending
+BEAT = 10.0  # seconds between renewals
+WATCH = 90.0  # seconds; network disks may show a change a minute late
+SETTLE = 2.0  # seconds after which an object store shows the last of two claims
 
 
 class ClaimPlace(Protocol):
@@ -39,11 +39,11 @@ class ClaimPlace(Protocol):
     """For messages."""
 
     def read(self) -> bytes | None:
-        """The claim that is there."""
+        """The existing claim."""
         ...
 
     def write(self, data: bytes) -> None:
-        """Replace the claim, whole or not at all."""
+        """Replace the claim atomically."""
         ...
 
     def remove(self) -> None:
@@ -51,41 +51,41 @@ class ClaimPlace(Protocol):
         ...
 
     def alone(self) -> AbstractContextManager[None] | None:
-        """A lock for looking and claiming, or None where there is none."""
+        """A lock for reading and claiming; None if the file system has none."""
         ...
 
 
 class FolderPlace:
-    """A run folder, made if it is missing and removed again if nothing was put into it."""
+    """A claim in a run folder, which is created if missing and removed if it stays empty."""
 
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = str(folder), folder
         try:
-            self._made = not folder.exists()
+            self._new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"could not use {folder} as an output folder: {error.strerror}") from error
 
     def read(self) -> bytes | None:
-        """The claim that is there."""
+        """The existing claim."""
         try:
             return (self.folder / CLAIM).read_bytes()
         except FileNotFoundError:
             return None
 
     def write(self, data: bytes) -> None:
-        """Replace the claim, whole or not at all."""
+        """Replace the claim atomically."""
         write_text(self.folder / CLAIM, data.decode())
 
     def remove(self) -> None:
-        """Remove the claim, and the folder if it was made for it and is empty."""
+        """Remove the claim, and the folder if it is new and empty."""
         with suppress(OSError):
             (self.folder / CLAIM).unlink()
-            if self._made:
+            if self._new:
                 self.folder.rmdir()
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait until no other process looks at the claim."""
+        """Wait until no other process reads or writes the claim."""
         return alone(self.folder)
 
 
@@ -94,7 +94,8 @@ class Claim:
     """This process's claim on some places, renewed by a thread until `release`.
 
     Args:
-        lost: called, in the thread, when another process has taken a place over, as after a pause of more than `watch` seconds.
+        lost: called, in the thread, when another process has taken a place over, as after a pause
+            of more than `watch` seconds.
         beat, watch, settle: seconds, as BEAT, WATCH and SETTLE.
     """
 
@@ -119,7 +120,7 @@ class Claim:
         }
 
     def take(self, place: ClaimPlace) -> None:
-        """Claim a place, and renew the claim from now on.
+        """Claim a place, and renew the claim until `release`.
 
         Raises:
             BusyError: another process holds it.
@@ -130,7 +131,7 @@ class Claim:
             if found is not None and self._holds(place, found):
                 raise BusyError(_busy(place.name, _parse(found)))
             place.write(self._data())
-        if lock is None:  # of two that wrote at the same time the last one holds it
+        if lock is None:  # of two that wrote at the same time, the last one holds the place
             time.sleep(self.settle)
             found = place.read()
             if found is None or _parse(found).get("token") != self._token:
@@ -141,19 +142,19 @@ class Claim:
             self._thread.start()
 
     def check(self) -> None:
-        """Raise if another process has taken over.
+        """Raise if another process has taken a place over.
 
         Raises:
-            BusyError: it has; nothing may be written any more.
+            BusyError: it has; this process must not write any more.
         """
         if self._taken_over is not None:
             raise BusyError(self._taken_over)
 
     def release(self) -> None:
-        """Stop renewing and remove what is still ours."""
+        """Stop renewing and remove the claims that this process still holds."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(timeout=self.beat)  # a store that does not answer holds nobody up
+            self._thread.join(timeout=self.beat)  # a store that does not answer must not block
         for place in self._places:
             with suppress(Exception):  # a claim that is not renewed expires
                 if _parse(place.read() or b"{}").get("token") == self._token:
@@ -161,14 +162,12 @@ class Claim:
         self._places.clear()
 
     def _holds(self, place: ClaimPlace, found: bytes) -> bool:
-        """Whether the process behind a claim still lives."""
+        """Whether the holder of a claim still runs."""
         holder = _parse(found)
         if holder.get("where") == self._holder["where"]:
             process = holder.get("process")
             return isinstance(process, int) and alive(process) and _started(process) == holder.get("started")
-        say(
-            f"{place.name} is claimed by {_who(holder)}; watching for {self.watch:.0f} s whether it still runs"
-        )
+        say(f"{place.name} is claimed by {_who(holder)}; waiting {self.watch:.0f} s for a sign of life")
         end = time.monotonic() + self.watch
         while time.monotonic() < end:
             time.sleep(min(1.0, self.watch / 10))
@@ -186,12 +185,14 @@ class Claim:
         while not self._ended.wait(self.beat):
             self._beats += 1
             for place in list(self._places):
-                with suppress(Exception):  # a store that is away for a moment; the next beat tries again
+                with suppress(Exception):  # a store that does not answer; the next beat tries again
                     found = place.read()
                     holder = _parse(found or b"{}")
                     if found is not None and holder.get("token") != self._token:
                         self._taken_over = _busy(place.name, holder)
                         self.lost()
+                        return
+                    if self._ended.is_set():  # the read was slow: `release` may have removed the claim
                         return
                     place.write(self._data())
 
@@ -202,7 +203,8 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _busy(name: str, holder: dict[str, Any]) -> str:
-    return f"{name} is in use by another training ({_who(holder)}); wait for its end, stop it, or choose another output"
+    found = f"{name} is in use by another training ({_who(holder)})"
+    return f"{found}; wait for its end, stop it, or choose another output"
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -214,14 +216,14 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """A name of this start of the machine; empty where the system does not tell."""
+    """An identifier of this boot of the machine; empty if the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _started(process: int) -> str | None:
-    """When a process of this machine began, in ticks: numbers of processes are used again."""
+    """Start of a process on this machine, in ticks: process numbers are reused."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     return None

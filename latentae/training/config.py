@@ -21,7 +21,8 @@ _TRAINED = {
 def config(options: ConfigOptions) -> str:
     """The resolved recipe as TOML text, with a summary of each phase as comments at its head.
 
-    A nested option is a nested mapping: `config("kl-f8", optimizer={"lr": 2e-4})`. The text is a valid recipe.
+    A nested option is a nested mapping: `config("kl-f8", optimizer={"lr": 2e-4})`. The text is a
+    valid recipe.
 
     Raises:
         RecipeError: see `load_recipe`.
@@ -32,7 +33,7 @@ def config(options: ConfigOptions) -> str:
 
 
 def describe_phases(recipe: Recipe) -> list[str]:
-    """A few lines per phase: images, steps, sizes, trained parts, loss weights, learning rate, discriminator."""
+    """A few lines per phase: images, steps, trained parts, loss weights, learning rate."""
     lines = []
     for index, phase in enumerate(recipe.phase_recipes()):
         title = f'phase {index} "{phase.description}"' if recipe.phases else "one phase"

@@ -1,7 +1,8 @@
-"""Corruptions of images before the encoder and of latents before the decoder, and their random numbers.
+"""Corruptions of images and latents in training, and their random numbers.
 
-Every number is a function of (purpose, seed, step, position in the global batch), or of (purpose, seed, step) where samples must agree.
-So numbers depend neither on the number of processes nor on gradient accumulation, and no generator's state is saved.
+Every number is a function of (purpose, seed, step, position in the global batch), or of (purpose,
+seed, step) where samples must agree. So numbers depend neither on the number of processes nor on
+gradient accumulation, and no generator's state is saved.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Draws:
         return keyed_uniform(self.count, self.seed, self.step, self.first, purpose, shape).to(self.device)
 
     def shared(self, purpose: str, count: int) -> list[float]:
-        """`count` numbers in [0, 1) that all samples of a step share: sizes must agree between parts and processes."""
+        """`count` numbers in [0, 1) that all samples of a step share, on all processes."""
         return keyed_uniform(1, self.seed, self.step, 0, f"{purpose} of the step", (count,))[0].tolist()
 
 
@@ -59,7 +60,7 @@ def _unchanged(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentPath:
-    """Changes between encoder and decoder, and of the images that the decoder's output is compared with.
+    """Changes of the latent before the decoder, and of the target images.
 
     Attributes:
         latent: [B, z, h, w] -> [B, z, h', w'], before the decoder; None changes nothing.
@@ -77,7 +78,8 @@ class LatentPath:
 class Corruption(nn.Module):
     """The corruptions of a recipe.
 
-    Its parameters are the learned fills. They belong to no network, so the training step averages their gradients over processes.
+    Its parameters are the learned fills. They belong to no network, so the training step averages
+    their gradients over processes.
 
     Args:
         recipe: of one phase.
@@ -106,7 +108,8 @@ class Corruption(nn.Module):
             phase_images: images of the phase so far, for the ramp.
 
         Returns:
-            The encoder's input, with a graph to a learned fill; and [B, 1, H, W], 1 where image losses count (None: everywhere).
+            The encoder's input, with a graph to a learned fill; and [B, 1, H, W], 1 where image
+            losses count (None: everywhere).
         """
         o = self.options
         ramp = min(1.0, phase_images / o.ramp_images) if o.ramp_images else 1.0

@@ -1,7 +1,7 @@
 """Dry run: take a few real steps of every phase and extrapolate time and memory.
 
-Nothing is written to the run folder or next to the data. Indexes and packed shards that training would keep there go to a temporary
-folder, which has links to the shards and is removed at the end.
+Nothing is written to the run folder or next to the data. Indexes and packed shards that training
+would keep there go to a temporary folder, which has links to the shards and is removed at the end.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class PartSpeed:
         images_per_second: over all processes.
         seconds_a_step: seconds per global batch.
         data_wait: share of the time spent waiting for data, mean over processes.
-        memory_gb: peak of the GPU's allocator in this part, or of the process so far on a CPU; maximum over processes.
+        memory_gb: peak of the GPU's allocator in this part, or of the process so far on a CPU;
+            maximum over processes.
         skipped: measured steps with a non-finite loss or gradient.
     """
 
@@ -110,8 +111,8 @@ class DryRun:
 def dry_run(recipe: str | Path | Recipe, *, seconds: float = 5.0, **overrides: Any) -> DryRun:
     """Take a few real steps of every phase and print speed, memory, checkpoint size and total time.
 
-    If a discriminator starts later than its phase, the steps before and with it are measured separately. Several processes measure
-    together and the first one prints.
+    If a discriminator starts later than its phase, the steps before and with it are measured
+    separately. Several processes measure together and the first one prints.
 
     Args:
         recipe: a shipped recipe's name, a TOML path, or a Recipe.
@@ -229,9 +230,10 @@ def _speed(trainer: Trainer, seconds: float, phase: int, name: str, images: int)
 def _measure(
     trainer: Trainer, loader: TrainLoader | StreamLoader, seconds: float, warmup_steps: int
 ) -> tuple[int, float, float]:
-    """Steps after the warm-up, equal on all processes, their duration, and the time they waited for data.
+    """Steps after the warm-up, their seconds, and the seconds they waited for data.
 
-    R1 and R2 are added every few steps; complete rounds of these steps are measured.
+    All processes take the same number of steps. R1 and R2 are added every few steps; complete
+    rounds of these steps are measured.
     """
     accelerator, recipe, game = trainer.accelerator, trainer.recipe, trainer.recipe.loss.adversarial
     round_ = game.penalty_every if trainer.adversarial and (game.r1 or game.r2) else 1
@@ -288,7 +290,7 @@ def _bytes(value: Any) -> int:
 
 
 def _with_shards(recipe: Recipe, folder: Path) -> Recipe:
-    """If the data is a folder of images or built-in, some of the images, evenly spaced, as shards in `folder`."""
+    """Pack some evenly spaced images into shards if the data is no shards yet."""
     data = recipe.data
     if data.shards is None:
         raise RecipeError(NO_DATA)

@@ -1,4 +1,4 @@
-"""The verb `init`, and the start of a training at PCA: weights that reproduce the principal components of training crops."""
+"""The verb `init`, and the start of a training at the PCA of its images."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ BATCH = 16
 
 @recipe_verb(InitOptions)
 def init(options: InitOptions) -> dict[str, Any]:
-    """Write the recipe's autoencoder as a model, at the PCA of the shards' images, without training.
+    """Write the recipe's autoencoder at the PCA of the shards' images, without training.
 
-    The folder loads as any MODEL does, also in diffusers, and as `model.init_from` of recipes of the same shape.
+    The folder loads as any MODEL does, also in diffusers, and as `model.init_from` of recipes of
+    the same shape.
 
     Returns:
-        The content of `out`/head_start.json: `patches` and `crops` that PCA was fitted on, `explained` (share of the variance) and,
-        with held-out images, `pca_psnr` and `psnr` of the model in dB (None if all images are exact).
+        The content of `out`/head_start.json: `patches` and `crops` that PCA was fitted on,
+        `explained` (share of the variance) and, with held-out images, `pca_psnr` and `psnr` of the
+        model in dB (None if all images are exact).
 
     Raises:
         RecipeError, DataError, ModelError, OutputError: one line each.
@@ -121,7 +123,10 @@ class HeadStart:
     explained: float
 
     def build(self, recipe: Recipe) -> AutoencoderDC:
-        """The recipe's autoencoder at this start, on the CPU; its residual branches depend on the recipe's seed."""
+        """The recipe's autoencoder at this start, on the CPU.
+
+        Its residual branches depend on the recipe's seed.
+        """
         with torch.random.fork_rng(devices=[]):
             model = build_autoencoder(recipe)
             assert isinstance(model, AutoencoderDC)
@@ -138,7 +143,9 @@ class HeadStart:
 
 
 def fit_head_start(recipe: Recipe) -> HeadStart:
-    """Fit principal components to crops as the recipe's first steps see them; the number of processes does not matter.
+    """Fit principal components to crops as the recipe's first steps see them.
+
+    The number of processes does not matter.
 
     Raises:
         ModelError: the recipe's model can't start at PCA.
@@ -162,7 +169,7 @@ def fit_head_start(recipe: Recipe) -> HeadStart:
 
 
 def take_head_start(trainer: Trainer, validation: Validation) -> None:
-    """Set the weights of a new trainer, and their average, to PCA on all processes, if its recipe starts there.
+    """Set a new trainer's weights and their average to PCA, if its recipe starts there.
 
     Raises:
         ModelError, DataError: from `fit_head_start`, on all processes.

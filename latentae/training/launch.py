@@ -1,4 +1,4 @@
-"""Processes and devices: the Accelerator, decisions that processes share, and the loss of a process."""
+"""Processes and devices: the Accelerator, shared decisions, and the loss of a process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Longest time that processes wait for one that works alone, such as on a validation or a copy of a checkpoint.
+# Longest time that processes wait for one that works alone, such as on a validation or a copy of a
+# checkpoint.
 TIMEOUT = timedelta(minutes=30)
 
 # Seconds after which a process logs that it waits for others.
@@ -38,7 +39,8 @@ PATIENCE = 5.0
 
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
-# Messages of gloo when another process is gone or silent; those of a bug, such as different shapes, do not match.
+# Messages of gloo when another process is gone or silent; those of a bug, such as different shapes,
+# do not match.
 _LOST = re.compile(
     r"closed by (remote )?peer|connection (was )?(closed|reset|refused|aborted)|broken pipe|socket closed|pair closure|"
     r"timed out|read error|remote process exited|communicator was aborted",
@@ -50,7 +52,8 @@ def build_accelerator(precision: str) -> Accelerator:
     """The Accelerator of this process, under `accelerate launch`, torchrun or nothing.
 
     Raises:
-        TrainingError: the launcher shards models (FSDP, DeepSpeed, Megatron-LM), or its processes do not find each other.
+        TrainingError: the launcher shards models (FSDP, DeepSpeed, Megatron-LM), or its processes
+            do not find each other.
     """
     for key, name in _SHARDED.items():
         if os.environ.get(f"ACCELERATE_USE_{key}", "false").lower() in ("true", "1", "yes"):
@@ -87,7 +90,7 @@ def build_accelerator(precision: str) -> Accelerator:
 
 @contextmanager
 def _announce_waiting(world_size: int) -> Iterator[None]:
-    """Log what a process waits for if it finds no others, for example because of a launcher's leftover variables."""
+    """Log what a process waits for if it finds no others."""
     if world_size < 2:
         yield
         return
@@ -112,7 +115,7 @@ def _announce_waiting(world_size: int) -> Iterator[None]:
 
 
 def close_accelerator(accelerator: Accelerator) -> None:
-    """Leave the process group and reset Accelerate's process-wide state, so that another run can follow."""
+    """Leave the process group and reset Accelerate's state, so that another run can follow."""
     from accelerate.state import AcceleratorState, GradientState
 
     # prepared models refer to the process group: free them before it is destroyed
@@ -151,7 +154,10 @@ def _lost_peer(error: RuntimeError) -> bool:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Run `function` on the first process and return its result on all; an error is raised on all."""
+    """Run `function` on the first process and return its result on all.
+
+    An error is raised on all.
+    """
     from accelerate.utils import broadcast_object_list
 
     outcome: list[Any] = [None, None]
@@ -170,7 +176,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def agree(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is set on any process, so that all take the same branch at the same step."""
+    """For each flag, whether it is set on any process: all take the same branch."""
     if accelerator.num_processes == 1:
         return flags
     counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)

@@ -1,4 +1,4 @@
-"""Training loop: runs steps, logs metrics, saves images and checkpoints, and rolls back on non-finite losses."""
+"""Training loop: runs steps, logs metrics, saves checkpoints, rolls back on non-finite losses."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ class PhaseLoop:
         return self.trainer.state
 
     def train(self) -> None:
-        """Train until all images of the phase have been seen; the last state is saved and validated.
+        """Train until all images of the phase have been seen.
+
+        The last state is saved and validated.
 
         Raises:
             Interrupted: a signal was received; the state is saved.
@@ -183,7 +185,10 @@ class PhaseLoop:
         return values
 
     def validate(self) -> None:
-        """Validate on the first process while the others wait. A validation that a signal stopped is not logged."""
+        """Validate on the first process while the others wait.
+
+        A validation that a signal stopped is not logged.
+        """
         log, seen, found = self.log, self.state.images_seen, None
         if log is not None and self.validation.batches:
             found = self.validation.run(self.trainer, lambda: self.stop.requested)

@@ -1,11 +1,12 @@
 """Copies of checkpoints on another file system, for a machine or disk that may be lost.
 
-URL/latentae.json       what job the copies are of
-URL/latest              the name of the newest whole copy
-URL/step-00001000/      the files of a checkpoint; meta.json, with the SHA-256 of all, is written last, so a copy without it is not whole
+URL/latentae.json       what job the copies are of URL/latest              the name of the newest
+whole copy URL/step-00001000/      the files of a checkpoint; meta.json, with the SHA-256 of all, is
+written last, so a copy without it is not whole
 
-Object stores have no rename, may list what is gone and not list what is there. So nothing is believed but the bytes: each file is read
-back after it was written, and a copy is taken only if all its hashes fit.
+Object stores have no rename, may list what is gone and not list what is there. So nothing is
+believed but the bytes: each file is read back after it was written, and a copy is taken only if all
+its hashes fit.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class UrlPlace:
 class Mirror:
     """Where the checkpoints of a run are copied to, and found again.
 
-    Only the first process has one. What fails while the run goes on is said and counted, for the checkpoint on the disk is whole;
-    what fails when it starts is an error, for it may be a wrong address.
+    Only the first process has one. What fails while the run goes on is said and counted, for the
+    checkpoint on the disk is whole; what fails when it starts is an error, for it may be a wrong
+    address.
 
     Args:
         url: a folder of any file system that fsspec knows.
@@ -137,7 +139,9 @@ class Mirror:
             )
 
     def newest(self, run: Path) -> Path | None:
-        """The newest whole checkpoint of the run, on the disk or at the address; one that is only there is fetched, one only here copied.
+        """The newest whole checkpoint of the run, on the disk or at the address.
+
+        One that is only there is fetched, one only here copied.
 
         Raises:
             OutputError: the address can't be read, holds another job, or the disk is full.
@@ -189,7 +193,10 @@ class Mirror:
         return True
 
     def _fetch(self, name: str, run: Path) -> Path | None:
-        """One copy as a checkpoint of the run, now its latest; None, which is said, if the copy is not whole."""
+        """One copy as a checkpoint of the run, now its latest.
+
+        None, which is said, if the copy is not whole.
+        """
         try:
             data = self._try(f"read {name}/{META}", lambda: self._read(f"{name}/{META}"))
             if data is None:
@@ -239,7 +246,10 @@ class Mirror:
             raise _Damaged(f"{name} came back with other bytes")
 
     def _names(self) -> list[str]:
-        """Checkpoints that are there by name or by list, newest first; either may be out of date."""
+        """Checkpoints that are there by name or by list, newest first.
+
+        Either may be out of date.
+        """
         data = self._read(LATEST)
         names = {*self._listed(), data.decode(errors="replace").strip() if data else ""}
         return sorted((name for name in names if _NAME.fullmatch(name)), reverse=True)
@@ -271,7 +281,7 @@ class Mirror:
             return None
 
     def _write(self, name: str, data: bytes) -> None:
-        """A small file, whole or not there: an object store takes it in one piece, anything else renames it to its place."""
+        """Write a small file atomically: object stores write at once, other systems rename."""
         path = f"{self._root}/{name}"
         if self._fs.async_impl:
             self._fs.pipe_file(path, data)
@@ -287,7 +297,10 @@ class Mirror:
             self._fs.rm_file(f"{self._root}/{name}")
 
     def _make_parent(self, name: str) -> None:
-        """Disks and the like need folders; object stores (which are asynchronous in fsspec) would make a bucket."""
+        """Disks and the like need folders.
+
+        Object stores (which are asynchronous in fsspec) would make a bucket.
+        """
         if not self._fs.async_impl:
             self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""AdamW and Muon, the learning rate as a function of images seen, and the moving average of the weights (EMA)."""
+"""AdamW, Muon, the learning rate over images seen, and the moving average of weights (EMA)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ __all__ = [
     "set_learning_rate",
 ]
 
-# Newton-Schulz coefficients of Muon's reference code: a steep slope at 0, so that singular values end between about 0.7 and 1.2.
+# Newton-Schulz coefficients of Muon's reference code: a steep slope at 0, so that singular values
+# end between about 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
@@ -32,7 +33,7 @@ STEPS = 5
 def autoencoder_optimizers(
     model: Autoencoder, owned: Iterable[nn.Parameter], options: OptimizerOptions
 ) -> dict[str, torch.optim.Optimizer]:
-    """Optimizers of the autoencoder's trainable parameters and of those that its losses own, by the name a checkpoint gives them."""
+    """Optimizers of the autoencoder and of its losses' parameters, by their checkpoint names."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trunk = trunk_names(model) & named.keys() if options.trunk_lr_ratio < 1 else set[str]()
     hidden = {name for name, p in named.items() if options.name == "muon" and _is_hidden(name, p)} - trunk
@@ -50,7 +51,10 @@ def autoencoder_optimizers(
 
 
 def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
-    """Weights between the first and last layers of encoder and decoder; Muon's authors advise AdamW for all others."""
+    """Weights between the first and last layers of encoder and decoder.
+
+    Muon's authors advise AdamW for all others.
+    """
     return parameter.ndim >= 2 and not any(part in name for part in ("conv_in", "conv_out", "quant_conv"))
 
 
@@ -79,8 +83,8 @@ def adamw(
 def learning_rate_scale(options: OptimizerOptions, images_seen: int, images: int, start: int = 0) -> float:
     """Learning rate over its peak after `images_seen` of `images`, in [0, 1].
 
-    Linear from 0 over `warmup_images`, then constant, or half a cosine down to `final_lr_ratio` (Loshchilov & Hutter 2017,
-    eq. 5). A network that begins at image `start` warms up from there.
+    Linear from 0 over `warmup_images`, then constant, or half a cosine down to `final_lr_ratio`
+    (Loshchilov & Hutter 2017, eq. 5). A network that begins at image `start` warms up from there.
     """
     warm = min(1.0, (images_seen - start + 1) / options.warmup_images) if options.warmup_images else 1.0
     if options.schedule == "constant":
@@ -98,13 +102,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum for the weights of hidden layers (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
+    """Orthogonalized momentum for the weights of hidden layers.
 
-    m <- lerp(m, g, 1 - momentum); W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) NS(lerp(g, m, momentum)).
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers".
 
-    The factor gives updates the size of AdamW's, so learning rates and weight decay mean the same (Liu et al. 2025, "Muon is
-    scalable for LLM training", eq. 4). A convolution's weight [out, in, h, w] is the matrix [out, in * h * w]. torch.optim.Muon
-    takes one matrix at a time; here matrices of one shape are orthogonalized together, which is faster for small models.
+    m <- lerp(m, g, 1 - momentum); W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) NS(lerp(g,
+    m, momentum)).
+
+    The factor gives updates the size of AdamW's, so learning rates and weight decay mean the same
+    (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4). A convolution's weight [out, in,
+    h, w] is the matrix [out, in * h * w]. torch.optim.Muon takes one matrix at a time; here
+    matrices of one shape are orthogonalized together, which is faster for small models.
 
     Args:
         parameters: of two dimensions or more.
@@ -153,7 +161,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """U V' of each matrix U S V' by Newton-Schulz iteration; [n, rows, columns] -> the same.
 
-    Approximate: singular values end between about 0.7 and 1.2. Computed in bf16 on a GPU, elsewhere in the given type.
+    Approximate: singular values end between about 0.7 and 1.2. Computed in bf16 on a GPU, elsewhere
+    in the given type.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
@@ -168,14 +177,17 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Ema:
-    """Exponential moving average of a module's parameters in fp32; its half-life is counted in images.
+    """Exponential moving average of a module's parameters in fp32.
 
-    The half-life grows with the run until it reaches its final value (Karras et al. 2023, "EDM2", ramp-up), so that early
-    averages forget the random start.
+    Its half-life is counted in images.
+
+    The half-life grows with the run until it reaches its final value (Karras et al. 2023, "EDM2",
+    ramp-up), so that early averages forget the random start.
 
     Args:
         module: the module to average.
-        half_life_images: images after which a weight's share has halved; 0 keeps the latest weights.
+        half_life_images: images after which a weight's share has halved; 0 keeps the latest
+            weights.
     """
 
     RAMP_UP = 0.05

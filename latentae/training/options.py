@@ -1,4 +1,4 @@
-"""Options of the verbs `train`, `config` and `init`, and tables of a recipe that no other package owns.
+"""Options of `train`, `config` and `init`, and tables of a recipe.
 
 Schedules count images seen, so they do not depend on the batch size.
 """

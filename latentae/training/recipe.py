@@ -111,7 +111,10 @@ class Recipe(RecipeTable):
     @model_validator(mode="before")
     @classmethod
     def _no_kl_of_a_code(cls, values: Any) -> Any:
-        """Without a posterior the default weight of the KL is 0. A linear autoencoder never has one."""
+        """Without a posterior the default weight of the KL is 0.
+
+        A linear autoencoder never has one.
+        """
         tables = (values.get("model", {}), values.get("loss", {})) if isinstance(values, dict) else ()
         if not tables or not all(isinstance(table, dict) for table in tables):
             return values
@@ -158,7 +161,7 @@ class Recipe(RecipeTable):
             yield f"loss.alignment moves the encoder, but model.train is {model.train!r}; remove one of them"
 
     def _beyond_linear(self) -> dict[str, bool]:
-        """Options that a linear autoencoder lacks: it has no levels, and no activation before its last layer."""
+        """Options that a linear autoencoder lacks, because it has no levels and no activation."""
         game, alignment = self.loss.adversarial, self.loss.alignment
         return {
             "model.bottleneck = 'gaussian'": self.model.bottleneck == "gaussian",
@@ -169,7 +172,10 @@ class Recipe(RecipeTable):
         }
 
     def phase_recipes(self) -> tuple[Recipe, ...]:
-        """The recipe of each phase, with its own `images`, and its name as description; without phases, this recipe."""
+        """The recipe of each phase, with its own `images`, and its name as description.
+
+        Without phases, this recipe.
+        """
         if not self.phases:
             return (self,)
         base = self.model_dump(mode="json", exclude={"phases"})
@@ -186,7 +192,9 @@ class Recipe(RecipeTable):
             raise ValueError(f"phases.{index}: {_explain(error)}") from error
 
     def autoencoder_config(self) -> AutoencoderConfig:
-        """The shape of the model; its sample_size is the training resolution, or that of `model.init_from`.
+        """The shape of the model.
+
+        Its sample_size is the training resolution, or that of `model.init_from`.
 
         Raises:
             RecipeError: preset is 'init', but `model.init_from` is not set.
@@ -269,10 +277,12 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None
 
     Args:
         recipe: a shipped name, a path that ends in .toml, or a Recipe.
-        overrides: dotted keys or nested mappings to values; text is parsed as a TOML value unless the option is text.
+        overrides: dotted keys or nested mappings to values; text is parsed as a TOML value unless
+            the option is text.
 
     Raises:
-        RecipeError: no such recipe, an unknown key (the nearest is named) or a value that is not allowed.
+        RecipeError: no such recipe, an unknown key (the nearest is named) or a value that is not
+            allowed.
     """
     values, name = _read(recipe)
     for key, value in _flatten(overrides or {}):

@@ -1,4 +1,7 @@
-"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and Weights & Biases; devices and memory in words and numbers."""
+"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and Weights & Biases.
+
+Devices and memory in words and numbers.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,14 @@ PICTURE = "validation/reconstructions"
 
 
 class MetricsLog:
-    """Appends numbers to `metrics.jsonl`, TensorBoard and Weights & Biases, and events to `events.jsonl`.
+    """Appends metrics to `metrics.jsonl` and other loggers, and events to `events.jsonl`.
 
     Only the first process has one.
 
     Args:
         run: the run folder.
-        step: step at which a run resumes; later lines of an earlier attempt are removed from both files.
+        step: step at which a run resumes; later lines of an earlier attempt are removed from both
+            files.
         options: additional loggers.
         recipe: the configuration that Weights & Biases shows.
 
@@ -111,7 +115,8 @@ class _TensorBoard:
 class _Wandb:
     """One Weights & Biases run per run folder, across all resumes, against images seen.
 
-    Data that was sent can't be removed, so the steps of an earlier attempt appear again at the same position.
+    Data that was sent can't be removed, so the steps of an earlier attempt appear again at the same
+    position.
     """
 
     def __init__(self, run: Path, project: str | None, recipe: Recipe) -> None:
@@ -167,7 +172,10 @@ def devices(accelerator: Accelerator) -> str:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB (1e9 bytes) of the GPU's allocator, or of this process; NaN on Windows without a GPU."""
+    """Peak memory so far in GB (1e9 bytes) of the GPU's allocator, or of this process.
+
+    NaN on Windows without a GPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

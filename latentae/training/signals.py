@@ -1,4 +1,4 @@
-"""Stopping cleanly: a signal sets a flag that the loop reads between steps, or interrupts work that has nothing to save."""
+"""Clean stops: a signal sets a flag that the loop reads between steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ __all__ = ["StopFlag"]
 
 
 class StopFlag:
-    """`with StopFlag() as stop:` SIGINT, SIGTERM and SIGUSR1 set `stop.requested`; a second SIGINT interrupts at once.
+    """`with StopFlag() as stop:` SIGINT, SIGTERM and SIGUSR1 set `stop.requested`.
+
+    A second SIGINT interrupts at once.
 
     Outside the main thread, where Python can't install handlers, no signal sets the flag.
 
@@ -57,7 +59,7 @@ class StopFlag:
 
     @contextmanager
     def at_once(self, when: str = "before the first step") -> Iterator[None]:
-        """A span with nothing to save (start-up, compilation), which a signal interrupts immediately.
+        """A span with nothing to save, such as compilation, which a signal interrupts.
 
         Args:
             when: for the message.

@@ -66,10 +66,11 @@ class TrainState:
 
 
 class Trainer:
-    """The networks of one phase, their optimizers and moving average, and the step that updates them.
+    """The networks of one phase, their optimizers and average, and the step that updates them.
 
-    Trainable networks are called only through the modules that `accelerator.prepare` returned, which reduce gradients over
-    processes. The trainer reduces the gradients of parameters that belong to losses.
+    Trainable networks are called only through the modules that `accelerator.prepare` returned,
+    which reduce gradients over processes. The trainer reduces the gradients of parameters that
+    belong to losses.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -169,14 +170,17 @@ class Trainer:
     def update(self, parts: Sequence[Tensor], report: bool = False) -> dict[str, Tensor]:
         """Take one step of all networks on this process's share of a global batch.
 
-        If a loss or gradient is not finite on any process, all processes skip the step; the state counts it.
+        If a loss or gradient is not finite on any process, all processes skip the step; the state
+        counts it.
 
         Args:
             parts: uint8 images [b, C, H, W] per accumulation step, equal in size on all processes.
-            report: also measure each term's gradient norm at the reconstruction or latent that it is computed from.
+            report: also measure each term's gradient norm at the reconstruction or latent that it
+                is computed from.
 
         Returns:
-            Means over this process's share of every unweighted term, and gradient norms; detached scalars.
+            Means over this process's share of every unweighted term, and gradient norms; detached
+            scalars.
         """
         adversary = self.adversary if self.adversarial else None
         self._set_learning_rates()
@@ -198,7 +202,11 @@ class Trainer:
         return means | {f"gradient_norm/{name}": norm for name, norm in norms.items()}
 
     def _part(self, images: Tensor, index: int, count: int, report: bool) -> Part:
-        """An accumulation step; numbers are keyed by position in the global batch, of which a process owns consecutive samples."""
+        """An accumulation step.
+
+        Numbers are keyed by position in the global batch, of which a process owns consecutive
+        samples.
+        """
         device, size = self.accelerator.device, len(images)
         first = (self.accelerator.process_index * count + index) * size
         return Part(
@@ -250,7 +258,9 @@ class Trainer:
 
 
 def build_autoencoder(recipe: Recipe) -> Autoencoder:
-    """The recipe's autoencoder, initialized from its seed or from `model.init_from`; parts that are not trained are frozen.
+    """The recipe's autoencoder, initialized from its seed or from `model.init_from`.
+
+    Parts that are not trained are frozen.
 
     Raises:
         ModelError: `model.init_from` can't be read or has another shape.

@@ -40,13 +40,15 @@ __all__ = ["train"]
 def train(options: TrainOptions) -> Path:
     """Train an autoencoder. Run it again to resume.
 
-    Options of the recipe are keywords: `images=1000`, `data={"shards": "photos"}`, `**{"optimizer.lr": 1e-3}`.
+    Options of the recipe are keywords: `images=1000`, `data={"shards": "photos"}`,
+    `**{"optimizer.lr": 1e-3}`.
 
     Returns:
         The run folder.
 
     Raises:
-        RecipeError, DataError, OutputError, ModelError, WeightsError, TrainingError: one line each; no file is half-written.
+        RecipeError, DataError, OutputError, ModelError, WeightsError, TrainingError: one line each;
+            no file is half-written.
         Interrupted: stopped by a signal, after the state was saved.
     """
     initial = {} if options.init_from is None else {"model.init_from": str(options.init_from)}
@@ -83,7 +85,7 @@ def _train(
 
 
 def _claim(claim: Claim, run: Path) -> None:
-    """Claim a run folder, unless it is read-only: then nothing can be written, and a finished run is reported."""
+    """Claim a run folder, unless it is read-only."""
     if not run.is_dir() or os.access(run, os.W_OK):
         claim.take(FolderPlace(run))
 
@@ -170,7 +172,10 @@ class _Run:
             mirror.newest(self.folder)
 
     def _starting_point(self, resume: str) -> Path | None:
-        """The checkpoint to resume from, on the first process; downloaded if only `checkpoint_url` has it."""
+        """The checkpoint to resume from, on the first process.
+
+        Downloaded if only `checkpoint_url` has it.
+        """
         self.mirror = self._open_mirror()
         if self.mirror is not None:
             self.claim.take(UrlPlace(self.mirror))
@@ -193,7 +198,7 @@ class _Run:
         return min(state.phase + ended, len(self.phases) - 1)
 
     def _enter(self, phase: int, checkpoint: Path | None) -> None:
-        """Build networks and data of a phase, and restore a checkpoint of it or of an earlier phase."""
+        """Build networks and data of a phase, and restore a checkpoint."""
         recipe, accelerator = self.phases[phase], self.accelerator
         self.loader = build_loader(recipe, accelerator, self.folder / BAD_SAMPLES)
         self.validation = Validation.of(recipe, accelerator)

@@ -25,7 +25,9 @@ NO_DATA = "no training data: give --data.shards SHARDS (or a folder of images)"
 
 
 def make_shards(recipe: Recipe, run: Path) -> Recipe:
-    """Write shards next to the run if data is a folder of images or built-in; returns the recipe with these shards.
+    """Write shards next to the run if data is a folder of images or built-in.
+
+    Returns the recipe with these shards.
 
     Raises:
         RecipeError: the recipe names no data.
@@ -44,7 +46,10 @@ def make_shards(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _with_shards(data: dict[str, Any], run: Path, suffix: str) -> dict[str, Any]:
-    """A `[data]` table with shards instead of images. For validation only built-in images are packed."""
+    """A `[data]` table with shards instead of images.
+
+    For validation only built-in images are packed.
+    """
     changed = dict(data)
     if "shards" in data:
         out = run.with_name(f"{run.name}-shards{suffix}")
@@ -70,7 +75,7 @@ def _as_shards(shards: str | None, max_pixels: int, out: Path) -> str | None:
 
 
 def job_inputs(recipe: Recipe) -> dict[str, Any]:
-    """The identity of a run: the recipe's identity, and the digests of its data and initial weights."""
+    """The identity of a run: its recipe, and the digests of its data and initial weights."""
     digests = []
     for phase in recipe.phase_recipes():
         paths = expand_shards(str(phase.data.shards))
@@ -88,7 +93,7 @@ def job_inputs(recipe: Recipe) -> dict[str, Any]:
 def build_loader(
     recipe: Recipe, accelerator: Accelerator, bad_log: Path | None = None
 ) -> TrainLoader | StreamLoader:
-    """This process's share of the data: in exact order, or streamed from remote shards without an index.
+    """This process's share of the data, in exact order if shards have an index.
 
     Raises:
         RecipeError: the global batch is not divisible by processes and accumulation steps.

@@ -94,9 +94,9 @@ class Validation:
             stop: called before each batch; True ends the validation.
 
         Returns:
-            `validation/psnr` (dB), `validation/ssim` (if images have at least 11 x 11 pixels) and, with a perceptual loss,
-            `validation/perceptual`, as means over images; and a picture, uint8 [3, H, W], of originals over reconstructions. None if
-            stopped.
+            `validation/psnr` (dB), `validation/ssim` (if images have at least 11 x 11 pixels) and,
+            with a perceptual loss, `validation/perceptual`, as means over images; and a picture,
+            uint8 [3, H, W], of originals over reconstructions. None if stopped.
         """
         model, perceptual = _averaged(trainer), trainer.objective.perceptual
         columns: dict[str, list[Tensor]] = {}

@@ -72,7 +72,8 @@ def test_every_map_counts_the_same():
 
 
 def test_gradient_penalty_of_a_known_function():
-    # D(x) = sum of a x^2 over one map and of b x over another: the gradient of their sum is 2 a x + b
+    # D(x) = sum of a x^2 over one map and of b x over another: the gradient of their sum is 2 a x +
+    # b
     x = torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
     a, b = (torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     maps = ((a * x.square()).sum(dim=1, keepdim=True), (b * x).sum(dim=(1, 2, 3)).view(3, 1, 1, 1))

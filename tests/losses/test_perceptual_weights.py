@@ -1,4 +1,4 @@
-"""Files of weights for perceptual networks: every form is read, and what another network has is refused by name."""
+"""Weights files of perceptual networks: every form is read, wrong ones are refused."""
 
 from __future__ import annotations
 

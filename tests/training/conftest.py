@@ -43,7 +43,10 @@ NARROW = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_objects():
-    """Every accelerator that closes collects garbage; the objects of loaded modules, a few hundred thousand, are left out of it."""
+    """Every accelerator that closes collects garbage.
+
+    The objects of loaded modules, a few hundred thousand, are left out of it.
+    """
     gc.collect()
     gc.freeze()
     yield

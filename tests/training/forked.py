@@ -1,4 +1,4 @@
-"""Functions in processes of their own, forked from a server that has the libraries loaded: none of them waits for imports."""
+"""Functions in separate processes, forked from a server with loaded libraries."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ class Processes:
         return self.folder / f"output of {rank}.log"
 
     def output(self, rank: int = 0) -> str:
-        """What a process has written to stdout and stderr; of processes in the same folder, one after the other."""
+        """What a process has written to stdout and stderr.
+
+        Of processes in the same folder, one after the other.
+        """
         return self._log(rank).read_text() if self._log(rank).exists() else ""
 
     def wait(self, timeout: float = 300) -> list[int]:

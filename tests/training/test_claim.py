@@ -1,4 +1,7 @@
-"""One training at a time holds a run folder or an address; a claim of a process that has ended is taken over."""
+"""One training at a time holds a run folder or an address.
+
+A claim of a process that has ended is taken over.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +48,16 @@ def test_the_second_one_says_who_holds_the_run(tmp_path):
         Claim(**QUICK).take(FolderPlace(run))
     assert caught.value.exit_code == 75
     first.release()
-    assert not run.exists()  # nothing was put into it
-    Claim(**QUICK).take(FolderPlace(run))
+    assert not run.exists()  # it stayed empty
+    second = Claim(**QUICK)
+    second.take(FolderPlace(run))
+    second.release()
 
 
 def test_a_claim_of_a_process_that_was_killed_is_taken_over_at_once(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from latentae.training.claim import Claim, FolderPlace\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from latentae.training.claim import Claim, FolderPlace\n"
         "Claim().take(FolderPlace(Path(sys.argv[1]))); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
@@ -151,6 +157,27 @@ def test_of_two_that_claim_an_address_at_once_one_gets_it(tmp_path):
     other.release()
 
 
+def test_a_beat_that_was_slow_does_not_bring_a_released_claim_back(tmp_path):
+    reading, released = threading.Event(), threading.Event()
+
+    class Slow(FolderPlace):
+        def read(self):
+            found = super().read()
+            if threading.current_thread().name == "claim":
+                reading.set()
+                released.wait(10)
+            return found
+
+    claim = Claim(beat=0.05)
+    claim.take(Slow(tmp_path))
+    beat = claim._thread
+    assert reading.wait(10)
+    claim.release()  # does not wait for the beat
+    released.set()
+    beat.join(10)
+    assert not (tmp_path / CLAIM).exists()
+
+
 def test_train_refuses_a_run_that_is_being_trained(small, tmp_path, monkeypatch):
     run = tmp_path / "run"
     holder = Claim()
@@ -162,6 +189,8 @@ def test_train_refuses_a_run_that_is_being_trained(small, tmp_path, monkeypatch)
     train(small(images=8, checkpoint_every_images=8), run)
     assert not (run / CLAIM).exists()
     monkeypatch.setattr(os, "access", lambda *_: False)  # a disk that is mounted read-only
-    monkeypatch.setattr(FolderPlace, "write", lambda *_: pytest.fail("a finished run was written to"))
-    train(small(images=8, checkpoint_every_images=8), run)  # finished: it says so
+    written = []  # by any claim, also of another run
+    monkeypatch.setattr(FolderPlace, "write", lambda place, _: written.append(place.folder))
+    train(small(images=8, checkpoint_every_images=8), run)
+    assert run not in written, "a finished run is only reported"
     assert load_recipe(run / "recipe.toml").images == 8

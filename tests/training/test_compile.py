@@ -45,7 +45,8 @@ def test_compiled_training_equals_eager(small, tmp_path):
         load_file(find_checkpoint(run) / "autoencoder.safetensors") for run in (eager, compiled)
     )
     for name, value in expected.items():
-        # a step has the size of the learning rate for the smallest gradient too, so single weights may go the other way
+        # a step has the size of the learning rate for the smallest gradient too, so single weights
+        # may go the other way
         assert (found[name] - value).norm() <= 0.05 * (value - start[name]).norm(), name
 
 

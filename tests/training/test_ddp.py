@@ -1,4 +1,4 @@
-"""Two gloo processes, which accumulate parts of their share, equal one with the whole batch, for both optimizers."""
+"""Two gloo processes that accumulate gradients equal one with the global batch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ CASES = {
 
 
 def trained(recipe, accelerator):
-    """State, moments and gradient norms after a fixed stream of global batches, of which this process takes its share."""
+    """State, moments and gradient norms after a fixed stream of global batches."""
     trainer = Trainer(recipe, accelerator)
     world, rank, parts = accelerator.num_processes, accelerator.process_index, recipe.gradient_accumulation
     generator = torch.Generator().manual_seed(3)
@@ -128,8 +128,9 @@ def test_two_processes_equal_one(case, recipes, two, accelerator):
     assert one.keys() == first.keys() == second.keys()
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), f"{key} differs between the processes"
-        # Sums in another order differ in their last bits, relative to the largest of a tensor. Adam makes steps of the learning rate
-        # (here 1.2e-5, then 1.1e-4) of the smallest gradients, so their weights may end two steps apart.
+        # Sums in another order differ in their last bits, relative to the largest of a tensor. Adam
+        # makes steps of the learning rate (here 1.2e-5, then 1.1e-4) of the smallest gradients, so
+        # their weights may end two steps apart.
         if "gradient_norm" in key or "momentum" in key or "exp_avg" in key:
             torch.testing.assert_close(
                 first[key],

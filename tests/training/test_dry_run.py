@@ -1,4 +1,4 @@
-"""The dry run: real steps, plausible numbers, and nothing on any disk but in a temporary folder that is gone afterwards."""
+"""The dry run takes real steps, prints plausible numbers and leaves no files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _temporary(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def phased(small):
-    """Two phases: one whose discriminator begins in the middle, and one where it plays all the time."""
+    """Two phases: the discriminator starts in the middle of the first."""
 
     def make(**overrides):
         values = small(
@@ -138,7 +138,7 @@ def test_neither_a_folder_of_indexes_nor_one_of_images_gets_new_files(data, smal
 
 @pytest.fixture
 def staged(monkeypatch):
-    """Steps of 1 s and, with the discriminator, 3 s (the first two much slower), 0.25 s of them waiting for data."""
+    """Steps of 1 s, or 3 s with the discriminator, of which 0.25 s wait for data."""
     clock = types.SimpleNamespace(now=100.0)  # it moves only where the stand-ins say so
     clock.monotonic = lambda: clock.now
 

@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, full disks, bad numbers, lost processes, at chosen moments of forked trainings."""
+"""Runs survive kills, signals, full disks, non-finite numbers and lost processes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def seen(run):
 
 
 def differences(run, other):
-    """Files and tensors of two finished runs' last checkpoints, and logged steps, that are not equal."""
+    """Files and tensors of two runs' last checkpoints, and logged steps, that differ."""
     a, b = find_checkpoint(run), find_checkpoint(other)
     names = sorted(
         {file.name for folder in (a, b) for file in folder.iterdir()}
@@ -187,7 +187,10 @@ def test_a_run_killed_in_every_phase_ends_bitwise_like_the_uninterrupted_one(
 def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(
     start, complete, whole, tmp_path
 ):
-    """Again and again; each run that gets to its end equals the uninterrupted one, and so does its copy."""
+    """Again and again.
+
+    Each run that gets to its end equals the uninterrupted one, and so does its copy.
+    """
     rng, kills, runs = random.Random(0), 0, 0
     moments = cycle(
         ["save", "step", "evaluation", "half of a save", "end of a step", "check of a save", "start"]

@@ -1,4 +1,4 @@
-"""Every recipe of the family has the property that it is named for, on held-out digits, beside the same network without its words."""
+"""Every recipe of the family beats the plain network on the property of its name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 250
 
 
 def trained(name, steps=STEPS, **overrides):
-    """The recipe's model after so many steps of its own trainer, on random batches of the training digits."""
+    """The recipe's model after `steps` steps on random batches of the training digits."""
     recipe = load_recipe(load_recipe(name, overrides), {"precision": "fp32"})
     recipe = load_recipe(recipe, {"images": steps * recipe.batch_size})
     images, _ = digits(binary="binary" in recipe.data.shards)

@@ -29,7 +29,10 @@ def watchdog(small):
 
 
 def report(step, noise=None, **changed):
-    """A line of a run that goes well, with the discriminator playing; noise as single steps have it."""
+    """A line of a run that goes well, with the discriminator playing.
+
+    Noise as single steps have it.
+    """
     jitter = (lambda spread: noise.gauss(0, spread)) if noise else lambda spread: 0.0
     values = {
         "loss/total": 0.1 + 1 / (step + 5),
@@ -138,7 +141,7 @@ def test_a_ratio_at_its_cap_is_an_illness_unless_the_cap_was_meant_to_bind(watch
         return [report(step, **{"adversarial/ratio": ratio}) for step in range(40)]
 
     (message,) = say(watchdog(), capped(1e4))
-    assert "stayed at its largest, 10000" in message
+    assert "stayed at its maximum, 10000" in message
     assert say(watchdog(), capped(1e4)[:19]) == []
     assert say(watchdog(**{"loss.adversarial.max_ratio": 0.051}), capped(0.051)) == []
     winning = [won(step) | {"adversarial/ratio": 0.051} for step in range(40)]
@@ -170,7 +173,7 @@ def test_kl_that_collapses_or_runs_away(watchdog):
     (message,) = say(watchdog(), [report(step, **{"loss/kl": 1e-5}) for step in range(10)])
     assert "posterior has collapsed" in message
     (message,) = say(watchdog(), [report(step, **{"loss/kl": 400.0}) for step in range(10)])
-    assert "runs away" in message
+    assert "diverges" in message
     assert say(watchdog(), [report(0, **{"loss/kl": 0.0}), report(1)]) == [], (
         "a first step from zero is no collapse"
     )

@@ -19,7 +19,10 @@ def refuse() -> None:
 
 
 def peer(how: str) -> None:
-    """One of two processes, of which the second one fails in the way asked for; the first prints how it ended."""
+    """One of two processes, of which the second one fails in the way asked for.
+
+    The first prints how it ended.
+    """
     if how == "silent":
         launch.TIMEOUT = timedelta(seconds=5)
     try:

@@ -57,7 +57,7 @@ def content(folder):
 
 
 class Saboteur:
-    """Replaces operations of the file system of an address, of which fsspec gives the mirror the same object."""
+    """Replaces operations of the file system that fsspec also gives the mirror."""
 
     def __init__(self, url, monkeypatch):
         self.fs, self.monkeypatch = fsspec.core.url_to_fs(url)[0], monkeypatch

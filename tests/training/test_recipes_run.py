@@ -1,4 +1,4 @@
-"""Every shipped recipe takes a step in every one of its phases: narrow, on small images, with networks that need no download."""
+"""Every shipped recipe takes a step in each of its phases, narrow and on small images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ BACKBONE = "efficientnet-lite0"
 
 
 def narrow(name, folder):
-    """The recipe at 64 pixels, eight channels wide, two images a step; what begins late begins at once."""
+    """The recipe at 64 pixels, eight channels wide, two images a step.
+
+    What begins late begins at once.
+    """
     recipe = load_recipe(name)
     options = {"loss.classifier.backbone": BACKBONE, "loss.alignment.backbone": BACKBONE}
     options |= {"precision": "fp32", "loss.adversarial.channels": 8, "loss.adversarial.layers": 2}

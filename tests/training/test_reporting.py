@@ -1,4 +1,4 @@
-"""Logs of a run: whole lines, none twice, and the same run of Weights & Biases after a resumption."""
+"""Logs of a run: complete lines, none twice, and one Weights & Biases run over resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step against the naive formulas: one loss, one graph, retained backward passes for the ratios."""
+"""The training step equals the naive formulas: one loss, one graph, retained passes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
 def naive_gradients(
     trainer: Trainer, loss: torch.Tensor, judged: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Of a loss of the autoencoder, and of one of the discriminator: neither trains the other's network."""
+    """Gradients of the autoencoder's loss and of the discriminator's, each for its network."""
     found = {}
     for total, of_judge in ((loss, False), (judged, True)):
         named = {
@@ -145,7 +145,8 @@ def test_the_adaptive_weight_equals_the_naive_formula(limit, learned, in_fp64):
     model, judge = trainer.raw_autoencoder, trainer.raw_discriminator
     s = trainer.objective.logvar if learned else torch.tensor(0.4, dtype=torch.float64)
     out = model(X, noise=NOISE)
-    # LDM's contperceptual, per element: the reconstruction likelihood, the generator's term and the KL
+    # LDM's contperceptual, per element: the reconstruction likelihood, the generator's term and the
+    # KL
     likelihood = (out.reconstruction - X).abs().mean() / torch.exp(s) + (s if learned else 0)
     game = -torch.stack([logits.mean() for logits in judge(out.reconstruction)]).mean()
     ratio = naive_ratio(likelihood, game, model.decoder.conv_out.weight, limit)

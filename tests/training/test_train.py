@@ -145,7 +145,7 @@ def command_line(*words):
 
 
 def test_two_processes_go_on_with_the_run_of_one(small, tmp_path):
-    """The same batches and noise, so the same weights but for the order in which two processes add up."""
+    """The same batches and noise give the same weights, except for the order of sums."""
     options = {"data.validation": "auto", "data.validation_fraction": 0.2, **GAME}
     whole = latentae.train(small(keep_checkpoints=9, **options), tmp_path / "whole")
     begun = whole / "checkpoints" / "step-00000002"
@@ -187,7 +187,8 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
                        "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
-    # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process whatever the number
+    # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process
+    # whatever the number
     command = [
         sys.executable,
         "-m",

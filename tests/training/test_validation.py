@@ -1,4 +1,4 @@
-"""Held-out metrics: of the averaged weights, cut short on request, without a trace in the training."""
+"""Validation measures the averaged weights, can be stopped and does not affect training."""
 
 from __future__ import annotations
 
