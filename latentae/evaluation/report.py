@@ -41,7 +41,7 @@ GENERATED = {  # labels of pictures of generated images
 def write_evaluation_report(
     folder: str | Path, result: Mapping[str, Any], metrics_log: str | Path | None = None
 ) -> None:
-    """Write `folder`/report.html from the result of an evaluation and the example images in `folder`."""
+    """Write `folder`/report.html from a result and the example images in `folder`."""
     page = render("evaluation.html", **evaluation_context(Path(folder), result, metrics_log))
     write_text(Path(folder) / REPORT, page)
 

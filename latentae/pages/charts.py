@@ -3,7 +3,7 @@
     chart = line_plot([Curve("run A", a), Curve("run B", b)], "PSNR", x="images seen", y="dB")
 
 A template draws one with `ui.chart("Title", chart)`. Charts have up to eight colors. Readers with
-any color vision can tell them apart on light and dark pages (tested). Curves also differ in markers.
+any color vision can tell them apart on light and dark pages (tested). Curves differ in markers too.
 """
 
 from __future__ import annotations
