@@ -55,10 +55,26 @@ class Commands(click.Group):
 
 
 def _first_sentence(command: click.Command) -> str:
-    return f"{(command.help or '').split('. ')[0].removesuffix('.')}."
+    text = " ".join((command.help or "").split())
+    return text[: text.find(". ") + 1] or text
 
 
-class RecipeCommand(click.Command):
+class VerbCommand(click.Command):
+    """A command whose help also describes the arguments."""
+
+    def __init__(self, *arguments: Any, described: Mapping[str, FieldInfo], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.described = described
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Describe the arguments, then the options."""
+        if self.described:
+            with formatter.section("Arguments"):
+                formatter.write_dl([(_placeholder(*item), _help(item[1])) for item in self.described.items()])
+        super().format_options(ctx, formatter)
+
+
+class RecipeCommand(VerbCommand):
     """A command that also takes every option of a recipe; its help lists them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -68,29 +84,33 @@ class RecipeCommand(click.Command):
         with formatter.section("Shipped recipes"):
             formatter.write_text(", ".join(shipped_recipes()))
         with formatter.section("Options of a recipe (also keys of its TOML file)"):
-            formatter.write_dl(
-                [(f"--{_dashed(name)}", _help(field)) for name, field in recipe_options().items()]
-            )
+            rows = recipe_options().items()
+            formatter.write_dl([(f"--{_dashed(name)}", _help(field)) for name, field in rows])
 
 
 def _command(verb: str, table: type[Any]) -> click.Command:
-    fields = {name: field for name, field in table_fields(table).items() if name != OVERRIDES}
-    positional = [name for name in fields if is_positional(table, name)]
-    options = [_option(name, field) for name, field in fields.items() if name not in positional]
-    summary = (table.__doc__ or "").strip()
-    if OVERRIDES in table_fields(table):
+    fields = table_fields(table)
+    positional = {name: field for name, field in fields.items() if is_positional(table, name)}
+    options = [_option(name, field) for name, field in fields.items() if name not in (*positional, OVERRIDES)]
+    texts: dict[str, Any] = {"help": table.__doc__, "described": positional}
+    if OVERRIDES in fields:
         metavar = f"{' '.join(positional).upper()} [--OPTION VALUE]..."
         words = click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, metavar=metavar)
         settings = {**_SETTINGS, "ignore_unknown_options": True}
-        return RecipeCommand(verb, settings, _call(verb, positional), [words, *options], help=summary)
-    arguments = [_argument(name, fields[name]) for name in positional]
-    return click.Command(verb, _SETTINGS, _call(verb), [*arguments, *options], help=summary)
+        return RecipeCommand(verb, settings, _call(verb, list(positional)), [words, *options], **texts)
+    arguments = [_argument(name, field) for name, field in positional.items()]
+    return VerbCommand(verb, _SETTINGS, _call(verb), [*arguments, *options], **texts)
+
+
+def _placeholder(name: str, field: FieldInfo) -> str:
+    return help_of(field, "metavar") or name.upper()
 
 
 def _argument(name: str, field: FieldInfo) -> click.Argument:
     count = -1 if help_of(field, "many") else 1
-    metavar = help_of(field, "metavar") or name.upper()
-    return click.Argument([name], nargs=count, required=field.is_required(), metavar=metavar)
+    return click.Argument(
+        [name], nargs=count, required=field.is_required(), metavar=_placeholder(name, field)
+    )
 
 
 def _option(name: str, field: FieldInfo) -> click.Option:
@@ -115,8 +135,8 @@ def _dashed(name: str) -> str:
 
 
 def _help(field: FieldInfo) -> str:
-    default = "" if field.default is None or field.default == () else f" [{field.default}]"
-    return f"{field.description}{default}"
+    shown = not field.is_required() and field.default not in (None, (), "")
+    return f"{field.description} [{field.default}]" if shown else f"{field.description}"
 
 
 def _metavar(annotation: Any) -> str:

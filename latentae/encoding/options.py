@@ -87,7 +87,7 @@ class VerifyOptions:
 
 @table
 class StatsOptions:
-    """Print per-channel statistics of latents and the scaling they suggest."""
+    """Print per-channel statistics of latents. Also prints the scaling they suggest."""
 
     out: PathLike = argument(_OUT, metavar="LATENTS")
 
@@ -98,7 +98,7 @@ def _split(keys: object) -> object:
 
 @table
 class DecodeOptions:
-    """Decode latents to one picture, below the original images if stored."""
+    """Decode latents to one picture. Originals are above, if they were stored."""
 
     out: PathLike = argument(_OUT, metavar="LATENTS")
     keys: Annotated[Sequence[str] | None, BeforeValidator(_split)] = argument(

@@ -14,7 +14,7 @@ __all__ = ["CompareOptions", "EvaluateOptions", "ReconstructOptions"]
 
 @table
 class EvaluateOptions(ImageOptions):
-    """Measure reconstructions, the latent space and baselines on held-out shards."""
+    """Measure reconstructions and latents on held-out shards. Adds baselines and an HTML report."""
 
     model: PathLike = argument(MODEL)
     shards: Inputs = argument(SHARDS)
@@ -63,7 +63,7 @@ class EvaluateOptions(ImageOptions):
 
 @table
 class CompareOptions:
-    """Compare runs: differences of their recipes, training curves and metrics, on one HTML page."""
+    """Compare runs on one HTML page. It has their recipes' differences, training curves and metrics."""
 
     runs: Sequence[PathLike] = argument(
         "Run folders, or output folders of evaluate.", metavar="RUN RUN...", many=True
@@ -73,7 +73,7 @@ class CompareOptions:
 
 @table
 class ReconstructOptions(ImageOptions):
-    """Write images and their reconstructions as one picture, and print the PSNR of each."""
+    """Write images and their reconstructions as one picture. Also prints the PSNR of each."""
 
     model: PathLike = argument(MODEL)
     images: Sequence[PathLike] = argument("Image files.", metavar="IMAGE...", many=True)

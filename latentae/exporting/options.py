@@ -16,7 +16,10 @@ __all__ = ["ExportOptions"]
 
 @table
 class ExportOptions(ImageOptions):
-    """Write a model and its card as a component that diffusers, ONNX Runtime, torch or LDM readers load."""
+    """Write a model as a component that other libraries load.
+
+    These are diffusers, ONNX Runtime, torch and readers of LDM files. The folder has a model card.
+    """
 
     model: PathLike = argument(MODEL)
     out: PathLike = argument("Folder to write.")

@@ -231,7 +231,7 @@ class TrainOptions:
 
 @table
 class ConfigOptions:
-    """Print a recipe with every option resolved, as TOML, and a summary of each phase."""
+    """Print a recipe with every option resolved, as TOML. Comments sum up each phase."""
 
     recipe: Any = argument(_RECIPE)
     _: KW_ONLY
@@ -240,7 +240,7 @@ class ConfigOptions:
 
 @table
 class InitOptions:
-    """Write the PCA start of an AutoencoderDC as a model, without training."""
+    """Write the PCA start of an AutoencoderDC as a model. Nothing is trained."""
 
     recipe: Any = argument(_RECIPE)
     shards: PathLike = argument("Training shards, or a folder of images.")
