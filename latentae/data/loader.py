@@ -38,9 +38,9 @@ __all__ = [
     "Batch",
     "TrainLoader",
     "decode_for_training",
+    "from_worker",
     "image_batches",
     "parallel_batches",
-    "share",
 ]
 
 STATE_VERSION = 2
@@ -199,7 +199,7 @@ class _Plan:
         return EpochOrder(self.counts, self.seed, epoch, self.digest, self.global_batch, pad=self.options.pad)
 
 
-class _PartStream(IterableDataset):
+class _LaneStream(IterableDataset):
     """The endless batches of a rank's lanes or, in a worker process, of that worker's lanes."""
 
     def __init__(self, plan: _Plan, lanes: range, epoch: int, step: int) -> None:
@@ -208,7 +208,7 @@ class _PartStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch | LatentAEError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return share(self._batches(lane_share(self.lanes, worker, workers), workers))
+        return from_worker(self._batches(lane_share(self.lanes, worker, workers), workers))
 
     def _batches(self, lanes: range, workers: int) -> Iterator[Batch]:
         options, step = self.plan.options, self.step
@@ -341,7 +341,7 @@ class TrainLoader:
         Only one iteration may run at a time.
         """
         workers = min(self._plan.options.workers, len(self._lanes))
-        parts = parallel_batches(_PartStream(self._plan, self._lanes, self._epoch, self._step), workers)
+        parts = parallel_batches(_LaneStream(self._plan, self._lanes, self._epoch, self._step), workers)
         pin = torch.cuda.is_available()
         try:
             while True:
@@ -416,7 +416,7 @@ def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch,
     Close it to end the workers.
 
     Args:
-        dataset: yields the batches of `share`.
+        dataset: yields the items of `from_worker`.
         workers: number of processes.
 
     Raises:
@@ -446,7 +446,7 @@ def parallel_batches(dataset: IterableDataset, workers: int) -> Generator[Batch,
             shut_down()
 
 
-def share(batches: Iterator[Batch]) -> Iterator[Batch | LatentAEError]:
+def from_worker(batches: Iterator[Batch]) -> Iterator[Batch | LatentAEError]:
     """Send batches from a data worker: images in shared memory, and an error as the last item.
 
     DataLoader would wrap an error in a long traceback. torch would move images to shared memory in

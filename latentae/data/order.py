@@ -4,8 +4,8 @@ Shards are cut into slices of consecutive samples. Each epoch joins all slices i
 shuffles the samples inside each slice. The result is a virtual array of N samples, which is never
 stored. A global batch of B samples has B lanes, and lane l reads the stretch
 
-    virtual[l * S : (l + 1) * S],   S = N // B steps,   so that   sample(step, lane) = virtual[lane
-    * S + step].
+    virtual[l * S : (l + 1) * S],   S = N // B steps,
+    so that   sample(step, lane) = virtual[lane * S + step].
 
 A batch mixes B distant slices, and a lane reads its slices one after the other. Each process owns
 some lanes, so any number of processes that divides B sees the same batches. Resuming needs only the
@@ -85,7 +85,7 @@ class _Pool:
 
 
 def _permutation(size: int, seed: int) -> np.ndarray:
-    """By Philox, whose raw stream is the same on all platforms and NumPy versions."""
+    """By Philox (Salmon et al. 2011), whose raw stream is the same on all platforms."""
     if not size:
         return np.zeros(0, dtype=np.int64)
     return np.argsort(np.random.Philox(key=seed).random_raw(size), kind="stable")

@@ -216,8 +216,7 @@ def fill_tar(path: Path, samples: Iterable[Members]) -> None:
         for sample in samples:
             for extension, data in sample.items():
                 if extension != "__key__" and isinstance(data, bytes):
-                    # The defaults of TarInfo are constant: mtime, uid and gid 0, mode 0o644, no
-                    # names.
+                    # The defaults are constant: mtime, uid and gid 0, mode 0o644, no names.
                     info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latentae.data.decode import Sample
-from latentae.data.loader import BadSample, Batch, decode_for_training, parallel_batches, share
+from latentae.data.loader import BadSample, Batch, decode_for_training, from_worker, parallel_batches
 from latentae.data.options import DataOptions
 from latentae.data.shard_files import READ_EXTENSIONS, RawSample, expand_shards
 from latentae.data.shard_index import IndexFiles
@@ -48,7 +48,7 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch | LatentAEError]:
         info = get_worker_info()
-        return share(self._batches(derive_seed("stream", *self.words, info.id if info else 0)))
+        return from_worker(self._batches(derive_seed("stream", *self.words, info.id if info else 0)))
 
     def _batches(self, seed: int) -> Iterator[Batch]:
         samples: list[Sample] = []
