@@ -124,6 +124,7 @@ def _row(
 ) -> tuple[int, ...]:
     """The numbers of one sample, in the order of `_ROW`."""
     there = {extension: (offset, size) for extension, offset, size in sample.members}
+    texts = dict.fromkeys(there, b"") | texts  # members that are too long count as damaged
     try:
         info = json.loads(texts[JSON_MEMBER])
         height, width = bucket_of(info)
