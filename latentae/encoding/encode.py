@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -236,14 +236,6 @@ class _Total:
             self.first_unreadable = shard, unreadable[0]
 
 
-def _add_up(work: Work, shards: list[Shard], sizes: Mapping[str, int]) -> _Total:
-    total = _Total(LatentStatistics.empty(work.settings.latent_channels))
-    for shard, sidecar in find_finished(work.store, shards, work.settings.fingerprint, sizes):
-        if sidecar is not None:
-            total.add(shard, sidecar)
-    return total
-
-
 def conclude(work: Work) -> dict[str, Any]:
     """Close the job if all shards are done, and return the summary of `encode`.
 
@@ -253,7 +245,11 @@ def conclude(work: Work) -> dict[str, Any]:
     sizes = work.store.sizes()
     listed = sum(shard.name in sizes and sidecar_name(shard.name) in sizes for shard in work.plan)
     # Only the last task reads all sidecars: thousands of tasks would overload an object store.
-    total = _add_up(work, work.plan if listed == len(work.plan) else work.mine, sizes)
+    shards = work.plan if listed == len(work.plan) else work.mine
+    total = _Total(LatentStatistics.empty(work.settings.latent_channels))
+    for shard, sidecar in find_finished(work.store, shards, work.settings.fingerprint, sizes):
+        if sidecar is not None:
+            total.add(shard, sidecar)
     finished = total.shards == len(work.plan)
     summary = {
         "out": work.store.shown,

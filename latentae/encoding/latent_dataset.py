@@ -27,8 +27,15 @@ from latentae import keyed
 from latentae.data.sources import read_range
 from latentae.data.tars import Reader, group, walk
 from latentae.encoding.class_labels import CLASS_NUMBERS, label_of
-from latentae.encoding.latent_shard import JSON_MEMBER, LATENT_MEMBER
-from latentae.encoding.sample_index import BAD_LABEL, PackedLayout, SampleIndex, join, scan_shard
+from latentae.encoding.latent_shard import (
+    BAD_LABEL,
+    JSON_MEMBER,
+    LATENT_MEMBER,
+    PackedLayout,
+    SampleIndex,
+    join,
+    scan_shard,
+)
 from latentae.encoding.sidecar import Sidecar, listed_shards, open_output, read_sidecars
 from latentae.encoding.store import Store
 from latentae.errors import DataError, OutputError, ShardError

@@ -1,4 +1,4 @@
-"""Latent shards on disk: names of their members, and a reader of samples that checks them.
+"""Latent shards on disk: names of their members, a reader of samples, and an index of them.
 
 A sample `KEY.jpg, KEY.txt` of an image shard becomes
 
@@ -15,25 +15,54 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from latentae.data.sources import read_range, stream
-from latentae.data.tars import Problem, Reader, Sample, group, walk
+from latentae.data.sources import is_remote, read_range, shown, size_of, stream
+from latentae.data.tars import Member, Problem, Reader, Sample, group, walk, walk_samples
+from latentae.encoding.class_labels import MAX_LABEL_BYTES, label_of
 from latentae.encoding.sidecar import Sidecar, packed_name
 from latentae.encoding.store import LocalStore, Store
 from latentae.errors import ShardError
 
-__all__ = ["JSON_MEMBER", "LATENT_MEMBER", "LatentShard", "bucket_of"]
+__all__ = [
+    "BAD_LABEL",
+    "JSON_MEMBER",
+    "LATENT_MEMBER",
+    "LatentShard",
+    "PackedLayout",
+    "SampleIndex",
+    "bucket_of",
+    "join",
+    "scan_shard",
+]
 
 LATENT_MEMBER, JSON_MEMBER = "latent.safetensors", "latent.json"
+BAD_LABEL = -2  # a label that is no class number
+_MAX_HEADER = 1 << 24  # bytes of JSON before the tensors of a packed file
+_ROW = np.dtype(
+    [
+        ("start", np.int64),  # of the sample in the tar, in bytes
+        ("label", np.int64),  # class label, -1 without one, or BAD_LABEL
+        ("key_end", np.int64),  # end of the key in `keys`
+        ("span", np.uint32),  # bytes in the tar
+        ("latent", np.uint32),  # offset of the latent after `start`, or its row in a packed file
+        ("size", np.uint32),  # bytes of the latent's member, 0 in a packed file
+        ("file", np.int32),  # number of the packed file, -1 if the latent is in the tar
+        ("height", np.uint16),  # of the encoded image in pixels
+        ("width", np.uint16),
+    ],
+    align=True,
+)
 
 
 def bucket_of(info: Mapping[str, Any]) -> tuple[int, int]:
@@ -125,3 +154,140 @@ class LatentShard:
             raise ShardError(
                 f"the latent of sample {sample.key!r} in {self.shown} can't be read ({error!r})"
             ) from error
+
+
+class PackedLayout(NamedTuple):
+    """Layout of a file of stacked latents."""
+
+    path: str
+    shape: tuple[int, int, int]
+    """Of one latent, [z, h, w]."""
+    dtype: str
+    """Name in safetensors: BF16, F16 or F32."""
+    begins: dict[str, int]
+    """First byte of each stack, by name."""
+    rows: int
+
+
+class SampleIndex(NamedTuple):
+    """The samples of one or more shards."""
+
+    rows: np.ndarray
+    """[n] of `_ROW`."""
+    keys: np.ndarray
+    """uint8: the keys in UTF-8, concatenated."""
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        ends = self.rows["key_end"]
+        begin = int(ends[index - 1]) if index else 0
+        return self.keys[begin : int(ends[index])].tobytes().decode("utf-8", "surrogateescape")
+
+
+def join(parts: Sequence[SampleIndex], files: Sequence[int]) -> SampleIndex:
+    """Concatenate indexes of shards.
+
+    Args:
+        parts: one index per shard.
+        files: number of packed files of each shard.
+    """
+    rows = np.concatenate([np.zeros(0, _ROW), *(part.rows for part in parts)])
+    counts = [len(part.rows) for part in parts]
+    offset = np.cumsum([0, *files])[:-1].astype(np.int32)
+    rows["file"] += np.where(rows["file"] < 0, 0, np.repeat(offset, counts)).astype(np.int32)
+    rows["key_end"] += np.repeat(np.cumsum([0, *(len(part.keys) for part in parts)])[:-1], counts)
+    return SampleIndex(rows, np.concatenate([np.zeros(0, np.uint8), *(part.keys for part in parts)]))
+
+
+def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> tuple[SampleIndex, list[PackedLayout]]:
+    """Index one shard from its headers.
+
+    Args:
+        address: name in the output folder -> path or URL.
+        sidecar: of the shard.
+
+    Raises:
+        ShardError: the shard or a packed file is damaged or does not match the sidecar.
+    """
+    path = address(sidecar.shard)
+    layouts = [_layout(address(file.name), file.rows) for file in sidecar.packed]
+    chunk = 1 << 22 if is_remote(path) else 1 << 13
+    reader = Reader(lambda start, stop: read_range(path, start, stop), size_of(path), chunk=chunk)
+
+    def take(member: Member) -> bytes | None:
+        """Read JSON and labels along with the headers."""
+        wanted = member.kind == "file" and member.name.lower().endswith((".json", ".cls"))
+        return reader.take(member.size) if wanted and member.size <= MAX_LABEL_BYTES else None
+
+    rows: list[tuple[int, ...]] = []
+    text = bytearray()
+    for sample, texts in walk_samples(reader, shown(path), take, lambda problem: _refuse(path, problem)):
+        text += sample.key.encode("utf-8", "surrogateescape")
+        rows.append(_row(path, sample, texts, layouts, len(text)))
+    if len(rows) != sidecar.output.samples:
+        raise ShardError(
+            f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode "
+            "again"
+        )
+    index = SampleIndex(np.array(rows, _ROW), np.frombuffer(bytes(text), np.uint8))
+    for number, layout in enumerate(layouts):
+        packed = np.sort(index.rows["latent"][index.rows["file"] == number])
+        if not np.array_equal(packed, np.arange(layout.rows)):
+            raise ShardError(
+                f"{shown(path)} and {shown(layout.path)} hold different samples; delete both and encode again"
+            )
+    return index, layouts
+
+
+def _row(
+    path: str, sample: Sample, texts: dict[str, bytes], layouts: Sequence[PackedLayout], key_end: int
+) -> tuple[int, ...]:
+    """The numbers of one sample, in the order of `_ROW`."""
+    there = {extension: (offset, size) for extension, offset, size in sample.members}
+    texts = dict.fromkeys(there, b"") | texts  # members that are too long count as damaged
+    try:
+        info = json.loads(texts[JSON_MEMBER])
+        height, width = bucket_of(info)
+        if LATENT_MEMBER in there:
+            offset, size = there[LATENT_MEMBER]
+            latent, file = offset - sample.start, -1
+        else:
+            latent, size, end = info["row"], 0, f".latents-{height}x{width}.safetensors"
+            file = next(number for number, layout in enumerate(layouts) if layout.path.endswith(end))
+    except (KeyError, ValueError, TypeError, StopIteration) as error:
+        raise ShardError(
+            f"sample {sample.key!r} of {shown(path)} holds no latent; delete the shard and encode again"
+        ) from error
+    try:
+        label = label_of(texts.get("cls"), texts.get("json"))
+    except ValueError:
+        label = BAD_LABEL
+    label = -1 if label is None else label
+    return sample.start, label, key_end, sample.end - sample.start, latent, size, file, height, width
+
+
+def _layout(path: str, rows: int) -> PackedLayout:
+    """Parse the header of a packed file (safetensors: u64 length, JSON, tensors)."""
+    try:
+        (length,) = struct.unpack("<Q", read_range(path, 0, 8))
+        if length > _MAX_HEADER:
+            raise ValueError("its header is too long")
+        header: dict[str, Any] = json.loads(read_range(path, 8, 8 + length))
+        header.pop("__metadata__", None)
+        shape = header["mean"]["shape"]
+        if shape[0] != rows or len(shape) != 4 or any(entry["shape"] != shape for entry in header.values()):
+            raise ValueError(f"its mean is {shape}, expected {rows} latents")
+        begins = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        return PackedLayout(path, (shape[1], shape[2], shape[3]), header["mean"]["dtype"], begins, rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{shown(path)} is damaged ({error}); delete it and run the same encode command again"
+        ) from error
+
+
+def _refuse(path: str, problem: Problem) -> None:
+    if problem.code != "left_out":
+        raise ShardError(
+            f"{shown(path)} holds {problem.name!r} ({problem.reason}); delete it and run the same encode "
+            "command again"
+        )
