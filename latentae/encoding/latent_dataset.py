@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -31,7 +32,6 @@ from latentae.encoding.latent_shard import (
     BAD_LABEL,
     JSON_MEMBER,
     LATENT_MEMBER,
-    PackedLayout,
     SampleIndex,
     join,
     scan_shard,
@@ -44,7 +44,6 @@ from latentae.file_names import STATISTICS
 __all__ = ["Latent", "LatentDataset", "LatentSample", "SizeBatches", "decode_latent"]
 
 _THREADS = 8  # that scan shards
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Latent(NamedTuple):
@@ -126,12 +125,11 @@ class LatentDataset(Dataset[Any]):
         self.digest = _digest(sidecars)
         self._paths = [store.address(shard) for shard in self.shards]
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(lambda sidecar: scan_shard(store.address, sidecar), sidecars))
-        self._files: list[PackedLayout] = [layout for _, layouts in found for layout in layouts]
-        self._samples = join([part for part, _ in found], [len(layouts) for _, layouts in found])
+            parts = list(pool.map(partial(scan_shard, store.address), sidecars))
+        self._samples = join(parts)
         if not labels:
             self._samples.rows["label"] = -1
-        self._first = np.cumsum([0, *(len(part.rows) for part, _ in found)])
+        self._first = np.cumsum([0, *(len(part.rows) for part in parts)])
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # running workers see a new epoch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -233,9 +231,8 @@ class LatentDataset(Dataset[Any]):
         index = self._index(index)
         key, row = self._samples.key(index), self._samples.rows[index]
         if row["file"] >= 0:
-            layout = self._files[row["file"]]
-            mean, logvar = (_packed(layout, name, int(row["latent"])) for name in _names(flip))
-            return Latent(key, mean, logvar)
+            file, number = self._samples.files[row["file"]], int(row["latent"])
+            return Latent(key, *(file.read(name, number) for name in _names(flip)))
         begin, shard = int(row["start"]) + int(row["latent"]), self._shard(index)
         data = read_range(self._paths[shard], begin, begin + int(row["size"]))
         return _unpack(key, data, self.shards[shard], flip)
@@ -399,14 +396,6 @@ _READERS: dict[str, Callable[[bytes], Any]] = {
 
 def _names(flip: bool) -> tuple[str, str]:
     return ("mean_flip", "logvar_flip") if flip else ("mean", "logvar")
-
-
-def _packed(layout: PackedLayout, name: str, row: int) -> Tensor:
-    dtype = _DTYPES[layout.dtype]
-    length = math.prod(layout.shape) * dtype.itemsize
-    begin = layout.begins[name] + row * length
-    data = bytearray(read_range(layout.path, begin, begin + length))
-    return torch.frombuffer(data, dtype=dtype).reshape(layout.shape).float()
 
 
 def _unpack(key: str, data: bytes, shard: str, flip: bool) -> Latent:

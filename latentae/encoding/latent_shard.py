@@ -14,6 +14,7 @@ the latents of all images of H x W pixels, and KEY.latent.json has the `row`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
@@ -39,7 +41,6 @@ __all__ = [
     "JSON_MEMBER",
     "LATENT_MEMBER",
     "LatentShard",
-    "PackedLayout",
     "SampleIndex",
     "bucket_of",
     "join",
@@ -48,6 +49,7 @@ __all__ = [
 
 LATENT_MEMBER, JSON_MEMBER = "latent.safetensors", "latent.json"
 BAD_LABEL = -2  # a label that is no class number
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by safetensors' names
 _MAX_HEADER = 1 << 24  # bytes of JSON before the tensors of a packed file
 _ROW = np.dtype(
     [
@@ -168,6 +170,14 @@ class PackedLayout(NamedTuple):
     """First byte of each stack, by name."""
     rows: int
 
+    def read(self, name: str, row: int) -> Tensor:
+        """One row of a stack, [z, h, w] fp32."""
+        dtype = _DTYPES[self.dtype]
+        length = math.prod(self.shape) * dtype.itemsize
+        begin = self.begins[name] + row * length
+        data = bytearray(read_range(self.path, begin, begin + length))
+        return torch.frombuffer(data, dtype=dtype).reshape(self.shape).float()
+
 
 class SampleIndex(NamedTuple):
     """The samples of one or more shards."""
@@ -176,6 +186,7 @@ class SampleIndex(NamedTuple):
     """[n] of `_ROW`."""
     keys: np.ndarray
     """uint8: the keys in UTF-8, concatenated."""
+    files: list[PackedLayout]
 
     def key(self, index: int) -> str:
         """The key of a sample."""
@@ -184,22 +195,19 @@ class SampleIndex(NamedTuple):
         return self.keys[begin : int(ends[index])].tobytes().decode("utf-8", "surrogateescape")
 
 
-def join(parts: Sequence[SampleIndex], files: Sequence[int]) -> SampleIndex:
-    """Concatenate indexes of shards.
-
-    Args:
-        parts: one index per shard.
-        files: number of packed files of each shard.
-    """
-    rows = np.concatenate([np.zeros(0, _ROW), *(part.rows for part in parts)])
+def join(parts: Sequence[SampleIndex]) -> SampleIndex:
+    """Concatenate the indexes of shards."""
     counts = [len(part.rows) for part in parts]
-    offset = np.cumsum([0, *files])[:-1].astype(np.int32)
-    rows["file"] += np.where(rows["file"] < 0, 0, np.repeat(offset, counts)).astype(np.int32)
-    rows["key_end"] += np.repeat(np.cumsum([0, *(len(part.keys) for part in parts)])[:-1], counts)
-    return SampleIndex(rows, np.concatenate([np.zeros(0, np.uint8), *(part.keys for part in parts)]))
+    files = np.cumsum([0, *(len(part.files) for part in parts)], dtype=np.int32)[:-1]
+    keys = np.cumsum([0, *(len(part.keys) for part in parts)])[:-1]
+    rows = np.concatenate([np.zeros(0, _ROW), *(part.rows for part in parts)])
+    rows["file"] += np.where(rows["file"] < 0, np.int32(0), np.repeat(files, counts))
+    rows["key_end"] += np.repeat(keys, counts)
+    text = np.concatenate([np.zeros(0, np.uint8), *(part.keys for part in parts)])
+    return SampleIndex(rows, text, [file for part in parts for file in part.files])
 
 
-def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> tuple[SampleIndex, list[PackedLayout]]:
+def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> SampleIndex:
     """Index one shard from its headers.
 
     Args:
@@ -229,14 +237,14 @@ def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> tuple[SampleI
             f"{shown(path)} holds {len(rows)} samples, not {sidecar.output.samples}; delete it and encode "
             "again"
         )
-    index = SampleIndex(np.array(rows, _ROW), np.frombuffer(bytes(text), np.uint8))
+    index = SampleIndex(np.array(rows, _ROW), np.frombuffer(bytes(text), np.uint8), layouts)
     for number, layout in enumerate(layouts):
         packed = np.sort(index.rows["latent"][index.rows["file"] == number])
         if not np.array_equal(packed, np.arange(layout.rows)):
             raise ShardError(
                 f"{shown(path)} and {shown(layout.path)} hold different samples; delete both and encode again"
             )
-    return index, layouts
+    return index
 
 
 def _row(

@@ -26,14 +26,7 @@ from latentae.data.sources import shown, size_of
 from latentae.encoding.image_batches import Skipped, Source
 from latentae.encoding.latent_shard import JSON_MEMBER, LATENT_MEMBER
 from latentae.encoding.plan import Shard, ShardSettings
-from latentae.encoding.sidecar import (
-    PackedFile,
-    ShardFile,
-    Sidecar,
-    packed_name,
-    sidecar_name,
-    write_sidecar,
-)
+from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, packed_name, sidecar_name, write_sidecar
 from latentae.encoding.store import Store
 from latentae.errors import OutputError, ShardError
 from latentae.models.latent_statistics import LatentStatistics

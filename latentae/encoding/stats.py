@@ -28,7 +28,7 @@ def stats(options: StatsOptions) -> dict[str, Any]:
     """
     store, record = open_output(options.out)
     sizes = store.sizes()
-    total = LatentStatistics.empty(0)
+    total: LatentStatistics | None = None
     shards, fingerprints = 0, set[str]()
     skipped: Counter[str] = Counter()
     for sidecar in filter(None, read_sidecars(store, listed_shards(sizes), sizes)):
@@ -38,7 +38,8 @@ def stats(options: StatsOptions) -> dict[str, Any]:
             raise OutputError(
                 f"{store.shown} holds shards of different jobs; find them with `latentae verify`"
             )
-        total = total.merge(LatentStatistics.from_json(sidecar.statistics))
+        part = LatentStatistics.from_json(sidecar.statistics)
+        total = part if total is None else total.merge(part)
         skipped.update({reason: len(keys) for reason, keys in sidecar.skipped.items()})
     planned = record["inputs"].get("shards")
     return {
@@ -48,7 +49,7 @@ def stats(options: StatsOptions) -> dict[str, Any]:
         "planned": planned.get("count") if isinstance(planned, dict) else None,
         "dtype": record["inputs"].get("dtype"),
         "skipped": dict(skipped),
-        **total.summary(),
+        **(total or LatentStatistics.empty(0)).summary(),
     }
 
 
