@@ -24,12 +24,7 @@ from latentae.evaluation.methods.method import Method, ModelMethod, PatchMethod
 from latentae.evaluation.options import EvaluateOptions
 from latentae.measures.extractors import Extractor, choose_extractor
 from latentae.measures.perceptual_distance import Distance, choose_distance
-from latentae.measures.training_data import (
-    TrainingData,
-    given_training_data,
-    recorded_training_data,
-    training_images,
-)
+from latentae.measures.training_data import TrainingData, recorded_training_data, training_images
 from latentae.models.base import Autoencoder
 from latentae.models.foreign import load_any_model
 from latentae.models.pca import MAX_PATCH_NUMBERS, PatchBasis, PatchPCA, fit_pca, sketch_pca
@@ -217,7 +212,7 @@ def load_inputs(options: EvaluateOptions) -> LoadedInputs:
     training = (
         recorded_training_data(source)
         if options.pca_shards is None
-        else given_training_data(options.pca_shards)
+        else TrainingData(load_index(expand_shards(options.pca_shards)))
     )
     index = load_index(expand_shards(options.shards))
     extractor = choose_extractor(options.frechet, resolution, device)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from latentae.errors import ImageError, OutputError
 from latentae.files import atomic_file
-from latentae.measures.frechet import frechet_distance, moments_of, split_moments
+from latentae.measures.frechet import frechet_distance, split_moments
 from latentae.measures.latents.probe import probe_report
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.scores import Scores
@@ -86,7 +86,7 @@ class Measurement:
                 before = self.halves
                 self.halves = (before[0].merge(first), before[1].merge(second)) if before else (first, second)
             else:
-                found = moments_of(rows[np.isfinite(rows).all(axis=1)])
+                found = Moments.of(rows[np.isfinite(rows).all(axis=1)])
                 self.moments[method] = self.moments[method].merge(found) if method in self.moments else found
 
     def feature_rows(self, method: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from latentae.file_names import REPORT
 from latentae.files import write_text
+from latentae.measures.latents.report import ACTIVE_VARIANCE
 from latentae.measures.scores import HIGHER_IS_BETTER, interval_text, methods, metric_label, rank
 from latentae.pages.charts import WIDE, Chart, Curve, bar_plot, line_plot
 from latentae.pages.curves import curve_chart, curve_title, read_log
@@ -20,7 +21,6 @@ from latentae.pages.render import number, render, why
 
 __all__ = ["evaluation_context", "example_pictures", "write_evaluation_report"]
 
-ACTIVE = 0.01  # a channel with a larger variance of the posterior mean counts as active
 CODECS = ("jpeg", "webp", "pca", "dct")  # drawn dashed, behind the models
 PAGE_PIXELS = 5_000_000  # of all galleries; a pixel of a photo takes about 2.7 bytes
 INTERPOLATION = 9 * 128  # maximum width of the picture of an interpolation, in pixels
@@ -68,7 +68,7 @@ def evaluation_context(
         "methods": _method_rows(result),
         "galleries": _galleries(folder, result),
         "error_scale": {"gradient": scale_gradient(), "ticks": TICKS, "brightest": BRIGHTEST},
-        "active": ACTIVE,
+        "active": ACTIVE_VARIANCE,
         "channel_charts": _channel_charts(latent),
         "channels": _channel_columns(latent),
         "spectrum_chart": _spectrum_chart(latent.get("spectrum")),
@@ -211,7 +211,7 @@ def _channel_charts(latent: Mapping[str, Any]) -> dict[str, Chart]:
             color=2,
             x="channel",
             log=True,
-            level=(ACTIVE, ""),
+            level=(ACTIVE_VARIANCE, ""),
         )
     return charts
 

@@ -28,27 +28,7 @@ from torch import Tensor
 from latentae.errors import DataError
 from latentae.models.latent_statistics import Moments
 
-__all__ = ["frechet_distance", "half_of", "moments_of", "noise_floor", "split_moments"]
-
-
-def moments_of(features: Tensor | np.ndarray) -> Moments:
-    """Mean and scatter matrix of feature vectors [N, d], in fp64.
-
-    Raises:
-        DataError: the features are not two-dimensional, or not finite.
-    """
-    if isinstance(features, Tensor):
-        features = features.detach().cpu().numpy()
-    values = np.asarray(features, np.float64)
-    if values.ndim != 2:
-        raise DataError(
-            f"features have shape {values.shape}, expected [images, features]; flatten each image"
-        )
-    if not np.isfinite(values).all():
-        raise DataError("features are NaN or infinite, so distances do not exist; use another extractor")
-    mean = values.mean(axis=0) if len(values) else np.zeros(values.shape[1])
-    centered = values - mean
-    return Moments(len(values), mean, centered.T @ centered)
+__all__ = ["frechet_distance", "half_of", "noise_floor", "split_moments"]
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -100,7 +80,7 @@ def split_moments(keys: Sequence[str], features: Tensor | np.ndarray) -> tuple[M
         features: [N, d].
 
     Raises:
-        DataError: the numbers of keys and rows differ, or `moments_of` refuses the features.
+        DataError: the numbers of keys and rows differ, or `Moments.of` refuses the features.
     """
     if len(keys) != len(features):
         raise DataError(
@@ -108,7 +88,7 @@ def split_moments(keys: Sequence[str], features: Tensor | np.ndarray) -> tuple[M
         )
     second = np.array([half_of(key) for key in keys], dtype=bool)
     values = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
-    return moments_of(values[~second]), moments_of(values[second])
+    return Moments.of(values[~second]), Moments.of(values[second])
 
 
 def noise_floor(halves: tuple[Moments, Moments]) -> float | None:

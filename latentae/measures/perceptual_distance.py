@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from latentae.data.transforms import to_float
-from latentae.errors import ImageError, RecipeError, WeightsError
+from latentae.errors import ImageError, WeightsError
 from latentae.losses.options import PerceptualNet
 from latentae.losses.perceptual import FrozenDistance, build_perceptual, perceptual_available
+from latentae.measures.options import PerceptualName
 
 __all__ = ["Distance", "choose_distance"]
 
@@ -52,7 +52,7 @@ class Distance:
         return self.module.distance(self.module.features(to_float(images)), seen).double()
 
 
-def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu") -> Distance:
+def choose_distance(net: PerceptualName, resolution: int, device: torch.device | str = "cpu") -> Distance:
     """Build a perceptual distance.
 
     Args:
@@ -63,7 +63,6 @@ def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu
         device: where it runs.
 
     Raises:
-        RecipeError: an unknown name.
         WeightsError, MissingDependencyError: the weights of a named network can't be loaded.
         ImageError: the images are too small for a named network.
     """
@@ -78,10 +77,7 @@ def choose_distance(net: str, resolution: int, device: torch.device | str = "cpu
         return Distance(
             None, None, f"this machine has the weights of none of {known} for {resolution}-pixel images"
         )
-    if net not in get_args(PerceptualNet):
-        names = ", ".join(get_args(PerceptualNet))
-        raise RecipeError(f"unknown perceptual distance {net!r}; use auto or one of {names}")
-    module = build_perceptual(cast(PerceptualNet, net))
+    module = build_perceptual(net)
     if resolution < module.minimum_size:
         raise ImageError(
             f"{module.name} needs sides of at least {module.minimum_size} pixels, got {resolution}; use "

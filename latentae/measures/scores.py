@@ -137,19 +137,10 @@ def interval_text(metric: str, interval: Mapping[str, Any]) -> tuple[str, str]:
 
 def methods(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Methods with results, the model first, each with `name`, `label` and `metrics`."""
-    return [
-        {"name": "model", "label": "this model", "metrics": result["metrics"]},
-        *({"name": name, **other} for name, other in _named(result) if "metrics" in other),
-    ]
-
-
-def _named(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """8-bit latents, then the compared models, then the baselines."""
-    baselines = dict(result["baselines"])
-    quantised = baselines.pop("latent_8bit", None)
-    yield from [("latent_8bit", quantised)] if quantised else []
-    yield from ((other["name"], other) for other in result.get("compared", ()))
-    yield from baselines.items()
+    quantized, *baselines = ({"name": name, **other} for name, other in result["baselines"].items())
+    others = [quantized, *result.get("compared", ()), *baselines]
+    model = {"name": "model", "label": "this model", "metrics": result["metrics"]}
+    return [model, *(other for other in others if "metrics" in other)]
 
 
 def print_table(result: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,7 @@ from latentae.file_names import RECIPE
 from latentae.models.pretrained import ModelSource
 from latentae.progress import Progress
 
-__all__ = [
-    "TrainingData",
-    "given_training_data",
-    "recorded_recipe",
-    "recorded_training_data",
-    "training_images",
-]
+__all__ = ["TrainingData", "recorded_recipe", "recorded_training_data", "training_images"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,6 @@ class TrainingData:
     held_out: float = 0.0
     reason: str = ""
     max_pixels: int = MAX_PIXELS
-
-
-def given_training_data(shards: str | Path | Sequence[str | Path]) -> TrainingData:
-    """Training shards given by the user; ShardError if they do not exist."""
-    return TrainingData(load_index(expand_shards(shards)))
 
 
 def recorded_training_data(source: ModelSource) -> TrainingData:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from latentae.errors import DataError
+
 __all__ = ["LatentStatistics", "Moments", "merge"]
 
 Vector = np.ndarray  # [z] float64
@@ -36,6 +38,31 @@ class Moments:
     count: int
     mean: np.ndarray
     m2: np.ndarray
+
+    @classmethod
+    def empty(cls, dim: int) -> Moments:
+        """The moments of no vector."""
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
+
+    @classmethod
+    def of(cls, vectors: Tensor | np.ndarray) -> Moments:
+        """Mean and scatter matrix of the rows of [N, d].
+
+        Raises:
+            DataError: the vectors are not two-dimensional, or not finite.
+        """
+        if isinstance(vectors, Tensor):
+            vectors = vectors.detach().cpu().numpy()
+        values = np.asarray(vectors, np.float64)
+        if values.ndim != 2:
+            raise DataError(f"vectors have shape {values.shape}, expected [N, d]; flatten each image")
+        if not np.isfinite(values).all():
+            raise DataError("vectors have NaN or infinite values; use another model or extractor")
+        if not len(values):
+            return cls.empty(values.shape[1])
+        mean = values.mean(axis=0)
+        centered = values - mean
+        return cls(len(values), mean, centered.T @ centered)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of vectors (Chan et al. 1979, eq. 2.1)."""

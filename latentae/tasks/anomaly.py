@@ -20,9 +20,9 @@ from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.files import read_json, write_json
 from latentae.keyed import derive_seed
-from latentae.measures.frechet import Moments
 from latentae.measures.perceptual_distance import Distance, choose_distance
 from latentae.measures.scores import SAME, rank
+from latentae.models.latent_statistics import Moments
 from latentae.options import verb
 from latentae.pages.images import write_png
 from latentae.progress import Progress, say
@@ -181,9 +181,9 @@ class _Detection:
             for name, values in scores.items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
             count += len(batch.items)
-        if moments.n < 2:
+        if moments.count < 2:
             raise DataError(
-                f"found {moments.n} latent vectors of normal images, expected 2 or more; give more images"
+                f"found {moments.count} latent vectors of normal images, expected 2 or more; give more images"
             )
         gaussian = Gaussian.of(moments)
         units = {name: _rounded(total / count) for name, total in sums.items()}

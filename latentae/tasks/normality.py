@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from latentae.errors import DataError
-from latentae.measures.frechet import Moments
 from latentae.models.corruptions import blur
+from latentae.models.latent_statistics import Moments
 
 __all__ = ["Gaussian", "auroc", "conformal_threshold", "error_map"]
 
@@ -54,9 +54,9 @@ class Gaussian:
         Raises:
             DataError: all vectors are equal.
         """
-        size = moments.dim
-        mean, covariance = torch.from_numpy(moments.mean), torch.from_numpy(moments.m2 / moments.n)
-        share = max(size / (moments.n + size), SHRINKAGE)
+        size = len(moments.mean)
+        mean, covariance = torch.from_numpy(moments.mean), torch.from_numpy(moments.m2 / moments.count)
+        share = max(size / (moments.count + size), SHRINKAGE)
         scale = float(covariance.diagonal().mean())
         if scale <= 0:
             raise DataError(

@@ -15,8 +15,8 @@ from latentae.errors import DataError, ImageError, ModelError, RecipeError
 from latentae.file_names import RECORD
 from latentae.jobs import Job
 from latentae.keyed import keyed_normal
-from latentae.measures.frechet import Moments
 from latentae.measures.training_data import recorded_recipe
+from latentae.models.latent_statistics import Moments
 from latentae.options import verb
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import open_images
@@ -187,7 +187,7 @@ def fit_latent_gaussian(posteriors: Iterable[tuple[Tensor, Tensor]]) -> LatentGa
     if moments is None or count < 2:
         raise DataError(f"found {count} latents, expected 2 or more to fit a Gaussian; give more images")
     mean, noise = total / count, spread / count
-    covariance = torch.from_numpy(moments.m2 / moments.n)
+    covariance = torch.from_numpy(moments.m2 / moments.count)
     if mean.numel() <= FULL_NUMBERS:
         return LatentGaussian(mean, _root(covariance + noise.flatten().diag()), count)
     # without the variation of the mean itself over positions

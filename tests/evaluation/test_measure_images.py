@@ -14,9 +14,10 @@ from latentae.evaluation.measure_images import Instruments, Loaded, measure, sam
 from latentae.evaluation.measurement import MODEL, QUANTIZED, Measurement, merge
 from latentae.evaluation.methods.method import ModelMethod, Result
 from latentae.measures.extractors import Extractor
-from latentae.measures.frechet import frechet_distance, moments_of
+from latentae.measures.frechet import frechet_distance
 from latentae.measures.metrics import psnr, ssim
 from latentae.measures.perceptual_distance import Distance
+from latentae.models.latent_statistics import Moments
 
 NONE = Distance(None, None, "not asked for")
 COLORS = Extractor("FD-colors", 3, "mean color", "a test", lambda x: x.float().mean(dim=(2, 3)))
@@ -73,7 +74,7 @@ def test_frechet_distances_are_those_of_all_features_at_once(tiny_model, smooth_
     total = merge([measure(instruments(model), chunk, 2) for chunk in chunks])
     with torch.inference_mode():
         made = to_uint8(model.decode(model.encode(to_float(images)).mode()))
-    expected = frechet_distance(moments_of(COLORS(made)), moments_of(COLORS(images)))
+    expected = frechet_distance(Moments.of(COLORS(made)), Moments.of(COLORS(images)))
     assert total.frechet()[MODEL] == pytest.approx(expected, rel=1e-2)
     assert total.halves is not None
     assert total.keys == [f"{row:03}" for row in range(9)]

@@ -15,7 +15,7 @@ from latentae.data.shards import write_shards
 from latentae.data.shrinking import encode_png
 from latentae.errors import DataError, ModelError, RecipeError
 from latentae.losses.perceptual import perceptual_available
-from latentae.measures.frechet import Moments
+from latentae.models.latent_statistics import Moments
 from latentae.models.linear import LinearAutoencoder
 from latentae.tasks.normality import Gaussian, auroc, conformal_threshold, error_map
 

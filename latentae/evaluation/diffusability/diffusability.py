@@ -18,7 +18,7 @@ from latentae.evaluation.diffusability.flow import EVALUATIONS, Fitted, draw, fi
 from latentae.evaluation.diffusability.interpolated import NEIGHBORS, draw_neighbors, midpoint
 from latentae.evaluation.diffusability.latents import LATENTS, Latents, Whitening, collect
 from latentae.measures.extractors import Extractor, as_rgb
-from latentae.measures.frechet import frechet_distance, moments_of, noise_floor, split_moments
+from latentae.measures.frechet import frechet_distance, noise_floor, split_moments
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics, Moments
 from latentae.pages.images import image_grid
@@ -228,13 +228,12 @@ class _Job:
 
     def frechet(self, parts: Iterable[Tensor | None]) -> float | None:
         """Frechet distance of images, in parts, from the originals; None if a part is missing."""
-        total: Moments | None = None
+        total = Moments.empty(self.extractor.dim)
         for part in parts:
             if part is None:
                 return None
-            found = moments_of(self.extractor(part))
-            total = found if total is None else total.merge(found)
-        return None if total is None else frechet_distance(self.originals, total)
+            total = total.merge(Moments.of(self.extractor(part)))
+        return frechet_distance(self.originals, total)
 
 
 def _shown(images: Tensor) -> list[Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from latentae.data.transforms import to_uint8
 from latentae.errors import DataError, RecipeError
 from latentae.evaluation.diffusability.diffusability import diffusability
-from latentae.measures.frechet import frechet_distance, moments_of
+from latentae.measures.frechet import frechet_distance
+from latentae.models.latent_statistics import Moments
 
 
 def run(
@@ -77,7 +78,7 @@ def test_half_way_to_an_equal_neighbour_is_the_reconstruction():
     copies = torch.cat([images] * 10)  # all ten nearest neighbours of an image are its copies
     result, _ = run(neighbors=batches(copies, 50))
     made = to_uint8(model.decode(model.encode(images / 127.5 - 1).mode()))
-    expected = frechet_distance(moments_of(MOODS(images)), moments_of(MOODS(made)))
+    expected = frechet_distance(Moments.of(MOODS(images)), Moments.of(MOODS(made)))
     assert expected < 1e-6
     assert result["interpolated"]["frechet"] == pytest.approx(expected, abs=1e-3)
     assert result["interpolated"]["from"] == "training images"
