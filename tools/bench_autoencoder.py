@@ -1,40 +1,43 @@
-"""Time encode and decode of an autoencoder beside diffusers' AutoencoderKL with the same weights, into benchmarks/DEVICE/autoencoder.json.
+"""Time encode and decode of an autoencoder and of diffusers' AutoencoderKL with the same weights.
 
-    python tools/bench_autoencoder.py [--preset kl-f8] [--size 256] [--batch 1] [--dtype float32] [--repeats 9] [--out FILE.json]
+    python tools/bench_autoencoder.py [--preset kl-f8] [--size 256] [--dtype float32] [--variants NAME ...]
 
-Variants take turns in one run; medians. On a CPU: diffusers as users run it (channels first) and ours, fp32 unless told otherwise. On a
-CUDA GPU: diffusers, diffusers compiled in channels_last, and ours, bf16, at sides 256, 512 and 1024. Launches count: there are no CUDA
-graphs here. Each output is compared with diffusers in fp64; a variant far from it is not timed. Peak memory is above what weights and
-inputs take; on a CPU (Linux) a fresh process per variant measures it.
+Variants take turns in one run; medians. Each output is compared with diffusers in fp64; a variant far from
+it is not timed. On a CPU: diffusers in its default memory format and ours, in fp32. On a CUDA GPU: diffusers,
+diffusers compiled in channels_last, and ours, in bf16, at sides 256, 512 and 1024; launches count, since there
+are no CUDA graphs. "ours, native 3x3" and "ours, Winograd 3x3" fix the CPU's method for 3x3 convolutions.
+Peak memory is above that of weights and inputs; on a CPU (Linux) a new process per variant measures it.
+Writes benchmarks/DEVICE/autoencoder.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import multiprocessing
 import re
-import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from benchmarking import (
-    ROOT,
-    about,
+    command_line,
     cpu_seconds,
     default_device,
-    folder_name,
+    event_seconds,
     peak_bytes,
+    result_file,
+    save,
     version,
-    write_json,
 )
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as DiffusersAutoencoderKL
 from diffusers.utils import logging
+from latentae_kernels import winograd
 from torch import Tensor
 
 from latentae.errors import LatentAEError
@@ -42,11 +45,9 @@ from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import preset
 
 Call = Callable[[], Tensor]
-WORST_ERROR = {
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}  # relative to diffusers in fp64, 2-norm
+VARIANTS = ("diffusers", "diffusers compiled", "ours", "ours, native 3x3", "ours, Winograd 3x3")
+# largest error relative to diffusers in fp64, 2-norm
+WORST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Setting:
     device: torch.device
 
     def inputs(self) -> dict[str, Tensor]:
-        """An image batch to encode and a latent batch to decode, the same numbers in every call."""
+        """An image batch to encode and a latent batch to decode, from a fixed seed."""
         config = preset(self.preset)
         generator = torch.Generator().manual_seed(0)
         side = self.size // config.downsampling
@@ -72,14 +73,15 @@ class Setting:
 def build(
     name: str, setting: Setting, dtype: torch.dtype | None = None
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Encode (to the posterior's mean) and decode of one variant; the same seed gives all of them the same weights."""
+    """Encode (to the posterior's mean) and decode of one variant; all variants have the same weights."""
     config = preset(setting.preset)
     torch.manual_seed(0)
     ours = AutoencoderKL(config).eval()
     place: dict[str, Any] = {"device": setting.device, "dtype": dtype or setting.dtype}
-    if name == "ours":
+    if name.startswith("ours"):
         ours.to(**place, memory_format=torch.channels_last)
-        return {"encode": lambda x: ours.encode(x).mode(), "decode": ours.decode}
+        calls = {"encode": lambda x: ours.encode(x).mode(), "decode": ours.decode}
+        return {step: _with_convolutions(name, call) for step, call in calls.items()}
     theirs: Any = DiffusersAutoencoderKL(**config.model_dump()).eval()
     theirs.load_state_dict(ours.state_dict())
     theirs.to(**place)
@@ -95,13 +97,26 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def variants(device: torch.device) -> list[str]:
-    return ["diffusers", "ours"] if device.type == "cpu" else ["diffusers", "diffusers compiled", "ours"]
+def _with_convolutions(name: str, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`call` with the method for 3x3 convolutions that the variant's name gives."""
+
+    def method() -> AbstractContextManager[Any]:
+        if name.endswith("native 3x3"):
+            return patch.object(winograd, "_pays", lambda x, weight: False)
+        if name.endswith("Winograd 3x3"):
+            return patch.object(winograd, "_capability", lambda: winograd._MEASURED)
+        return nullcontext()
+
+    def run(x: Tensor) -> Tensor:
+        with method():
+            return call(x)
+
+    return run
 
 
-def measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
+def measure(setting: Setting, variants: list[str], repeats: int) -> list[dict[str, Any]]:
     """A row for encode and one for decode."""
-    models = {name: build(name, setting) for name in variants(setting.device)}
+    models = {name: build(name, setting) for name in variants}
     exact = build("diffusers", setting, torch.float64)
     rows = []
     for step, x in setting.inputs().items():
@@ -117,16 +132,16 @@ def measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
         else:
             row["peak_bytes"] = {name: peak_bytes(call) for name, call in calls.items()}
             row["seconds"] = event_seconds(calls, repeats)
-        row["ratio"] = {
-            name: value / row["seconds"]["ours"] for name, value in row["seconds"].items() if name != "ours"
-        }
+        seconds = dict(row["seconds"])
+        ours = seconds.pop("ours")
+        row["ratio"] = {name: value / ours for name, value in seconds.items()}
         print(_line(row), flush=True)
         rows.append(row)
     return rows
 
 
 def compare(calls: Mapping[str, Call], exact: Tensor, worst: float) -> dict[str, Any]:
-    """How far each variant is from fp64 (relative, 2-norm), and ours from diffusers (largest difference of a value)."""
+    """Relative error (2-norm) of each variant against fp64, and the largest difference from diffusers."""
     outputs = {name: call().double().cpu() for name, call in calls.items()}
     norm = torch.linalg.vector_norm
     error = {name: float(norm(output - exact) / norm(exact)) for name, output in outputs.items()}
@@ -135,23 +150,8 @@ def compare(calls: Mapping[str, Call], exact: Tensor, worst: float) -> dict[str,
             raise SystemExit(
                 f"{name}: relative error {value:.1e}, expected at most {worst:.0e}; nothing was timed"
             )
-    largest = float((outputs["ours"] - outputs["diffusers"]).abs().max())
+    largest = max(float((output - outputs["diffusers"]).abs().max()) for output in outputs.values())
     return {"error": error, "largest_difference": largest, "largest_output": float(exact.abs().max())}
-
-
-def event_seconds(calls: Mapping[str, Call], repeats: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds on the GPU's clock, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + warmup):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            if repeat >= warmup:
-                times[name].append(1e-3 * start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _peak_in_new_process(name: str, setting: Setting, step: str) -> int | None:
@@ -161,13 +161,13 @@ def _peak_in_new_process(name: str, setting: Setting, step: str) -> int | None:
 
 @torch.no_grad()
 def _peak_resident(name: str, setting: Setting, step: str) -> int | None:
-    """The most resident memory of this process while a step runs twice, above what it holds before; None where the system can't say."""
+    """Peak resident memory of a step that runs twice, above that before; None if the system cannot say."""
     logging.set_verbosity_error()
     call, x = build(name, setting)[step], setting.inputs()[step]
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that building has freed must not serve the step uncounted
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory must not serve the step uncounted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
         call(x)
         call(x)
@@ -193,36 +193,37 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="kl-f8", help="the model's shape")
-    parser.add_argument(
-        "--size", type=int, nargs="+", help="sides of the images (default: 256; on a GPU also 512 and 1024)"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="images in a batch")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, bfloat16 on a GPU"
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each variant")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/autoencoder.json"
+    device = default_device()
+    cpu = device.type == "cpu"
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--preset", default="kl-f8", help="model preset")
+    add("--size", type=int, nargs="+", default=[256] if cpu else [256, 512, 1024], help="sides in pixels")
+    add("--batch", type=int, default=1, help="images per batch")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default=dtypes[0 if cpu else 1], help="dtype of weights and inputs")
+    add("--repeats", type=int, default=9, help="timed runs of each variant")
+    default = ["diffusers", "ours"] if cpu else list(VARIANTS[:3])
+    add(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=default,
+        help="what to time, with ours and diffusers",
     )
     options = parser.parse_args()
+    variants = list(dict.fromkeys(["diffusers", *options.variants, "ours"]))
     logging.set_verbosity_error()
-    device = default_device()
-    sizes = options.size or ([256] if device.type == "cpu" else [256, 512, 1024])
-    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     rows = []
     try:
         with torch.no_grad():
-            for size in sizes:
-                rows += measure(Setting(options.preset, size, options.batch, dtype, device), options.repeats)
+            for size in options.size:
+                setting = Setting(options.preset, size, options.batch, getattr(torch, options.dtype), device)
+                rows += measure(setting, variants, options.repeats)
     except LatentAEError as error:
         raise SystemExit(f"bench_autoencoder: {error}") from None
-    out = options.out or ROOT / "benchmarks" / folder_name(device) / "autoencoder.json"
-    write_json(out, {**about(device), "diffusers": version("diffusers"), "rows": rows})
-    print(f"wrote {out}")
+    out = options.out or result_file(device, "autoencoder")
+    save(out, device, {"diffusers": version("diffusers"), "rows": rows})
 
 
 if __name__ == "__main__":
