@@ -1,13 +1,14 @@
 """Time encode and decode of an autoencoder and of diffusers' AutoencoderKL with the same weights.
 
-    python tools/bench_autoencoder.py [--preset kl-f8] [--size 256] [--dtype float32] [--variants NAME ...]
+    python tools/bench_autoencoder.py [--preset kl-f8] [--size 256] [--dtype float32] [--variants
+    NAME ...]
 
-Variants take turns in one run; medians. Each output is compared with diffusers in fp64; a variant far from
-it is not timed. On a CPU: diffusers in its default memory format and ours, in fp32. On a CUDA GPU: diffusers,
-diffusers compiled in channels_last, and ours, in bf16, at sides 256, 512 and 1024; launches count, since there
-are no CUDA graphs. "ours, native 3x3" and "ours, Winograd 3x3" fix the CPU's method for 3x3 convolutions.
-Peak memory is above that of weights and inputs; on a CPU (Linux) a new process per variant measures it.
-Writes benchmarks/DEVICE/autoencoder.json.
+Variants take turns in one run; medians. Each output is compared with diffusers in fp64; a variant
+far from it is not timed. On a CPU: diffusers in its default memory format and ours, in fp32. On a
+CUDA GPU: diffusers, diffusers compiled in channels_last, and ours, in bf16, at sides 256, 512 and
+1024; launches count, since there are no CUDA graphs. "ours, native 3x3" and "ours, Winograd 3x3"
+fix the CPU's method for 3x3 convolutions. Peak memory is above that of weights and inputs; on a CPU
+(Linux) a new process per variant measures it. Writes benchmarks/DEVICE/autoencoder.json.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Setting:
 def build(
     name: str, setting: Setting, dtype: torch.dtype | None = None
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Encode (to the posterior's mean) and decode of one variant; all variants have the same weights."""
+    """Encode (to the posterior's mean) and decode of a variant; all have the same weights."""
     config = preset(setting.preset)
     torch.manual_seed(0)
     ours = AutoencoderKL(config).eval()
@@ -141,7 +142,7 @@ def measure(setting: Setting, variants: list[str], repeats: int) -> list[dict[st
 
 
 def compare(calls: Mapping[str, Call], exact: Tensor, worst: float) -> dict[str, Any]:
-    """Relative error (2-norm) of each variant against fp64, and the largest difference from diffusers."""
+    """Relative errors (2-norm) against fp64, and the largest difference from diffusers."""
     outputs = {name: call().double().cpu() for name, call in calls.items()}
     norm = torch.linalg.vector_norm
     error = {name: float(norm(output - exact) / norm(exact)) for name, output in outputs.items()}
@@ -161,7 +162,7 @@ def _peak_in_new_process(name: str, setting: Setting, step: str) -> int | None:
 
 @torch.no_grad()
 def _peak_resident(name: str, setting: Setting, step: str) -> int | None:
-    """Peak resident memory of a step that runs twice, above that before; None if the system cannot say."""
+    """Peak resident memory of two runs of a step above that before, or None."""
     logging.set_verbosity_error()
     call, x = build(name, setting)[step], setting.inputs()[step]
     gc.collect()

@@ -1,18 +1,24 @@
-"""Time latentae's training loader beside plain webdataset + PIL on the same shards, and write benchmarks/DEVICE/data.json.
+"""Time latentae's training loader and plain webdataset + PIL on the same shards.
 
-    python tools/bench_data.py [--images 2000] [--batch 32] [--workers 0] [--worlds 1,2,4,8] [--stages-only] [--out FILE.json]
+    python tools/bench_data.py [--images 2000] [--batch 32] [--workers 0] [--worlds 1 2 4 8]
+    [--stages-only]
 
-The shards hold JPEGs of quality 90, 512 pixels on the short side, cut from the photos of scikit-image and scikit-learn (from synthetic
-noise where these are not installed), each with a caption. Both loaders read one epoch, shuffle, decode, cut a random square of half
-to all of the short side, resize it to 256 (antialiased bicubic), mirror half of them and join batches; the two give the same crop to
-within a level. Loaders take turns, each in a fresh process with one thread; medians.
+The shards have JPEGs of quality 90, 512 pixels on the short side, cut from the photos of
+scikit-image and scikit-learn (or synthetic noise if these are not installed), each with a caption.
+Both loaders read one epoch, shuffle, decode, cut a random square of half to all of the short side,
+resize it to 256 (antialiased bicubic), flip half of them and build batches; the crops agree within
+a level. Loaders take turns, each in a new process with one thread; medians. Writes
+benchmarks/DEVICE/data.json:
 
-- stages: decoding and cropping alone, milliseconds of CPU time an image, and how far the pixels are from PIL's.
-- loader: images per second of CPU time, which is what one core delivers, and by the clock; with --workers also from worker processes.
-  Resident memory above that of a process that has imported the same and read nothing: after a quarter of the epoch, and the most.
-- read amplification: bytes that all ranks together read from files in one epoch, over the bytes of the members of the samples they used.
+- stages: decoding and cropping alone, CPU milliseconds per image, and the difference of pixels from
+  PIL's.
+- loader: images per second of CPU time (what one core delivers) and by the clock; with --workers
+  also from worker processes. Resident memory above that of a process that has imported the same
+  modules and read nothing: after a quarter of the epoch, and its peak.
+- read amplification: bytes that all ranks together read from files in one epoch, over the bytes of
+  the members of the samples they used.
 
-Linux only: what a process reads and holds comes from /proc.
+Linux only: bytes and memory come from /proc.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, about, folder_name, version, write_json
+from benchmarking import about, command_line, result_file, version, write_json
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +64,7 @@ BASELINE, OURS, OURS_PILLOW = "webdataset + PIL", "latentae", "latentae, Pillow 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures: its rank's share of one epoch."""
+    """The measurement of one process: its rank's share of one epoch."""
 
     loader: str
     shards: tuple[str, ...]
@@ -72,7 +78,7 @@ class Job:
 
 
 def sources() -> tuple[str, list[Image.Image]]:
-    """Photos large enough to cut from, or noise with the spectrum of photos (amplitude 1 / frequency, Field 1987)."""
+    """Photos, or noise with their spectrum (amplitude 1 / frequency, Field 1987)."""
     try:
         photos = [Image.open(photo_file(name)).convert("RGB") for name in (*TRAINING, *HELD_OUT)]
         return "photos of scikit-image and scikit-learn", photos
@@ -90,7 +96,7 @@ def _synthetic(seed: int, side: int = 1024) -> Image.Image:
 
 
 def jpeg(photos: list[Image.Image], number: int) -> bytes:
-    """One image of the data set: a random cut of a photo, brought to 512 pixels."""
+    """One image of the data set: a random crop of a photo, resized to 512 pixels."""
     rng = np.random.default_rng(number)
     photo, height, width = photos[number % len(photos)], SHORT, LONG[number % len(LONG)]
     factor = min(photo.height / height, photo.width / width) * rng.uniform(0.7, 1.0)
@@ -122,7 +128,7 @@ def write_tars(folder: Path, photos: list[Image.Image], images: int, per_shard: 
 
 
 def pil_crop(image: Image.Image, seed: int) -> Tensor:
-    """`random_crop_flip` as one writes it with PIL: crop, resize, mirror, copy."""
+    """`random_crop_flip` in PIL: crop, resize, flip, copy."""
     draws = (np.random.Philox(key=seed).random_raw(4) >> np.uint64(11)) * 2.0**-53
     short = min(image.size)
     lowest, highest = (min(max(bound * short, SIZE), short) for bound in SCALE)
@@ -135,7 +141,7 @@ def pil_crop(image: Image.Image, seed: int) -> Tensor:
 
 
 def plain_batches(job: Job) -> Iterator[tuple[list[str], Tensor]]:
-    """webdataset as its documentation has it: shards split over ranks, a shuffle buffer, decoded by PIL."""
+    """webdataset as documented: shards split over ranks, a shuffle buffer, PIL decoding."""
     import webdataset
 
     wds: Any = webdataset  # its names are resolved lazily, past type checkers
@@ -186,23 +192,23 @@ def batches(job: Job) -> Iterator[tuple[Any, Tensor]]:
 
 
 def _status(field: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS, or VmHWM, its highest."""
+    """A line of /proc/self/status in bytes: VmRSS, or VmHWM, its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def _bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: by read and pread, from whatever file
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: by read and pread, from any file
 
 
 def load(job: Job, warm_up: Job) -> dict[str, Any]:
-    """One rank's share of an epoch, and what it took. `warm_up` is loaded first, so that modules are there before anything counts."""
+    """Load one rank's share of an epoch and measure it; `warm_up` first imports all modules."""
     torch.set_num_threads(1)
     for _ in batches(warm_up):
         pass
     keys: list[str] = []
     resident = [_status("VmRSS")]
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start, cpu, read = time.perf_counter(), time.process_time(), _bytes_read()
     for names, images in batches(job):
         assert images.shape[0] == len(names)
@@ -219,12 +225,12 @@ def load(job: Job, warm_up: Job) -> dict[str, Any]:
 
 
 def _send(pipe: Connection, job: Job, warm_up: Job) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as is usual on Linux
+    multiprocessing.set_start_method("fork", force=True)  # for a loader's workers, the usual method on Linux
     pipe.send(load(job, warm_up))
 
 
 def run(job: Job, warm_up: Job) -> dict[str, Any]:
-    """`load` in a fresh process."""
+    """`load` in a new process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["latentae.data.loader", "webdataset", "torchvision"])
     ours, theirs = context.Pipe(duplex=False)
@@ -235,7 +241,7 @@ def run(job: Job, warm_up: Job) -> dict[str, Any]:
         return ours.recv()
     except EOFError:
         sys.exit(
-            f"the process of {job.loader}, rank {job.rank} of {job.world_size}, died; its error is above"
+            f"the process of {job.loader}, rank {job.rank} of {job.world_size}, died; see its error above"
         )
     finally:
         process.join()
@@ -247,7 +253,7 @@ def run(job: Job, warm_up: Job) -> dict[str, Any]:
 def cpu_milliseconds(
     calls: Mapping[str, Callable[[], object]], images: int, repeats: int
 ) -> dict[str, float]:
-    """Median CPU time an image of each call, the calls taking turns: the clock would count what else the machine does."""
+    """Median CPU milliseconds per image of each call, the calls taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -259,7 +265,7 @@ def cpu_milliseconds(
 
 
 def stages(jpegs: list[bytes], loaders: list[str], repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of each stage and of the whole way from bytes to crop, in one process."""
+    """Milliseconds of each stage and of all stages from bytes to crop, in one process."""
     opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in jpegs]
     decoded = [decode_image(data, "image") for data in jpegs]
     fast = pixels.simplejpeg
@@ -286,22 +292,17 @@ def stages(jpegs: list[bytes], loaders: list[str], repeats: int) -> list[dict[st
     }
     rows = []
     for stage, plain_call in plain.items():
+        others = [loader for loader in loaders if loader != BASELINE and stage in ours]
         calls = {BASELINE: plain_call}
-        calls |= {
-            loader: with_decoder(loader, ours[stage])
-            for loader in loaders
-            if loader != BASELINE and stage in ours
-        }
+        calls |= {loader: with_decoder(loader, ours[stage]) for loader in others}
         rows.append({"measure": "stage", "stage": stage} | cpu_milliseconds(calls, len(jpegs), repeats))
     pixels.simplejpeg = fast
     apart = [
         (pil_crop(image, seed).permute(2, 0, 1).int() - our_crop(tensor, seed).int()).abs()
         for seed, (image, tensor) in enumerate(zip(opened, decoded, strict=True))
     ]
-    largest, mean = (
-        max(int(one.max()) for one in apart),
-        statistics.mean(float(one.float().mean()) for one in apart),
-    )
+    largest = max(int(one.max()) for one in apart)
+    mean = statistics.mean(float(one.float().mean()) for one in apart)
     return [*rows, {"measure": "levels apart from PIL", "largest": largest, "mean": mean}]
 
 
@@ -310,28 +311,25 @@ def our_crop(image: Tensor, seed: int) -> Tensor:
 
 
 def throughput(job: Job, loaders: list[str], warm_up: Job, repeats: int) -> list[dict[str, Any]]:
-    """Images per second of each loader, the loaders taking turns, and memory of one that reads in its own process."""
+    """Images per second of each loader, the loaders taking turns, and memory without workers."""
     results: dict[str, list[dict[str, Any]]] = {loader: [] for loader in loaders}
     for _ in range(repeats):
         for loader, runs in results.items():
             runs.append(run(replace(job, loader=loader), replace(warm_up, loader=loader)))
     rows = []
     for loader, runs in results.items():
+        images = len(runs[0]["keys"])
         row: dict[str, Any] = {
             "measure": "loader",
             "loader": loader,
             "workers": job.workers,
-            "images": len(runs[0]["keys"]),
+            "images": images,
         }
-        row["images_per_second"] = statistics.median(len(one["keys"]) / one["seconds"] for one in runs)
+        row["images_per_second"] = statistics.median(images / one["seconds"] for one in runs)
         if not job.workers:
-            row["images_per_cpu_second"] = statistics.median(
-                len(one["keys"]) / one["cpu_seconds"] for one in runs
-            )
-            row |= {
-                name: int(statistics.median(one[name] for one in runs))
-                for name in ("quarter_bytes", "peak_bytes")
-            }
+            row["images_per_cpu_second"] = statistics.median(images / one["cpu_seconds"] for one in runs)
+            for name in ("quarter_bytes", "peak_bytes"):
+                row[name] = int(statistics.median(one[name] for one in runs))
         rows.append(row)
     speed = "images_per_second" if job.workers else "images_per_cpu_second"
     for row in rows[1:]:
@@ -345,22 +343,14 @@ def amplification(
     rows = []
     for loader in loaders:
         for world_size in worlds:
-            ranks = [
-                replace(job, loader=loader, rank=rank, world_size=world_size) for rank in range(world_size)
-            ]
+            share = replace(job, loader=loader, world_size=world_size)
+            ranks = [replace(share, rank=rank) for rank in range(world_size)]
             results = [run(rank, replace(warm_up, loader=loader)) for rank in ranks]
             used = sum(sizes[key] for result in results for key in result["keys"])
             read = sum(result["read_bytes"] for result in results)
-            rows.append(
-                {
-                    "measure": "read amplification",
-                    "loader": loader,
-                    "world_size": world_size,
-                    "read_bytes": read,
-                    "used_bytes": used,
-                    "amplification": read / used if used else None,
-                }
-            )
+            row = {"measure": "read amplification", "loader": loader, "world_size": world_size}
+            row |= {"read_bytes": read, "used_bytes": used, "amplification": read / used if used else None}
+            rows.append(row)
     return rows
 
 
@@ -371,18 +361,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_tars(folder / "warm-up", photos, 2 * options.batch, options.batch)
     sizes = write_tars(folder / "data", photos, options.images, options.shard_size)
     data, warm = (tuple(sorted(map(str, (folder / name).glob("*.tar")))) for name in ("data", "warm-up"))
-    load_index(data)  # written beside the shards, once for all runs
+    load_index(data)  # written next to the shards, once for all runs
     job, warm_up = Job(BASELINE, data, options.batch, 0), Job(BASELINE, warm, options.batch, 0)
     loaders = [BASELINE, OURS_PILLOW, *([OURS] if pixels.simplejpeg else [])]
-    rows = stages(
-        [jpeg(photos, number) for number in range(min(options.images, 60))], loaders, options.repeats
-    )
+    jpegs = [jpeg(photos, number) for number in range(min(options.images, 60))]
+    rows = stages(jpegs, loaders, options.repeats)
     if not options.stages_only:
         for workers in sorted({0, options.workers}):
             rows += throughput(replace(job, workers=workers), loaders, warm_up, options.repeats)
         rows += amplification(job, options.worlds, [BASELINE, loaders[-1]], warm_up, sizes)
     return {
-        "images": f"{options.images} from {source}, {SHORT} x {LONG[0]} to {SHORT} x {LONG[-1]}, JPEG quality {QUALITY}",
+        "images": described(options.images, source),
         "mean_bytes": statistics.mean(sizes.values()),
         "batch": options.batch,
         "shard_size": options.shard_size,
@@ -391,6 +380,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "simplejpeg": version("simplejpeg"),
         "rows": rows,
     }
+
+
+def described(images: int, source: str) -> str:
+    return f"{images} from {source}, {SHORT} x {LONG[0]} to {SHORT} x {LONG[-1]}, JPEG quality {QUALITY}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -408,30 +401,25 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=2000, help="samples of an epoch")
-    parser.add_argument("--shard-size", type=int, default=100, help="samples of a shard")
-    parser.add_argument("--batch", type=int, default=32, help="images of a batch of one rank")
-    parser.add_argument("--workers", type=int, default=0, help="also time so many worker processes")
-    parser.add_argument("--worlds", default="1,2,4,8", help="world sizes to count bytes at")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each loader")
-    parser.add_argument("--stages-only", action="store_true", help="only decoding and cropping, no loader")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/DEVICE/data.json by default")
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--images", type=int, default=2000, help="samples per epoch")
+    add("--shard-size", type=int, default=100, help="samples per shard")
+    add("--batch", type=int, default=32, help="images per batch of one rank")
+    add("--workers", type=int, default=0, help="also time this number of worker processes")
+    add("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="world sizes for counting bytes")
+    add("--repeats", type=int, default=5, help="runs of each loader")
+    add("--stages-only", action="store_true", help="time only decoding and cropping, no loader")
     options = parser.parse_args()
-    options.worlds = [int(world) for world in options.worlds.split(",") if world]
     if not Path("/proc/self/io").exists():
-        sys.exit(
-            "bench_data.py counts bytes and memory in /proc, which this system does not have; run it on Linux"
-        )
+        sys.exit("bench_data.py counts bytes and memory in /proc, which is missing here; run it on Linux")
     device = torch.device("cpu")
-    out = options.out or ROOT / "benchmarks" / folder_name(device) / "data.json"
-    head = about(device)
+    out, head = options.out or result_file(device, "data"), about(device)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         report = head | measure(options, Path(folder))
     write_json(out, report)
-    print(table(report["rows"]))
-    print(f"\nwrote {out}")
+    print(f"{table(report['rows'])}\n\nwrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""Time `latentae encode` beside a plain DataLoader + diffusers loop on the same shards, into benchmarks/DEVICE/encode.json.
+"""Time `latentae encode` and a plain DataLoader + diffusers loop on the same shards.
 
-    python tools/bench_encode.py [--preset kl-f8] [--images 32] [--shard-size 16] [--batch 4] [--resolution 256] [--workers 2]
-                                 [--repeats 3] [--out FILE.json]
+    python tools/bench_encode.py [--preset kl-f8] [--images 32] [--shard-size 16] [--batch 4]
+    [--resolution 256]
 
-The shards are those of bench_data.py: JPEGs of quality 90, 512 pixels on the short side, each with a caption. Variants take turns in one
-process; medians of seconds by the clock.
+The shards are those of bench_data.py: JPEGs of quality 90, 512 pixels on the short side, each with
+a caption. Variants take turns in one process; medians of seconds by the clock. Writes
+benchmarks/DEVICE/encode.json:
 
-- whole: from the command to the last file, loading the model included. `latentae encode` writes tars, checksums and statistics; the plain
-  loop (tarfile, PIL, torchvision, a DataLoader with worker processes, diffusers' AutoencoderKL with the same weights, in bf16 on a GPU)
-  writes one safetensors file of moments a shard.
-- in memory: encoding the same decoded images, batch by batch, and nothing else, on the warm model.
-- stage: what `latentae encode` does, one thing at a time, in seconds of CPU time of all its threads: load the model, read the shards,
-  decode and crop; write is the rest: planning, hashing, tars, sidecars and statistics. By the clock most of it overlaps with encoding.
+- whole: from the command to the last file, including loading the model. `latentae encode` writes
+  tars, checksums and statistics; the plain loop (tarfile, PIL, torchvision, a DataLoader with
+  worker processes, diffusers' AutoencoderKL with the same weights, in bf16 on a GPU) writes one
+  safetensors file of moments per shard.
+- in memory: only encoding the same decoded images, batch by batch, on the warm model.
+- stage: the steps of `latentae encode` one by one, in CPU seconds of all its threads: load the
+  model, read the shards, decode and crop; write is the rest: planning, hashing, tars, sidecars and
+  statistics. By the clock most of it overlaps with encoding.
 
-`over_memory` is whole / in memory, both of latentae; `over_memory_loaded` leaves loading the model out of whole, as a long run does.
-`times_the_baseline` is the plain loop's whole / latentae's whole.
+`over_memory` is whole / in memory, both of latentae; `over_memory_loaded` excludes loading the
+model, as in a long run. `times_the_baseline` is the plain loop's whole / latentae's whole.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_data import LONG, QUALITY, SHORT, sources, write_tars
-from benchmarking import ROOT, about, default_device, folder_name, version, write_json
+from bench_data import described, sources, write_tars
+from benchmarking import command_line, default_device, result_file, save, version
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as DiffusersAutoencoderKL
 from diffusers.utils import logging
 from PIL import Image
@@ -62,7 +65,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """One measurement: model, shards and batch."""
 
     model: Path
     shards: list[str]
@@ -74,7 +77,7 @@ class Setting:
 
     @property
     def compute(self) -> str:
-        """As `latentae encode` chooses it."""
+        """The compute dtype that `latentae encode` chooses."""
         return "bf16" if self.device.type == "cuda" else "fp32"
 
 
@@ -82,7 +85,7 @@ class Setting:
 
 
 class TarImages(IterableDataset[tuple[str, str, Tensor]]):
-    """(shard, key, image in [-1, 1]) of every shard, whole shards to each worker, as one writes it with tarfile, PIL and torchvision."""
+    """(shard, key, image in [-1, 1]) with tarfile, PIL and torchvision; workers split shards."""
 
     def __init__(self, shards: list[str], resolution: int) -> None:
         super().__init__()
@@ -116,12 +119,8 @@ def plain_loop(setting: Setting, out: Path) -> None:
     model: Any = DiffusersAutoencoderKL.from_pretrained(setting.model)
     model = model.to(setting.device, dtype).eval()
     images = TarImages(setting.shards, setting.resolution)
-    loader = DataLoader(
-        images,
-        batch_size=setting.batch,
-        num_workers=setting.workers,
-        pin_memory=setting.device.type == "cuda",
-    )
+    pin = setting.device.type == "cuda"
+    loader = DataLoader(images, batch_size=setting.batch, num_workers=setting.workers, pin_memory=pin)
     found: dict[str, dict[str, Tensor]] = {}
     for shards, keys, batch in loader:
         moments = model.encode(batch.to(setting.device, dtype, non_blocking=True)).latent_dist.parameters
@@ -136,19 +135,17 @@ def plain_loop(setting: Setting, out: Path) -> None:
 
 
 def decoded(setting: Setting) -> list[Tensor]:
-    """Every image as `latentae encode` crops it, uint8 [B, 3, R, R] by batch."""
+    """Every image as `latentae encode` crops it, in uint8 batches [B, 3, R, R]."""
     squares = [
         resize_and_center_crop(decode_sample(raw).image, setting.resolution)
         for shard in setting.shards
         for raw in read_shard(shard)
     ]
-    return [
-        torch.stack(squares[first : first + setting.batch]) for first in range(0, len(squares), setting.batch)
-    ]
+    return list(torch.stack(squares).split(setting.batch))
 
 
 def in_memory(setting: Setting, batches: list[Tensor]) -> dict[str, Call]:
-    """Encoding `batches` with each model, loaded beforehand; their moments are compared first."""
+    """Calls that encode `batches` with each model; compares the moments of both models first."""
     ours, _ = load_model(resolve_model(setting.model, "ema").weights_file, device=setting.device)
     encoder = ModelEncoder(ours, setting.device, setting.compute)
     dtype = torch.bfloat16 if setting.compute == "bf16" else torch.float32
@@ -165,7 +162,7 @@ def in_memory(setting: Setting, batches: list[Tensor]) -> dict[str, Call]:
     largest = mean.abs().max().item()
     if not apart <= (1e-3 if dtype == torch.float32 else 0.1) * max(1.0, largest):
         raise SystemExit(
-            f"the two models differ by {apart:.1e} where latents reach {largest:.1e}; nothing was timed"
+            f"the models differ by {apart:.1e} on latents of up to {largest:.1e}; nothing was timed"
         )
     return {
         OURS: lambda: [encoder(batch) for batch in batches],
@@ -204,9 +201,7 @@ def stages(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
     noise = np.random.default_rng(0).standard_normal(
         (2, setting.batch, config.latent_channels, side, side), dtype=np.float32
     )
-    mean, logvar = torch.from_numpy(
-        noise
-    )  # distinct values, so that nothing writes them faster than real ones
+    mean, logvar = torch.from_numpy(noise)  # distinct values: constants would be written faster
     outs = iter(range(repeats))
 
     def without_encoding() -> None:
@@ -244,7 +239,7 @@ def stages(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
-    """How both `encode` and `prepare` are called."""
+    """Options of `encode` and `prepare`."""
     return {
         "dtype": "bf16",
         "resolution": setting.resolution,
@@ -272,15 +267,10 @@ def measure(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name, values in times.items():
         what, variant = name.split(", ")
-        middle = statistics.median(values)
-        row = {
-            "measure": what,
-            "variant": variant,
-            "seconds": middle,
-            "fastest": min(values),
-            "slowest": max(values),
-        }
-        rows.append({**row, "images_per_second": setting.images / middle})
+        median = statistics.median(values)
+        row = {"measure": what, "variant": variant, "seconds": median}
+        row |= {"fastest": min(values), "slowest": max(values), "images_per_second": setting.images / median}
+        rows.append(row)
     cpu = stages(setting, folder, repeats)
     rows += [{"measure": "stage", "stage": stage, "cpu_seconds": value} for stage, value in cpu.items()]
     load = time.perf_counter()
@@ -296,7 +286,7 @@ def measure(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def _ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios of each turn: what slows the machine for a while slows both."""
+    """Median of the ratios of each turn: a slow machine slows both calls of a turn."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -307,13 +297,12 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
     (folder / "shards").mkdir()
     sizes = write_tars(folder / "shards", photos, options.images, options.shard_size)
     shards = sorted(map(str, (folder / "shards").glob("*.tar")))
-    load_index(shards)  # written beside the shards, once for all runs
-    setting = Setting(
-        folder / "model", shards, options.images, options.batch, options.resolution, options.workers, device
-    )
+    load_index(shards)  # written next to the shards, once for all runs
+    sizes_of_run = (options.images, options.batch, options.resolution, options.workers)
+    setting = Setting(folder / "model", shards, *sizes_of_run, device)
     return {
         "preset": options.preset,
-        "images": f"{options.images} from {source}, {SHORT} x {LONG[0]} to {SHORT} x {LONG[-1]}, JPEG quality {QUALITY}",
+        "images": described(options.images, source),
         "mean_bytes": statistics.mean(sizes.values()),
         "resolution": options.resolution,
         "batch": options.batch,
@@ -326,37 +315,30 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="kl-f8", help="the model's shape")
-    parser.add_argument("--images", type=int, default=32, help="samples in all shards")
-    parser.add_argument("--shard-size", type=int, default=16, help="samples of a shard")
-    parser.add_argument("--batch", type=int, default=4, help="images encoded at once, by both")
-    parser.add_argument("--resolution", type=int, default=256, help="side in pixels of the encoded square")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes of the plain loop's DataLoader"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/encode.json"
-    )
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--preset", default="kl-f8", help="model preset")
+    add("--images", type=int, default=32, help="samples in all shards")
+    add("--shard-size", type=int, default=16, help="samples per shard")
+    add("--batch", type=int, default=4, help="images per batch, in both variants")
+    add("--resolution", type=int, default=256, help="side in pixels of the encoded square")
+    add("--workers", type=int, default=2, help="worker processes of the plain loop's DataLoader")
+    add("--repeats", type=int, default=3, help="timed runs of each variant")
     options = parser.parse_args()
     logging.set_verbosity_error()
     device = default_device()
-    out = options.out or ROOT / "benchmarks" / folder_name(device) / "encode.json"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            report = {**about(device), **run(options, device, Path(folder))}
+            report = run(options, device, Path(folder))
     except LatentAEError as error:
         raise SystemExit(f"bench_encode: {error}") from None
-    write_json(out, report)
     for row in report["rows"]:
         print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     print(
         f"whole / in memory {report['over_memory']:.3f}, without loading {report['over_memory_loaded']:.3f}"
     )
-    print(f"{report['times_the_baseline']:.2f} times the plain loop; wrote {out}")
+    print(f"the plain loop takes {report['times_the_baseline']:.2f} times as long")
+    save(options.out or result_file(device, "encode"), device, report)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
-"""Time what `latentae evaluate` does with each image beside the model alone, into benchmarks/DEVICE/evaluate.json.
+"""Time the steps of `latentae evaluate` per image and the model alone.
 
-    python tools/bench_evaluate.py [--preset kl-f8] [--images 16] [--batch 4] [--resolution 256] [--repeats 3] [--stream 2000]
-                                   [--out FILE.json]
+    python tools/bench_evaluate.py [--preset kl-f8] [--images 16] [--batch 4] [--resolution 256]
+    [--stream 2000]
 
-Variants take turns in one process on the same decoded images; medians of seconds by the clock for each image.
+Variants take turns in one process on the same decoded images; medians of seconds per image by the
+clock. Writes benchmarks/DEVICE/evaluate.json:
 
-- model: encoding and decoding, nothing else.
-- whole: everything that `evaluate` does with an image: the model, its 8-bit latents, PCA, block DCT, JPEG, WebP, all metrics, the
-  perceptual distance and the features of each, and the sums over latents.
-- one row for each part of it, on its own.
+- model: only encoding and decoding.
+- whole: everything that `evaluate` does with an image: the model, its 8-bit latents, PCA, block
+  DCT, JPEG, WebP, all metrics, the perceptual distance and the features of each, and the sums over
+  latents.
+- one row for each of these steps alone.
 
-`times_the_model` is whole / model. `grown_mib` is by how much the most resident memory between two chunks exceeds that of the first quarter
-of `--stream` images through a tiny model: rows of numbers and features go to a file a chunk, so it should not grow with their number.
+`times_the_model` is whole / model. `grown_mib` is the peak resident memory between two chunks minus
+that of the first quarter of `--stream` images through a tiny model: results go to one file per
+chunk, so memory should not grow with the number of images.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_data import QUALITY, sources, write_tars
-from benchmarking import ROOT, about, default_device, folder_name, write_json
+from benchmarking import command_line, cpu_seconds, default_device, result_file, save
 from torch import Tensor
 
 from latentae.data.shard_files import expand_shards, read_shard
@@ -46,7 +47,7 @@ Call = Callable[[], object]
 
 
 def instruments_of(options: argparse.Namespace, folder: Path, device: torch.device) -> Instruments:
-    """As `evaluate` makes them, with the baselines fitted on the same images."""
+    """The instruments of `evaluate`, with baselines fitted on the same images."""
     given = EvaluateOptions(
         folder / "model",
         str(folder / "shards"),
@@ -60,7 +61,7 @@ def instruments_of(options: argparse.Namespace, folder: Path, device: torch.devi
 
 
 def calls(instruments: Instruments, images: list[Loaded], batch: int) -> dict[str, Call]:
-    """Everything that is timed, by name."""
+    """The timed calls by name."""
     stacked = torch.stack([item.image for item in images if item.image is not None]).to(instruments.device)
     parts = [part.contiguous(memory_format=torch.channels_last) for part in stacked.split(batch)]
     with torch.inference_mode():
@@ -101,19 +102,12 @@ def calls(instruments: Instruments, images: list[Loaded], batch: int) -> dict[st
 
 @torch.inference_mode()
 def timed(found: dict[str, Call], repeats: int, images: int) -> dict[str, float]:
-    """Median seconds an image of each call, taking turns; the first turn does not count."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for repeat in range(repeats + 1):
-        for name, call in found.items():
-            start = time.perf_counter()
-            call()
-            if repeat:
-                times[name].append((time.perf_counter() - start) / images)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds per image of each call, the calls taking turns."""
+    return {name: value / images for name, value in cpu_seconds(found, repeats, warmup=1).items()}
 
 
 def growth(instruments: Instruments, images: list[Loaded], count: int, folder: Path) -> float:
-    """MiB between the most resident memory at the end of a chunk within the first quarter of `count` images, and after it."""
+    """Peak MiB at the end of a chunk, after the first quarter of `count` images minus within it."""
 
     def stream(positions: range) -> Iterator[Loaded]:
         for position in positions:
@@ -131,7 +125,7 @@ def growth(instruments: Instruments, images: list[Loaded], count: int, folder: P
 
 
 def resident() -> float:
-    """MiB of this process in memory now."""
+    """Resident MiB of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -172,32 +166,25 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="kl-f8", help="the model's shape")
-    parser.add_argument("--images", type=int, default=16, help="samples")
-    parser.add_argument("--batch", type=int, default=4, help="images at once")
-    parser.add_argument("--resolution", type=int, default=256, help="side in pixels")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant")
-    parser.add_argument(
-        "--stream", type=int, default=2000, help="images that memory is watched over; 0 leaves it out"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/evaluate.json"
-    )
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--preset", default="kl-f8", help="model preset")
+    add("--images", type=int, default=16, help="number of images")
+    add("--batch", type=int, default=4, help="images per batch")
+    add("--resolution", type=int, default=256, help="side in pixels")
+    add("--repeats", type=int, default=3, help="timed runs of each variant")
+    add("--stream", type=int, default=2000, help="images to watch memory over; 0 skips this")
     options = parser.parse_args()
     device = default_device()
-    out = options.out or ROOT / "benchmarks" / folder_name(device) / "evaluate.json"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            report = {**about(device), **run(options, device, Path(folder))}
+            report = run(options, device, Path(folder))
     except LatentAEError as error:
         raise SystemExit(f"bench_evaluate: {error}") from None
-    write_json(out, report)
     for row in report["rows"]:
-        print(f"{row['part']:>22}: {1000 * row['seconds_per_image']:8.1f} ms an image")
-    print(f"whole / model {report['times_the_model']:.2f}; wrote {out}")
+        print(f"{row['part']:>22}: {1000 * row['seconds_per_image']:8.1f} ms per image")
+    print(f"whole / model {report['times_the_model']:.2f}")
+    save(options.out or result_file(device, "evaluate"), device, report)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,39 @@
-"""Time each kernel beside plain torch, and write what was found to benchmarks/DEVICE/kernels.json.
+"""Time each kernel and plain torch, and write benchmarks/DEVICE/kernels.json.
 
     python tools/bench_kernels.py [--filter TEXT] [--repeats 30] [--batch 8] [--out FILE.json]
     python tools/bench_kernels.py --predict
 
-On a CUDA GPU: bf16, caches cold, medians of CUDA-graph replays in turns; eager torch in both memory orders, torch.compile, and this
-package; also the share of a copy's bandwidth that the two-pass bytes reach, the share of the floor, and peak memory. On a CPU: fp32 and
-batch 1. `--predict` needs no GPU: it writes the bytes, the time they take at an assumed bandwidth, and registers from the compiler, to
-benchmarks/predicted/kernels.json. Then `python tools/kernel_tables.py` brings the tables of kernels/README.md up to date.
+On a CUDA GPU: bf16, cold caches, medians of CUDA-graph replays in turns; eager torch in both memory
+formats, torch.compile, and this package; also peak memory and the shares of a copy's bandwidth and
+of the floor. On a
+CPU: fp32 and batch 1. `--predict` needs no GPU: it writes bytes, the time they take at an assumed
+bandwidth, and the compiler's register counts to benchmarks/predicted/kernels.json. `python
+tools/kernel_tables.py` then updates the tables of kernels/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as functorch_config
 from benchmarking import (
     ROOT,
     about,
+    command_line,
     copy_bandwidth,
     cpu_seconds,
     cuda_seconds,
     default_device,
-    folder_name,
     matmul_rate,
     peak_bytes,
+    result_file,
     sets_beyond_cache,
     version,
     write_json,
@@ -41,9 +43,8 @@ from kernel_tables import FORMAT
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a device can do at best: bytes copied (read and written) and bf16 matrix arithmetic, a second."""
+class Rates(NamedTuple):
+    """A device's rates per second: bytes copied (read and written), bf16 matrix arithmetic."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -53,14 +54,12 @@ ASSUMED = Rates(0.9 * 3.35e12, 0.7 * 989e12)
 ASSUMPTION = (
     "an H100 SXM at 90 % of 3.35 TB/s and 70 % of 989 TFLOP/s (dense bf16): published peaks, not measurements"
 )
-WORST_ERROR = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 2e-2,
-}  # relative, against plain torch in fp32: wrong results are not timed
+# relative to plain torch in fp32; a wrong result is not timed
+WORST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class Trial:
-    """One variant of a case, on inputs of its own."""
+    """One variant of a case, with its own inputs."""
 
     def __init__(
         self, case: Case, inputs: Sequence[Tensor], function: Callable[..., Any], channels_last: bool
@@ -80,7 +79,7 @@ class Trial:
         return list(result) if isinstance(result, tuple) else [result]
 
     def timed(self) -> Callable[[], Sequence[Tensor]]:
-        """What is timed: the forward pass, or the backward pass of a forward pass that runs now."""
+        """The timed call: the forward pass, or the backward pass after a forward pass."""
         if not self.case.backward:
             return self.forward
         outputs = self.forward()
@@ -88,16 +87,15 @@ class Trial:
         wanted = [self.inputs[index] for index in self.case.differentiable]
         return lambda: torch.autograd.grad(outputs, wanted, self.gradients, retain_graph=True)
 
-    def whole(self) -> Sequence[Tensor]:
-        """The forward pass and, where that is timed, the backward pass: what memory is measured of."""
+    def complete(self) -> Sequence[Tensor]:
+        """The forward pass and, if it is timed, the backward pass; its memory is measured."""
         return self.timed()()
 
 
 def _gradient(output: Tensor) -> Tensor:
-    """The same numbers for every variant, in the memory order of its output."""
-    values = torch.randn(
-        output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device
-    )
+    """The same numbers for every variant, in the memory format of its output."""
+    generator = torch.Generator(output.device).manual_seed(1)
+    values = torch.randn(output.shape, generator=generator, device=output.device)
     return torch.empty_like(output).copy_(values)
 
 
@@ -110,9 +108,9 @@ def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable[..., Any], 
 
 
 def check(case: Case, inputs: Sequence[Tensor]) -> float:
-    """Largest relative error (2-norm) of our results against plain torch in fp32 on the same inputs; a wrong kernel is not timed."""
-    got = Trial(case, inputs, case.ours, True).whole()
-    expected = Trial(case, [t.float() for t in inputs], case.plain, True).whole()
+    """Largest relative error (2-norm) against plain torch in fp32; stops if it is too large."""
+    got = Trial(case, inputs, case.ours, True).complete()
+    expected = Trial(case, [t.float() for t in inputs], case.plain, True).complete()
     pairs = zip(got, expected, strict=True)
     error = max(
         float(torch.linalg.vector_norm(g.float() - e) / torch.linalg.vector_norm(e)) for g, e in pairs
@@ -133,12 +131,12 @@ def measure_cpu(case: Case, inputs: Sequence[Tensor], repeats: int) -> dict[str,
 
 
 def measure_cuda(case: Case, inputs: Sequence[Tensor], repeats: int, rates: Rates) -> dict[str, Any]:
-    """Seconds and peak memory of each variant, and how near ours comes to the floor."""
+    """Seconds and peak memory of each variant, and our distance from the floor."""
     torch.compiler.reset()  # each case would be one more recompilation of the same function
     trials = {name: Trial(case, inputs, *column) for name, column in variants(case, compiled=True).items()}
     for trial in trials.values():
-        trial.whole()  # compiled code, workspaces and output gradients exist before memory is counted
-    peaks = {name: peak_bytes(trial.whole) for name, trial in trials.items()}
+        trial.complete()  # compiled code, workspaces and output gradients exist before memory is counted
+    peaks = {name: peak_bytes(trial.complete) for name, trial in trials.items()}
     sets = sets_beyond_cache(trials["ours"].nbytes, inputs[0].device)
     columns = {name: (trial.function, name != "eager NCHW") for name, trial in trials.items()}
     del trials
@@ -155,27 +153,24 @@ def measure_cuda(case: Case, inputs: Sequence[Tensor], repeats: int, rates: Rate
 
 
 def floor_seconds(case: Case, rates: Rates, passes: str = "one_pass") -> float:
-    """The time the unavoidable bytes or the arithmetic take, whichever is longer."""
+    """The longer of the times that the unavoidable bytes and the arithmetic take."""
     nbytes = case.elements * getattr(case.bytes, passes)
     return max(nbytes / rates.bytes_per_second, case.elements * case.flops / rates.flops_per_second)
 
 
 def describe(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """The part of a row that is known before anything runs."""
-    nbytes = {
-        name: None if value is None else case.elements * value for name, value in asdict(case.bytes).items()
-    }
-    row = {
-        "op": case.op,
-        "mode": case.mode,
-        "shape": list(case.shape),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    return row | ({"bytes": nbytes, "flops": case.elements * case.flops} if dtype == torch.bfloat16 else {})
+    row = {"op": case.op, "mode": case.mode, "shape": list(case.shape)}
+    row["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype == torch.bfloat16:
+        sizes = asdict(case.bytes).items()
+        row["bytes"] = {name: value and case.elements * value for name, value in sizes}
+        row["flops"] = case.elements * case.flops
+    return row
 
 
 def predict(chosen: Sequence[Case], out: Path | None) -> None:
-    """Bytes, the time they take at the assumed rates, and registers; nothing runs, so nothing is measured."""
+    """Write bytes, the time they take at the assumed rates, and registers; no kernel runs."""
     from latentae_kernels.aot import AotError, compile_all
 
     try:
@@ -186,27 +181,15 @@ def predict(chosen: Sequence[Case], out: Path | None) -> None:
     rows = []
     for case in chosen:
         predicted = {passes: floor_seconds(case, ASSUMED, passes) for passes in ("two_pass", "one_pass")}
-        used = {
-            name: registers[name]
-            for kernel in case.kernels(case)
-            for name in _nearest(registers, case, kernel)
-        }
-        rows.append(
-            describe(case, torch.bfloat16)
-            | {"predicted_seconds": predicted, "registers": used, "measured": None}
-        )
-        print(
-            f"{case.name:56s} two passes {1e6 * predicted['two_pass']:7.1f} us, one {1e6 * predicted['one_pass']:7.1f} us"
-        )
-    header = {
-        "format": FORMAT,
-        "device": None,
-        "assumption": ASSUMPTION,
-        "rates": asdict(ASSUMED),
-        "triton": version("triton"),
-    }
+        names = [name for kernel in case.kernels(case) for name in _nearest(registers, case, kernel)]
+        row = {"predicted_seconds": predicted, "registers": {name: registers[name] for name in names}}
+        rows.append(describe(case, torch.bfloat16) | row | {"measured": None})
+        two, one = (1e6 * seconds for seconds in predicted.values())
+        print(f"{case.name:56s} two passes {two:7.1f} us, one {one:7.1f} us")
+    header = {"format": FORMAT, "device": None, "assumption": ASSUMPTION, "rates": ASSUMED._asdict()}
     if out:
-        write_json(out, header | {"architecture": "sm_90", "rows": rows})
+        header |= {"triton": version("triton"), "architecture": "sm_90", "rows": rows}
+        write_json(out, header)
         print(f"wrote {out}")
 
 
@@ -220,17 +203,15 @@ def _nearest(names: Iterable[str], case: Case, kernel: str) -> list[str]:
 
 
 def measure(chosen: Sequence[Case], device: torch.device, repeats: int, out: Path | None) -> None:
-    """Measure case after case; the file is written after each, so that a run that is cut short leaves what it had."""
+    """Measure the cases and write the file after each, so that nothing is lost."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     header: dict[str, Any] = {"format": FORMAT, **about(device), "repeats": repeats}
     rates = ASSUMED
     if cuda:
         rates = Rates(copy_bandwidth(device), matmul_rate(device))
-        header["copy_tb_per_s"], header["matmul_tflop_per_s"] = (
-            1e-12 * rates.bytes_per_second,
-            1e-12 * rates.flops_per_second,
-        )
+        header["copy_tb_per_s"] = 1e-12 * rates.bytes_per_second
+        header["matmul_tflop_per_s"] = 1e-12 * rates.flops_per_second
         print(f"copy {header['copy_tb_per_s']:.2f} TB/s, matmul {header['matmul_tflop_per_s']:.0f} TFLOP/s")
     rows = []
     for case in chosen:
@@ -249,58 +230,41 @@ def measure(chosen: Sequence[Case], device: torch.device, repeats: int, out: Pat
 
 def _line(case: Case, row: dict[str, Any]) -> str:
     times = "  ".join(f"{name} {1e3 * value:.3f}" for name, value in row["seconds"].items())
-    ours = row.get("ours")
-    end = (
-        f"  {ours['tb_per_s']:.2f} TB/s, {ours['of_copy']:.0%} of a copy, {ours['of_floor']:.0%} of the floor"
-        if ours
-        else ""
-    )
+    ours, end = row.get("ours"), ""
+    if ours:
+        shares = f"{ours['of_copy']:.0%} of a copy, {ours['of_floor']:.0%} of the floor"
+        end = f"  {ours['tb_per_s']:.2f} TB/s, {shares}"
     return f"{case.name:56s} ms: {times}{end}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--predict", action="store_true", help="write bytes, floors and registers without measuring")
+    add(
+        "--filter", default="", metavar="TEXT", help="only cases with this text in their name; writes no file"
     )
-    parser.add_argument("--predict", action="store_true", help="no measurement: bytes, floors and registers")
-    parser.add_argument(
-        "--filter",
-        default="",
-        metavar="TEXT",
-        help="only cases with this text in their name; prints, writes nothing",
-    )
-    parser.add_argument("--repeats", type=int, default=30, help="timed runs of each variant")
-    parser.add_argument("--batch", type=int, help="images in a batch (default: 8, and 1 on a CPU)")
-    parser.add_argument(
-        "--shrink",
-        type=int,
-        default=1,
-        metavar="N",
-        help="divide heights and widths by N: to try this program out",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write instead of benchmarks/DEVICE/kernels.json"
-    )
+    add("--repeats", type=int, default=30, help="timed runs of each variant")
+    add("--batch", type=int, help="images per batch (default: 8, and 1 on a CPU)")
+    add("--shrink", type=int, default=1, metavar="N", help="divide heights and widths by N, for a trial run")
     options = parser.parse_args()
     device = default_device()
     batch = options.batch or (1 if device.type == "cpu" and not options.predict else None)
     chosen = [case.shrunk(batch, options.shrink) for case in cases() if options.filter in case.name]
     if not chosen:
-        raise SystemExit(
-            f"bench_kernels: no case has {options.filter!r} in its name; there are {', '.join(c.name for c in cases())}"
-        )
-    whole = not options.filter and options.shrink == 1
-    folder = "predicted" if options.predict else folder_name(device)
-    out = options.out or (ROOT / "benchmarks" / folder / "kernels.json" if whole else None)
+        names = ", ".join(case.name for case in cases())
+        raise SystemExit(f"bench_kernels: no case has {options.filter!r} in its name; use one of {names}")
+    out = options.out
+    if not out and not options.filter and options.shrink == 1:
+        file = ROOT / "benchmarks" / "predicted" / "kernels.json"
+        out = file if options.predict else result_file(device, "kernels")
     if options.predict:
         predict(chosen, out)
     elif device.type == "cpu":
         measure(chosen, device, options.repeats, out)
     else:
         functorch_config.donated_buffer = False  # a backward pass is replayed, so its graph is retained
-        with torch.cuda.stream(
-            torch.cuda.Stream()
-        ):  # captures see one stream only; everything happens on this one
+        with torch.cuda.stream(torch.cuda.Stream()):  # captures see one stream only
             measure(chosen, device, options.repeats, out)
 
 

@@ -1,12 +1,15 @@
-"""Time a whole training step beside the same step on diffusers' AutoencoderKL, and write benchmarks/DEVICE/training.json.
+"""Time a training step of latentae and the same step on diffusers' AutoencoderKL.
 
-    python tools/bench_training.py [--recipe kl-f8] [--batch 8] [--resolution 256] [--repeats 20] [--out FILE.json]
+    python tools/bench_training.py [--recipe kl-f8] [--batch 8] [--resolution 256] [--repeats 20]
 
-The step is latentae's own for every variant (objective, discriminator, both optimizers, average of weights); only the autoencoder
-differs: ours, ours without the fused kernels, diffusers' class, and diffusers' class under torch.compile. The discriminator plays from
-the first image, with a constant weight. Variants take turns; medians of seconds a step. On a GPU peak memory is that of one step above
-the state that stays (weights, optimizer, average). VGG's weights are random: they change no speed. `tools/bench_autoencoder.py` times
-encode and decode, `tools/equal_time.py` what our trainer and a plain loop reach in the same time.
+Every variant uses latentae's step (objective, discriminator, both optimizers, weight average); only
+the
+autoencoder differs: ours, ours without the fused kernels, diffusers' class, and that under
+torch.compile. The discriminator is active from the first image with a constant weight. Variants
+take turns; medians of seconds per step. On a GPU peak memory is that of one step above the
+persistent state (weights, optimizer, average). VGG's weights are random, which does not change
+speed. Writes benchmarks/DEVICE/training.json. `tools/bench_autoencoder.py` times encode and decode,
+`tools/equal_time.py` compares results after equal time.
 """
 
 from __future__ import annotations
@@ -21,16 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmarking import (
-    ROOT,
-    about,
-    cpu_seconds,
-    default_device,
-    folder_name,
-    peak_bytes,
-    version,
-    write_json,
-)
+from benchmarking import command_line, cpu_seconds, default_device, peak_bytes, result_file, save, version
 from latentae_kernels import use_backend
 from torch import Tensor, nn
 
@@ -46,7 +40,7 @@ BASELINE = "diffusers compiled"
 
 
 class DiffusersAutoencoder(nn.Module):
-    """diffusers' class with the weights and the call of ours."""
+    """diffusers' class with our weights and interface."""
 
     def __init__(self, ours: AutoencoderKL, compiled: bool) -> None:
         import diffusers
@@ -64,7 +58,7 @@ class DiffusersAutoencoder(nn.Module):
     def forward(
         self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True, **unused: Any
     ) -> AutoencoderOutput:
-        """As `AutoencoderKL.forward`, without what needs its insides (adaptive weights, an alignment)."""
+        """`AutoencoderKL.forward` without adaptive weights and alignment, which need its layers."""
         encode, decode = self.parts
         posterior = DiagonalGaussian(encode(x))
         latent = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
@@ -98,11 +92,11 @@ def step_of(variant: str, trainer: Trainer, batch: Tensor) -> Callable[[], None]
 
 
 def benchmark_recipe(options: argparse.Namespace, weights: Path) -> Recipe:
-    """The recipe with its discriminator on from the start, and random weights where LPIPS would need a download."""
+    """The recipe with its discriminator active from the start, and random VGG weights for LPIPS."""
     overrides: dict[str, Any] = {
         "batch_size": options.batch,
         "loss.adversarial.start_images": 0,
-        "loss.adversarial.adaptive": False,  # its ratio is read from inside of our model
+        "loss.adversarial.adaptive": False,  # its ratio needs a layer of our model
         "data.resolution": options.resolution,
     }
     recipe = load_recipe(options.recipe, overrides)
@@ -128,17 +122,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for variant, step in steps.items():
         gc.collect()
         state = sum(p.numel() * p.element_size() for p in trainers[variant].raw_autoencoder.parameters())
-        rows.append(
-            {
-                "variant": variant,
-                "seconds": seconds[variant],
-                "images_per_second": options.batch / seconds[variant],
-                "peak_bytes": peak_bytes(step) if device.type == "cuda" else None,
-                "autoencoder_bytes": state,
-            }
-        )
+        row = {"variant": variant, "seconds": seconds[variant]}
+        row["images_per_second"] = options.batch / seconds[variant]
+        row["peak_bytes"] = peak_bytes(step) if device.type == "cuda" else None
+        rows.append(row | {"autoencoder_bytes": state})
     return {
-        **about(device),
         "diffusers": version("diffusers"),
         "recipe": options.recipe,
         "precision": str(accelerator.mixed_precision),
@@ -149,32 +137,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--recipe", default="kl-f8" if gpu else "tiny-cpu", help="shipped recipe or TOML file"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--resolution", type=int, default=256 if gpu else 64, help="pixels a side")
-    parser.add_argument("--repeats", type=int, default=20 if gpu else 7, help="timed steps of each variant")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="what to time")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/training.json"
-    )
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--recipe", default="kl-f8" if gpu else "tiny-cpu", help="shipped recipe or TOML file")
+    add("--batch", type=int, default=8, help="images per step")
+    add("--resolution", type=int, default=256 if gpu else 64, help="side in pixels")
+    add("--repeats", type=int, default=20 if gpu else 7, help="timed steps of each variant")
+    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="what to time")
     options = parser.parse_args()
     result = measure(options)
     baseline = next((row["seconds"] for row in result["rows"] if row["variant"] == BASELINE), None)
     for row in result["rows"]:
         memory = f"{row['peak_bytes'] / 2**30:8.2f} GiB" if row["peak_bytes"] else ""
         ratio = f"{baseline / row['seconds']:6.2f}x" if baseline else ""
-        print(
-            f"{row['variant']:28s} {1e3 * row['seconds']:9.1f} ms {row['images_per_second']:8.2f} img/s {ratio} {memory}"
-        )
-    out = options.out or ROOT / "benchmarks" / folder_name(default_device()) / "training.json"
-    write_json(out, result)
-    print(f"wrote {out}")
+        speed = f"{1e3 * row['seconds']:9.1f} ms {row['images_per_second']:8.2f} img/s"
+        print(f"{row['variant']:28s} {speed} {ratio} {memory}")
+    device = default_device()
+    save(options.out or result_file(device, "training"), device, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Shared by the programs of this folder: command line, timing, and what each result records about itself.
+"""Shared by the programs of this folder: command line, timing, and what each result records about
+itself.
 
-Variants take turns within one run, so that drift of the machine's speed affects all of them; medians are
-reported. On a GPU a variant is a CUDA graph over several sets of buffers that exceed the L2 cache: launches
-cost nothing and every read is cold.
+Variants take turns within one run, so that drift of the machine's speed affects all of them;
+medians are reported. On a GPU a variant is a CUDA graph over several sets of buffers that exceed
+the L2 cache: launches cost nothing and every read is cold.
 """
 
 from __future__ import annotations
@@ -165,11 +166,12 @@ def sets_beyond_cache(bytes_per_set: int, device: torch.device) -> int:
 
 
 def cuda_seconds(variants: Mapping[str, Sequence[Call]], repeats: int) -> dict[str, float]:
-    """Median seconds of one call of each variant; `variants` has a list of calls, one per set of buffers.
+    """Median seconds of one call of each variant; `variants` has a list of calls, one per set of
+    buffers.
 
-    Must run inside `torch.cuda.stream(side stream)`, in which the calls' inputs (and for a backward pass its
-    forward pass) were created too: autograd runs a backward pass on the stream of its forward pass, and a
-    capture sees only its own stream.
+    Must run inside `torch.cuda.stream(side stream)`, in which the calls' inputs (and for a backward
+    pass its forward pass) were created too: autograd runs a backward pass on the stream of its
+    forward pass, and a capture sees only its own stream.
     """
     stream = torch.cuda.current_stream()
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
@@ -187,7 +189,7 @@ def cuda_seconds(variants: Mapping[str, Sequence[Call]], repeats: int) -> dict[s
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 20) -> float:
-    """Bytes per second, read and written, of copying 1 GiB of bf16, or an eighth of the free memory."""
+    """Bytes per second (read and written) of a copy of 1 GiB, or an eighth of free memory."""
     elements = min(2**29, torch.cuda.mem_get_info(device)[0] // 16)
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)

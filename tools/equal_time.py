@@ -1,12 +1,15 @@
-"""What a few minutes of training are worth: latentae's trainer beside a plain, correct loop on diffusers' AutoencoderKL.
+"""Train with latentae's trainer and with a plain, correct loop on diffusers' AutoencoderKL for the
+same minutes.
 
-    python tools/equal_time.py [--minutes 3] [--seeds 0 1 2] [--recipe tiny-cpu] [--out FILE.json]
+    python tools/equal_time.py [--minutes 3] [--seeds 0 1 2] [--recipe tiny-cpu]
 
-Both train the same shape on the photos that ship with the dependencies: the same seed, crops in the same order, batch, losses, rate and
-schedule. The plain loop is what diffusers' documentation leads to, without the faults of its example script: PyTorch's own start, one
-backward pass through everything, AdamW as it comes, no average of weights. First both take turns for their speed; from that each gets as
-many images as fit into the minutes. Then each run has a process of its own: seconds, peak memory above what it held before, and PSNR,
-SSIM and EfficientNet distance of 52 held-out 128-pixel tiles.
+Both train the same shape on the photos of the dependencies: the same seed, order of crops, batch,
+losses, rate and schedule. The plain loop is what diffusers' documentation leads to, without the
+faults of its example script: PyTorch's initialization, one backward pass through everything,
+default AdamW, no weight average. First both take turns to measure their speed, which sets the
+number of images that fit into the minutes. Then each run has its own
+process: seconds, peak memory above that before the run, and PSNR, SSIM and EfficientNet distance of
+52 held-out 128-pixel tiles. Writes benchmarks/DEVICE/equal_time.json.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import ROOT, about, cpu_seconds, folder_name, version, write_json
+from benchmarking import command_line, cpu_seconds, result_file, save, version
 
 from latentae.data.builtin import HELD_OUT, TRAINING, write_photo_tiles
 from latentae.data.shards import shards as write_shards
@@ -45,7 +48,7 @@ Step = Callable[[torch.Tensor], object]
 
 
 class PlainLoop:
-    """A correct training step on diffusers' class, as one would write it."""
+    """A correct, plain training step on diffusers' class."""
 
     def __init__(self, recipe: Recipe) -> None:
         import diffusers
@@ -54,22 +57,17 @@ class PlainLoop:
         values = recipe.autoencoder_config().diffusers_dict()
         self.vae: Any = diffusers.AutoencoderKL(**{k: v for k, v in values.items() if not k.startswith("_")})  # pyright: ignore
         o = recipe.optimizer
-        self.recipe, self.seen, self.objective = (
-            recipe,
-            0,
-            Objective(recipe.loss, recipe.autoencoder_config().latent_channels),
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
-        )
+        self.recipe, self.seen = recipe, 0
+        self.objective = Objective(recipe.loss, recipe.autoencoder_config().latent_channels)
+        rates: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "weight_decay": o.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.vae.parameters(), **rates)
 
     def __call__(self, batch: torch.Tensor) -> None:
-        """uint8 images [B, 3, H, W]: one optimizer step."""
+        """One optimizer step on uint8 images [B, 3, H, W]."""
         recipe, images = self.recipe, to_float(batch)
+        scale = learning_rate_scale(recipe.optimizer, self.seen, recipe.images)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.optimizer.lr * learning_rate_scale(
-                recipe.optimizer, self.seen, recipe.images
-            )
+            group["lr"] = recipe.optimizer.lr * scale
         posterior = self.vae.encode(images).latent_dist
         reconstruction = self.vae.decode(posterior.sample()).sample
         loss = self.objective.image_terms(reconstruction, images).total
@@ -81,7 +79,7 @@ class PlainLoop:
         self.seen += len(images)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to judge."""
+        """The weights to evaluate."""
         return self.vae.state_dict()
 
 
@@ -92,11 +90,11 @@ class OurLoop:
         self.trainer = Trainer(recipe, build_accelerator("fp32"))
 
     def __call__(self, batch: torch.Tensor) -> None:
-        """uint8 images [B, 3, H, W]: one optimizer step."""
+        """One optimizer step on uint8 images [B, 3, H, W]."""
         self.trainer.update([batch])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to judge, their average."""
+        """The weights to evaluate: the average."""
         return self.trainer.ema.state_dict()
 
 
@@ -105,27 +103,20 @@ def build(arm: str, recipe: Recipe) -> PlainLoop | OurLoop:
 
 
 def prepare_photos(home: Path) -> None:
-    """The quickstart's photos as shards: training tiles that overlap, held-out tiles side by side."""
-    for kind, names, size, stride in (("training", TRAINING, 256, 128), ("held-out", HELD_OUT, 128, 128)):
-        write_photo_tiles(home / f"{kind}-photos", names, size, stride)
-        write_shards(home / f"{kind}-photos", home / kind, shard_size=100)
+    """The quickstart's photos as shards: overlapping training tiles and adjacent held-out tiles."""
+    for split, names, size, stride in (("training", TRAINING, 256, 128), ("held-out", HELD_OUT, 128, 128)):
+        write_photo_tiles(home / f"{split}-photos", names, size, stride)
+        write_shards(home / f"{split}-photos", home / split, shard_size=100)
 
 
 def recipe_on(home: Path, name: str, **overrides: Any) -> Recipe:
-    return load_recipe(
-        name,
-        {
-            "data.shards": str(home / "training"),
-            "data.validation": str(home / "held-out"),
-            "precision": "fp32",
-            **overrides,
-        },
-    )
+    data = {"data.shards": str(home / "training"), "data.validation": str(home / "held-out")}
+    return load_recipe(name, {**data, "precision": "fp32", **overrides})
 
 
 @torch.inference_mode()
 def quality(recipe: Recipe, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means over the held-out tiles, reconstructed from the posterior's mean by one and the same class."""
+    """Means over the held-out tiles, reconstructed from the mean by latentae's class."""
     model = architectures.build(recipe.autoencoder_config())
     model.load_state_dict(weights)
     model.eval()
@@ -141,7 +132,7 @@ def quality(recipe: Recipe, weights: dict[str, torch.Tensor]) -> dict[str, float
 
 
 def run_arm(options: argparse.Namespace) -> None:
-    """One run in this process; its figures go to standard output as JSON."""
+    """One run in this process; prints its results as JSON."""
     recipe = recipe_on(options.home, options.recipe, seed=options.seeds[0], images=options.images)
     loop = build(options.arm, recipe)
     batches = iter(build_loader(recipe, build_accelerator("fp32")))
@@ -157,7 +148,7 @@ def run_arm(options: argparse.Namespace) -> None:
 
 
 def _reset_peak() -> float:
-    """Forget the highest memory so far, which loading the libraries reached; returns what is held now, in MB (Linux)."""
+    """Reset the peak memory and return the current MB (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return _peak_mb()
 
@@ -172,70 +163,49 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, Any]:
     batches = iter(build_loader(recipe, build_accelerator("fp32")))
     batch = next(batches).images
     loops = {arm: build(arm, recipe) for arm in ARMS}
-    seconds = cpu_seconds(
-        {arm: (lambda loop=loop: loop(batch)) for arm, loop in loops.items()}, options.repeats, warmup=5
-    )
+    steps = {arm: (lambda loop=loop: loop(batch)) for arm, loop in loops.items()}
+    seconds = cpu_seconds(steps, options.repeats, warmup=5)
     images = {arm: round(60 * options.minutes / s) * recipe.batch_size for arm, s in seconds.items()}
     print({arm: f"{recipe.batch_size / s:.1f} img/s" for arm, s in seconds.items()}, flush=True)
     rows = []
     for index, seed in enumerate(options.seeds):
         for arm in ARMS if index % 2 == 0 else ARMS[::-1]:
-            command = [
-                sys.executable,
-                __file__,
-                "--arm",
-                arm,
-                "--seeds",
-                str(seed),
-                "--images",
-                str(images[arm]),
-            ]
-            command += ["--home", str(home), "--recipe", options.recipe]
+            command = [sys.executable, __file__, "--arm", arm, "--seeds", str(seed)]
+            command += ["--images", str(images[arm]), "--home", str(home), "--recipe", options.recipe]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(
-                {"arm": arm, "seed": seed, "images": images[arm], **json.loads(done.stdout.splitlines()[-1])}
-            )
+            row = {"arm": arm, "seed": seed, "images": images[arm]}
+            rows.append(row | json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
+
+    def medians(arm: str) -> dict[str, float]:
+        names = ("psnr", "ssim", "perceptual", "peak_mb")
+        return {name: statistics.median(row[name] for row in rows if row["arm"] == arm) for name in names}
+
     return {
-        **about(torch.device("cpu")),
         "diffusers": version("diffusers"),
         "recipe": options.recipe,
         "minutes": options.minutes,
         "images_per_second": {arm: recipe.batch_size / s for arm, s in seconds.items()},
         "speed_ratio": seconds["diffusers"] / seconds["latentae"],
-        "medians": {
-            arm: {
-                k: statistics.median(row[k] for row in rows if row["arm"] == arm)
-                for k in ("psnr", "ssim", "perceptual", "peak_mb")
-            }
-            for arm in ARMS
-        },
+        "medians": {arm: medians(arm) for arm in ARMS},
         "rows": rows,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add(
         "--recipe",
         default="tiny-cpu",
-        help="shipped recipe or TOML file, with the efficientnet-lite0 distance",
+        help="shipped recipe or TOML file with the efficientnet-lite0 distance",
     )
-    parser.add_argument("--minutes", type=float, default=3.0, help="minutes of training that each run gets")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each"
-    )
-    parser.add_argument("--repeats", type=int, default=60, help="timed steps of each arm before the runs")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/equal_time.json"
-    )
-    parser.add_argument(
-        "--arm", choices=ARMS, help=argparse.SUPPRESS
-    )  # one run, in the process started for it
-    parser.add_argument("--images", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    add("--minutes", type=float, default=3.0, help="minutes of training per run")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each variant per seed")
+    add("--repeats", type=int, default=60, help="timed steps of each variant before the runs")
+    add("--arm", choices=ARMS, help=argparse.SUPPRESS)  # one run, in the process started for it
+    add("--images", type=int, help=argparse.SUPPRESS)
+    add("--home", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         run_arm(options)
@@ -243,10 +213,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare_photos(Path(folder))
         result = measure(options, Path(folder))
-    out = options.out or ROOT / "benchmarks" / folder_name(torch.device("cpu")) / "equal_time.json"
-    write_json(out, result)
-    print(f"{result['speed_ratio']:.2f}x the images a second; medians {result['medians']}")
-    print(f"wrote {out}")
+    print(f"{result['speed_ratio']:.2f}x the images per second; medians {result['medians']}")
+    device = torch.device("cpu")
+    save(options.out or result_file(device, "equal_time"), device, result)
 
 
 if __name__ == "__main__":

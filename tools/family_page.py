@@ -1,14 +1,16 @@
-"""Train every variant of the family beside its plain counterpart, and write the pictures and numbers of docs/family.md.
+"""Train every variant of the family and its plain counterpart, and write the pictures and numbers
+of docs/family.md.
 
-    python tools/family_page.py --runs FOLDER [--only vae-digits ...] [--photo-images 2400] [--out FILE.json]
+    python tools/family_page.py --runs FOLDER [--only vae-digits ...] [--photo-images 2400] [--out
+    FILE.json]
 
-Each run is `latentae train RECIPE`; one that is finished in FOLDER is taken as it is, one that was stopped goes on. A plain counterpart
-is the same recipe without the words that name it. All is measured on held-out digits and photos.
+Each run is `latentae train RECIPE`; a finished run in FOLDER is reused, an interrupted one resumes.
+A plain counterpart is the same recipe without the options that name the variant. Everything is
+measured on held-out digits and photos.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarking import ROOT, about, write_json
+from benchmarking import ROOT, command_line, save
 from family_measures import channel_kl, error, hide, jacobian, movement, nearest, sampled, units_needed
 from torch import Tensor
 
@@ -38,22 +40,19 @@ Result = tuple[dict[str, Any], list[list[Tensor]]]
 
 
 class Family:
-    """The trained models, by run."""
+    """The trained models by run."""
 
     def __init__(self, runs: Path, digit_images: int | None, photo_images: int | None) -> None:
         self.runs, self.digit_images, self.photo_images = runs, digit_images, photo_images
-        self.made: dict[str, Autoencoder] = {}
+        self.models: dict[str, Autoencoder] = {}
 
     def model(self, recipe: str, name: str = "", **overrides: Any) -> Autoencoder:
-        """A recipe's model, trained now or before; `name` is of a run with overrides."""
+        """A recipe's model, trained if necessary; `name` is the run's if there are overrides."""
         name = name or recipe
-        if name in self.made:
-            return self.made[name]
-        values: dict[str, Any] = {
-            "log.tensorboard": False,
-            "log.summary": False,
-            "log.validation_every_images": 10**9,
-        }
+        if name in self.models:
+            return self.models[name]
+        values: dict[str, Any] = {"log.tensorboard": False, "log.summary": False}
+        values["log.validation_every_images"] = 10**9
         if recipe.endswith("-tiny"):
             values |= {"data.validation": "none", "checkpoint_every_images": 10**9}
         images = self.photo_images if recipe.endswith("-tiny") else self.digit_images
@@ -61,8 +60,8 @@ class Family:
             values["images"] = images
         run = train(recipe, self.runs / name, **values, **overrides)
         assert run is not None
-        self.made[name] = load_model(run)[0]
-        return self.made[name]
+        self.models[name] = load_model(run)[0]
+        return self.models[name]
 
     def plain(self, latent_channels: int) -> Autoencoder:
         """A plain autoencoder of digits."""
@@ -76,13 +75,13 @@ class Family:
 
 
 def noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Standard normal numbers, the same every time."""
+    """Standard normal numbers from a fixed seed."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def rebuilt(model: Autoencoder, images: Tensor) -> Tensor:
-    """What the model makes of images."""
+    """Reconstructions of images."""
     return model.decode(model.encode(images).mean)
 
 
@@ -134,19 +133,12 @@ def variational(family: Family) -> Result:
 
 
 def beta(family: Family) -> Result:
-    x, model, plain = (
-        to_float(digits("held-out")[0]),
-        family.model("beta-vae-digits"),
-        family.model("vae-digits"),
-    )
-    numbers = {
-        name: {
-            "error": error(m, x),
-            "kl_nats": k.sum().item(),
-            "channels_above_a_tenth_of_a_nat": int((k > 0.1).sum()),
-        }
-        for name, m, k in (("vae", plain, channel_kl(plain, x)), ("beta-vae", model, channel_kl(model, x)))
-    }
+    x, numbers = to_float(digits("held-out")[0]), {}
+    model, plain = family.model("beta-vae-digits"), family.model("vae-digits")
+    for name, m in (("vae", plain), ("beta-vae", model)):
+        kl = channel_kl(m, x)
+        numbers[name] = {"error": error(m, x), "kl_nats": kl.sum().item()}
+        numbers[name]["channels_above_a_tenth_of_a_nat"] = int((kl > 0.1).sum())
     strongest = channel_kl(model, x).argsort(descending=True)[:3]
     walks = []
     for channel in strongest:
@@ -205,12 +197,8 @@ def contractive(family: Family) -> Result:
     for name, m in (("plain", plain), ("contractive", model)):
         energy, relative = jacobian(m, x[:128])
         moved = movement(m, x, small)
-        numbers[name] = {
-            "error": error(m, x),
-            "jacobian": energy,
-            "jacobian_over_variance": relative,
-            "movement": moved,
-        }
+        numbers[name] = {"error": error(m, x), "jacobian": energy, "movement": moved}
+        numbers[name]["jacobian_over_variance"] = relative
     return numbers, rows(x + small, rebuilt(plain, x + small), rebuilt(model, x + small))
 
 
@@ -227,7 +215,7 @@ def binary(family: Family) -> Result:
 
 @cache
 def photos(size: int) -> Tensor:
-    """The middle of every held-out tile."""
+    """The center of every held-out tile."""
     tiles = torch.stack([tile for _, tile in photo_tiles(HELD_OUT, 128, 128)])
     start = (128 - size) // 2
     return to_float(tiles[..., start : start + size, start : start + size])
@@ -247,7 +235,7 @@ def through(model: Autoencoder, images: Tensor, change: Callable[[Tensor], Tenso
 def compared(
     name: str, model: Autoencoder, plain: Autoencoder, change: Any, target: Any = lambda x: x
 ) -> Result:
-    """PSNR as it is and after a change of the latent, for both models, and a picture: wanted, plain, this."""
+    """PSNR before and after a change of the latent, and a picture: target, plain, this."""
     x, crops = photos(64), photos(32)[:: max(1, len(photos(32)) // PHOTO_COLUMNS)]
     numbers = {
         key: {
@@ -261,20 +249,13 @@ def compared(
 
 
 def eq_vae(family: Family) -> Result:
-    move = Transform(0.5, 1)
-    return compared(
-        "eq-vae", family.model("eq-vae-tiny"), family.plain_photos(), move.latent, lambda x: move.image(x, 4)
-    )
+    move, model = Transform(0.5, 1), family.model("eq-vae-tiny")
+    return compared("eq-vae", model, family.plain_photos(), move.latent, lambda x: move.image(x, 4))
 
 
 def scale(family: Family) -> Result:
-    return compared(
-        "se",
-        family.model("se-tiny"),
-        family.plain_photos(),
-        lambda z: downscale(z, 2),
-        lambda x: downscale(x, 2, 4),
-    )
+    model, plain = family.model("se-tiny"), family.plain_photos()
+    return compared("se", model, plain, lambda z: downscale(z, 2), lambda x: downscale(x, 2, 4))
 
 
 def shaken(z: Tensor) -> Tensor:
@@ -291,9 +272,8 @@ def detok(family: Family) -> Result:
 
 
 def nested(family: Family) -> Result:
-    return compared(
-        "nested", family.model("nested-tiny"), family.plain_photos(), lambda z: keep_channels(z, 4)
-    )
+    model, plain = family.model("nested-tiny"), family.plain_photos()
+    return compared("nested", model, plain, lambda z: keep_channels(z, 4))
 
 
 def spectrum(family: Family) -> Result:
@@ -345,35 +325,21 @@ def enlarged(image: Tensor, times: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
-    parser.add_argument(
-        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants only"
-    )
-    parser.add_argument(
-        "--digit-images",
-        type=int,
-        help="images that the recipes of digits see; their own number when not given",
-    )
-    parser.add_argument("--photo-images", type=int, help="the same for the recipes of photos")
-    parser.add_argument(
-        "--pictures", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "benchmarks" / "cpu-2-cores" / "family.json",
-        help="file of the numbers",
-    )
-    arguments = parser.parse_args()
-    family, found = Family(arguments.runs, arguments.digit_images, arguments.photo_images), {}
-    for name in arguments.only:
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--runs", type=Path, required=True, help="folder of the runs")
+    add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="only these variants")
+    add("--digit-images", type=int, help="training images of the digit recipes (default: the recipe's)")
+    add("--photo-images", type=int, help="training images of the photo recipes (default: the recipe's)")
+    add("--pictures", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
+    options = parser.parse_args()
+    family, found = Family(options.runs, options.digit_images, options.photo_images), {}
+    for name in options.only:
         found[name], images = VARIANTS[name](family)
-        write_png(arguments.pictures / f"family-{name}.png", picture(images))
+        write_png(options.pictures / f"family-{name}.png", picture(images))
         print(name, found[name], flush=True)
-    write_json(arguments.out, {**about(torch.device("cpu")), "variants": found})
+    out = options.out or ROOT / "benchmarks" / "cpu-2-cores" / "family.json"
+    save(out, torch.device("cpu"), {"variants": found})
 
 
 if __name__ == "__main__":

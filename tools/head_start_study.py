@@ -1,14 +1,16 @@
-"""What a start at PCA is worth: quality on held-out photos against CPU minutes, beside other starts and ways to go on from it.
+"""Quality on held-out photos against CPU minutes, for a start at PCA, other starts, and ways to
+train from it.
 
-    python tools/head_start_study.py [--minutes 1] [--seeds 0 1 2] [--factors 8 16 32] [--arms ...] [--out FILE.json]
+    python tools/head_start_study.py [--minutes 1] [--seeds 0 1 2] [--factors 8 16 32] [--arms ...]
 
-A run is one process with one thread; its clock is CPU time and begins before PCA is fitted, so that this counts. Crops, batch, losses and
-optimizer are those of the recipe dc-tiny (AdamW at f16 and f32, whose shapes are those of the presets, narrow), with a constant rate, so
-that no schedule knows when the clock stops. Judged are the averaged weights, on 52 tiles of 128 pixels of three photos that are not
-trained on. Two runs go on at a time.
+A run is one process with one thread. Its clock is CPU time and starts before PCA is fitted. Crops,
+batch, losses and optimizer are those of the recipe dc-tiny (AdamW at f16 and f32, with narrow
+presets), with a constant rate, so that no schedule depends on the time limit. The averaged weights
+are evaluated on 52 tiles of 128 pixels of three photos that are not trained on. Two runs are active
+at a time.
 
-The file is written after each run, and the same command goes on with what it lacks. With --plot, the figure of docs/deep_compression.md
-is drawn from the file.
+The file is written after each run; run the same command again to resume. With --plot the figure of
+docs/deep_compression.md is drawn from the file. Writes benchmarks/DEVICE/head_start.json.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import ROOT, about, folder_name, write_json
+from benchmarking import about, command_line, result_file, write_json
 from equal_time import prepare_photos
 
 from latentae.data.transforms import to_float, to_uint8
@@ -42,26 +45,18 @@ from latentae.training.steps import Trainer
 from latentae.training.training_data import build_loader
 from latentae.training.validation import Validation, held_out_batches
 
-ADAMW = {
-    "optimizer.name": "adamw",
-    "optimizer.lr": 1e-3,
-    "optimizer.trunk_lr_ratio": 0.015,
-}  # orthogonalizing wide matrices takes most of a step on one core
+# orthogonalizing wide matrices takes most of a step on one core
+ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.trunk_lr_ratio": 0.015}
+NARROW = {"model.layers_per_block": 1, **ADAMW}
 SHAPES: dict[int, dict[str, Any]] = {
     8: {},
-    16: {
-        "model.preset": "dc-f16",
-        "model.block_out_channels": [24, 48, 96, 192, 192],
-        "model.layers_per_block": 1,
-        **ADAMW,
-    },
+    16: {"model.preset": "dc-f16", "model.block_out_channels": [24, 48, 96, 192, 192], **NARROW},
     32: {
         "model.preset": "dc-f32-z32",
         "model.block_out_channels": [24, 48, 96, 192, 192, 192],
-        "model.layers_per_block": 1,
         "data.resolution": 128,
         "batch_size": 4,
-        **ADAMW,
+        **NARROW,
     },
 }
 PLAIN = {"optimizer.trunk_lr_ratio": 1.0}
@@ -88,28 +83,23 @@ FLOW_STEPS, FLOW_BATCH = 400, 16
 
 
 def recipe_of(home: Path, factor: int, arm: str, seed: int) -> Recipe:
-    values = {
-        "data.shards": str(home / "training"),
-        "data.validation": str(home / "held-out"),
-        "data.workers": 0,
-        "seed": seed,
-    }
-    values |= {"precision": "fp32", "images": 10**9, "optimizer.schedule": "constant"}
+    values = {"data.shards": str(home / "training"), "data.validation": str(home / "held-out")}
+    values |= {"data.workers": 0, "seed": seed, "precision": "fp32", "images": 10**9}
+    values |= {"optimizer.schedule": "constant"}
     return load_recipe("dc-tiny", {**values, **SHAPES[factor], **ARMS[arm]})
 
 
-class Judge:
-    """Means over the held-out tiles."""
+class Evaluator:
+    """Mean PSNR and perceptual distance over the held-out tiles."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.batches = held_out_batches(recipe.data.model_copy(update={"resolution": 128}), 8, 1000)
-        self.distance = Objective(
-            load_recipe("dc-tiny").loss, recipe.autoencoder_config().latent_channels
-        ).perceptual
+        channels = recipe.autoencoder_config().latent_channels
+        self.distance = Objective(load_recipe("dc-tiny").loss, channels).perceptual
 
     @torch.inference_mode()
     def __call__(self, reconstruct: Any) -> dict[str, float]:
-        """Of a function from uint8 images to uint8 images."""
+        """Evaluate a function from uint8 images to uint8 images."""
         pairs = [(batch.images, reconstruct(batch.images)) for batch in self.batches]
         assert self.distance is not None
         distances = [self.distance(to_float(a), to_float(b)) for a, b in pairs]
@@ -130,7 +120,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     factor, arm = options.factors[0], options.arms[0]
     recipe = recipe_of(options.home, factor, arm, options.seeds[0])
-    judge, accelerator = Judge(recipe), build_accelerator("fp32")
+    judge, accelerator = Evaluator(recipe), build_accelerator("fp32")
     begin = time.process_time()
     trainer = Trainer(recipe, accelerator)
     take_head_start(trainer, Validation([]))
@@ -151,20 +141,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures = judge(_reconstruct(averaged(trainer)))
             curve.append({"minutes": spent / 60, "images": trainer.state.images_seen, **figures})
     model = averaged(trainer)
-    row = {
-        "factor": factor,
-        "arm": arm,
-        "seed": options.seeds[0],
-        "start_seconds": head_start_seconds,
-        "curve": curve,
-    }
+    row: dict[str, Any] = {"factor": factor, "arm": arm, "seed": options.seeds[0]}
+    row |= {"start_seconds": head_start_seconds, "curve": curve}
     row["pca_likeness"], row["flow_loss"] = latent_figures(recipe, model, judge)
     return row
 
 
 @torch.inference_mode()
-def latent_figures(recipe: Recipe, model: Any, judge: Judge) -> tuple[float, float | None]:
-    """How much of the latent's variance PCA's components of the same patches explain linearly, and the loss of a tiny flow on it."""
+def latent_figures(recipe: Recipe, model: Any, judge: Evaluator) -> tuple[float, float | None]:
+    """Linear share of PCA's components in the latent's variance, and a tiny flow's loss."""
     pca = fit_head_start(load_recipe(recipe, {"model.initialization": "pca"})).pca
     z, components = [], []
     for batch in judge.batches:
@@ -176,15 +161,10 @@ def latent_figures(recipe: Recipe, model: Any, judge: Judge) -> tuple[float, flo
     left = y - x @ torch.linalg.lstsq(x, y).solution
     likeness = (1 - left.square().sum(0) / y.square().sum(0)).mean().item()
     training = build_loader(recipe, build_accelerator("fp32"))
-    crops = [
-        model.encode(to_float(batch.images)).mode()
-        for _, batch in zip(range(512 // recipe.batch_size), training, strict=False)
-    ]
-    flat = torch.cat(crops)
-    means = tuple(flat)
-    fitted = Latents(
-        tuple(map(str, range(len(means)))), means, tuple(map(torch.zeros_like, means)), None, len(means)
-    )
+    batches = islice(training, 512 // recipe.batch_size)
+    flat = torch.cat([model.encode(to_float(batch.images)).mode() for batch in batches])
+    means, names = tuple(flat), tuple(map(str, range(len(flat))))
+    fitted = Latents(names, means, tuple(map(torch.zeros_like, means)), None, len(means))
     whitening = Whitening(flat.mean((0, 2, 3))[:, None, None], flat.std((0, 2, 3))[:, None, None])
     return likeness, fit_flow(fitted, whitening, steps=FLOW_STEPS, batch=FLOW_BATCH, seed=0).loss
 
@@ -196,14 +176,14 @@ def _reconstruct(model: Any) -> Any:
 def baseline(home: Path, factor: int) -> dict[str, float]:
     """PCA itself."""
     recipe = recipe_of(home, factor, "pca", 0)
-    return Judge(recipe)(fit_head_start(recipe).pca.reconstruct)
+    return Evaluator(recipe)(fit_head_start(recipe).pca.reconstruct)
 
 
 def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
-    """All runs that `out` does not hold yet; it is written after each."""
+    """Start all runs that `out` lacks and write it after each."""
     pca = {f"f{factor}": baseline(home, factor) for factor in options.factors}
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
-    there = {(row["factor"], row["arm"], row["seed"]) for row in rows}
+    finished = {(row["factor"], row["arm"], row["seed"]) for row in rows}
     jobs = [
         (f, arm, seed)
         for arm in options.arms
@@ -216,78 +196,60 @@ def measure(options: argparse.Namespace, home: Path, out: Path) -> None:
         factor, arm, seed = job
         command = [sys.executable, __file__, "--one", "--home", str(home), "--minutes", str(options.minutes)]
         command += ["--factors", str(factor), "--arms", arm, "--seeds", str(seed)]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(2) as pool:
-        for done in as_completed([pool.submit(one, job) for job in jobs if job not in there]):
+        for done in as_completed([pool.submit(one, job) for job in jobs if job not in finished]):
             row = done.result()
             rows.append(row)
-            print(
-                f"f{row['factor']} {row['arm']}, {row['seed']}: {row['curve'][0]} -> {row['curve'][-1]}",
-                flush=True,
-            )
+            curve = row["curve"]
+            print(f"f{row['factor']} {row['arm']}, {row['seed']}: {curve[0]} -> {curve[-1]}", flush=True)
             figures = {"minutes": options.minutes, "pca": pca, "medians": medians(rows), "rows": rows}
             write_json(out, {**about(torch.device("cpu")), **figures})
 
 
-def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of the seeds of each arm: at the start, at the end, and the lowest PSNR on the way."""
-    arms = sorted({(row["factor"], row["arm"]) for row in rows})
+def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Over the seeds of each arm: results at the start and the end, and the lowest PSNR between."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["factor"], row["arm"])):
+        curve = row["curve"]
+        figures = {"start_psnr": curve[0]["psnr"], "start_perceptual": curve[0]["perceptual"]}
+        figures |= {"lowest_psnr": min(point["psnr"] for point in curve)}
+        figures |= {name: curve[-1][name] for name in ("psnr", "perceptual", "images")}
+        figures |= {"pca_likeness": row["pca_likeness"], "flow_loss": row["flow_loss"] or float("inf")}
+        groups.setdefault(f"f{row['factor']}, {row['arm']}", []).append(figures)
     return {
-        f"f{f}, {arm}": _medians([row for row in rows if (row["factor"], row["arm"]) == (f, arm)])
-        for f, arm in arms
-    }
-
-
-def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
-    figures = [
-        {
-            "start_psnr": row["curve"][0]["psnr"],
-            "start_perceptual": row["curve"][0]["perceptual"],
-            "lowest_psnr": min(point["psnr"] for point in row["curve"]),
-            **{name: row["curve"][-1][name] for name in ("psnr", "perceptual", "images")},
-            "pca_likeness": row["pca_likeness"],
-            "flow_loss": row["flow_loss"] or float("inf"),
-        }
-        for row in rows
-    ]
-    return {
-        "seeds": len(rows),
-        **{name: statistics.median(each[name] for each in figures) for name in figures[0]},
+        name: {"seeds": len(found)}
+        | {key: statistics.median(each[key] for each in found) for key in found[0]}
+        for name, found in groups.items()
     }
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
-    """PSNR and perceptual distance against minutes, one column a factor, one line a run."""
+    """Draw PSNR and distance against minutes, one column per factor, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     factors = sorted({row["factor"] for row in result["rows"]})
-    colours = dict(zip(MAIN, ("tab:blue", "tab:orange", "tab:gray"), strict=True))
+    colors = dict(zip(MAIN, ("tab:blue", "tab:orange", "tab:gray"), strict=True))
+    size = (4 * len(factors), 6)
     figure, axes = plt.subplots(
-        2, len(factors), figsize=(4 * len(factors), 6), sharex=True, squeeze=False, layout="constrained"
+        2, len(factors), figsize=size, sharex=True, squeeze=False, layout="constrained"
     )
+    first_seed = min(row["seed"] for row in result["rows"])
+    dashed: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": "--", "label": "PCA itself"}
     for column, factor in enumerate(factors):
         for row, key in enumerate(("psnr", "perceptual")):
             axis = axes[row][column]
-            axis.axhline(
-                result["pca"][f"f{factor}"][key],
-                color="black",
-                linewidth=0.8,
-                linestyle="--",
-                label="PCA itself",
-            )
+            axis.axhline(result["pca"][f"f{factor}"][key], **dashed)
             for one in (r for r in result["rows"] if r["factor"] == factor and r["arm"] in MAIN):
                 xs, ys = zip(*((p["minutes"], p[key]) for p in one["curve"]), strict=True)
-                label = (
-                    f"start: {one['arm']}" if one["seed"] == min(r["seed"] for r in result["rows"]) else None
-                )
-                axis.plot(xs, ys, color=colours[one["arm"]], linewidth=1.2, label=label)
+                label = f"start: {one['arm']}" if one["seed"] == first_seed else None
+                axis.plot(xs, ys, color=colors[one["arm"]], linewidth=1.2, label=label)
         axes[0][column].set_title(f"f{factor} z{16 if factor == 8 else 32}")
         axes[1][column].set_xlabel("CPU minutes of one core")
     axes[0][0].set_ylabel("PSNR, dB (higher is better)")
@@ -297,32 +259,20 @@ def plot(result: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=1.0, help="CPU minutes of each run")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each"
-    )
-    parser.add_argument(
-        "--factors", type=int, nargs="+", default=[8, 16, 32], choices=SHAPES, help="downsampling factors"
-    )
-    parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=ARMS, help="starts; all but the first two at f8 only"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write; the default is benchmarks/DEVICE/head_start.json"
-    )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure from --out and stop")
-    parser.add_argument(
-        "--one", action="store_true", help=argparse.SUPPRESS
-    )  # one run, in the process started for it
-    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--minutes", type=float, default=1.0, help="CPU minutes of each run")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm per seed")
+    add("--factors", type=int, nargs="+", default=[8, 16, 32], choices=SHAPES, help="downsampling factors")
+    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="starts; above f8 only the first two run")
+    add("--plot", type=Path, metavar="PNG", help="only draw the figure from --out")
+    add("--one", action="store_true", help=argparse.SUPPRESS)  # one run, in the process started for it
+    add("--home", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(run(options)))
         return
-    out = options.out or ROOT / "benchmarks" / folder_name(torch.device("cpu")) / "head_start.json"
+    out = options.out or result_file(torch.device("cpu"), "head_start")
     if options.plot:
         plot(json.loads(out.read_text(encoding="utf-8")), options.plot)
         return

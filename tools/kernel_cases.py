@@ -1,8 +1,10 @@
-"""What tools/bench_kernels.py times: each op in its modes, the shapes, plain torch beside it, and the bytes it can't avoid moving.
+"""Cases of tools/bench_kernels.py: each op in its modes and shapes, plain torch, and the bytes that
+must move.
 
-Shapes are those of the models the ops serve, on 256x256 images in batches of eight. Bytes count one activation element of the largest
-tensor in bf16 and are those of kernels/README.md: what eager kernels move, what a kernel for the statistics and one for the rest move,
-and what is left if everything stays on the chip between the two.
+Shapes are those of the models that use the ops, for 256x256 images in batches of eight. Bytes are
+per element of the largest tensor in bf16, as in kernels/README.md: moved by eager kernels, by a
+kernel for the statistics and one for the rest (two passes), and if everything stays on the chip
+between the two (one pass).
 """
 
 from __future__ import annotations
@@ -23,25 +25,22 @@ GROUPS = 32
 H100_PROCESSORS = 132
 Shape = tuple[int, int, int, int]  # of the input: batch, channels, height, width
 
-# levels of the f8 autoencoder (kl-f8)
-F8: list[Shape] = [(8, 128, 256, 256), (8, 256, 128, 128), (8, 512, 64, 64), (8, 512, 32, 32)]
+
+def _levels(*levels: tuple[int, int]) -> list[Shape]:
+    """Shapes of square images, from (channels, side)."""
+    return [(8, channels, side, side) for channels, side in levels]
+
+
+F8 = _levels((128, 256), (256, 128), (512, 64), (512, 32))  # levels of the f8 autoencoder (kl-f8)
 # levels of a deep-compression autoencoder (DC-AE), which normalizes over the channels of each pixel
-DEEP: list[Shape] = [(8, 256, 128, 128), (8, 512, 64, 64), (8, 512, 32, 32), (8, 1024, 16, 16)]
-# VGG16's five feature maps
-VGG: list[Shape] = [
-    (8, 64, 256, 256),
-    (8, 128, 128, 128),
-    (8, 256, 64, 64),
-    (8, 512, 32, 32),
-    (8, 512, 16, 16),
-]
-# inputs of the f8 decoder's three upsamplings
-UP: list[Shape] = [(8, 512, 32, 32), (8, 512, 64, 64), (8, 256, 128, 128)]
+DEEP = _levels((256, 128), (512, 64), (512, 32), (1024, 16))
+VGG = _levels((64, 256), (128, 128), (256, 64), (512, 32), (512, 16))  # VGG16's five feature maps
+UP = _levels((512, 32), (512, 64), (256, 128))  # inputs of the f8 decoder's three upsamplings
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes an element of bf16 costs: in eager kernels (None where nobody counted), in two passes, in one."""
+    """Bytes per bf16 element: in eager kernels (None if not counted), in two passes, in one."""
 
     eager: int | None
     two_pass: int
@@ -60,7 +59,7 @@ class Case:
     inputs: Callable[[Shape], tuple[Tensor, ...]]  # fp32 on the CPU, NCHW
     plain: Callable[..., Any]
     ours: Callable[..., Any]
-    kernels: Callable[[Case], tuple[str, ...]]  # which kernels run, as the ahead-of-time report names them
+    kernels: Callable[[Case], tuple[str, ...]]  # kernels that run, as named in the ahead-of-time report
     differentiable: tuple[int, ...]  # inputs whose gradient a backward pass computes
     flops: int = 0  # per element, where arithmetic and not memory may be the floor
 
@@ -71,7 +70,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Elements of the input, which bytes and operations are counted by."""
+        """Elements of the input; bytes and operations are per element."""
         return prod(self.shape)
 
     def shrunk(self, batch: int | None, by: int) -> Case:
@@ -89,10 +88,14 @@ def _vectors(count: int, channels: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(count, channels).unbind(0))
 
 
+def _conv_weight(channels: int) -> Tensor:
+    return torch.randn(channels, channels, 3, 3) * (9 * channels) ** -0.5
+
+
 def _pair(
     op: str, mode: str, shape: Shape, forward: Bytes, backward: Bytes, flops: int = 0, **common: Any
 ) -> list[Case]:
-    """A case for the forward pass and one for the backward pass, which takes twice the arithmetic."""
+    """A case for the forward pass and one for the backward pass (twice the arithmetic)."""
     label = f", {mode}" if mode else ""
     return [
         Case(op, f"forward{label}", shape, False, forward, flops=flops, **common),
@@ -111,17 +114,14 @@ def _norm_act() -> list[Case]:
     found = []
     for shape in F8:
         for mode, forward, backward, count, act in modes:
-            if (
-                act == "identity" and shape[3] > 32
-            ):  # only the attention of the lowest level goes without an activation
+            if act == "identity" and shape[3] > 32:  # only the lowest level's attention has no activation
                 continue
-            functions = {
-                "inputs": _norm_act_inputs(count),
-                "plain": _group_norm(act),
-                "ours": _fused_group_norm(act),
-            }
-            common = {"differentiable": tuple(range(count)), "kernels": _norm_act_kernels, **functions}
-            found += _pair("norm_act", mode, shape, forward, backward, **common)
+            common: dict[str, Any] = {"inputs": _norm_act_inputs(count), "plain": _plain_norm_act(act)}
+            common |= {"ours": _our_norm_act(act), "kernels": _norm_act_kernels}
+            differentiable = tuple(range(count))
+            found += _pair(
+                "norm_act", mode, shape, forward, backward, differentiable=differentiable, **common
+            )
     return found
 
 
@@ -137,7 +137,7 @@ def _norm_act_kernels(case: Case) -> tuple[str, ...]:
 
 
 def _norm_act_inputs(count: int) -> Callable[[Shape], tuple[Tensor, ...]]:
-    """x, weight, bias, and as `count` has it pre_bias and residual."""
+    """The first `count` of x, weight, bias, pre_bias and residual."""
 
     def inputs(shape: Shape) -> tuple[Tensor, ...]:
         return (torch.randn(shape), *_vectors(3, shape[1]), torch.randn(shape))[:count]
@@ -145,34 +145,22 @@ def _norm_act_inputs(count: int) -> Callable[[Shape], tuple[Tensor, ...]]:
     return inputs
 
 
-def _group_norm(act: str) -> Callable[..., Any]:
-    def plain(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        pre_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Any:
-        if pre_bias is not None:
-            x = x + pre_bias.view(1, -1, 1, 1)
-        if residual is not None:
-            x = x + residual
+def _plain_norm_act(act: str) -> Callable[..., Any]:
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, *added: Tensor) -> Any:
+        if added:
+            x = x + added[0].view(1, -1, 1, 1)
+        if len(added) > 1:
+            x = x + added[1]
         y = F.group_norm(x, GROUPS, weight, bias, 1e-6)
         y = F.silu(y) if act == "silu" else y
-        return y if residual is None else (y, x)
+        return (y, x) if len(added) > 1 else y
 
     return plain
 
 
-def _fused_group_norm(act: Any) -> Callable[..., Any]:
-    def ours(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        pre_bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Any:
-        return norm_act(x, weight, bias, GROUPS, act=act, pre_bias=pre_bias, residual=residual)
+def _our_norm_act(act: Any) -> Callable[..., Any]:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, *added: Tensor) -> Any:
+        return norm_act(x, weight, bias, GROUPS, 1e-6, act, *added)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     return ours
 
@@ -182,30 +170,25 @@ def _norm_act_conv2d() -> list[Case]:
         return F.conv2d(F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-6)), conv_weight, padding=1)
 
     def inputs(shape: Shape) -> tuple[Tensor, ...]:
-        c = shape[1]
-        return torch.randn(shape), *_vectors(2, c), torch.randn(c, c, 3, 3) * (9 * c) ** -0.5
+        return torch.randn(shape), *_vectors(2, shape[1]), _conv_weight(shape[1])
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, conv_weight: Tensor) -> Tensor:
         return norm_act_conv2d(x, Norm(weight, bias, GROUPS), conv_weight, padding=1)
 
-    def kernels(
-        case: Case,
-    ) -> tuple[str, ...]:  # and cuDNN's; the backward pass computes the activation again
+    def kernels(case: Case) -> tuple[str, ...]:
+        """Without cuDNN's; the backward pass computes the activation again."""
         return _norm_act_kernels(case) + (("norm_act/apply",) if case.backward else ())
 
-    # norm_act's bytes, and 4 for the convolution's input and output; backwards its 8 for two passes, and 4 to compute y again
+    # forward: norm_act's, and 4 for the convolution's input and output;
+    # backward: norm_act's, 8 for the convolution's two passes, and 4 to compute y again
     forward, backward = Bytes(14, 10, 8), Bytes(24, 22, 18)
-    common = {
-        "plain": plain,
-        "inputs": inputs,
-        "ours": ours,
-        "differentiable": (0, 1, 2, 3),
-        "kernels": kernels,
-    }
-    found = []
-    for shape in F8[:3]:
-        found += _pair("norm_act_conv2d", "", shape, forward, backward, flops=18 * shape[1], **common)
-    return found
+    common: dict[str, Any] = {"plain": plain, "inputs": inputs, "ours": ours, "kernels": kernels}
+    common["differentiable"] = (0, 1, 2, 3)
+    return [
+        case
+        for shape in F8[:3]
+        for case in _pair("norm_act_conv2d", "", shape, forward, backward, 18 * shape[1], **common)
+    ]
 
 
 def _row_norm_act() -> list[Case]:
@@ -215,16 +198,11 @@ def _row_norm_act() -> list[Case]:
     def inputs(shape: Shape) -> tuple[Tensor, ...]:
         return (torch.randn(shape), *_vectors(2, shape[1]))
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return row_norm_act(x, weight, bias)
-
-    common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0, 1, 2)}
+    common: dict[str, Any] = {"plain": plain, "inputs": inputs, "ours": row_norm_act}
     common["kernels"] = lambda case: (f"row_norm_act/{'backward' if case.backward else 'forward'}",)
-    return [
-        case
-        for shape in DEEP
-        for case in _pair("row_norm_act", "", shape, Bytes(None, 4, 4), Bytes(None, 6, 6), **common)
-    ]
+    common["differentiable"] = (0, 1, 2)
+    forward, backward = Bytes(None, 4, 4), Bytes(None, 6, 6)
+    return [case for shape in DEEP for case in _pair("row_norm_act", "", shape, forward, backward, **common)]
 
 
 def _lpips_head() -> list[Case]:
@@ -237,17 +215,11 @@ def _lpips_head() -> list[Case]:
     def inputs(shape: Shape) -> tuple[Tensor, ...]:
         return torch.randn(shape), torch.randn(shape), torch.rand(shape[1])
 
-    def ours(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-        return lpips_head(a, b, weight)
-
-    # in training only the reconstruction's features, the first, have a gradient
-    common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0,)}
+    common: dict[str, Any] = {"plain": plain, "inputs": inputs, "ours": lpips_head}
     common["kernels"] = lambda case: (f"lpips_head/{'backward da' if case.backward else 'forward'}",)
-    return [
-        case
-        for shape in VGG
-        for case in _pair("lpips_head", "", shape, Bytes(None, 4, 4), Bytes(None, 6, 6), **common)
-    ]
+    common["differentiable"] = (0,)  # in training only the reconstruction's features have a gradient
+    forward, backward = Bytes(None, 4, 4), Bytes(None, 6, 6)
+    return [case for shape in VGG for case in _pair("lpips_head", "", shape, forward, backward, **common)]
 
 
 def _upsample() -> list[Case]:
@@ -255,26 +227,19 @@ def _upsample() -> list[Case]:
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
     def inputs(shape: Shape) -> tuple[Tensor, ...]:
-        c = shape[1]
-        return torch.randn(shape), torch.randn(c, c, 3, 3) * (9 * c) ** -0.5, torch.randn(c)
+        return torch.randn(shape), _conv_weight(shape[1]), torch.randn(shape[1])
 
-    def ours(
-        x: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:  # on a GPU "auto" is the plain form until "folded" is measured there
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # on a GPU "auto" is the plain form until "folded" is measured there
         return upsample_conv2d(x, weight, bias, method="folded" if x.is_cuda else "auto")
 
-    common = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0, 1, 2)}
+    common: dict[str, Any] = {"plain": plain, "inputs": inputs, "ours": ours, "differentiable": (0, 1, 2)}
     common["kernels"] = lambda case: ()  # cuDNN's
-    found = []
-    for shape in UP:
-        # 16 products and sums for each pair of channels and input pixel; x and four outputs, then dy twice, x and dx
-        found += _pair(
-            "upsample_conv2d",
-            "",
-            shape,
-            Bytes(None, 10, 10),
-            Bytes(None, 20, 20),
-            flops=32 * shape[1],
-            **common,
-        )
-    return found
+    # 16 products and sums per pair of channels and input pixel; x and four outputs, then dy twice,
+    # x and dx
+    forward, backward = Bytes(None, 10, 10), Bytes(None, 20, 20)
+    return [
+        case
+        for shape in UP
+        for case in _pair("upsample_conv2d", "", shape, forward, backward, 32 * shape[1], **common)
+    ]

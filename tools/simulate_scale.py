@@ -1,18 +1,23 @@
-"""Simulate encoding a billion images on 1 to 4096 workers: how long, how much of it idle, how much done twice. Nothing here is measured.
+"""Simulate encoding a billion images on 1 to 4096 workers: duration, idle time and repeated work.
+Nothing is measured.
 
-    python tools/simulate_scale.py [--images 1000000000] [--image-seconds 0.004] [--shard-sizes 1000,10000] [--workers 1,4,...,4096]
-                                   [--seed 0] [--out FILE.json]
+    python tools/simulate_scale.py [--images 1000000000] [--image-seconds 0.004] [--shard-sizes
+                                   1000,10000] [--workers 1,4,...,4096] [--seed 0] [--out FILE.json]
 
-A worker takes a shard, pays for its requests to the store, encodes it, and takes the next. Two ways to take it:
+A worker takes a shard, waits for its requests to the store, encodes it, and takes the next. There
+are two policies:
 
-- stride: worker w of W has the shards w, w + W, w + 2W, ... (`latentae encode` with task ids). Every worker looks through the store at
-  each of its starts, and once more at its end, when the last one reads all sidecars; nobody takes over the shards of a slow one.
-- claim: a driver hands out the next shard that nobody has (`--engine ray`). It alone looks through the store, and reads the sidecars once
-  all is done; each hand-out takes it `claim_seconds`. The shard of a worker that dies goes to the next that asks.
+- stride: worker w of W has the shards w, w + W, w + 2W, ... (`latentae encode` with task ids).
+  Every worker lists the store at each start, and once more at its end, when the last one reads all
+  sidecars. Nobody takes over the shards of a slow worker.
+- claim: a driver hands out the next free shard (`--engine ray`). It alone lists the store, and
+  reads the sidecars at the end; each hand-out takes it `claim_seconds`. The shard of a crashed
+  worker goes to the next that is free.
 
-A worker has its own speed: the time of an image is `image_seconds` times exp(speed_sigma z), z standard normal, and each shard has a
-factor of mean 1 of its own. A preemption comes after an exponential time at work; the shard in hand is lost, and the worker is away for
-`away_seconds`, then starts again. The time of all workers until the end is split without remainder:
+Each worker has its own speed: the time of an image is `image_seconds` times exp(speed_sigma z), z
+standard normal, and each shard has its own factor of mean 1. A preemption comes after an
+exponential working time: the current shard is lost, and the worker is away for `away_seconds`, then
+starts again. The time of all workers until the end is
 
     workers x end = useful + wasted (encoded, then lost) + requests + starting + closing + away
                     + idle (nothing to take, or waiting for the driver)
@@ -28,87 +33,73 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 POLICIES: tuple[Literal["stride", "claim"], ...] = ("stride", "claim")
 PARTS = ("useful", "wasted", "requests", "starting", "closing", "away", "idle")
-LISTINGS = 3  # when the work is planned
-PAGE = 1000  # names in one answer of an object store
-LONGEST = 6.0  # times between two preemptions that a shard may take: e^6, 400 attempts, are already hopeless
+LISTINGS = 3  # per planning of the work
+PAGE = 1000  # names per response of an object store
+# maximum time of a shard, in mean times between two preemptions; e^6 = 400 attempts are hopeless
+LONGEST = 6.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One simulated job. Every figure is an assumption unless a benchmark is named beside it."""
+    """One simulated job; every default is an assumption."""
 
     policy: Literal["stride", "claim"] = "stride"
     workers: int = 1
     images: int = 1_000_000_000
-    shard_size: int = 10_000
-    """Images of a shard."""
-    image_seconds: float = 0.004
-    """Reading, decoding, encoding and writing one image on a worker of ordinary speed."""
-    speed_sigma: float = 0.2
-    """Spread of the workers' speeds: standard deviation of the logarithm."""
-    shard_sigma: float = 0.05
-    """Spread of the shards' times on one worker."""
-    preempt_hours: float = 24.0
-    """Mean time at work between two preemptions of one worker; 0 is never."""
-    away_seconds: float = 300.0
-    """From a preemption until the worker is back."""
-    load_seconds: float = 20.0
-    """Starting the program and loading the model."""
-    latency_seconds: float = 0.05
-    """One request to the store."""
+    shard_size: int = 10_000  # images per shard
+    image_seconds: float = 0.004  # to read, decode, encode and write one image at ordinary speed
+    speed_sigma: float = 0.2  # standard deviation of the logarithm of the workers' speeds
+    shard_sigma: float = 0.05  # the same for the shards' times on one worker
+    preempt_hours: float = 24.0  # mean working time between two preemptions of a worker; 0 is never
+    away_seconds: float = 300.0  # from a preemption until the worker is back
+    load_seconds: float = 20.0  # to start the program and load the model
+    latency_seconds: float = 0.05  # of one request to the store
+    # sequential requests per shard: read it, look for its output, write files and sidecar, read
+    # back
     shard_requests: float = 8.0
-    """Requests of a shard, one after another: read it, look for it, write it, its files and its sidecar, read back."""
-    start_requests: float = 0.0
-    """Requests for each shard of the data set when the work is planned: 1 from an HTTP server, which is asked for each size."""
-    end_requests: float = 1.0
-    """Requests for each shard once all are done: its sidecar."""
-    parallel_requests: int = 16
-    """How many of those are under way at once."""
-    store_requests_per_second: float = 5000.0
-    """What the store answers to all workers together."""
-    claim_seconds: float = 0.001
-    """The driver's time to hand out one shard."""
+    start_requests: float = 0.0  # per shard when the work is planned: 1 for an HTTP server (each size)
+    end_requests: float = 1.0  # per shard at the end: its sidecar
+    parallel_requests: int = 16  # of start_requests and end_requests
+    store_requests_per_second: float = 5000.0  # of all workers together
+    claim_seconds: float = 0.001  # of the driver, to hand out one shard
     seed: int = 0
 
     @property
     def shards(self) -> int:
-        """How many."""
+        """Number of shards."""
         return math.ceil(self.images / self.shard_size)
 
     def images_of(self, shard: int) -> int:
-        """As many as a shard holds, but for the last."""
+        """Images of a shard; the last one may have fewer."""
         return min(self.shard_size, self.images - shard * self.shard_size)
 
     @property
     def planning_requests(self) -> float:
-        """Those of one look through the store: three listings (shards, their sizes, output) and what each shard takes."""
+        """Requests to plan: three listings (shards, sizes, output), start_requests per shard."""
         return LISTINGS * math.ceil(self.shards / PAGE) + self.start_requests * self.shards
 
     def planning_seconds(self, starting_together: int) -> float:
-        """One look through the store while others look too: bound by latency, or by what the store can answer."""
-        alone = (
-            LISTINGS * math.ceil(self.shards / PAGE)
-            + self.start_requests * self.shards / self.parallel_requests
-        )
-        return max(
-            alone * self.latency_seconds,
-            starting_together * self.planning_requests / self.store_requests_per_second,
-        )
+        """Time to plan the work, bound by latency or by the store's request rate."""
+        listings = LISTINGS * math.ceil(self.shards / PAGE)
+        sequential = listings + self.start_requests * self.shards / self.parallel_requests
+        shared = starting_together * self.planning_requests / self.store_requests_per_second
+        return max(sequential * self.latency_seconds, shared)
 
     def closing(self, done: int) -> tuple[float, float]:
-        """Requests of a look at the output when `done` shards are, and the least seconds they take: the sidecars once all are."""
+        """Requests to list the output (at the end also sidecars), and their minimum seconds."""
         pages, sidecars = math.ceil(done / PAGE), self.end_requests * done if done == self.shards else 0.0
         return pages + sidecars, (pages + sidecars / self.parallel_requests) * self.latency_seconds
 
     @property
     def restart_seconds(self) -> float:
-        """From being back until the next shard; with a driver a worker need not look through the store."""
+        """From a worker's return until its next shard; with a driver it does not list the store."""
         return self.load_seconds + (self.planning_seconds(1) if self.policy == "stride" else 0.0)
 
 
@@ -123,51 +114,46 @@ class Account:
     closing: float = 0.0
     away: float = 0.0
     idle: float = 0.0
-    end: float = 0.0
-    """When the last worker had nothing more to do, in seconds since the start."""
-    done: int = 0
-    """Images encoded and kept."""
-    shards: int = 0
-    """Shards done."""
-    lost: float = 0.0
-    """Images encoded and lost."""
+    end: float = 0.0  # when the last worker finished, in seconds since the start
+    done: int = 0  # images encoded and kept
+    shards: int = 0  # finished shards
+    lost: float = 0.0  # images encoded and lost
     preemptions: int = 0
     store_requests: float = 0.0
 
 
 class Worker:
-    """One machine: its speed, and its luck."""
+    """One machine: its speed and its random events."""
 
     def __init__(self, number: int, case: Case) -> None:
-        self.random = random.Random(
-            f"{case.seed}/{number}"
-        )  # its own, so that one worker more changes no other
+        # its own generator, so that another worker does not change it
+        self.random = random.Random(f"{case.seed}/{number}")
         self.image_seconds = case.image_seconds * math.exp(case.speed_sigma * self.random.gauss(0, 1))
         self.shard_sigma = case.shard_sigma
         self.rate = 1 / (3600 * case.preempt_hours) if case.preempt_hours else 0.0
 
     def seconds_of(self, images: int) -> float:
-        """How long it will encode a shard of so many images."""
+        """Time to encode a shard of `images`."""
         spread = self.shard_sigma
         factor = math.exp(spread * self.random.gauss(0, 1) - spread * spread / 2) if spread else 1.0
         return images * self.image_seconds * factor
 
     def until_preempted(self) -> float:
-        """Memoryless: drawn anew for each shard."""
+        """Working time until the next preemption, drawn for each shard (memoryless)."""
         return self.random.expovariate(self.rate) if self.rate else math.inf
 
 
 class Queue:
-    """Which shard a worker takes next."""
+    """The order in which workers take shards."""
 
     def __init__(self, case: Case) -> None:
         self.claimed = case.policy == "claim"
         lots = 1 if self.claimed else case.workers
         self.lots: list[Iterator[int]] = [iter(range(lot, case.shards, lots)) for lot in range(lots)]
-        self.returned: list[list[int]] = [[] for _ in range(lots)]  # those of workers that died, taken first
+        self.returned: list[list[int]] = [[] for _ in range(lots)]  # of preempted workers, taken first
 
     def take(self, worker: int) -> int | None:
-        """The next shard for this worker; None where there is none now."""
+        """The next shard for this worker, or None."""
         lot = 0 if self.claimed else worker
         return self.returned[lot].pop() if self.returned[lot] else next(self.lots[lot], None)
 
@@ -176,18 +162,17 @@ def simulate(case: Case) -> Account:
     """Run one case from the first start to the last shard.
 
     Raises:
-        ValueError: shards so long that a preempted worker would hardly ever finish one.
+        ValueError: shards are so long that a preempted worker would hardly ever finish one.
     """
     workers = [Worker(number, case) for number in range(case.workers)]
     _refuse_hopeless(case, workers)
     queue, account = Queue(case), Account()
     start = driver = _first_start(case, account)
-    events = [
-        (start, number) for number in range(case.workers)
-    ]  # a worker is free; below zero: shard ~number is nobody's again
-    waiting: list[tuple[float, int]] = []  # workers with nothing to take, and since when
-    over = 0.0  # when the last of the shards begun so far is done
-    answered = 0.0  # when the store has answered those who read the sidecars so far
+    # (time, worker that becomes free), or (time, ~shard that was lost)
+    events = [(start, number) for number in range(case.workers)]
+    waiting: list[tuple[float, int]] = []  # since when, and the idle worker
+    over = 0.0  # end of the last shard started so far
+    answered = 0.0  # end of the sidecar reads so far
     while events:
         now, number = heapq.heappop(events)
         if number < 0:
@@ -219,7 +204,7 @@ def simulate(case: Case) -> Account:
             over = max(over, attempt.over)
         elif queue.claimed:
             heapq.heappush(events, (attempt.over, ~shard))
-        else:  # nobody else takes it
+        else:  # no other worker takes it
             queue.returned[number].append(shard)
     account.end = max(account.end, over)
     if queue.claimed:
@@ -231,7 +216,7 @@ def simulate(case: Case) -> Account:
 
 
 def _first_start(case: Case, account: Account) -> float:
-    """All workers begin together; with a driver they wait until it knows the work."""
+    """All workers start together; with a driver they wait until it has planned the work."""
     lookers = case.workers if case.policy == "stride" else 1
     until = case.planning_seconds(lookers) + case.load_seconds
     account.store_requests += lookers * case.planning_requests
@@ -239,14 +224,11 @@ def _first_start(case: Case, account: Account) -> float:
     return until
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """What became of one shard on one worker."""
+class Attempt(NamedTuple):
+    """The result of one shard on one worker."""
 
-    over: float
-    """When the shard was done, or its worker died."""
-    free: float
-    """When the worker can take another."""
+    over: float  # when the shard was done or its worker was preempted
+    free: float  # when the worker can take another shard
     done: bool
 
 
@@ -272,10 +254,10 @@ def _attempt(case: Case, worker: Worker, shard: int, now: float, account: Accoun
 
 
 def _close(case: Case, account: Account, last: list[float]) -> None:
-    """Account for each worker until the end; `last` is when each had nothing more to take."""
+    """Account for each worker until the end; `last` has the time when each ran out of work."""
     for since in last:
         account.idle += max(0.0, account.end - since)
-        late = max(0.0, since - account.end)  # it died, and the others finished before it was back
+        late = max(0.0, since - account.end)  # the end came before it was back
         account.starting -= min(late, case.restart_seconds)
         account.away -= late - min(late, case.restart_seconds)
 
@@ -283,16 +265,17 @@ def _close(case: Case, account: Account, last: list[float]) -> None:
 def _refuse_hopeless(case: Case, workers: list[Worker]) -> None:
     if not case.preempt_hours:
         return
-    slowest = max(worker.image_seconds for worker in workers) * min(case.shard_size, case.images) / 3600
+    slowest = max(worker.image_seconds for worker in workers)
+    slowest *= min(case.shard_size, case.images) / 3600
     if slowest > LONGEST * case.preempt_hours:
         raise ValueError(
-            f"a shard of {case.shard_size} images takes the slowest worker {slowest:.1f} h, and a preemption comes each "
-            f"{case.preempt_hours:g} h; choose smaller shards"
+            f"a shard of {case.shard_size} images takes the slowest worker {slowest:.1f} h, "
+            f"with preemptions every {case.preempt_hours:g} h; choose smaller shards"
         )
 
 
 def row_of(case: Case) -> dict[str, Any]:
-    """What is reported of one case: shares are of the time of all workers until the end."""
+    """Results of one case; shares are of the time of all workers until the end."""
     account = simulate(case)
     total = case.workers * account.end or 1.0
     shares = {name: getattr(account, name) / total for name in PARTS}
@@ -315,10 +298,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{head}{'preempted':>11}{'requests':>12}"]
     for row in rows:
         shares = "".join(f"{100 * row[f'{name}_share']:7.2f}%" for name in PARTS)
-        lines.append(
-            f"{row['policy']:7}{row['workers']:8}{row['shard_size']:8}{row['hours']:12.2f}{shares}{row['preemptions']:11}"
-            f"{row['store_requests']:12.3g}"
-        )
+        first = f"{row['policy']:7}{row['workers']:8}{row['shard_size']:8}{row['hours']:12.2f}"
+        lines.append(f"{first}{shares}{row['preemptions']:11}{row['store_requests']:12.3g}")
     return "\n".join(lines)
 
 
@@ -328,40 +309,27 @@ def main() -> None:
     )
     single = [field for field in fields(Case) if field.name not in ("policy", "workers", "shard_size")]
     for field in single:
-        kind = type(field.default)
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kind,
-            default=field.default,
-            help=f"default {field.default}",
-        )
+        name, default = f"--{field.name.replace('_', '-')}", field.default
+        parser.add_argument(name, type=type(default), default=default, help=f"default {default}")
     parser.add_argument("--workers", default="1,4,16,64,256,1024,4096", help="worker counts, with commas")
-    parser.add_argument("--shard-sizes", default="1000,10000", help="images of a shard, with commas")
+    parser.add_argument("--shard-sizes", default="1000,10000", help="images per shard, with commas")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = vars(parser.parse_args())
-    base = Case(**{field.name: options[field.name] for field in single})
-    rows = []
-    for size in map(int, options["shard_sizes"].split(",")):
-        for workers in map(int, options["workers"].split(",")):
-            for policy in POLICIES:
-                try:
-                    rows.append(row_of(replace(base, policy=policy, workers=workers, shard_size=size)))
-                except ValueError as error:
-                    raise SystemExit(f"simulate_scale: {error}") from None
+    assumed = {field.name: options[field.name] for field in single}
+    base, rows = Case(**assumed), []
+    sizes, counts = (list(map(int, options[name].split(","))) for name in ("shard_sizes", "workers"))
+    for size, workers, policy in product(sizes, counts, POLICIES):
+        try:
+            rows.append(row_of(replace(base, policy=policy, workers=workers, shard_size=size)))
+        except ValueError as error:
+            raise SystemExit(f"simulate_scale: {error}") from None
     print(table(rows))
-    if options["out"]:
-        assumed = {
-            name: value
-            for name, value in asdict(base).items()
-            if name not in ("policy", "workers", "shard_size")
-        }
+    if out := options["out"]:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        text = (
-            f'{{\n "measured": null,\n "assumptions": {json.dumps(assumed)},\n "rows": [\n{lines}\n ]\n}}\n'
-        )
-        options["out"].parent.mkdir(parents=True, exist_ok=True)
-        options["out"].write_text(text)
-        print(f"wrote {options['out']}")
+        head = f'"measured": null,\n "assumptions": {json.dumps(assumed)}'
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(f'{{\n {head},\n "rows": [\n{lines}\n ]\n}}\n')
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_data_times_every_stage_on_the_same_pixels(run, tmp_path):
 @pytest.mark.slow
 @counts_bytes
 def test_data_times_both_loaders_and_counts_their_bytes(tmp_path):
-    command = [sys.executable, str(TOOLS / "bench_data.py"), *DATA, "--worlds", "1,2"]
+    command = [sys.executable, str(TOOLS / "bench_data.py"), *DATA, "--worlds", "1", "2"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "data.json")],
         capture_output=True,

@@ -13,15 +13,7 @@ from ..launcher import Plan, accumulator, launch, processors, recorded_launches
 from ..tensors import compute_dtype, is_channels_last
 from . import kernels
 
-__all__ = [
-    "Config",
-    "Problem",
-    "choose_config",
-    "launch_apply",
-    "launch_backward",
-    "launch_forward",
-    "plans",
-]
+__all__ = ["Config", "Problem", "choose_config", "launch_apply", "launch_backward", "launch_forward", "plans"]
 
 TILE = {False: 2048, True: 1024}  # elements per tensor in a two-pass tile of 4 warps, forward and backward
 WAVES = 16  # programs per multiprocessor that the two-pass kernels aim for
