@@ -40,7 +40,7 @@ def read(folder: Path) -> list[Report]:
             found.append(report)
         else:
             message = (
-                f"kernel_tables: skipped {file}, which has another format; run tools/bench_kernels.py again"
+                f"kernel_tables: {file} has another format and is skipped; run tools/bench_kernels.py"
             )
             print(message, file=sys.stderr)
     return found

@@ -123,7 +123,7 @@ def test_check_tells_a_stale_readme_and_writes_nothing(update, readme):
     assert update("--check")[0] == 0
     code, output = update("--check", some_gpu=GPU)
     assert code == 1
-    assert "run: python tools/kernel_tables.py" in output
+    assert "run python tools/kernel_tables.py" in output
     assert readme.read_text() == before
 
 
