@@ -39,9 +39,7 @@ def read(folder: Path) -> list[Report]:
         if report.get("format") == FORMAT:
             found.append(report)
         else:
-            message = (
-                f"kernel_tables: {file} has another format and is skipped; run tools/bench_kernels.py"
-            )
+            message = f"kernel_tables: {file} has another format and is skipped; run tools/bench_kernels.py"
             print(message, file=sys.stderr)
     return found
 
