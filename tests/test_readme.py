@@ -87,3 +87,10 @@ def test_every_command_of_the_docs_has_the_options_it_shows(page):
                     assert option in known, (
                         f"{verb} {option}: {nearest(option, sorted(known), 'none is near')}"
                     )
+
+
+def test_every_file_of_the_map_exists():
+    page = (ROOT / "docs/map.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([a-z_/]+(?:\.py|\.md|\.css|/))`", page):
+        homes = (ROOT / "latentae", ROOT, ROOT / "kernels/latentae_kernels/norm_act")
+        assert any((home / name).exists() for home in homes), name
