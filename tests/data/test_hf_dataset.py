@@ -90,7 +90,7 @@ def test_a_row_without_an_image_is_bad(datasets, tmp_path, make_png):
 
 def test_several_splits_are_named(datasets, dataset, tmp_path):
     datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match=r"splits train, test; name the folder of one, such as .*saved/train"):
+    with pytest.raises(DataError, match=r"splits train, test; name one, such as .*saved/train"):
         shards(tmp_path / "saved", tmp_path / "out")
     assert shards(tmp_path / "saved" / "test", tmp_path / "out").samples == 1
 
