@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 STATE_VERSION = 2
-_SPARES = 16  # samples tried in place of an unreadable one
+_SPARES = 16  # samples tried instead of an unreadable one
 _FORGIVEN = 8  # unreadable samples before their share counts: one in ten says nothing
 
 

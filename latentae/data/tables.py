@@ -31,7 +31,7 @@ from latentae.errors import Interrupted, ShardError
 __all__ = ["MAX_PROBLEMS", "SampleTable", "hash_key", "marks_match", "open_table", "scan"]
 
 FORMAT_VERSION = 1
-MAX_PROBLEMS = 1000  # listed per shard; the others are only counted
+MAX_PROBLEMS = 1000  # listed per shard; more are only counted
 RECORD = "latentae_index"
 MAX_HEADER = 1 << 24  # bytes of JSON before the arrays
 

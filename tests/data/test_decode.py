@@ -40,9 +40,9 @@ def rgb() -> np.ndarray:
     return noise(5, 7, 3)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "WEBP"])
-def test_lossless_formats_give_their_pixels(rgb, kind):
-    image = decode_image(saved(rgb, kind, **({"lossless": True} if kind == "WEBP" else {})), "x")
+@pytest.mark.parametrize("form", ["PNG", "BMP", "PPM", "TIFF", "WEBP"])
+def test_lossless_formats_give_their_pixels(rgb, form):
+    image = decode_image(saved(rgb, form, **({"lossless": True} if form == "WEBP" else {})), "x")
     assert image.dtype == torch.uint8
     assert torch.equal(image, torch.from_numpy(rgb).permute(2, 0, 1))
 
@@ -67,10 +67,10 @@ def test_avif_is_close_to_its_source():
     assert np.abs(found.astype(int) - np.asarray(image)).mean() < 4
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", *(["AVIF"] if HAS_AVIF else [])])
-def test_the_first_frame_stands_for_all(kind):
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF", *(["AVIF"] if HAS_AVIF else [])])
+def test_the_first_frame_stands_for_all(form):
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
-    data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    data = saved(frames[0], form, save_all=True, append_images=frames[1:])
     with Image.open(io.BytesIO(data)) as image:
         assert image.n_frames == 3
     found = decode_image(data, "x")
@@ -163,17 +163,17 @@ def test_the_error_of_scaled_decoding_is_what_the_documentation_says(times, leas
 
 
 @pytest.mark.parametrize("side", [9_200, 12_000, 60_000])  # above our limit, PIL's warning, PIL's error
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "PPM"])
-def test_a_decompression_bomb_is_refused_by_its_header(kind, side):
-    data = saved(Image.new("RGB", (32, 32)), kind)
-    if kind == "PNG":
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "PPM"])
+def test_a_decompression_bomb_is_refused_by_its_header(form, side):
+    data = saved(Image.new("RGB", (32, 32)), form)
+    if form == "PNG":
         data = png(side, side)
-    elif kind == "JPEG":
+    elif form == "JPEG":
         at = data.find(b"\xff\xc0") + 5
         data = data[:at] + struct.pack(">HH", side, side) + data[at + 4 :]
-    elif kind == "BMP":
+    elif form == "BMP":
         data = data[:18] + struct.pack("<ii", side, side) + data[26:]
-    elif kind == "PPM":
+    elif form == "PPM":
         data = data.replace(b"32 32", b"%d %d" % (side, side))
     else:
         for tag in (256, 257):
@@ -184,10 +184,10 @@ def test_a_decompression_bomb_is_refused_by_its_header(kind, side):
         decode_image(data, "bomb.tga")
 
 
-@pytest.mark.parametrize("kind", ["GIF", "ICO", "PCX", "TGA", "EPS", "PDF", "JPEG2000", "SGI"])
-def test_other_formats_are_refused_whatever_their_name(kind):
+@pytest.mark.parametrize("form", ["GIF", "ICO", "PCX", "TGA", "EPS", "PDF", "JPEG2000", "SGI"])
+def test_other_formats_are_refused_whatever_their_name(form):
     with pytest.raises(ImageError, match="not an image"):
-        decode_image(saved(noise(16, 16, 3), kind), "photo.jpg")
+        decode_image(saved(noise(16, 16, 3), form), "photo.jpg")
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_what_is_no_image_is_one_line_that_names_it(data):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_a_truncated_file_is_an_error(kind):
-    data = saved(noise(64, 64, 3), kind)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_a_truncated_file_is_an_error(form):
+    data = saved(noise(64, 64, 3), form)
     with pytest.raises(ImageError):
         decode_image(data[: len(data) // 2], "x")
 
@@ -221,11 +221,11 @@ def test_a_tiff_of_floats_or_whose_strips_do_not_cover_it_is_no_black_image():
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_damaged_bytes_give_an_image_or_an_image_error(data):
-    kind = data.draw(
+    form = data.draw(
         st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", *(["AVIF"] if HAS_AVIF else [])])
     )
     channels, bits = data.draw(st.sampled_from([(3, 8), (1, 8), (4, 16)]))
-    content = bytearray(saved(noise(16, 16, 3), kind))
+    content = bytearray(saved(noise(16, 16, 3), form))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -266,7 +266,7 @@ def test_the_depth_of_the_file_can_be_kept(rgb, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "mode", "kind", "expected"),
+    ("pixels", "mode", "form", "expected"),
     [
         (noise(4, 5, 3), "RGB", "png", ImageKind(gray=False, deep=False)),
         (noise(4, 5, 3), "P", "png", ImageKind(gray=False, deep=False)),
@@ -279,9 +279,9 @@ def test_the_depth_of_the_file_can_be_kept(rgb, tmp_path):
         (noise(4, 5, dtype=np.uint16), None, "tiff", ImageKind(gray=True, deep=True)),
     ],
 )
-def test_the_kind_of_an_image_is_what_its_file_stores(pixels, mode, kind, expected):
+def test_the_kind_of_an_image_is_what_its_file_stores(pixels, mode, form, expected):
     image = Image.fromarray(pixels)
-    assert image_kind({"__key__": "a", kind: saved(image.convert(mode) if mode else image, kind)}) == expected
+    assert image_kind({"__key__": "a", form: saved(image.convert(mode) if mode else image, form)}) == expected
 
 
 def test_a_16_bit_color_png_is_deep_and_what_is_no_image_has_no_kind():

@@ -25,18 +25,18 @@ XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}
 ORIENTATIONS = st.integers(0, 9)
 
 
-def made(kind: str, height: int = 40, width: int = 60, mode: str = "RGB", **options) -> bytes:
-    return saved(Image.fromarray(noise(height, width, 3)).convert(mode), kind, **options)
+def made(form: str, height: int = 40, width: int = 60, mode: str = "RGB", **options) -> bytes:
+    return saved(Image.fromarray(noise(height, width, 3)).convert(mode), form, **options)
 
 
 def size(data: bytes) -> tuple[int, int] | None:
     return image_size(io.BytesIO(data).read, len(data))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
-def test_sizes_are_those_of_the_upright_image(kind, orientation):
-    check(made(kind, exif=exif(orientation)))
+def test_sizes_are_those_of_the_upright_image(form, orientation):
+    check(made(form, exif=exif(orientation)))
 
 
 @pytest.mark.parametrize(
@@ -178,28 +178,28 @@ def test_any_metadata_of_a_png_counts_as_pillow_counts_it(size, before, after):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(FORMATS),
+    form=st.sampled_from(FORMATS),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     turned=st.none() | ORIENTATIONS,
     in_xmp=st.none() | ORIENTATIONS,
     padding=st.sampled_from([0, 5000]),
 )
-def test_the_header_of_every_format_has_the_size_of_the_upright_image(kind, size, turned, in_xmp, padding):
+def test_the_header_of_every_format_has_the_size_of_the_upright_image(form, size, turned, in_xmp, padding):
     options: dict = {}
-    if kind in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF") and turned is not None:
+    if form in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF") and turned is not None:
         options["exif"] = exif(turned)
-    if kind in ("JPEG", "MPO", "WEBP", "AVIF") and in_xmp is not None:
+    if form in ("JPEG", "MPO", "WEBP", "AVIF") and in_xmp is not None:
         options["xmp"] = (XMP.format(in_xmp) + " " * padding).encode()
-    if kind == "TIFF" and in_xmp is not None:
+    if form == "TIFF" and in_xmp is not None:
         options["tiffinfo"] = {700: (XMP.format(in_xmp) + " " * padding).encode()}
-    if kind == "PNG" and in_xmp is not None:
+    if form == "PNG" and in_xmp is not None:
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.format(in_xmp) + " " * padding)
-    if kind == "MPO":
+    if form == "MPO":
         options["save_all"] = True
-    if kind == "TIFF" and padding:
+    if form == "TIFF" and padding:
         options["compression"] = "tiff_lzw"  # its tags come after its pixels
-    check(made(kind, *size, **options))
+    check(made(form, *size, **options))
 
 
 def test_a_jpeg_may_say_that_it_is_turned_after_its_frame_header():
@@ -237,8 +237,8 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
     if damage == "cut short":
         data = data[:5000]
     else:
-        kind = b"IDAT" if damage.startswith("a length") else b"tEXt"
-        data = data[:at] + struct.pack(">I", 1 << 20) + kind + data[at + 8 :]
+        form = b"IDAT" if damage.startswith("a length") else b"tEXt"
+        data = data[:at] + struct.pack(">I", 1 << 20) + form + data[at + 8 :]
     shard = write_tar(
         tmp_path / "a.tar",
         [("a.png", data), ("b.png", made("PNG", 3, 5)), ("c.png", made("PNG", 4, 6))],
@@ -250,7 +250,7 @@ def test_a_damaged_png_does_not_run_into_the_next_member(damage, hashed, write_t
         assert table.record["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_the_first_bytes_say_which_extension_a_file_should_have(kind):
-    assert image_extension_of(made(kind, save_all=kind == "MPO")) in IMAGE_EXTENSIONS
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_first_bytes_say_which_extension_a_file_should_have(form):
+    assert image_extension_of(made(form, save_all=form == "MPO")) in IMAGE_EXTENSIONS
     assert image_extension_of(b"<html>") is None

@@ -39,10 +39,10 @@ VERBS = {
 }
 
 
-def photo(kind: str = "JPEG", **options) -> bytes:
+def photo(form: str = "JPEG", **options) -> bytes:
     coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(file, kind, **options)
+    Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(file, form, **options)
     return file.getvalue()
 
 
@@ -74,9 +74,9 @@ def test_the_limit_is_an_option_and_the_error_says_so():
     assert not image_kind({"__key__": "x", "jpg": of_a_phone()}).gray
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])
-def test_every_format_has_the_limit(kind):
-    data = photo(kind)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])
+def test_every_format_has_the_limit(form):
+    data = photo(form)
     assert decode_image(data, "x", max_pixels=HEIGHT * WIDTH).shape == (3, HEIGHT, WIDTH)
     assert decode_image(data, "x", max_pixels=None).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(ImageError, match=f"above the limit of {HEIGHT * WIDTH - 1} pixels"):
@@ -85,8 +85,8 @@ def test_every_format_has_the_limit(kind):
 
 def test_pillows_own_limit_follows_a_higher_one(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for kind in ("TIFF", "WEBP", "PNG"):
-        assert decode_image(photo(kind), "x", max_pixels=HEIGHT * WIDTH).shape == (3, HEIGHT, WIDTH)
+    for form in ("TIFF", "WEBP", "PNG"):
+        assert decode_image(photo(form), "x", max_pixels=HEIGHT * WIDTH).shape == (3, HEIGHT, WIDTH)
     assert Image.MAX_IMAGE_PIXELS == HEIGHT * WIDTH
 
 
@@ -119,9 +119,9 @@ def test_the_margin_is_kept(large, short):
     assert image.shape == (3, HEIGHT // factor, WIDTH // factor)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_other_formats_are_decoded_in_full(large, kind):
-    assert torch.equal(decode_image(photo(kind), "x", short=1), decode_image(photo(kind), "x"))
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_other_formats_are_decoded_in_full(large, form):
+    assert torch.equal(decode_image(photo(form), "x", short=1), decode_image(photo(form), "x"))
 
 
 def test_pixels_of_other_images_are_identical(monkeypatch):

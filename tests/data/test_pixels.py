@@ -80,13 +80,13 @@ def test_a_16_bit_png_keeps_every_bit_and_rounds_to_8(channels, interlaced):
 def test_a_16_bit_tiff_keeps_every_bit(channels, order, compression):
     tifffile = pytest.importorskip("tifffile")
     pixels, file = noise(9, 7, channels, dtype=np.uint16), io.BytesIO()
-    kind = (
+    form = (
         {"photometric": "rgb"} | ({"extrasamples": ["unassalpha"]} if channels == 4 else {})
         if channels > 1
         else {}
     )
     tifffile.imwrite(
-        file, pixels[..., 0] if channels == 1 else pixels, byteorder=order, compression=compression, **kind
+        file, pixels[..., 0] if channels == 1 else pixels, byteorder=order, compression=compression, **form
     )
     assert np.array_equal(array(file.getvalue(), channels=channels, bits=16), pixels)
     assert np.array_equal(array(file.getvalue(), channels=channels), rounded(pixels))
@@ -151,7 +151,7 @@ def test_a_deep_avif_is_not_passed_off_as_16_bits():
     data = bytearray(saved(Image.new("RGB", (16, 16), "red"), "AVIF"))
     assert array(bytes(data), bits=16).shape == (16, 16, 3)
     image = Image.open(io.BytesIO(bytes(data)))
-    data[data.find(b"av1C") + 6] |= 0x40  # Pillow writes none, so the header alone is made to say so
+    data[data.find(b"av1C") + 6] |= 0x40  # Pillow writes none, so only the header is changed
     with pytest.raises(ImageError, match="10- or 12-bit AVIF"):
         read_pixels(image, lambda: image, bytes(data), "x", 16)
     assert read_pixels(image, lambda: image, bytes(data), "x", 8).shape == (16, 16, 3)
@@ -204,13 +204,13 @@ def to_srgb(pixels: np.ndarray) -> np.ndarray:
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_another_profile_is_converted_to_srgb(kind):
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
+def test_another_profile_is_converted_to_srgb(form):
     pixels = noise(6, 5, 4) // 2 + 60  # inside sRGB
-    options = {"icc_profile": p3()} | ({"lossless": True} if kind == "WEBP" else {})
-    found = array(saved(pixels[..., :3].copy(), kind, **options))
+    options = {"icc_profile": p3()} | ({"lossless": True} if form == "WEBP" else {})
+    found = array(saved(pixels[..., :3].copy(), form, **options))
     assert np.abs(found - to_srgb(pixels[..., :3])).max() < 2
-    with_alpha = array(saved(pixels, kind, **options), channels=4)
+    with_alpha = array(saved(pixels, form, **options), channels=4)
     assert np.array_equal(with_alpha[..., :3], found)
     assert np.array_equal(with_alpha[..., 3], pixels[..., 3])
 
@@ -341,9 +341,9 @@ def test_other_numbers_of_channels_or_bits_are_refused(make_png, channels, bits)
 # ---- orientation
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("value", range(1, 9))
-def test_each_orientation_is_turned_upright(kind, value):
+def test_each_orientation_is_turned_upright(form, value):
     pixels = noise(4, 6, 3)
     exif = Image.Exif()
     exif[0x0112] = value
@@ -355,17 +355,17 @@ def test_each_orientation_is_turned_upright(kind, value):
         6: lambda a: np.rot90(a, -1),
     }
     turns |= {7: lambda a: np.rot90(np.fliplr(a), -1), 8: np.rot90, 1: np.asarray}
-    data = saved(pixels, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    data = saved(pixels, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
     assert np.array_equal(array(data), turns[value](pixels))
     assert np.array_equal(
         array(data, channels=4, bits=16)[..., :3], turns[value](pixels).astype(np.uint16) * 257
     )
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_damaged_exif_is_ignored(kind):
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_damaged_exif_is_ignored(form):
     image = Image.new("RGB", (8, 4), "red")
     for exif in (b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"):
         assert torch.equal(
-            decode_image(saved(image, kind, exif=exif), "x"), decode_image(saved(image, kind), "x")
+            decode_image(saved(image, form, exif=exif), "x"), decode_image(saved(image, form), "x")
         )
