@@ -161,7 +161,7 @@ def read_sidecar(store: Store, shard: str, sizes: Mapping[str, int] | None = Non
     Args:
         store: the output.
         shard: name of the latent shard.
-        sizes: sizes of all files; without them the store is asked for those of this shard.
+        sizes: sizes of all files; by default the store reads those of this shard.
     """
     if sizes is not None and sidecar_name(shard) not in sizes:
         return None

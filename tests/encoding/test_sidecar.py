@@ -8,7 +8,6 @@ import pytest
 from latent_writer import digest
 from made_output import Made
 
-from latentae.encoding.plan import Shard
 from latentae.encoding.sidecar import (
     FORMAT_VERSION,
     Sidecar,
@@ -50,13 +49,6 @@ def test_sizes_must_fit(made: Made) -> None:
     assert read_sidecar(made.store, "deep/c.tar") is not None
     made.replace("a.tar", b"longer" * 10_000)
     assert read_sidecar(made.store, "a.tar") is None
-
-
-def test_of_this_very_job(made: Made) -> None:
-    size = made.sidecars["a.tar"].input.bytes
-    assert Shard("", "a.tar", 0, size).finished(made.store, "f" * 64) == made.sidecars["a.tar"]
-    assert Shard("", "a.tar", 0, size).finished(made.store, "e" * 64) is None
-    assert Shard("", "a.tar", 0, size + 1).finished(made.store, "f" * 64) is None
 
 
 def test_every_flipped_bit_is_noticed(made: Made) -> None:
