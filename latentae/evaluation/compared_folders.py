@@ -83,11 +83,9 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
 def _names(paths: Sequence[Path]) -> list[str]:
     """The shortest unique ends of the paths."""
     parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+    lengths = range(1, max(map(len, parts)) + 1)
+    choices = (["/".join(part[-length:]) for part in parts] for length in lengths)
+    return next(names for names in choices if len(set(names)) == len(names))
 
 
 def _read(path: Path, name: str) -> Subject:

@@ -51,7 +51,7 @@ class Example:
 
 @dataclass
 class Details:
-    """Results of the second look at a few images.
+    """Results on a few images.
 
     Attributes:
         examples: images to show.

@@ -63,7 +63,7 @@ class EvaluateOptions(ImageOptions):
 
 @table
 class CompareOptions:
-    """Compare runs on one HTML page. It has their recipes' differences, training curves and metrics."""
+    """Compare runs on one HTML page. It has their recipes' differences, curves and metrics."""
 
     runs: Sequence[PathLike] = argument(
         "Run folders, or output folders of evaluate.", metavar="RUN RUN...", many=True

@@ -157,6 +157,8 @@ def test_evaluations_of_other_images_or_by_another_network_are_shown_but_not_com
     assert "shards differ" in (tmp_path / "page.html").read_text(encoding="utf-8")
     result = compare([a, write_evaluation(tmp_path / "c", net="LPIPS (vgg)")], tmp_path / "page.html")
     assert set(result["paired"][0]["metrics"]) == {"psnr"}
+    none = compare([a, write_evaluation(tmp_path / "d", net=None)], tmp_path / "page.html")
+    assert set(none["paired"][0]["metrics"]) == {"psnr"}
     assert result["evaluation"]["metrics"]["perceptual"]["best"] is None
 
 

@@ -19,7 +19,7 @@ def features(n: int, d: int, seed: int = 0, scale: float = 1.0, shift: float = 0
 
 
 def by_square_root(a: np.ndarray, b: np.ndarray) -> float:
-    """The formula as it is written, with scipy's matrix square root."""
+    """The formula, with scipy's matrix square root."""
     linalg = pytest.importorskip("scipy.linalg")
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = linalg.sqrtm(s @ t)

@@ -116,7 +116,7 @@ def fit_dct(images: Tensor | Iterable[Tensor], block: int, components: int) -> B
 def _cosines(size: int) -> Tensor:
     """The orthonormal DCT-II, fp64 [n, n]: row u is c_u sqrt(2/n) cos(pi (2x + 1) u / 2n).
 
-    c_0 is sqrt(1/2), the others are 1.
+    c_0 is sqrt(1/2), every other c_u is 1.
     """
     position = torch.arange(size, dtype=torch.float64)
     table = torch.cos(math.pi / (2 * size) * (2 * position + 1) * position[:, None]) * math.sqrt(2 / size)

@@ -62,4 +62,4 @@ def look(images: Tensor) -> Tensor:
     return torch.cat([values.mean(dim=(2, 3)), values.std(dim=(2, 3))], dim=1)
 
 
-MOODS = Extractor("FD-moods", 6, "mean and spread of each color", "made for this test", look)
+MOODS = Extractor("FD-moods", 6, "mean and spread of each color", "a test", look)

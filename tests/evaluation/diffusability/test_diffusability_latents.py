@@ -52,7 +52,7 @@ def test_other_sizes_and_diverged_models_are_errors():
 def test_whitened_samples_have_mean_0_and_variance_1():
     mean = torch.randn(50, 3, 4, 4) * torch.tensor([0.5, 2.0, 0.0])[:, None, None] + 3
     logvar = torch.full_like(mean, -1.0)
-    logvar[:, 2] = -200.0  # exp(-200) vanishes beside 3: a channel that never varies
+    logvar[:, 2] = -200.0  # exp(-200) is negligible: a constant channel
     statistics = merge([LatentStatistics.of(*pair) for pair in zip(mean, logvar.double(), strict=True)], 3)
     whitening = Whitening.of(statistics)
     white = whitening.whiten(mean + (0.5 * logvar).exp() * torch.randn(mean.shape))

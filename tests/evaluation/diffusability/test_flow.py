@@ -17,7 +17,7 @@ WHITE = Whitening(torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
 
 
 def stripes(count: int) -> Latents:
-    """Latents that are one number in all places, which differs from image to image."""
+    """Latents with one constant value per image."""
     values = torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     means = tuple(values.expand(count, 2, 4, 4).clone())
     return Latents(

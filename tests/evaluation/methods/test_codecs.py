@@ -95,7 +95,7 @@ def test_noise_takes_more_bytes_than_pillow_makes_room_for(capfd):
     noise = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8)
     room = ImageFile.MAXBLOCK
     file = Jpeg().encode(noise, 100, "4:4:4")
-    assert len(file) > max(2 * 256 * 256, room)  # what it makes room for where tables are optimized
+    assert len(file) > max(2 * 256 * 256, room)  # the buffer that Pillow reserves for optimized tables
     assert room == ImageFile.MAXBLOCK
     assert (Jpeg().decode(file, 3).int() - noise.int()).abs().max() <= 4
     found = Jpeg().within(noise, 2**20)

@@ -113,7 +113,7 @@ def test_a_constant_latent_has_neither_rank_nor_spectrum(images):
 
 
 def test_a_shifted_latent_keeps_its_precision():
-    """Sums of squares would have lost the small variance beside the large mean."""
+    """Sums of squares would have lost the small variance next to the large mean."""
     values = moments(6).double() * 1e-3
     values[:, :3] += 1e4
     result = report_of(values).result()

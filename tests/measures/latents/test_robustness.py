@@ -67,11 +67,11 @@ def test_the_batch_size_changes_nothing(smooth_images):
 @pytest.mark.parametrize(
     ("side", "missing"),
     [
-        (4, {"scale 0.25", "scale 0.5", "scale 0.75"}),  # one place
+        (4, {"scale 0.25", "scale 0.5", "scale 0.75"}),  # one pixel
         (8, {"scale 0.25", "scale 0.75"}),
         (12, {"scale 0.25", "scale 0.5", "scale 0.75"}),
         (56, {"scale 0.25"}),
-        (100, set()),  # 6 of 25 places are near a quarter
+        (100, set()),  # 6 of 25 pixels are near a quarter
     ],
 )
 def test_sizes_that_a_latent_can_not_have_are_said(side, missing):
