@@ -1,7 +1,7 @@
 """latentae trains, measures and ships the latent space of a generative model.
 
-Every verb of the command line is a function of this module. Names are resolved on first use, so that
-`import latentae` does not load torch.
+Every verb of the command line is a function of this module. Names are resolved on first use, so
+that `import latentae` does not load torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: commands are built from the verbs' option tables; errors are printed as one line."""
+"""The command line: commands come from the verbs' option tables; errors are one line."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _metavar(annotation: Any) -> str:
 def _call(verb: str, positional: Sequence[str] | None = None) -> Callable[..., None]:
     """Call the verb with the options of the line and print its result.
 
-    `positional` names the arguments of a recipe verb, whose words hold arguments and recipe options.
+    `positional`: arguments of a recipe verb, whose words are arguments and recipe options.
     """
 
     def call(words: Sequence[str] = (), **values: Any) -> None:

@@ -112,6 +112,6 @@ def some(names: Collection[str], most: int = 4) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not blank, or the error's type if there is none."""
+    """The first line of an error's message that is not blank, or else the error's type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)

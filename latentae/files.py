@@ -45,8 +45,8 @@ _CAN_NOT_LIST = (errno.EACCES, errno.EPERM, errno.EISDIR)
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; it is renamed to `path`, or removed on any error.
 
-    The file gets the permissions that the umask gives to a new file, even if its writer chose others,
-    as safetensors does.
+    The file gets the permissions that the umask gives to a new file, even if its writer chose
+    others, as safetensors does.
 
     Raises:
         OutputError: the file can't be written.
@@ -104,7 +104,7 @@ def _temporary(path: Path) -> Path:
 
 
 def here() -> str:
-    """Scope of process numbers: this machine, or a container, which may share its machine's name."""
+    """Scope of process numbers: this machine or container."""
     with suppress(OSError):  # only Linux has it
         return f"{platform.node()}-{Path('/proc/self/ns/pid').stat().st_ino}"
     return platform.node()
@@ -154,7 +154,7 @@ def write_advice(number: int | None) -> str:
 
 
 def abandoned(path: Path) -> bool:
-    """Whether an `*.incomplete` file has no writer: its process ended, or it is older than STALE_SECONDS.
+    """Whether an `*.incomplete` file has no writer: its process ended, or it is old.
 
     A missing file is not abandoned: its writer has just renamed or removed it.
     """
@@ -207,7 +207,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file atomically; file names that are not UTF-8 become escapes such as \\udce9."""
+    """Write a UTF-8 file atomically; surrogates of file names become escapes such as \\udce9."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -217,7 +217,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The content of a JSON file; file names that are not UTF-8 are escaped and read back unchanged."""
+    """The content of a JSON file; surrogates of file names are escaped and read back."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode("utf-8", "backslashreplace")
 

@@ -1,8 +1,8 @@
-"""One rule for every output folder: the same job resumes, a finished job says so, others are refused.
+"""Output folders: the same job resumes, a finished job does nothing, others are refused.
 
-A verb that fills a folder opens a `Job` on it. The folder then has `latentae.json` with the verb, the
-inputs that identify the job, and whether it is finished. Processes that share a job each get a number
-from their launcher.
+A verb that fills a folder opens a `Job` on it. The folder then has `latentae.json` with the verb,
+the inputs that identify the job, and whether it is finished. Processes that share a job each get a
+number from their launcher.
 """
 
 from __future__ import annotations
@@ -130,12 +130,12 @@ class Job:
         return record
 
     def finish(self, **summary: Any) -> None:
-        """Record that all files are in place."""
+        """Record that all files are written."""
         self._record(finished=True, **summary)
         self.state = "finished"
 
     def reopen(self) -> None:
-        """Record that a file is missing again, so that readers refuse the folder until the job has run."""
+        """Record that a file is missing again; readers refuse the folder until the job has run."""
         self._record(finished=False)
         self.state = "resumed"
 
@@ -197,7 +197,7 @@ def resolve_task(task_id: int | None, num_tasks: int | None) -> tuple[int, int]:
 
 
 def task_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(task_id, num_tasks) from RANK and WORLD_SIZE, or else from SLURM's array variables, or (0, 1)."""
+    """(task_id, num_tasks) from torchrun's or SLURM's variables, or else (0, 1)."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:

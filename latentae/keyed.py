@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key (seed and purpose), not on a generator's state or the process."""
+"""Random numbers that depend on a key (seed and purpose), not on a generator's state."""
 
 from __future__ import annotations
 

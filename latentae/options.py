@@ -16,7 +16,8 @@ positional arguments, the other fields are options:
 
     stats("latents", digits=3)      # the signature that users and editors see
 
-Tables are in the `options.py` of their package and load no torch, so that `latentae --help` is fast.
+Tables are in the `options.py` of their package and load no torch, so that `latentae --help` is
+fast.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def option(
         description: one sentence with the unit; the help adds the default.
         default: its default.
         metavar: placeholder for the value in the help.
-        name: names on the command line, such as "forget/--keep", if they differ from the Python name.
+        name: names on the command line, such as "forget/--keep", if they differ from the Python
+            name.
         many: whether the command line takes the option several times.
         identity: whether the value is part of a job's identity. "changed" includes it only if it is
             not the default; use it for options added after the first outputs were written.
@@ -263,15 +265,15 @@ _TYPES = {
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def _expected(kind: str, field: FieldInfo | None) -> str | None:
-    """The allowed values of a field whose check `kind` failed; None if pydantic's message is better."""
-    if field is not None and kind == "literal_error":
+def _expected(check: str, field: FieldInfo | None) -> str | None:
+    """Allowed values of a field, by the failed check; None if pydantic's message is better."""
+    if field is not None and check == "literal_error":
         return f"one of {', '.join(choices(field.annotation))}"
-    if field is not None and kind.startswith(("greater_than", "less_than")):
+    if field is not None and check.startswith(("greater_than", "less_than")):
         return _range(field)
-    if field is not None and kind == "string_pattern_mismatch":
+    if field is not None and check == "string_pattern_mismatch":
         return help_of(field, "metavar")
-    return _TYPES.get(kind.split("_")[0])
+    return _TYPES.get(check.split("_")[0])
 
 
 def _range(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, else a line from time to time, with speed and time left."""
+"""Progress of long work with speed and time left: a bar on a terminal, else lines."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from latentae.files import abandoned, atomic_file, read_json, sha256, staged_fol
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     target = tmp_path / "new" / "file.txt"
-    with pytest.raises(RuntimeError, match="half way"), atomic_file(target) as temporary:
+    with pytest.raises(RuntimeError, match="middle"), atomic_file(target) as temporary:
         temporary.write_text("half")
-        raise RuntimeError("half way")
+        raise RuntimeError("middle")
     assert list((tmp_path / "new").iterdir()) == []
     with atomic_file(target) as temporary:
         temporary.write_text("whole")
@@ -77,7 +77,8 @@ def test_what_a_living_process_writes_is_not_abandoned(tmp_path):
         os.utime(temporary, (0, 0))
         assert abandoned(temporary), "nobody has written to it for ages"
     assert not abandoned(temporary), "it has its name now"
-    ends = "import os, sys; from latentae.files import atomic_file; atomic_file(sys.argv[1]).__enter__().touch(); os._exit(1)"
+    ends = "import os, sys; from latentae.files import atomic_file; "
+    ends += "atomic_file(sys.argv[1]).__enter__().touch(); os._exit(1)"
     subprocess.run([sys.executable, "-c", ends, str(tmp_path / "other.tar")])
     (leftover,) = tmp_path.glob("*.incomplete")
     assert abandoned(leftover)

@@ -210,7 +210,7 @@ def _help(*words: str, columns: int = 80) -> str:
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_the_command_line_has_the_defaults_of_the_function(name, monkeypatch):
-    """A command with its required arguments alone means the same as the function's call with them."""
+    """A command with only its required arguments is the function's call with them."""
     options = _table(name)
     fields = table_fields(options)
     words = [field for field in fields if is_positional(options, field) and fields[field].is_required()]

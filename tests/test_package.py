@@ -1,4 +1,4 @@
-"""The package as a whole: public names, cold start, versions, what importing costs."""
+"""The package: public names, cold start, versions, what importing costs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_nothing_needs_diffusers_and_no_module_hides_a_public_name():
-    code = "import sys, latentae, latentae.cli, latentae.training.train, latentae.evaluation.evaluate, latentae.encoding.encode\n"
-    code += "import latentae.exporting.export, latentae.data.shards\n"
+    code = "import sys, latentae, latentae.cli, latentae.training.train, latentae.evaluation.evaluate\n"
+    code += "import latentae.encoding.encode, latentae.exporting.export, latentae.data.shards\n"
     code += "assert 'diffusers' not in sys.modules\n"
     code += "import latentae.examples.quickstart\n"
     code += f"print(all(callable(getattr(latentae, verb)) for verb in {VERBS!r}))"
@@ -62,7 +62,8 @@ def test_one_version_everywhere():
 
 
 def test_importing_latentae_loads_nothing_heavy():
-    code = "import sys, latentae; print([m for m in ('torch', 'numpy', 'triton', 'accelerate', 'webdataset') if m in sys.modules])"
+    heavy = ("torch", "numpy", "triton", "accelerate", "webdataset")
+    code = f"import sys, latentae; print([m for m in {heavy} if m in sys.modules])"
     assert run(code) == "[]"
 
 

@@ -40,7 +40,9 @@ def run(line: str) -> None:
 
 @pytest.mark.slow
 def test_the_session_of_the_readme(tmp_path, monkeypatch):
-    """Shards, training, evaluation, latents and export, with a few images and short options, then diffusers."""
+    """Shards, training, evaluation, latents and export, with a few images and short options, then
+    diffusers.
+    """
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "photos", smooth_images(16, 48))
     latentae.shards(write_images(tmp_path / "held", smooth_images(4, 48, seed=1)), "held-out-shards")
@@ -72,7 +74,9 @@ def test_the_export_page_loads_in_diffusers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_every_command_of_the_docs_has_the_options_it_shows(page):
-    """Options of `latentae VERB` lines; those of recipes have a dot or belong to train, config and init."""
+    """Options of `latentae VERB` lines; those of recipes have a dot or belong to train, config and
+    init.
+    """
     context = click.Context(cli.app)
     for block in re.findall(
         r"```(?:sh|bash)\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL

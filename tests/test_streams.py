@@ -1,4 +1,6 @@
-"""Standard streams as shells and daemons give them: closed, ASCII, or none at all; and names that are not UTF-8."""
+"""Standard streams as shells and daemons give them: closed, ASCII, or none at all; and names that
+are not UTF-8.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Disks that can't do all that a local one can: what fails is named with what to do, what does not matter is passed over."""
+"""Disks that can't do all that a local one can: what fails is named with what to do, what does not
+matter is passed over.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """A small diffusion transformer on latents, as a starting point for your own.
 
-Flow matching (Lipman et al. 2022; Liu et al. 2022, rectified flow): with z_0 ~ N(0, I), a latent z_1 and
-t in [0, 1],
+Flow matching (Lipman et al. 2022; Liu et al. 2022, rectified flow): with z_0 ~ N(0, I), a latent
+z_1 and t in [0, 1],
 
     z_t = (1 - t) z_0 + t z_1,     loss = E || v(z_t, t, label) - (z_1 - z_0) ||^2,
 
-and sampling integrates dz/dt = v from z_0 to t = 1. The network is a DiT with adaLN-Zero (Peebles & Xie
-2022).
+and sampling integrates dz/dt = v from z_0 to t = 1. The network is a DiT with adaLN-Zero (Peebles &
+Xie 2022).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def train(
 def sample(
     model: LatentTransformer, labels: Tensor, size: tuple[int, int], *, steps: int = 50, seed: int = 0
 ) -> Tensor:
-    """Sample scaled latents [B, z, *size], one per label [B], by Euler steps from t = 0 to t = 1."""
+    """Sample scaled latents [B, z, *size], one per label [B], by Euler steps."""
     device = next(model.parameters()).device
     noise = torch.randn(
         len(labels), model.channels, *size, generator=torch.Generator().manual_seed(whole_seed(seed))

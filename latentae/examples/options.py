@@ -10,7 +10,7 @@ __all__ = ["QuickstartOptions"]
 
 @table
 class QuickstartOptions:
-    """Try everything on photos that ship with the dependencies. From shards to an export and a report."""
+    """Try everything on photos that ship with the dependencies. Ends with a report."""
 
     out: PathLike = argument("Output folder.", default="quickstart")
     _: KW_ONLY

@@ -1,4 +1,4 @@
-"""The verb `quickstart`: shards, training, evaluation, latents and an export from bundled photos."""
+"""The verb `quickstart`: from bundled photos to an export and a report."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _plain(files: Sequence[str]) -> list[str]:
 
 
 def _planned(plan: Path, recipe: Recipe, options: QuickstartOptions) -> Recipe:
-    """The recipe with the recorded number of images, or the given one, or what fits into the minutes."""
+    """The recipe with the recorded or given number of images, or what fits into the minutes."""
     if not plan.is_file():
         images, speed = options.images, None
         if images is None:

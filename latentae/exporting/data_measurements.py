@@ -220,7 +220,7 @@ def measure_component(model: Autoencoder, request: ImageRequest) -> tuple[HalfAu
 
 @torch.inference_mode()
 def _tiling_error(model: Autoencoder, request: ImageRequest) -> TilingError | None:
-    """Compare blended tiles of half the side with no tiling; None if the model can't be tiled so."""
+    """Compare blended tiles of half the side with no tiling; None if they do not fit."""
     if not isinstance(model, AutoencoderKL):
         return None
     f, side = model.config.downsampling, max(request.resolutions)

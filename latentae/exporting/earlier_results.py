@@ -1,4 +1,4 @@
-"""Results of earlier verbs: encode's latent statistics, evaluate's metrics, a run's last validation.
+"""Results of earlier verbs: statistics of encode, metrics of evaluate, validation of a run.
 
 Results of another model are refused.
 """
@@ -60,7 +60,7 @@ def read_latents(path: str | Path, source: ModelSource) -> MeasuredLatents:
 
 
 def read_metrics(metrics: Mapping[str, Any] | str | Path | None, fingerprint: str) -> dict[str, str] | None:
-    """Label -> text for the card, from evaluate (its folder, file or return value) or name -> number.
+    """Label -> text for the card, from evaluate's folder, file or return value, or from numbers.
 
     Raises:
         RecipeError: the file can't be read or is not an evaluation.
@@ -87,7 +87,7 @@ def read_metrics(metrics: Mapping[str, Any] | str | Path | None, fingerprint: st
 
 
 def read_validation(source: ModelSource, weights: str) -> dict[str, str] | None:
-    """Label -> text from a run's log: the checkpoint's validation of EMA weights; None without one."""
+    """Label -> text from a run's log: the checkpoint's validation; None without one."""
     if source.metrics_log is None or weights != "ema":
         return None
     try:

@@ -150,8 +150,8 @@ def _checked_class(options: ExportOptions, source: ModelSource) -> ExportableCon
     config = source.config
     if not isinstance(config, ExportableConfig):
         raise ModelError(
-            f"{options.model} is a {config.class_name}; only AutoencoderKL and AutoencoderDC can be exported, "
-            "other libraries have no other class"
+            f"{options.model} is a {config.class_name}; only AutoencoderKL and AutoencoderDC can be "
+            "exported, other libraries have no other class"
         )
     if isinstance(config, AutoencoderKLConfig):
         return config

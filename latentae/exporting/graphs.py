@@ -19,10 +19,10 @@ TOLERANCE = 1e-4  # allowed by `largest_difference`
 
 
 def coder_graphs(model: Exportable, device: str | torch.device = "cpu") -> dict[str, nn.Module]:
-    """Encoder and decoder of a copy of `model`, in fp32 on `device`, with one tensor in and one out.
+    """Encoder and decoder of a copy of `model`, in fp32, with one tensor in and one out.
 
-    The encoder maps images [B, C, H, W] in [-1, 1] to the posterior's moments [B, 2z, H/f, W/f]: mean
-    and log-variance, before any clamp. An AutoencoderDC's gives the latent or posterior mean
+    The encoder maps images [B, C, H, W] in [-1, 1] to the posterior's moments [B, 2z, H/f, W/f]:
+    mean and log-variance, before any clamp. An AutoencoderDC's gives the latent or posterior mean
     [B, z, H/f, W/f]. The decoder maps raw latents [B, z, h, w] to images [B, C, f*h, f*w].
     """
     plain = copy.deepcopy(model).to(device, torch.float32).eval().requires_grad_(False)

@@ -1,11 +1,12 @@
 """The single weights file with LDM's key names, and which programs load it.
 
-The file has the same weights as the diffusers folder. diffusers' `from_single_file` and latentae also
-read the config.json next to it; other programs read the file alone and build the model they expect.
+The file has the same weights as the diffusers folder. diffusers' `from_single_file` and latentae
+also read the config.json next to it; other programs read the file alone and build the model they
+expect.
 
 What ComfyUI (a125cd84, October 2025) and kohya's scripts load was found by running their loaders on
-files of many shapes. A1111 loads the file into the autoencoder of the open checkpoint, strictly, so it
-needs the same shape as kohya's scripts.
+files of many shapes. A1111 loads the file into the autoencoder of the open checkpoint, strictly, so
+it needs the same shape as kohya's scripts.
 """
 
 from __future__ import annotations

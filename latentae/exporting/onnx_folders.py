@@ -1,4 +1,4 @@
-"""ONNX encoder and decoder, in the folders and with the names of optimum and diffusers' ONNX pipelines."""
+"""ONNX encoder and decoder, in the layout of optimum and diffusers' ONNX pipelines."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: Exportable, config: ExportableConfig, folder: Path) -> None:
-    """Write `folder`/vae_encoder and vae_decoder, each with model.onnx (fp32, opset 18) and config.json.
+    """Write `folder`/vae_encoder and vae_decoder, each with model.onnx and config.json.
 
-    Inputs and outputs are those of `coder_graphs`. The encoder maps `sample` to `latent_parameters`,
-    or to `latent` for an AutoencoderDC; the decoder maps `latent_sample` to `sample`. Batch, height
-    and width are dynamic: any batch, image sides that are multiples of f. If onnxruntime is
-    installed, the output of both files is compared with the model's at sizes that were not traced.
+    Inputs and outputs are those of `coder_graphs`. The encoder maps `sample` to
+    `latent_parameters`, or to `latent` for an AutoencoderDC; the decoder maps `latent_sample` to
+    `sample`. Batch, height and width are dynamic: any batch, image sides that are multiples of f.
+    If onnxruntime is installed, the output of both files is compared with the model's at sizes that
+    were not traced.
 
     Args:
         model: it is copied, not changed.

@@ -24,9 +24,9 @@ def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device:
     """Write `folder`/pt2/encoder.pt2 and decoder.pt2, and compare their output with the model's.
 
     `torch._inductor.aoti_load_package(path)` gives a function of one fp32 tensor on `device`, with
-    the inputs and outputs of `coder_graphs`. Batch, height and width are dynamic: any batch, latents
-    of 2 or more pixels per side, image sides that are multiples of f. `get_metadata()["config"]` is
-    the model's config.
+    the inputs and outputs of `coder_graphs`. Batch, height and width are dynamic: any batch,
+    latents of 2 or more pixels per side, image sides that are multiples of f.
+    `get_metadata()["config"]` is the model's config.
 
     A package is native code for the processor family, operating system and torch version that built
     it. It does not check its input, which must be contiguous: channels_last gives wrong results. It

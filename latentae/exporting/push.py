@@ -40,7 +40,8 @@ def push(folder: Path, card: str, repository: str) -> str:
         )
     except Exception as error:  # of the Hub's client, its transport or the system
         raise OutputError(
-            f"could not upload to {repository} ({type(error).__name__}: {first_line(error)}); {folder} is complete: "
+            f"could not upload to {repository} ({type(error).__name__}: {first_line(error)}); "
+            f"{folder} is complete: "
             "log in with `hf auth login` and run the same command again"
         ) from error
     say(f"export: uploaded {folder} to {address}")

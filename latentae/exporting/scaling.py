@@ -2,8 +2,8 @@
 
 Folding makes the latents' normalization n = (z - mean) / std part of the two 1x1 convolutions:
 
-    quant_conv       W and b give z's mean, then log-variance; folded: rows W / std, (b - mean) / std
-                     for the mean, and b - 2 log std for the log-variance
+    quant_conv       W and b give z's mean, then log-variance; folded: W / std, (b - mean) / std for
+                     the mean, and b - 2 log std for the log-variance
     post_quant_conv  W and b take z; folded: W diag(std), b + W mean
 
 Folding is exact up to rounding, except where the posterior clamps log-variances to [-30, 20].
@@ -74,7 +74,7 @@ def choose_scaling(
     *,
     folded: bool = False,
 ) -> LatentScaling:
-    """Choose each factor: the given one, else the measured one, else the config's; 1 and 0 if folded.
+    """Choose each factor: given, else measured, else the config's; 1 and 0 if folded.
 
     diffusers does not shift the latents of an AutoencoderDC. Its measured scaling factor is
     1 / root mean square, as diffusers defines it.

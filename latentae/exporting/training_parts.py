@@ -1,4 +1,4 @@
-"""What further training needs: the discriminator, learned parts of the losses, and the loss options.
+"""Parts for further training: discriminator, learned parts of the losses, loss options.
 
 Frozen networks (LPIPS, VGG, feature backbones) are in no checkpoint and in no export.
 """

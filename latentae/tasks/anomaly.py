@@ -1,6 +1,6 @@
 """The verb `anomaly`: score how much images differ from normal ones, and where.
 
-normal images   half of them, by key: means of the scores and the latent Gaussian; other half: threshold
+normal images   one half, by key: means of the scores and latent Gaussian; other half: threshold
 inputs          scores.csv, one row per image; heat/, images with the highest scores
 """
 
@@ -99,7 +99,8 @@ def _perceptual(options: AnomalyOptions, network: Network) -> Distance:
         return choose_distance("none", 0)
     if channels != 3 or options.resolution is None:
         raise RecipeError(
-            f"a perceptual distance needs a resolution and 3 channels, got {options.resolution} and {channels}"
+            "a perceptual distance needs a resolution and 3 channels, "
+            f"got {options.resolution} and {channels}"
         )
     distance = choose_distance(options.perceptual, options.resolution, network.device)
     if distance.module is None and wanted:
@@ -160,7 +161,7 @@ class _Detection:
         count = len(columns.get("combined", ()))
         if not count:
             conformal_threshold(torch.empty(0), self.options.quantile)  # raises
-        # SAME: rounding must not decide about the image that sets the threshold, if it is also an input
+        # SAME: rounding must not decide about the image that sets the threshold
         thresholds = {
             name: _rounded(conformal_threshold(values, self.options.quantile) * (1 + SAME))
             for name, values in columns.items()
@@ -189,7 +190,8 @@ class _Detection:
         units = {name: _rounded(total / count) for name, total in sums.items()}
         if not all(value > 0 for value in units.values()):
             raise DataError(
-                "the model reconstructs the normal images exactly, so errors say nothing; use a smaller latent"
+                "the model reconstructs the normal images exactly, so errors say nothing; "
+                "use a smaller latent"
             )
         return _Normality(gaussian, {**units, "latent": 1.0}, {}, (count, 0), [])
 
@@ -259,12 +261,12 @@ def _short(key: str) -> str:
 
 
 def _rounded(value: float) -> float:
-    """To nine digits, the network's fp32: the rounding of sums decides about the others."""
+    """To nine digits, the precision of fp32; further digits are rounding."""
     return float(f"{value:.9g}")
 
 
 def _highest(job: PartedJob, count: int) -> list[int]:
-    """Numbers of the images with the highest scores, highest first; the earlier image of equal scores."""
+    """Numbers of the images with the highest scores, highest first, earlier images first."""
     rows = np.array([(row["number"], row["score"]) for row in job.rows()]).reshape(-1, 2)
     return [int(rows[position, 0]) for position in itertools.islice(rank(-rows[:, 1]), count)]
 

@@ -1,4 +1,4 @@
-"""The verb `denoise`: write reconstructions of noisy images, and measure the gain on added noise."""
+"""The verb `denoise`: write reconstructions of noisy images, and measure the gain in PSNR."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def denoise(options: DenoiseOptions) -> dict[str, Any]:
     """Write reconstructions of noisy images, or of clean images with added Gaussian noise.
 
     OUT gets images/KEY.png (8 bits), examples.png and summary.json. With `noise` it also gets
-    noisy/KEY.png and psnr.csv, the PSNR of each image before and after. The model sees the images of
-    noisy/: noise rounded to 8 bits and clipped, as in a file.
+    noisy/KEY.png and psnr.csv, the PSNR of each image before and after. The model sees the images
+    of noisy/: noise rounded to 8 bits and clipped, as in a file.
 
     Returns:
         The content of summary.json.

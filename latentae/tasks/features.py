@@ -1,4 +1,4 @@
-"""The verb `features`: write latents as feature files for NumPy and safetensors, and fit a linear probe."""
+"""The verb `features`: write latents as feature files, and fit a linear probe."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def features(options: FeaturesOptions) -> dict[str, Any]:
     """Write the features of images and, with labels, the accuracy of a linear probe on them.
 
     OUT gets features-00000.safetensors, ... (or .npz) with the tensor `features`, fp32 [n, d] or
-    [n, z, h, w]; index.csv with file, row and label of each key; and summary.json with the report of
-    the probe. Latents are raw posterior means.
+    [n, z, h, w]; index.csv with file, row and label of each key; and summary.json with the report
+    of the probe. Latents are raw posterior means.
 
     Returns:
         The content of summary.json.
@@ -136,7 +136,7 @@ class _Extraction:
 
 
 def _pool(latents: Tensor, pool: str) -> Tensor:
-    """[B, z, h, w] -> [B, z] "mean", [B, 2z] "moments" (means, then standard deviations) or itself."""
+    """[B, z, h, w] -> "mean" [B, z], "moments" [B, 2z] (mean, then std), or itself."""
     if pool == "spatial":
         return latents
     mean = latents.mean(dim=(2, 3))

@@ -68,7 +68,7 @@ class Images(ABC):
 
     @abstractmethod
     def raw(self, numbers: Sequence[int]) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
-        """Key, name for messages and members (extension -> bytes) of images with ascending numbers."""
+        """Key, name for messages and members (extension -> bytes), by ascending numbers."""
 
     def items(
         self,
@@ -105,7 +105,7 @@ class Images(ABC):
 
 
 def fit_image(image: Tensor, resolution: int | None) -> Tensor:
-    """Crop the center square of a [C, H, W] image; None only limits its longer side to 1024 pixels."""
+    """Crop the center square of a [C, H, W] image; None only limits its longer side."""
     if resolution is not None:
         return resize_and_center_crop(image, resolution)
     height, width = image.shape[1:]

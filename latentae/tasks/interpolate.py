@@ -22,7 +22,7 @@ __all__ = ["interpolate"]
 
 @verb(InterpolateOptions)
 def interpolate(options: InterpolateOptions) -> dict[str, Any]:
-    """Decode latents between those of two images: a strip above the cross-fade of both reconstructions.
+    """Decode latents between those of two images, above the cross-fade of both ends.
 
     Returns:
         `file` and the settings, which are also in the PNG's text chunk "latentae".

@@ -59,7 +59,7 @@ class Network:
 
     @cached_property
     def model(self) -> Autoencoder:
-        """In evaluation mode on the device; loaded on first use, since a finished job needs none."""
+        """In evaluation mode on the device; loaded on first use, which a finished job skips."""
         return load_model(self.options.model, self.options.weights, self.device)[0]
 
     @property
@@ -84,7 +84,8 @@ class Network:
     ) -> Iterator[Batch]:
         """Decode images and join neighbors of one size and depth; the order stays the same.
 
-        `resolution` defaults to the options' resolution; for the other arguments see `Images.items`.
+        `resolution` defaults to the options' resolution; for the other arguments see
+        `Images.items`.
         """
         side, channels = resolution or self.options.resolution, self.config.in_channels
         items = images.items(numbers, labels, channels=channels, resolution=side, wanted=wanted)
@@ -96,7 +97,7 @@ class Network:
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> DiagonalGaussian:
-        """Raw posteriors [B, z, ceil(H/f), ceil(W/f)] of images padded by reflection to multiples of f.
+        """Raw posteriors [B, z, ceil(H/f), ceil(W/f)] of images, padded by reflection.
 
         Raises:
             ModelError: one is not finite.

@@ -2,14 +2,14 @@
 
 error        Q: mean square of image - reconstruction over elements, images in [-1, 1]
 peak         largest value of the blurred error map (mean over channels)
-latent       T^2 / z: mean over positions of (v - m)^T S^-1 (v - m) / z, where v is the latent vector
-             at a position (Hotelling's T^2)
+latent       T^2 / z: mean over positions of (v - m)^T S^-1 (v - m) / z, where v is the
+             latent vector at a position (Hotelling's T^2)
 perceptual   distance of a perceptual network between image and reconstruction
 
 Q and T^2 are the two distances of Jackson & Mudholkar 1979, "Control procedures for residuals
-associated with principal component analysis": to the subspace of normal data, and to its center within
-that subspace. Their sum, each in units of its mean over normal images, is the combined index of Yue &
-Qin 2001, "Reconstruction-based fault identification using a combined index", eq. 12.
+associated with principal component analysis": to the subspace of normal data, and to its center
+within that subspace. Their sum, each in units of its mean over normal images, is the combined index
+of Yue & Qin 2001, "Reconstruction-based fault identification using a combined index", eq. 12.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class _FolderOptions(ImageOptions):
 
 @table
 class FeaturesOptions(_FolderOptions):
-    """Write latents as features. With labels, also fit a linear probe. Run the same command again to resume."""
+    """Write latents as features. Labels add a probe. Run the same command again to resume."""
 
     model: PathLike = argument(MODEL)
     inputs: Inputs = argument(IMAGES, many=True)
@@ -56,7 +56,7 @@ class FeaturesOptions(_FolderOptions):
 
 @table
 class AnomalyOptions(_FolderOptions):
-    """Score how much images differ from normal ones. Adds heat maps. Run the same command again to resume."""
+    """Score how much images differ from normal ones. Run the same command again to resume."""
 
     model: PathLike = argument(MODEL)
     normal: Inputs = argument("Normal images that the model was not trained on: a folder, a file or shards.")
@@ -106,7 +106,7 @@ class InterpolateOptions(ImageOptions):
 
 @table
 class SampleOptions(ImageOptions):
-    """Decode random latents to one picture. They come from a variational model's prior or a fitted Gaussian."""
+    """Decode random latents to one picture. Their source is the prior or a fitted Gaussian."""
 
     model: PathLike = argument(MODEL)
     out: PathLike = argument("PNG to write.", default="samples.png")

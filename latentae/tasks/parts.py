@@ -52,7 +52,7 @@ class PartedJob:
         """Do all parts that are not finished.
 
         Args:
-            make: writes the files of a part, given its number and inputs, and returns its table rows.
+            make: takes a part's number and inputs, writes its files and returns its table rows.
         """
         with Progress(self._verb, self._total) as progress:
             for part, file in enumerate(self._files()):

@@ -1,4 +1,4 @@
-"""Pictures of tasks: thumbnails, heat maps, and PNG files that record how they were made."""
+"""Pictures of tasks: thumbnails, heat maps, and PNG files with a note of their settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_png(file: str | Path) -> Path:
 
 
 def thumbnails(rows: Sequence[Sequence[Tensor]], columns: int = 8) -> Tensor:
-    """Rows of uint8 [1, 3 or 4, H, W] images as one picture [3, H, W]; small images are enlarged."""
+    """Rows of uint8 images [1, 3 or 4, H, W] as one picture; small images are enlarged."""
     return image_grid([[_enlarged(_rgb(image)) for image in row] for row in rows], columns=columns)
 
 

@@ -35,10 +35,10 @@ FULL_NUMBERS = 2048
 def sample(options: SampleOptions) -> dict[str, Any]:
     """Decode random latents to a picture.
 
-    Without `latents` they are samples of the prior N(0, I), which is useful only for a model trained
-    towards it: a model without a prior is refused, and a weak KL weight is logged. With `latents` a
-    Gaussian is fitted to them: to full latents of up to 2048 numbers, else to the channels of each
-    position separately.
+    Without `latents` they are samples of the prior N(0, I), which is useful only for a model
+    trained towards it: a model without a prior is refused, and a weak KL weight is logged. With
+    `latents` a Gaussian is fitted to them: to full latents of up to 2048 numbers, else to the
+    channels of each position separately.
 
     Returns:
         `file` and the settings, which are also in the PNG's text chunk "latentae".

@@ -59,7 +59,9 @@ def diffusers() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def save_model() -> Callable[..., Path]:
-    """`save_model(folder, config)` saves a random AutoencoderKL that decodes to about [-1, 1], as a trained one does."""
+    """`save_model(folder, config)` saves a random AutoencoderKL that decodes to about [-1, 1], as a
+    trained one does.
+    """
 
     def save(folder: Path, config: AutoencoderKLConfig, seed: int = 0) -> Path:
         torch.manual_seed(seed)
@@ -74,7 +76,9 @@ def save_model() -> Callable[..., Path]:
 
 @pytest.fixture
 def load_quietly(diffusers, caplog, capfd) -> Callable[[type, Path], Any]:
-    """Loads a folder with a class of diffusers: no missing, unexpected or renamed key, no warning and no log line."""
+    """Loads a folder with a class of diffusers: no missing, unexpected or renamed key, no warning
+    and no log line.
+    """
 
     def load(kind: type, folder: Path) -> Any:
         capfd.readouterr()
@@ -94,7 +98,9 @@ def load_quietly(diffusers, caplog, capfd) -> Callable[[type, Path], Any]:
 
 @pytest.fixture
 def run_snippets(monkeypatch) -> Callable[..., list[dict[str, Any]]]:
-    """Runs the Python snippets of an export's card one after the other, as a reader would: the names after each."""
+    """Runs the Python snippets of an export's card one after the other, as a reader would: the
+    names after each.
+    """
 
     def run(folder: Path, images: torch.Tensor) -> list[dict[str, Any]]:
         monkeypatch.chdir(folder.parent)
@@ -130,7 +136,7 @@ def onnx_run() -> Callable[[Path, torch.Tensor], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def onnx_export(save_model, tmp_path_factory) -> tuple[AutoencoderKL, Path]:
-    """A model with attention at two places, and its export in ONNX."""
+    """A model with attention in two levels, and its export in ONNX."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     config = preset(

@@ -1,4 +1,6 @@
-"""An AutoencoderDC as others load it: a plain diffusers folder, its fp16 variant, ONNX files; and what is refused."""
+"""An AutoencoderDC as others load it: a plain diffusers folder, its fp16 variant, ONNX files; and
+what is refused.
+"""
 
 from __future__ import annotations
 

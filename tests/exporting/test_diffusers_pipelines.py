@@ -1,6 +1,8 @@
-"""Real diffusers pipelines, with tiny random networks, run from a saved folder with our exported component.
+"""Real diffusers pipelines, with tiny random networks, run from a saved folder with our exported
+component.
 
-What a pipeline's last latent should look like is computed by `latentae.pipeline` from the model, by our own formula.
+What a pipeline's last latent should look like is computed by `latentae.pipeline` from the model, by
+our own formula.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ pytestmark = [
 ]
 
 KINDS = ("sd", "sdxl", "sd3", "flux", "dit")
-SHIFTED = ("sd3", "flux")  # the others never read shift_factor
+SHIFTED = ("sd3", "flux")  # the other pipelines never read shift_factor
 MEAN, STD = (0.5, -0.25, 0.75, -1.0), (1.0, 1.5, 0.5, 2.0)
 SIDE = 64
 TOLERANCE = 1e-4
@@ -52,7 +54,9 @@ def diffusers(diffusers) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def work(save_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`, and what was measured of it: `even-0` and `even-0.3` (one mean and one std), `channels` (each its own)."""
+    """`model`, and what was measured of it: `even-0` and `even-0.3` (one mean and one std),
+    `channels` (each its own).
+    """
     root = tmp_path_factory.mktemp("pipelines")
     save_model(root / "model", preset("kl-f8", norm_num_groups=4, block_out_channels=(8, 8, 16, 16)))
     for name, mean, std in (
@@ -73,7 +77,7 @@ def work(save_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def component(work: Path):
-    """An exported folder: `component("even-0", fold_normalization=True)`, made once."""
+    """An exported folder: `component("even-0", fold_normalization=True)`, created once."""
 
     def make(statistics: str, **options: Any) -> Path:
         out = work / "-".join([statistics, *(f"{key}={value}" for key, value in options.items())]) / "vae"
@@ -84,7 +88,7 @@ def component(work: Path):
 
 
 def clip(folder: Path) -> tuple[Any, Any]:
-    """A text encoder, and a tokenizer that knows letters only, made without a download."""
+    """A text encoder, and a tokenizer that knows letters only, created without a download."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -113,8 +117,9 @@ def clip(folder: Path) -> tuple[Any, Any]:
 
 def unet(diffusers: ModuleType, **options: Any) -> Any:
     return diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 8, block_out_channels=(8, WIDTH), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        sample_size=SIDE // 8, block_out_channels=(8, WIDTH), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH, **options,
     )  # fmt: skip
 
@@ -137,27 +142,29 @@ def assemble(diffusers: ModuleType, kind: str, vae: Any, folder: Path) -> Any:
         return diffusers.StableDiffusionXLPipeline(vae, unet=net, scheduler=scheduler, **none)
     if kind == "sd3":
         net = diffusers.SD3Transformer2DModel(
-            sample_size=SIDE // 8, patch_size=1, in_channels=Z, out_channels=Z, num_layers=1, attention_head_dim=8,
-            num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=WIDTH,
+            sample_size=SIDE // 8, patch_size=1, in_channels=Z, out_channels=Z, num_layers=1,
+            attention_head_dim=8, num_attention_heads=2, joint_attention_dim=WIDTH,
+            caption_projection_dim=WIDTH, pooled_projection_dim=WIDTH,
         )  # fmt: skip
         third = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
         return diffusers.StableDiffusion3Pipeline(vae=vae, transformer=net, scheduler=flow(), **none, **third)
     if kind == "flux":
         net = diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=4 * Z, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
+            patch_size=1, in_channels=4 * Z, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
+            axes_dims_rope=(4, 4, 8),
         )  # fmt: skip
         return diffusers.FluxPipeline(vae=vae, transformer=net, scheduler=flow(), **none)
     net = diffusers.DiTTransformer2DModel(
-        sample_size=SIDE // 8, patch_size=2, in_channels=Z, out_channels=2 * Z, num_layers=1, attention_head_dim=8,
-        num_attention_heads=2, num_embeds_ada_norm=1000, norm_num_groups=2,
+        sample_size=SIDE // 8, patch_size=2, in_channels=Z, out_channels=2 * Z, num_layers=1,
+        attention_head_dim=8, num_attention_heads=2, num_embeds_ada_norm=1000, norm_num_groups=2,
     )  # fmt: skip
     return diffusers.DiTPipeline(net, vae, scheduler)
 
 
 @pytest.fixture(scope="module")
 def folder(diffusers, work, component):
-    """A saved pipeline folder of a kind, its `vae` an export of ours as it is."""
+    """A saved pipeline folder of a class, its `vae` our unchanged export."""
 
     def make(kind: str, statistics: str = "even-0", **options: Any) -> Path:
         vae = diffusers.AutoencoderKL.from_pretrained(component("even-0"))
@@ -179,14 +186,14 @@ def load(diffusers: ModuleType, folder: Path, **options: Any) -> Any:
     left_out = [
         name for name, value in read_json(folder / "model_index.json").items() if value == [None, None]
     ]
-    options |= dict.fromkeys(left_out)  # SD3 and Flux ask for them by name
+    options |= dict.fromkeys(left_out)  # SD3 and Flux need them by name
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def words(pipe: Any, kind: str, images: int = 1) -> dict[str, Any]:
-    """What a pipeline is asked for: a prompt, one already embedded, or a class."""
+    """Arguments of a pipeline: a prompt, one already embedded, or a class."""
     if kind == "dit":
         return {"class_labels": [7] * images}
     if kind == "sd":
@@ -201,7 +208,9 @@ def words(pipe: Any, kind: str, images: int = 1) -> dict[str, Any]:
 
 
 def run(pipe: Any, kind: str, images: int = 1, **options: Any) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W] in [0, 1], and the last latents [B, z, h, w] that the diffusion model made."""
+    """Images [B, 3, H, W] in [0, 1], and the last latents [B, z, h, w] that the diffusion model
+    made.
+    """
     steps, step = [], pipe.scheduler.step
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -249,7 +258,9 @@ def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_image_is_that_of_our_formula_plain_fused_and_folded(kind, work, diffusers, folder, component):
-    """Folded with one mean and std as with scaling and shift; with those of each channel as our formula, though no pipeline has it."""
+    """Folded with one mean and std as with scaling and shift; with those of each channel as our
+    formula, though no pipeline has it.
+    """
     shift = 0.3 if kind in SHIFTED else 0.0
     even = "even-0.3" if shift else "even-0"
     pipe = load(diffusers, folder(kind, even))
@@ -313,7 +324,9 @@ def test_tiling_and_slicing_with_and_without_fuse(kind, diffusers, folder):
 @pytest.mark.parametrize("kind", ["sdxl", "sd"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_fp16_variant_runs_in_half_precision(kind, fused, work, diffusers, folder):
-    """SDXL decodes in fp32 as long as force_upcast is true; without it, and in SD, all of it is fp16."""
+    """SDXL decodes in fp32 as long as force_upcast is true; without it, and in SD, all of it is
+    fp16.
+    """
     pipe = load(diffusers, folder(kind, variant="fp16"), variant="fp16", torch_dtype=torch.float16)
     assert pipe.vae.dtype == torch.float16
     if fused:
@@ -351,7 +364,9 @@ def test_the_ldm_file_loads_through_from_single_file(work, component, diffusers,
     ],
 )
 def test_offload_hooks_run(way, fused, diffusers, folder):
-    """As far as a CPU goes: it stands in for the accelerator, and weights come and go with the hooks."""
+    """On a CPU, which replaces the accelerator, and weights come and go with the
+    hooks.
+    """
     accelerate = pytest.importorskip("accelerate")
     pipe, device = load(diffusers, folder("sd")), torch.device("cpu")
     shown, _ = run(pipe, "sd")
@@ -361,7 +376,7 @@ def test_offload_hooks_run(way, fused, diffusers, folder):
         pipe.enable_model_cpu_offload(device="cpu")
     elif way == "group":
         pipe.vae.enable_group_offload(device, offload_type="leaf_level")
-    else:  # what enable_sequential_cpu_offload does, but for its device cpu:0, which accelerate takes for another one than cpu
+    else:  # enable_sequential_cpu_offload, whose device cpu:0 is another one than cpu for accelerate
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             accelerate.cpu_offload(module, device)
         assert {parameter.device.type for parameter in pipe.vae.parameters()} == {

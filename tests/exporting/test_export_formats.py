@@ -1,4 +1,4 @@
-"""Every format reloaded by its own loader, and the card's snippets run as they are printed."""
+"""Every format reloaded by its own loader, and the card's snippets run as printed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ for options in ({}, {"variant": "fp16"}):
 
 
 def make_run(folder: Path, config: AutoencoderKLConfig = SMALL) -> Path:
-    """A run folder as training leaves it, with a discriminator and something that the losses learned."""
+    """A run folder as training leaves it, with a discriminator and something that the losses
+    learned.
+    """
     checkpoint = folder / "checkpoints/step-00000007"
     checkpoint.mkdir(parents=True)
     save_weights(AutoencoderKL(config).state_dict(), checkpoint / "autoencoder.safetensors")
@@ -68,7 +70,8 @@ def make_run(folder: Path, config: AutoencoderKLConfig = SMALL) -> Path:
         '{"step": 5, "images": 40, "validation/psnr": 19.0}',
         '{"step": 7, "images": 56, "loss/total": 1.0}',
     ]
-    last = '{"step": 7, "images": 56, "validation/psnr": 21.25, "validation/ssim": 0.5, "validation/perceptual": null}'
+    last = '{"step": 7, "images": 56, "validation/psnr": 21.25, "validation/ssim": 0.5, '
+    last += '"validation/perceptual": null}'
     write_text(folder / "metrics.jsonl", "\n".join([*lines, last]) + "\n")
     write_text(folder / "checkpoints/latest", checkpoint.name + "\n")
     return folder
@@ -150,7 +153,9 @@ def test_onnx_without_its_packages_is_one_line_and_no_folder(small, tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpp_compiler")
 def test_all_of_a_run(photo_shards, run_snippets, tmp_path):
-    """Everything in one folder: each loader gives the model's own images, and the card's snippets run."""
+    """Everything in one folder: each loader gives the model's own images, and the card's snippets
+    run.
+    """
     pytest.importorskip("onnxruntime")
     run = make_run(tmp_path / "run")
     options = {
@@ -162,9 +167,10 @@ def test_all_of_a_run(photo_shards, run_snippets, tmp_path):
     }
     summary = export(run, tmp_path / "vae", **options)
     assert set(summary["files"]) == {
-        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-        "vae.ldm.safetensors", "vae_encoder/model.onnx", "vae_encoder/config.json", "vae_decoder/model.onnx",
-        "vae_decoder/config.json", "pt2/encoder.pt2", "pt2/decoder.pt2", "latent_preview.json", "latent_statistics.json",
+        "README.md", "config.json", "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors", "vae.ldm.safetensors", "vae_encoder/model.onnx",
+        "vae_encoder/config.json", "vae_decoder/model.onnx", "vae_decoder/config.json", "pt2/encoder.pt2",
+        "pt2/decoder.pt2", "latent_preview.json", "latent_statistics.json",
         "training/discriminator.safetensors", "training/objective.safetensors", "training/training.json",
     }  # fmt: skip
     assert export(run, tmp_path / "vae", **options) == summary

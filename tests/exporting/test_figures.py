@@ -20,7 +20,7 @@ SIDE = 64
 
 
 def small(channels: int = 3) -> AutoencoderKLConfig:
-    """An f4 model made for 64 pixels."""
+    """An f4 model for 64 pixels."""
     return preset(
         "tiny",
         in_channels=channels,
@@ -101,7 +101,9 @@ def test_measured_statistics_serve_another_export(model, measured, tmp_path):
 def test_the_preview_reads_latents_as_a_diffusion_model_sees_them(
     folded, model, measured, images, photo_shards, no_audit, tmp_path
 ):
-    """Least squares on the exported component's own normalised latents gives the same pictures and R^2."""
+    """Least squares on the exported component's own normalised latents gives the same pictures and
+    R^2.
+    """
     out = measured
     if folded:
         out = tmp_path / "vae"

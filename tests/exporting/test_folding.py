@@ -47,7 +47,9 @@ def test_it_is_the_normalisation_done_outside(quant, post):
 
 
 def test_rounding_in_fp32_is_all_that_is_lost():
-    """With statistics of the latents themselves, as an export has them: no further from fp64 than the model in fp32 is."""
+    """With statistics of the latents themselves, as an export has them: no further from fp64 than
+    the model in fp32 is.
+    """
     model = AutoencoderKL(config()).eval()
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():

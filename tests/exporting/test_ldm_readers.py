@@ -1,4 +1,6 @@
-"""Which programs load an export under LDM's names: one rule, in the log, on the card and in the docs."""
+"""Which programs load an export under LDM's names: one rule, in the log, on the card and in the
+docs.
+"""
 
 from __future__ import annotations
 

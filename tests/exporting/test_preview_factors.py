@@ -90,7 +90,9 @@ def test_the_json_is_what_comfyui_applies():
 
 
 def test_channels_that_say_nothing_new_do_no_harm():
-    """A dead channel gets no weight, twins share theirs, and constant latents leave the mean colour."""
+    """A dead channel gets no weight, twins share theirs, and constant latents leave the mean
+    colour.
+    """
     data = [(torch.cat([z, z[:, :1], torch.full_like(z[:, :1], 3)], dim=1), x) for z, x in batches()]
     preview, plain = fit(data, channels=7), fit(batches())
     assert preview.r2 == pytest.approx(plain.r2, abs=1e-9)

@@ -75,7 +75,9 @@ def test_no_compiler_is_named_and_nothing_is_left(tmp_path, monkeypatch):
 
 
 def test_a_package_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    """torch's compiler is replaced: its package is empty, and what it loads is the program with an error."""
+    """torch's compiler is replaced: its package is empty, and what it loads is the program with an
+    error.
+    """
     programs, error = [], 0.0
 
     def compile_package(program, package_path, inductor_configs):

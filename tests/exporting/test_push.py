@@ -1,4 +1,4 @@
-"""Uploading to the Hub, with a stand-in for its client: nothing here uses a network."""
+"""Uploading to the Hub, with a fake client: nothing here uses a network."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def made(
     digits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Tensor]:
-    """A PCA of every second digit, and 150 of the others as files with classes, and as a tensor."""
+    """A PCA of every second digit, and 150 other ones as files with classes, and as a tensor."""
     folder, (images, classes) = tmp_path_factory.mktemp("digits"), digits
     some = slice(1, 301, 2)
     inputs = write_images(folder / "digits", images[some], classes[some].tolist())

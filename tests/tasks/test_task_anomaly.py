@@ -24,7 +24,9 @@ NORMAL = 3
 
 @pytest.fixture(scope="module")
 def threes(digits, tmp_path_factory):
-    """A PCA of 80 threes; 60 other threes; and held-out threes among other digits, each with its class."""
+    """A PCA of 80 threes; 60 other threes; and held-out threes among other digits, each with its
+    class.
+    """
     folder = tmp_path_factory.mktemp("anomaly")
     images, classes = digits
     own = images[classes == NORMAL]
