@@ -1,12 +1,13 @@
-"""Per-channel statistics of latents, in one pass, exact however the work was split.
+"""Per-channel statistics of latents in one pass, exact for any split of the work.
 
     posterior      q(z | x) = N(mean, sigma^2), stored as mean and logvar = log sigma^2
     of the means   E[mean], Var[mean]
-    of the samples z = mean + sigma eps:  E[z] = E[mean],  Var[z] = Var[mean] + E[sigma^2]  (law of total variance, no draw)
+    of the samples z = mean + sigma eps: E[z] = E[mean], Var[z] = Var[mean] + E[sigma^2]
 
-Two sets of values merge by Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise
-algorithm for computing sample variances", eq. 2.1. Everything is NumPy in double precision: its
-sums do not depend on the number of threads.
+The last line is the law of total variance: no sample is drawn. Two sets of values merge by Chan,
+Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
+variances", eq. 2.1. Everything is NumPy in double precision: its sums do not depend on the number
+of threads.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class Moments:
     """Mean and squared deviations of vectors, merged without loss of precision.
 
     Attributes:
-        count: number of vectors.
+        count: number of vectors, or the sum of their weights.
         mean: fp64 [d].
-        m2: sum of the squared deviations from the mean, fp64 [d], or their scatter matrix, fp64 [d, d].
+        m2: sum of the squared deviations from the mean, fp64 [d], or their scatter matrix, fp64 [d,
+            d].
     """
 
-    count: int
+    count: float
     mean: np.ndarray
     m2: np.ndarray
 
@@ -81,12 +83,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What is known of the latents seen so far, per channel."""
+    """Statistics of latents, per channel."""
 
     samples: int
-    """Latents seen."""
+    """Number of latents."""
     count: int
-    """Values seen in each channel: samples times height times width."""
+    """Values in each channel: samples times height times width."""
     mean: Vector
     """Mean of the posterior mean, [z]."""
     m2: Vector
@@ -96,12 +98,12 @@ class LatentStatistics:
 
     @classmethod
     def empty(cls, channels: int) -> LatentStatistics:
-        """The statistics of no latent at all."""
+        """The statistics of no latent."""
         return cls(0, 0, np.zeros(channels), np.zeros(channels), np.zeros(channels))
 
     @classmethod
     def of(cls, mean: Tensor, logvar: Tensor) -> LatentStatistics:
-        """The statistics of one posterior, `mean` and `logvar` [z, h, w] as they are stored."""
+        """The statistics of one stored posterior, `mean` and `logvar` [z, h, w]."""
         values = mean.double().cpu().numpy().reshape(mean.shape[0], -1)
         variance = np.exp(logvar.double().cpu().numpy().reshape(mean.shape[0], -1))
         center = values.mean(axis=1)
@@ -112,10 +114,12 @@ class LatentStatistics:
         """The statistics of both sets together (Chan et al. 1979, eq. 2.1)."""
         both = Moments(self.count, self.mean, self.m2).merge(Moments(other.count, other.mean, other.m2))
         variance_sum = self.variance_sum + other.variance_sum
-        return LatentStatistics(self.samples + other.samples, both.count, both.mean, both.m2, variance_sum)
+        return LatentStatistics(
+            self.samples + other.samples, int(both.count), both.mean, both.m2, variance_sum
+        )
 
     def summary(self) -> dict[str, Any]:
-        """What a diffusion model needs to know, as plain JSON values.
+        """The values that a diffusion model needs, as plain JSON.
 
         `scaling_factor` is 1 / (standard deviation of the sampled latent over all channels),
         Rombach et al. 2022, App. G; `shift_factor` is its mean; `latents_mean` and `latents_std`
@@ -155,7 +159,7 @@ class LatentStatistics:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LatentStatistics:
-        """The statistics that `to_json` wrote; ValueError, KeyError or TypeError if they are not."""
+        """The statistics that `to_json` wrote, else a ValueError, KeyError or TypeError."""
         vectors = [np.asarray(value[name], dtype=np.float64) for name in ("mean", "m2", "variance_sum")]
         if any(
             vector.ndim != 1 or len(vector) != len(vectors[0]) or not np.isfinite(vector).all()

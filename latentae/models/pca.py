@@ -192,10 +192,8 @@ def image_patches(images: Tensor, patch: int) -> Tensor:
         ImageError: a side that `patch` does not divide.
     """
     if images.shape[2] % patch or images.shape[3] % patch:
-        raise ImageError(
-            f"image is {images.shape[2]} x {images.shape[3]}, expected sides that are multiples of the "
-            f"patch, {patch}"
-        )
+        height, width = images.shape[2:]
+        raise ImageError(f"image is {height} x {width}, patches of {patch} need sides that {patch} divides")
     return F.unfold(images.double(), kernel_size=patch, stride=patch).transpose(1, 2)
 
 

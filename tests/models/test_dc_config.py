@@ -154,7 +154,10 @@ def test_widths_and_layers_of_a_preset_can_be_replaced_for_both_sides():
         ({"upsample_block_type": "bilinear"}, "upsample_block_type has 'bilinear'"),
         ({"downsample_block_type": "pool"}, "downsample_block_type has 'pool'"),
         ({"encoder_block_out_channels": (8, 24, 32)}, "from 8 to 24, which does not divide 4 x 8"),
-        ({"encoder_block_out_channels": (8, 16, 2), "latent_channels": 2}, "multiples of 4"),
+        (
+            {"encoder_block_out_channels": (8, 16, 2), "latent_channels": 2, "attention_head_dim": 2},
+            "multiples of 4",
+        ),
         ({"latent_channels": 5}, "which latent_channels 5 does not divide"),
         ({"encoder_qkv_multiscales": ((), (), (4,))}, "windows are odd"),
         ({"attention_head_dim": 64}, "a head needs as many"),

@@ -132,7 +132,7 @@ def true_statistics(steps: list[Step], source: Source, tile: int) -> dict[nn.Gro
 
     def norms(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        known[norm] = maps.affine(norm, mean, variance)
+        known[norm] = maps.affine(norm, maps.Moments(1, mean.double().numpy(), variance.double().numpy()))
         return known[norm]
 
     run(steps, source.cut(0, 0, source.height, source.width), norms)

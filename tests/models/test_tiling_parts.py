@@ -9,9 +9,10 @@ from torch import nn
 
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.blocks import Attention
+from latentae.models.latent_statistics import Moments
 from latentae.models.presets import preset
 from latentae.models.tiling.blended import SHARE, Source, Tiles, blend, estimate, samples, weights
-from latentae.models.tiling.maps import Moments, Store, affine
+from latentae.models.tiling.maps import Store, affine, moments_of
 from latentae.models.tiling.steps import (
     Convolution,
     decoder_steps,
@@ -40,7 +41,7 @@ def test_without_an_overlap_borders_of_tiles_show_no_further_than_the_halo(step)
 
     def recorded(norm, x):
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        known[norm] = affine(norm, mean, variance)
+        known[norm] = affine(norm, Moments(1, mean.numpy(), variance.numpy()))
         return known[norm]
 
     whole = run(steps, x, recorded)
@@ -84,26 +85,25 @@ def test_moments_are_those_of_all_rows_even_where_the_mean_is_large():
     x = torch.randn(1, 4, 50, 20) * torch.tensor([1, 0.1, 10, 1]).view(1, -1, 1, 1) + torch.tensor(
         [0, 100, 0, -5]
     ).view(1, -1, 1, 1)
-    moments = Moments(4)
+    moments = Moments.empty(4)
     for strip in x.split([1, 20, 9, 20], dim=2):
-        moments.add(strip)
+        moments = moments.merge(moments_of(strip))
     variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    torch.testing.assert_close(moments.mean, mean, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(moments.variance, variance, rtol=1e-5, atol=0)
+    torch.testing.assert_close(moments.mean, mean.numpy(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(moments.m2 / 1000, variance.numpy(), rtol=1e-5, atol=0)
     norm = nn.GroupNorm(2, 4, eps=1e-6)
     nn.init.normal_(norm.weight)
-    scale, shift = affine(norm, moments.mean, moments.variance)
+    scale, shift = affine(norm, moments)
     torch.testing.assert_close(
         x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), norm(x), rtol=1e-4, atol=1e-4
     )
     y = 2 + torch.randn(1, 4, 4, 5)
-    weighted, repeated = Moments(4), Moments(4)
-    weighted.add(x)
-    weighted.add(y, 3.0)
-    for part in (x, y, y, y):
-        repeated.add(part)
+    weighted, repeated = moments_of(x).merge(moments_of(y, 3.0)), moments_of(x)
+    for part in (y, y, y):
+        repeated = repeated.merge(moments_of(part))
+    assert weighted.count == repeated.count
     torch.testing.assert_close(weighted.mean, repeated.mean)
-    torch.testing.assert_close(weighted.variance, repeated.variance)
+    torch.testing.assert_close(weighted.m2, repeated.m2)
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_statistics_from_samples_are_nearer_than_those_of_a_small_copy():
 
         def norms(norm, x, kept=kept):
             variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-            kept[norm] = affine(norm, mean, variance)
+            kept[norm] = affine(norm, Moments(1, mean.numpy(), variance.numpy()))
             return kept[norm]
 
         run(steps, x, norms)

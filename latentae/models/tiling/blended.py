@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latentae.models.tiling.maps import Moments, affine
+from latentae.models.latent_statistics import Moments
+from latentae.models.tiling.maps import affine, moments_of
 from latentae.models.tiling.steps import Affine, Norms, Step, run
 
 __all__ = ["Source", "Tiles", "blend", "estimate", "samples", "weights"]
@@ -142,7 +143,7 @@ def estimate(steps: list[Step], source: Source, tile: int) -> dict[nn.GroupNorm,
         shares = _calibrated(torch.cat([_traits(source.traits_at(box)) for box in boxes]), target)
         batch = torch.cat([source.cut(*box) for box in boxes])
         run(steps, batch, _Pooled(moments, boxes, shares, source))
-    return {norm: affine(norm, found.mean, found.variance) for norm, found in moments.items()}
+    return {norm: affine(norm, found) for norm, found in moments.items()}
 
 
 def samples(height: int, width: int, unit: int, tile: int) -> Iterator[list[Box]]:
@@ -182,13 +183,15 @@ class _Pooled:
         self._height = boxes[0][2]
 
     def __call__(self, norm: nn.GroupNorm, x: Tensor) -> Affine:
-        moments = self._moments.setdefault(norm, Moments(x.shape[1]))
+        moments = self._moments.get(norm, Moments.empty(x.shape[1]))
         scale = self._height // x.shape[2]
         for part, margins, weight in zip(x.split(1), self._inside, self._weights, strict=True):
             top, bottom, left, right = (margin // scale for margin in margins)
             inside = part[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
-            moments.add(inside.contiguous(memory_format=torch.channels_last), weight)
-        return affine(norm, moments.mean, moments.variance)
+            inside = inside.contiguous(memory_format=torch.channels_last)
+            moments = moments.merge(moments_of(inside, weight))
+        self._moments[norm] = moments
+        return affine(norm, moments)
 
 
 def _margins(box: Box, source: Source) -> tuple[int, int, int, int]:

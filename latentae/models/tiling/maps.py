@@ -14,41 +14,23 @@ from latentae_kernels import channel_moments, group_moments
 from torch import Tensor, nn
 
 from latentae.errors import OutputError
+from latentae.models.latent_statistics import Moments
 from latentae.models.tiling.steps import Affine
 
-__all__ = ["Map", "Moments", "Store", "affine"]
+__all__ = ["Map", "Store", "affine", "moments_of"]
 
 
-class Moments:
-    """Mean and variance of each channel over successive rows, in fp64.
-
-    Parts are merged by the formula of Chan, Golub & LeVeque 1979 ("Updating formulae and a pairwise
-    algorithm"), which stays accurate if means are large compared with deviations.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0.0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.squares = torch.zeros(channels, dtype=torch.float64)  # summed squared deviations from the mean
-
-    def add(self, x: Tensor, weight: float = 1.0) -> None:
-        """Add [1, C, h, w], with each value counted `weight` times."""
-        mean, variance = (t[0].cpu() for t in channel_moments(x))
-        count = weight * x.shape[2] * x.shape[3]
-        total, delta = self.count + count, mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + variance * count + delta.square() * (self.count * count / total)
-        self.count = total
-
-    @property
-    def variance(self) -> Tensor:
-        """[C], of the values added."""
-        return self.squares / self.count
+def moments_of(x: Tensor, weight: float = 1.0) -> Moments:
+    """Moments of the channels of [1, C, h, w], with each value counted `weight` times."""
+    mean, variance = (t[0].cpu().numpy() for t in channel_moments(x))
+    count = weight * x.shape[2] * x.shape[3]
+    return Moments(count, mean, variance * count)
 
 
-def affine(norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> Affine:
+def affine(norm: nn.GroupNorm, moments: Moments) -> Affine:
     """Scale and shift [C] of a GroupNorm (Wu & He 2018) on a map with these moments [C]."""
-    center, total = group_moments(mean.double()[None], variance.double()[None], norm.num_groups)
+    mean, variance = (torch.from_numpy(t)[None] for t in (moments.mean, moments.m2 / moments.count))
+    center, total = group_moments(mean, variance, norm.num_groups)
     weight, bias = (t.detach().double().cpu().view(norm.num_groups, -1) for t in (norm.weight, norm.bias))
     dtype = torch.promote_types(norm.weight.dtype, torch.float32)
     scale = (weight * torch.rsqrt(total.T + norm.eps)).to(dtype)
@@ -68,7 +50,7 @@ class Map:
         self, shape: tuple[int, int, int], scale: int, dtype: torch.dtype, file: IO[bytes] | None
     ) -> None:
         self.height, self.width, self.channels = shape
-        self.scale, self.dtype, self.moments = scale, dtype, Moments(self.channels)
+        self.scale, self.dtype, self.moments = scale, dtype, Moments.empty(self.channels)
         self._file = file
         self._memory = torch.empty(shape, dtype=dtype) if file is None else None
         self._row = self.width * self.channels * dtype.itemsize  # bytes
@@ -87,7 +69,7 @@ class Map:
 
     def write(self, start: int, strip: Tensor) -> None:
         """Write rows from `start` on and add their moments."""
-        self.moments.add(strip)
+        self.moments = self.moments.merge(moments_of(strip))
         self.put(start, strip)
 
     def put(self, start: int, strip: Tensor) -> None:
@@ -133,7 +115,7 @@ class Map:
         """Compute the moments of all rows."""
         self.restart()
         for start, stop in self.strips(area):
-            self.moments.add(self.rows(start, stop))
+            self.moments = self.moments.merge(moments_of(self.rows(start, stop)))
         return self
 
     def strips(self, area: int) -> Iterator[tuple[int, int]]:
@@ -144,7 +126,7 @@ class Map:
 
     def restart(self) -> Map:
         """Reset the moments, to write the map again."""
-        self.moments = Moments(self.channels)
+        self.moments = Moments.empty(self.channels)
         return self
 
     def close(self) -> None:

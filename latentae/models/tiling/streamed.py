@@ -64,7 +64,7 @@ def _residual(step: Residual, x: Map, maps: Store, area: int) -> Map:
 def _pass(
     step: Convolution, x: Map, out: Map, area: int, skip: tuple[Map, torch.nn.Conv2d | None] | None = None
 ) -> None:
-    known = None if step.norm is None else affine(step.norm, x.moments.mean, x.moments.variance)
+    known = None if step.norm is None else affine(step.norm, x.moments)
     device = step.conv.weight.device
     for start, stop in out.strips(area):
         first, last, crop = _needed(step, start, stop, x.height)
@@ -93,7 +93,7 @@ def _attend(attention: Attention, x: Map, maps: Store, area: int, keys: int | No
 
     Milakov & Gimelshein 2018; Dao et al. 2022.
     """
-    known = affine(attention.group_norm, x.moments.mean, x.moments.variance)
+    known = affine(attention.group_norm, x.moments)
     device = attention.to_q.weight.device
     stride = 1 if keys is None else max(1, -int(-((x.height * x.width / keys) ** 0.5) // 1))
     size = -(-x.height // stride), -(-x.width // stride)
