@@ -77,6 +77,12 @@ def randomize_norms(model: nn.Module, spread: float = 0.3) -> nn.Module:
     return model
 
 
+def equal(a: nn.Module | dict[str, torch.Tensor], b: nn.Module | dict[str, torch.Tensor]) -> bool:
+    """Whether two models, or state dicts, have the same keys and values."""
+    one, other = (dict(x.state_dict()) if isinstance(x, nn.Module) else x for x in (a, b))
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes that the graph of a forward pass keeps, without the parameters."""
     own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}

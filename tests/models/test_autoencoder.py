@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from small_models import narrow, randomize_norms
+from small_models import equal, narrow, randomize_norms
 
 from latentae.errors import ImageError, ModelError
 from latentae.models.autoencoder import AutoencoderKL
@@ -109,10 +109,7 @@ def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     for path in ("theirs", "ours/diffusion_pytorch_model.safetensors"):
         back = AutoencoderKL.from_pretrained(tmp_path / path)
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True)
-        )
+        assert equal(back, ours)
 
 
 def test_forward_is_encode_sample_decode_and_samples_as_diffusers_does():

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from latentae_kernels import use_backend
-from small_models import DC, kept_bytes
+from small_models import DC, equal, kept_bytes
 
 import latentae
 from latentae.errors import ImageError, ModelError
@@ -179,10 +179,7 @@ def test_a_folder_saved_by_either_loads_in_the_other(name, tmp_path):
     for back in (AutoencoderDC.from_pretrained(tmp_path / "theirs"), load_model(tmp_path / "theirs")[0]):
         assert isinstance(back, AutoencoderDC)
         assert not back.training
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True)
-        )
+        assert equal(back, ours)
     assert {k: v for k, v in back.config.diffusers_dict().items() if k[0] != "_"} == {
         k: v for k, v in ours.config.diffusers_dict().items() if k[0] != "_"
     }

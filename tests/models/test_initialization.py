@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import dc_config, images_of, weights_that_do_not_learn
+from small_models import dc_config, equal, images_of, weights_that_do_not_learn
 
 from latentae.errors import ModelError
 from latentae.files import write_json, write_text
@@ -38,11 +38,6 @@ def ldm(autoencoder) -> dict[str, torch.Tensor]:
     return {key: value.contiguous() for key, value in to_ldm(autoencoder.state_dict(), CONFIG).items()}
 
 
-def same(found: dict[str, torch.Tensor], model: torch.nn.Module) -> bool:
-    expected = model.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-
-
 @pytest.mark.parametrize(("what", "playing"), [("run", True), ("run", False), ("checkpoint", True)])
 def test_a_run_gives_its_average_and_its_discriminator(autoencoder, what, playing, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step-00000007"
@@ -57,9 +52,9 @@ def test_a_run_gives_its_average_and_its_discriminator(autoencoder, what, playin
     path = tmp_path / "run" if what == "run" else folder
     initial = load_initial(path)
     assert initial.config == CONFIG
-    assert same(initial.state, autoencoder)
+    assert equal(initial.state, autoencoder)
     assert initial.fingerprint == resolve_model(path).fingerprint
-    assert same(initial.discriminator, discriminator) if playing else initial.discriminator is None
+    assert equal(initial.discriminator, discriminator) if playing else initial.discriminator is None
 
 
 def test_a_diffusers_folder_or_file_gives_its_weights_in_fp32(autoencoder, tmp_path):
@@ -67,7 +62,7 @@ def test_a_diffusers_folder_or_file_gives_its_weights_in_fp32(autoencoder, tmp_p
     for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
         initial = load_initial(path)
         assert initial.config == CONFIG
-        assert same(initial.state, autoencoder.float())
+        assert equal(initial.state, autoencoder.float())
         assert initial.discriminator is None
 
 
@@ -86,7 +81,7 @@ def test_an_ldm_file_gives_its_weights_its_discriminator_and_follows_a_config(
     write(ldm)
     initial = load_initial(file)
     assert initial.config == CONFIG
-    assert same(initial.state, autoencoder)
+    assert equal(initial.state, autoencoder)
     assert initial.discriminator is None
     assert initial.fingerprint == load_initial(file).fingerprint == resolve_model(file).fingerprint
     assert resolve_model(file).kind == "file"
@@ -97,9 +92,9 @@ def test_an_ldm_file_gives_its_weights_its_discriminator_and_follows_a_config(
     }
     write({**ldm, **main, "loss.discriminator.main.3.running_mean": torch.zeros(16)})
     found, fresh = load_initial(file).discriminator, PatchDiscriminator(3, 8, 2)
-    assert same(found, discriminator)
+    assert equal(found, discriminator)
     assert load_discriminator(fresh, found) is None
-    assert same(found, fresh)
+    assert equal(found, fresh)
 
     config = CONFIG.model_copy(update={"norm_num_groups": 16, "scaling_factor": 0.5})
     write_json(tmp_path / "config.json", config.diffusers_dict())
@@ -119,7 +114,7 @@ def test_a_discriminator_that_does_not_fit_is_left_unchanged():
     )
     assert "shape (16, 3, 4, 4)" in str(load_discriminator(module, PatchDiscriminator(3, 16, 2).state_dict()))
     assert "unknown more" in str(load_discriminator(module, {**before, "more": torch.zeros(1)}))
-    assert same(before, module)
+    assert equal(before, module)
 
 
 def model(name: str = "tiny") -> AutoencoderKL:

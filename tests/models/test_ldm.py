@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import randomize_norms
+from small_models import equal, randomize_norms
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
@@ -36,10 +36,6 @@ def model(config: AutoencoderKLConfig) -> AutoencoderKL:
 def from_ldm(tensors: dict[str, torch.Tensor], config: AutoencoderKLConfig) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         return fitting_state(AutoencoderKL(config), tensors, "vae.ckpt")
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import equal
 
 from latentae import export
 from latentae.errors import ModelError
@@ -30,8 +31,7 @@ def model() -> AutoencoderKL:
 
 
 def same(path: Path, model: AutoencoderKL) -> bool:
-    found, expected = AutoencoderKL.from_pretrained(path).state_dict(), model.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    return equal(AutoencoderKL.from_pretrained(path), model)
 
 
 @pytest.mark.parametrize(

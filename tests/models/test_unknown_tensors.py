@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import equal
 
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
@@ -44,11 +45,6 @@ def refused(path, *words):
         message = str(caught.value)
         assert "\n" not in message
         assert all(word in message for word in (str(path.name), *words)), message
-
-
-def equal(state, model):
-    expected = model.state_dict()
-    return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 def test_the_official_layout_of_flux2_is_refused_by_name(model, tmp_path):
