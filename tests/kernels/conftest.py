@@ -15,7 +15,9 @@ def device() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _bf16_rounds_to_nearest():
-    """Triton's interpreter cuts fp32 off to bf16; the instruction it stands for, cvt.rn.bf16.f32, rounds to nearest even."""
+    """Triton's interpreter cuts fp32 off to bf16; the instruction it stands for, cvt.rn.bf16.f32,
+    rounds to nearest even.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return

@@ -1,4 +1,6 @@
-"""Each gate of the ahead-of-time compiler can fail, and each kernel of the package has plans. `make kernels` compiles all of them."""
+"""Each gate of the ahead-of-time compiler can fail, and each kernel of the package has plans. `make
+kernels` compiles all of them.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def examples(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(examples, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process, whose kernels may be interpreted; it compiles in processes that it starts."""
+    """Runs the command in this process, whose kernels may be interpreted; it compiles in processes
+    that it starts.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.syspath_prepend(examples)
 

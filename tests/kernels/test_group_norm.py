@@ -1,4 +1,6 @@
-"""GroupNorm on a CPU against fp64: large means, many pixels, flat regions, odd layouts, and what can't branch on values."""
+"""GroupNorm on a CPU against fp64: large means, many pixels, flat regions, odd layouts, and what
+can't branch on values.
+"""
 
 from __future__ import annotations
 

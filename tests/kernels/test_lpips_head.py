@@ -1,4 +1,6 @@
-"""`lpips_head`: the kernels (on a GPU, or in Triton's interpreter) and the native operators against fp64."""
+"""`lpips_head`: the kernels (on a GPU, or in Triton's interpreter) and the native operators against
+fp64.
+"""
 
 from __future__ import annotations
 

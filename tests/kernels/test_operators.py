@@ -1,4 +1,6 @@
-"""What every operator with kernels promises, on a GPU or in Triton's interpreter: results, derivatives, compilation, export, autocast."""
+"""What every operator with kernels promises, on a GPU or in Triton's interpreter: results,
+derivatives, compilation, export, autocast.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,7 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class Operator:
     function: Callable
     reference: Callable
-    inputs: str
-    """A letter each: x and r have the image's shape, v and p one value a channel, w and b are of a convolution."""
+    inputs: str  # letters: x and r have the image's shape, v and p [C], w and b are a convolution's
     options: dict[str, Any]
 
     def takes(self, shape: tuple[int, ...]) -> bool:
@@ -171,7 +172,8 @@ def test_equals_the_reference_in_fp64_with_gradients(backend, name, shape, chann
         )
 
 
-# (groups, shape, channels_last): widths of shipped models, ragged tiles, odd sides, one sample, 2-D to 5-D
+# (groups, shape, channels_last): widths of shipped models, ragged tiles, odd sides, one sample, 2-D
+# to 5-D
 CASES = [
     (32, (2, 32, 5, 7), True),
     (32, (1, 96, 3, 5), True),
@@ -199,7 +201,9 @@ CASES = [
     ],
 )
 def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_last, dtype, device):
-    """Half precision has one rounding and is never worse than eager; fp32 loses no more than sums of its size do."""
+    """Half precision has one rounding and is never worse than eager; fp32 loses no more than sums
+    of its size do.
+    """
     operator = OPERATORS[name]
     options = {"groups": groups} if "groups" in operator.options else {}
     inputs = operator.tensors(dtype, device, shape, channels_last, parameters=torch.float32)
@@ -219,7 +223,7 @@ def test_kernels_are_as_exact_as_rounding_allows(name, groups, shape, channels_l
             assert (ours.double() - truth).abs().max() <= 5e-6 * pixels**0.5 * truth.abs().max().clamp(min=1)
         elif dtype != torch.float32:  # the floor: what is left of a difference of equal numbers in fp32
             assert error <= min(1.05 * ideal, 1.02 * eager_error) + 2e-6 * norm + 1e-6
-        else:  # 1 / std of one channel can be anything, and the gradient is then a difference of huge numbers: eager's as well
+        else:  # with a large 1 / std the gradient is a difference of large numbers, for eager too
             assert error <= max(2e-6 * norm, 1e-6, 2 * eager_error)
 
 

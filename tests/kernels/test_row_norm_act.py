@@ -1,4 +1,6 @@
-"""`row_norm_act`: the kernels (on a GPU, or in Triton's interpreter) and the native operators against fp64."""
+"""`row_norm_act`: the kernels (on a GPU, or in Triton's interpreter) and the native operators
+against fp64.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def where(
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_addresses_go_past_32_bits(channels_last, device):
-    """Three images of 2048 x 2049 pixels and 512 channels: more than 2^31 elements each, too many to hold here."""
+    """Three images of 2048 x 2049 pixels and 512 channels: more than 2^31 elements each, too many
+    to hold here.
+    """
     channels, pixels, rows = 512, 2048 * 2049, 8
     tiles = pixels // rows
     base, last = torch.zeros(2, dtype=torch.int64, device=device).unbind(0)

@@ -1,4 +1,6 @@
-"""Programs of tools/ run in this process: each in its own would import torch and diffusers for seconds first."""
+"""Programs of tools/ run in this process: each in its own would import torch and diffusers for
+seconds first.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[object, str]]]:
-    """`run("bench_data", "--images", 4)` gives the program's exit code and everything that it printed."""
+    """`run("bench_data", "--images", 4)` gives the program's exit code and everything that it
+    printed.
+    """
     monkeypatch.syspath_prepend(TOOLS)
     threads = torch.get_num_threads()
 

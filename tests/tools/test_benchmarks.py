@@ -1,4 +1,6 @@
-"""Every benchmark program runs to its end on a few small inputs. Of its figures only those that can't be noise are checked."""
+"""Every benchmark program runs to its end on a few small inputs. Of its figures only those that
+can't be noise are checked.
+"""
 
 from __future__ import annotations
 
@@ -252,7 +254,9 @@ def test_tiling_compares_methods_at_the_same_tile(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="peak memory is the system's count")
 def test_tiling_measures_memory_in_a_process_of_its_own(tmp_path):
-    """The system counts the memory of a process from that of its parent on, which is larger in a test than in the program."""
+    """The system counts the memory of a process from that of its parent on, which is larger in a
+    test than in the program.
+    """
     file = tmp_path / "memory.json"
     command = [sys.executable, str(TOOLS / "bench_tiling.py"), "tiny", "--memory", "128", "--tile", "64"]
     command += ["--step", "decode", "encode", "--out", str(file)]

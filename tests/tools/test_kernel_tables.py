@@ -1,4 +1,6 @@
-"""kernels/README.md says what the JSON files under benchmarks/ say, and measured figures take the place of predicted ones."""
+"""kernels/README.md says what the JSON files under benchmarks/ say, and measured figures take the
+place of predicted ones.
+"""
 
 from __future__ import annotations
 

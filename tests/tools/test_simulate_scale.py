@@ -23,7 +23,7 @@ def tool(monkeypatch):
 
 @pytest.fixture
 def plain(tool):
-    """No spread, no failures, no requests, no starts: 10 050 images in 101 shards, the last one of 50."""
+    """10 050 images in 101 shards, the last one of 50, without spread, failures or requests."""
     return tool.Case(
         images=10_050,
         shard_size=100,
@@ -102,7 +102,7 @@ def test_equal_workers_end_together(tool, plain, policy):
 @pytest.mark.parametrize("workers", [1, 3, 40, 200])
 @pytest.mark.parametrize("preempt_hours", [0.1, 0])
 def test_no_second_and_no_image_is_lost(tool, plain, policy, workers, preempt_hours):
-    """Every image is done once, and the time of all workers is accounted for, more workers than shards included."""
+    """Every image is done once and all time is accounted for, also with more workers than shards."""
     case = replace(
         plain, policy=policy, workers=workers, claim_seconds=0.01, **{**HARD, "preempt_hours": preempt_hours}
     )
@@ -124,7 +124,7 @@ def test_no_second_and_no_image_is_lost(tool, plain, policy, workers, preempt_ho
 
 
 def test_preemptions_cost_what_theory_says(tool, plain):
-    """Time of tries until one of length T survives at rate r: (e^(rT) - 1) / r, of which T is kept."""
+    """Tries until one of length T survives at rate r take (e^(rT) - 1) / r, of which T is kept."""
     account = tool.simulate(replace(plain, images=2_000_000, preempt_hours=0.02))
     length, rate = 50.0, 1 / 72.0
     expected = (math.expm1(rate * length) / rate - length) * 20_000
@@ -164,7 +164,9 @@ def test_the_store_limits_many_that_start_at_once(tool, plain):
 
 
 def test_the_store_limits_many_that_end_at_once(tool, plain):
-    """Ten workers with ten equal shards of 50 s each: the sidecars of 100 shards are read ten times. Listings take a little, too."""
+    """Ten workers with ten equal shards of 50 s each: the sidecars of 100 shards are read ten
+    times. Listings take a little, too.
+    """
     case = replace(
         plain, images=10_000, workers=10, end_requests=1, store_requests_per_second=10, latency_seconds=1e-9
     )
