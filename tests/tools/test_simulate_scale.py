@@ -102,7 +102,7 @@ def test_equal_workers_end_together(tool, plain, policy):
 @pytest.mark.parametrize("workers", [1, 3, 40, 200])
 @pytest.mark.parametrize("preempt_hours", [0.1, 0])
 def test_no_second_and_no_image_is_lost(tool, plain, policy, workers, preempt_hours):
-    """Every image is done once and all time is accounted for, also with more workers than shards."""
+    """Every image is done once and all time is accounted for, also with idle workers."""
     case = replace(
         plain, policy=policy, workers=workers, claim_seconds=0.01, **{**HARD, "preempt_hours": preempt_hours}
     )
