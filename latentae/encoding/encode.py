@@ -27,43 +27,24 @@ from latentae.encoding.class_labels import MISSING_LABELS, has_label
 from latentae.encoding.formats import kohya
 from latentae.encoding.image_batches import UNREADABLE
 from latentae.encoding.options import EncodeOptions
-from latentae.encoding.plan import Shard, ShardSettings, find_finished, plan_digest, plan_shards
+from latentae.encoding.plan import Shard, ShardSettings, Work, find_finished, plan_digest, plan_shards
 from latentae.encoding.ray_engine import encode_on_ray
-from latentae.encoding.shard_encoder import Encoder, build_encoder, encode_shards
+from latentae.encoding.shard_encoder import build_encoder, encode_shards
 from latentae.encoding.sidecar import FORMAT_VERSION, Sidecar, sidecar_name
-from latentae.encoding.store import Store, open_store
+from latentae.encoding.store import open_store
 from latentae.encoding.threads import default_workers
 from latentae.errors import ImageError, RecipeError
 from latentae.file_names import STATISTICS
 from latentae.files import json_bytes
-from latentae.jobs import Job, resolve_task
+from latentae.jobs import resolve_task
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.models.pretrained import resolve_model
 from latentae.options import identity, verb
 from latentae.progress import Progress, say
 
-__all__ = ["Work", "conclude", "encode", "prepare"]
+__all__ = ["conclude", "encode", "prepare"]
 
 PREPROCESSING = "resized to cover the bucket (antialiased bicubic), centre crop"  # part of the fingerprint
-
-
-@dataclass(frozen=True)
-class Work:
-    """A claimed job and this task's share of it."""
-
-    job: Job
-    store: Store
-    settings: ShardSettings
-    make_encoder: Callable[[], Encoder]
-    """Loads the model. It can be pickled for another process, which chooses its own device."""
-    plan: list[Shard]
-    """All shards of the job."""
-    mine: list[Shard]
-    """The shards of this task."""
-    pending: list[Shard]
-    """The shards of this task that are not done."""
-    task: str
-    """For messages: "task 1 of 4" or "this task"."""
 
 
 @verb(EncodeOptions)
@@ -132,20 +113,15 @@ def _encode(options: EncodeOptions) -> dict[str, Any]:
         work.store.remove_leftovers()
         engine = encode_on_ray if options.engine == "ray" else _encode_here
         with Progress("encoding", total=total or None, initial=total - left) as progress:
-            engine(work.pending, work.store, work.make_encoder, work.settings, progress.advance)
+            engine(work, progress.advance)
     return conclude(work)
 
 
-def _encode_here(
-    shards: list[Shard],
-    store: Store,
-    make_encoder: Callable[[], Encoder],
-    settings: ShardSettings,
-    advance: Callable[[int], object],
-) -> None:
+def _encode_here(work: Work, advance: Callable[[int], object]) -> None:
     """Encode shards in this process, except those that another task has done in the meantime."""
-    pending = (shard for shard in shards if shard.finished(store, settings.fingerprint) is None)
-    for _ in encode_shards(pending, store, make_encoder(), settings, advance):
+    fingerprint = work.settings.fingerprint
+    pending = (shard for shard in work.pending if shard.finished(work.store, fingerprint) is None)
+    for _ in encode_shards(pending, work.store, work.make_encoder(), work.settings, advance):
         continue  # `conclude` reads the sidecars, with those of other tasks
 
 

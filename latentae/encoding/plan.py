@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from latentae.data.selection import Bucket
 from latentae.data.shard_index import ShardIndex
@@ -16,8 +18,21 @@ from latentae.encoding.options import EncodeOptions
 from latentae.encoding.sidecar import Sidecar, read_sidecar, read_sidecars
 from latentae.encoding.store import Store
 from latentae.errors import ShardError
+from latentae.jobs import Job
 
-__all__ = ["Shard", "ShardSettings", "find_finished", "output_names", "plan_digest", "plan_shards"]
+__all__ = [
+    "Encoder",
+    "Shard",
+    "ShardSettings",
+    "Work",
+    "find_finished",
+    "output_names",
+    "plan_digest",
+    "plan_shards",
+]
+
+Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""uint8 images [B, C, H, W] -> mean and logvar [B, z, h, w], fp32 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,25 @@ class Shard:
         """The sidecar if the shard is done for this job and its input has the same size."""
         sidecar = read_sidecar(store, self.name)
         return sidecar if sidecar is not None and sidecar.is_of(fingerprint, self.bytes) else None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A claimed job and this task's share of it."""
+
+    job: Job
+    store: Store
+    settings: ShardSettings
+    make_encoder: Callable[[], Encoder]
+    """Loads the model. It can be pickled for another process, which chooses its own device."""
+    plan: list[Shard]
+    """All shards of the job."""
+    mine: list[Shard]
+    """The shards of this task."""
+    pending: list[Shard]
+    """The shards of this task that are not done."""
+    task: str
+    """For messages: "task 1 of 4" or "this task"."""
 
 
 def plan_shards(index: ShardIndex) -> list[Shard]:

@@ -7,13 +7,13 @@ and its shard. After a crash of the driver, run the command again; finished shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from latentae.encoding.plan import Shard, ShardSettings
-from latentae.encoding.shard_encoder import Encoder, encode_shards
+from latentae.encoding.plan import Encoder, Shard, ShardSettings, Work
+from latentae.encoding.shard_encoder import encode_shards
 from latentae.encoding.store import Store
 from latentae.errors import LatentAEError, MissingDependencyError, OutputError
 from latentae.progress import say
@@ -23,14 +23,8 @@ __all__ = ["encode_on_ray"]
 TRIES = 10  # crashes of workers on one shard before the run ends
 
 
-def encode_on_ray(
-    shards: Sequence[Shard],
-    store: Store,
-    make_encoder: Callable[[], Encoder],
-    settings: ShardSettings,
-    advance: Callable[[int], object],
-) -> None:
-    """Encode shards on the Ray cluster at RAY_ADDRESS, or on a local one that ends with this call.
+def encode_on_ray(work: Work, advance: Callable[[int], object]) -> None:
+    """Encode the pending shards on the Ray cluster at RAY_ADDRESS, or on a local one.
 
     A worker takes one GPU if the job runs on a GPU, else as many cores as torch has threads here,
     because the number of threads may change the last bits.
@@ -51,7 +45,7 @@ def encode_on_ray(
     if started:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        for row in _results(ray, shards, store, make_encoder, settings):
+        for row in _results(ray, work):
             if row["error"]:
                 raise _rebuilt(row["kind"], row["error"])
             advance(row["samples"])
@@ -66,20 +60,15 @@ def encode_on_ray(
             ray.shutdown()
 
 
-def _results(
-    ray: Any,
-    shards: Sequence[Shard],
-    store: Store,
-    make_encoder: Callable[[], Encoder],
-    settings: ShardSettings,
-) -> Iterator[dict[str, Any]]:
-    share, workers = _workers(ray, settings.pin, len(shards))
+def _results(ray: Any, work: Work) -> Iterator[dict[str, Any]]:
+    shards = work.pending
+    share, workers = _workers(ray, work.settings.pin, len(shards))
     say(f"encode: {workers} Ray workers, {len(shards)} shards")
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([vars(shard) for shard in shards], override_num_blocks=len(shards))
     return rows.map(  # each block goes to one worker, which may retry it
         _Worker,
-        fn_constructor_args=(store, settings, make_encoder, torch.get_num_threads()),
+        fn_constructor_args=(work.store, work.settings, work.make_encoder, torch.get_num_threads()),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         max_restarts=-1,
         max_task_retries=TRIES,

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentae.data.transforms import to_float
 from latentae.device import choose_device
 from latentae.encoding.image_batches import Batch, Skipped, batches, decode, read_shards
-from latentae.encoding.plan import Shard, ShardSettings
+from latentae.encoding.plan import Encoder, Shard, ShardSettings
 from latentae.encoding.shard_writer import Encoded, Event, Finished, write_shards
 from latentae.encoding.sidecar import ShardFile, Sidecar
 from latentae.encoding.store import Store
@@ -26,13 +26,10 @@ from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
 from latentae.progress import say
 
-__all__ = ["DTYPES", "Encoder", "ModelEncoder", "PatientEncoder", "build_encoder", "encode_shards"]
+__all__ = ["DTYPES", "ModelEncoder", "PatientEncoder", "build_encoder", "encode_shards"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AHEAD = 2  # batches queued for the encoder, and for the writer
-
-Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""uint8 images [B, C, H, W] -> mean and logvar [B, z, h, w], fp32 on the CPU."""
 
 
 def encode_shards(

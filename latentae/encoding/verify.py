@@ -103,7 +103,11 @@ def verify(options: VerifyOptions) -> VerifyReport:
                 problems = [_why_not_done(store, name, sizes)]
             else:
                 done[name] = sidecar
-                problems = _problems(store, record, sidecar, sources.get(name), options.deep)
+                source = sources.get(name)
+                changed = [] if source is None else list(_input_problems(sidecar, source, options.deep))
+                problems = [*_sidecar_problems(sidecar), *changed]
+                if options.deep:
+                    problems += _deep_problems(store, sidecar, record["inputs"], None if changed else source)
             report.faults += [Fault(name, problem) for problem in problems]
             progress.advance(1)
     jobs = Counter(sidecar.fingerprint for sidecar in done.values())
@@ -131,16 +135,6 @@ def verify(options: VerifyOptions) -> VerifyReport:
         for name in report.forgotten:
             store.remove(sidecar_name(name))
     return report
-
-
-def _problems(
-    store: Store, record: Mapping[str, Any], sidecar: Sidecar, source: str | None, deep: bool
-) -> list[str]:
-    changed = [] if source is None else list(_input_problems(sidecar, source, deep))
-    problems = [*_sidecar_problems(sidecar), *changed]
-    if deep:
-        problems += _deep_problems(store, sidecar, record["inputs"], None if changed else source)
-    return problems
 
 
 def _output_problems(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import torch
 
 from latentae.encoding.encode import conclude, prepare
 from latentae.encoding.options import EncodeOptions
+from latentae.encoding.plan import Encoder
 from latentae.encoding.ray_engine import encode_on_ray
-from latentae.encoding.shard_encoder import Encoder
 from latentae.errors import ModelError
 from latentae.options import parse
 
@@ -54,5 +55,5 @@ if __name__ == "__main__":
     )
     work = prepare(parse(EncodeOptions, model, shards, out, dtype="fp32", batch_size=4, device="cpu"))
     make_encoder = partial(mortal, work.make_encoder, how, mark)
-    encode_on_ray(work.pending, work.store, make_encoder, work.settings, lambda count: None)
+    encode_on_ray(replace(work, make_encoder=make_encoder), lambda count: None)
     print(conclude(work)["finished"])
