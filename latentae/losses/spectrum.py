@@ -22,7 +22,7 @@ def spectrum(output: AutoencoderOutput, images: Tensor) -> Tensor:
 
 
 def spectrum_matching(latent: Tensor, images: Tensor, *, bins: int = 16, flattening: float = 0.0) -> Tensor:
-    """KL(p || q) of normalized radial DCT log-spectra, p of the shrunk image, q of the latent -> [B].
+    """KL(p || q) of radial DCT log-spectra, p of the shrunk image, q of the latent, -> [B].
 
     Source: "encoding spectrum matching" (Ning et al. 2026, arXiv 2603.14645) as in the authors'
     code: sum_k p_k log(p_k / q_k) over the bands k of `radial_log_spectrum`. Two choices differ.

@@ -2,14 +2,14 @@
 
 A checkpoint is complete or absent.
 
-RUN/checkpoints/latest                  the name of the newest complete checkpoint
+RUN/checkpoints/latest      the name of the newest complete checkpoint
 RUN/checkpoints/step-00001000/
-    config.json                         diffusers' own keys autoencoder.safetensors  ema.safetensors
-    ...   one file per part of the trainer that has a state optimizers.pt
-    optimizer states (tensors and numbers only) state.json                          step, images
-    seen, phase, position in the data recipe.toml                         the resolved recipe
-    meta.json                           format, versions, resolution, the job, SHA-256 of every
-    file; written last
+    config.json             diffusers' own keys
+    *.safetensors           autoencoder, ema, ...: one file per part of the trainer that has a state
+    optimizers.pt           optimizer states (tensors and numbers only)
+    state.json              step, images seen, phase, position in the data
+    recipe.toml             the resolved recipe
+    meta.json               format, versions, resolution, job, SHA-256 of every file; written last
 
 Random numbers are keyed by seed and purpose, so no generator's state is saved. Format 1 (before
 phases) had fewer counters and can still be read.
@@ -110,8 +110,8 @@ def _check_finite(trainer: Trainer, run: Path) -> None:
             last = find_checkpoint(run)
             known = f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint"
             raise TrainingError(
-                f"{part}: {bad[0]} is not finite at step {trainer.state.step}; {known}; lower --optimizer.lr or use "
-                "--precision fp32"
+                f"{part}: {bad[0]} is not finite at step {trainer.state.step}; {known}; "
+                "lower --optimizer.lr or use --precision fp32"
             )
 
 
@@ -285,8 +285,8 @@ def _load_part(part: Any, folder: Path, name: str) -> None:
 
 def _missing(folder: Path, what: str) -> TrainingError:
     return TrainingError(
-        f"{folder} has no {what}, but this recipe has one; resume with the {RECIPE} inside it, or start a new run with "
-        f"--model.init-from {folder}"
+        f"{folder} has no {what}, but this recipe has one; resume with the {RECIPE} inside it, "
+        f"or start a new run with --model.init-from {folder}"
     )
 
 
@@ -337,6 +337,6 @@ def roll_back(trainer: Trainer, run: Path) -> str:
     restore(trainer, folder, state.phase)
     trainer.state = replace(state, skipped_in_a_row=0, rollbacks=state.rollbacks + 1)
     return (
-        f"{why}: restored the weights of {folder.name}; images {kept.images_seen} to {state.images_seen} are skipped "
-        f"(rollback {state.rollbacks + 1} of {limits.max_rollbacks})"
+        f"{why}: restored the weights of {folder.name}; images {kept.images_seen} to "
+        f"{state.images_seen} are skipped (rollback {state.rollbacks + 1} of {limits.max_rollbacks})"
     )

@@ -1,8 +1,8 @@
 """Claims: one process at a time trains into a run folder or copies to a URL.
 
-A claim is a small file that names its holder (host, process, start). The holder changes it every BEAT
-seconds. On the same machine, a holder that has ended is recognized at once. A claim of another machine
-is taken over if it does not change for WATCH seconds.
+A claim is a small file that names its holder (host, process, start). The holder changes it every
+BEAT seconds. On the same machine, a holder that has ended is recognized at once. A claim of another
+machine is taken over if it does not change for WATCH seconds.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from latentae.training.recipe import Recipe
 __all__ = ["Watchdog"]
 
 # Mean logit of real minus fake patches above which a discriminator that is always right has stopped
-# learning. Hinge has no gradient outside [-1, 1]; a logistic loss at 8 has sigmoid(-4) = 2 % per side.
+# learning. Hinge has no gradient outside [-1, 1]; a logistic loss at 8 has sigmoid(-4) = 2 %.
 SATURATED_GAP = {"hinge": 2.5, "vanilla": 8.0, "non-saturating": 8.0}
 MEANT_TO_BIND = 1.0  # a max_ratio up to this is a choice (LDM's is 0.051), so reaching it is no fault
 COLLAPSED_KL, LARGE_KL = 0.01, 1000.0  # nats per latent number; 1000 is a mean near 45 standard deviations
@@ -75,7 +75,7 @@ class Watchdog:
 
     def __init__(self, recipe: Recipe) -> None:
         self.game, self.images, config = recipe.loss.adversarial, recipe.images, recipe.autoencoder_config()
-        # loss/kl is a sum over the latent divided by image elements; this converts it to nats per latent number
+        # loss/kl is summed over the latent and divided by image elements; nats per latent number:
         self.per_latent = config.in_channels * config.downsampling**2 / config.latent_channels
         self.symptoms: dict[str, _Symptom] = {}
         self.norms: dict[str, deque[float]] = {}
@@ -105,7 +105,8 @@ class Watchdog:
         yield from self._posterior(terms)
         yield from self._gradients(terms)
         if "data_wait" in terms:
-            wait = f"training waits for data {terms['data_wait']:.0%} of the time: decoding or the disk is too slow"
+            share = f"{terms['data_wait']:.0%} of the time"
+            wait = f"training waits for data {share}: decoding or the disk is too slow"
             advice = "raise data.workers, or store smaller images (latentae shards --resize)"
             yield "wait", terms["data_wait"] > WAIT, f"{wait}; {advice}"
 
@@ -127,8 +128,9 @@ class Watchdog:
             ratio, most = terms["adversarial/ratio"], self.game.max_ratio
             capped = ratio >= 0.999 * most and (most > MEANT_TO_BIND or right >= 0.95)
             message = (
-                f"the adaptive ratio has stayed at its maximum, {most:g}: the discriminator sends almost no gradient; "
-                "check its accuracy, lower optimizer.discriminator_lr, or set loss.adversarial.adaptive = false"
+                f"the adaptive ratio has stayed at its maximum, {most:g}: the discriminator sends almost "
+                "no gradient; check its accuracy, lower optimizer.discriminator_lr, or set "
+                "loss.adversarial.adaptive = false"
             )
             yield "capped", capped, message
 
@@ -139,7 +141,7 @@ class Watchdog:
         seen = f"held-out PSNR is {psnr:.2f} dB after {self.best_psnr:.2f} dB at image {self.best_at}"
         cause = "the run diverges or overfits its few images; lower optimizer.lr, or add images"
         if self.playing:
-            cause = "the adversarial term costs too much; lower loss.adversarial.weight or max_ratio, or start later"
+            cause = "the adversarial term costs too much; lower loss.adversarial.weight or max_ratio"
         yield "psnr", psnr < self.best_psnr - PSNR_DROP, f"{seen}: {cause}"
         if psnr > self.best_psnr:
             self.best_psnr, self.best_at = psnr, images

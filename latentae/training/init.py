@@ -137,8 +137,8 @@ class HeadStart:
     def __str__(self) -> str:
         pca, crops = self.pca, sum(map(len, self.images))
         return (
-            f"PCA of {pca.patches:,} patches of {pca.patch} x {pca.patch} pixels from {crops:,} training crops: "
-            f"{pca.components} components keep {self.explained:.2%} of the variance"
+            f"PCA of {pca.patches:,} patches of {pca.patch} x {pca.patch} pixels from {crops:,} training "
+            f"crops: {pca.components} components keep {self.explained:.2%} of the variance"
         )
 
 
@@ -157,7 +157,8 @@ def fit_head_start(recipe: Recipe) -> HeadStart:
     f, z, numbers = config.downsampling, config.latent_channels, config.in_channels * config.downsampling**2
     if z > numbers:
         raise DataError(
-            f"a patch of {f} x {f} pixels has {numbers} principal components, fewer than the {z} latent channels"
+            f"a patch of {f} x {f} pixels has {numbers} principal components, fewer than the {z} latent "
+            "channels; use fewer latent channels"
         )
     closed = numbers <= CLOSED_FORM
     needed = numbers if closed else PATCHES_PER_COMPONENT * z

@@ -42,8 +42,8 @@ _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-L
 # Messages of gloo when another process is gone or silent; those of a bug, such as different shapes,
 # do not match.
 _LOST = re.compile(
-    r"closed by (remote )?peer|connection (was )?(closed|reset|refused|aborted)|broken pipe|socket closed|pair closure|"
-    r"timed out|read error|remote process exited|communicator was aborted",
+    r"closed by (remote )?peer|connection (was )?(closed|reset|refused|aborted)|broken pipe|"
+    r"socket closed|pair closure|timed out|read error|remote process exited|communicator was aborted",
     re.IGNORECASE,
 )
 
@@ -58,8 +58,9 @@ def build_accelerator(precision: str) -> Accelerator:
     for key, name in _SHARDED.items():
         if os.environ.get(f"ACCELERATE_USE_{key}", "false").lower() in ("true", "1", "yes"):
             raise TrainingError(
-                f"the launcher requests {name}, which shards one model, but latentae trains two (autoencoder and discriminator) "
-                "that fit on one device; start with torchrun, or `accelerate launch --multi_gpu`"
+                f"the launcher requests {name}, which shards one model, but latentae trains two "
+                "(autoencoder and discriminator) that fit on one device; start with torchrun, "
+                "or `accelerate launch --multi_gpu`"
             )
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -83,7 +84,8 @@ def build_accelerator(precision: str) -> Accelerator:
         ) from error
     if world_size != accelerator.num_processes:
         raise TrainingError(
-            f"the launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}; {advice}"
+            f"the launcher started {world_size} processes, but Accelerate found "
+            f"{accelerator.num_processes}; {advice}"
         )
     return accelerator
 
@@ -97,8 +99,9 @@ def _announce_waiting(world_size: int) -> Iterator[None]:
     rank, port = os.environ.get("RANK", "0"), os.environ.get("MASTER_PORT", "?")
     address = os.environ.get("MASTER_ADDR", "?")
     message = (
-        f"process {rank} of WORLD_SIZE={world_size} waits for the other processes at {address}:{port}; if you started "
-        "only one process, stop it and run: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
+        f"process {rank} of WORLD_SIZE={world_size} waits for the other processes at {address}:{port}; "
+        "if you started only one process, stop it and run: "
+        "unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
     )
     timer = threading.Timer(PATIENCE, say, [message])
     timer.daemon = True
@@ -141,8 +144,8 @@ def launched(precision: str) -> Iterator[Accelerator]:
         # without the location in gloo's sources
         reason = re.sub(r"^\[[^]]*\] *", "", str(error)).splitlines()[0].partition(". ")[0]
         raise TrainingError(
-            f"lost contact with another process ({reason}); see its own message; run the same command again to resume "
-            "from the last checkpoint"
+            f"lost contact with another process ({reason}); see its own message; "
+            "run the same command again to resume from the last checkpoint"
         ) from error
     finally:
         close_accelerator(accelerator)

@@ -1,12 +1,11 @@
-"""Copies of checkpoints on another file system, for a machine or disk that may be lost.
+"""Copies of checkpoints on another file system, in case a machine or disk is lost.
 
-URL/latentae.json       what job the copies are of URL/latest              the name of the newest
-whole copy URL/step-00001000/      the files of a checkpoint; meta.json, with the SHA-256 of all, is
-written last, so a copy without it is not whole
+URL/latentae.json       the job of the copies
+URL/latest              the name of the newest complete copy
+URL/step-00001000/      the files of a checkpoint; meta.json, with all SHA-256, is written last
 
-Object stores have no rename, may list what is gone and not list what is there. So nothing is
-believed but the bytes: each file is read back after it was written, and a copy is taken only if all
-its hashes fit.
+Object stores have no rename, and their listings can be out of date. So each file is read back after
+it was written, and a copy is used only if all its hashes match.
 """
 
 from __future__ import annotations
@@ -18,39 +17,41 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from latentae.data.sources import shown
 from latentae.errors import MissingDependencyError, OutputError
 from latentae.file_names import RECORD
-from latentae.files import read_json, staged_folder, write_text
+from latentae.files import json_bytes, read_json, staged_folder, write_text
 from latentae.jobs import first_difference
 from latentae.models.pretrained import CHECKPOINTS, LATEST, META
 from latentae.progress import say
-from latentae.training.checkpoint import check_meta, discard, find_checkpoint
+from latentae.training.checkpoint import check_meta, discard, find_checkpoint, newest
 from latentae.training.claim import CLAIM
 
 __all__ = ["Mirror", "UrlPlace"]
 
-WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before each new try
+WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before each retry
 _T = TypeVar("_T")
 _NAME = re.compile(r"step-\d{8,}")
 _BLOCK = 1 << 23
 
 
 class _Damaged(Exception):
-    """Other bytes than were written."""
+    """A file differs from what was written."""
 
 
 class UrlPlace:
-    """The claim at a mirror's address (a `ClaimPlace`). Object stores have no locks."""
+    """A claim at a mirror's URL (a `ClaimPlace`)."""
 
     def __init__(self, mirror: Mirror) -> None:
         self.name, self._mirror = shown(mirror.url), mirror
 
     def read(self) -> bytes | None:
-        """The claim that is there."""
+        """The existing claim."""
         return self._mirror._try("read the claim", lambda: self._mirror._read(CLAIM))
 
     def write(self, data: bytes) -> None:
@@ -62,90 +63,79 @@ class UrlPlace:
         self._mirror._remove(CLAIM)
 
     def alone(self) -> None:
-        """No lock."""
+        """None: object stores have no locks."""
 
 
 class Mirror:
-    """Where the checkpoints of a run are copied to, and found again.
+    """Copies the checkpoints of a run to a URL, and finds them again.
 
-    Only the first process has one. What fails while the run goes on is said and counted, for the
-    checkpoint on the disk is whole; what fails when it starts is an error, for it may be a wrong
-    address.
+    Only the first process has one. A failure during the run is logged and counted, because the
+    checkpoint on the disk is complete. A failure at the start is an error: the URL may be wrong.
 
     Args:
-        url: a folder of any file system that fsspec knows.
-        inputs: what makes two runs the same job, as plain JSON values.
-        keep: newest copies kept.
-        stopping: whether the run is asked to end; then nothing is tried twice.
+        url: a folder on any fsspec file system.
+        inputs: identity of the job, as plain JSON values.
+        keep: newest copies to keep.
+        stopping: whether the run is about to stop; then nothing is retried.
 
     Attributes:
         failures: checkpoints that could not be copied.
 
     Raises:
-        MissingDependencyError: the file system needs a package that is not there.
-        OutputError: fsspec does not know the address.
+        MissingDependencyError: the file system needs a package that is not installed.
+        OutputError: fsspec does not know the URL.
     """
 
     def __init__(
         self, url: str, inputs: Mapping[str, Any], keep: int, stopping: Callable[[], bool] = lambda: False
     ) -> None:
-        self.url, self.inputs, self.keep, self.stopping, self.failures = (
-            url.rstrip("/"),
-            dict(inputs),
-            keep,
-            stopping,
-            0,
-        )
+        self.url, self.inputs, self.keep = url.rstrip("/"), dict(inputs), keep
+        self.stopping, self.failures = stopping, 0
         try:
             from fsspec.core import url_to_fs
 
             self._fs, root = url_to_fs(self.url)
         except ImportError as error:
-            raise MissingDependencyError(
-                f"checkpoint_url {shown(url)}: {error}; install it and try again"
-            ) from error
+            message = f"checkpoint_url {shown(url)}: {error}; install it and try again"
+            raise MissingDependencyError(message) from error
         except ValueError as error:
-            raise OutputError(
-                f"checkpoint_url {shown(url)} can't be opened ({error}); use a scheme that fsspec knows"
-            ) from error
+            message = f"checkpoint_url {shown(url)} can't be opened ({error}); use a scheme that fsspec knows"
+            raise OutputError(message) from error
         self._root = root.rstrip("/")
 
     def claim(self) -> None:
-        """Make the address this job's, or find that it is.
+        """Record this job at the URL, or check that the URL has the same job.
 
         Raises:
-            OutputError: it holds another job, or can't be read and written.
+            OutputError: it has another job, or can't be read and written.
         """
         found = self._try(f"read {RECORD}", lambda: self._read(RECORD))
         if found is None:
-            record = (
-                json.dumps({"format_version": 1, "verb": "train", "inputs": self.inputs}, indent=2) + "\n"
-            )
-            self._try(f"write {RECORD}", lambda: self._write(RECORD, record.encode()))
+            record = {"format_version": 1, "verb": "train", "inputs": self.inputs}
+            data = json_bytes(record)
+            self._try(f"write {RECORD}", lambda: self._write(RECORD, data))
             return
         try:
-            there = json.loads(found)["inputs"]
+            inputs = json.loads(found)["inputs"]
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(
-                f"{shown(self.url)}/{RECORD} is damaged or not ours ({error}); choose another address"
-            ) from error
-        self._refuse_another(there)
+            message = f"{shown(self.url)}/{RECORD} is damaged or not ours ({error}); choose another address"
+            raise OutputError(message) from error
+        self._refuse_another(inputs)
 
     def _refuse_another(self, inputs: Any) -> None:
         difference = first_difference(inputs, self.inputs)
         if difference:
-            raise OutputError(
-                f"{shown(self.url)} holds checkpoints of another run: {difference}; choose another --checkpoint-url"
-            )
+            found = f"{shown(self.url)} holds checkpoints of another run: {difference}"
+            raise OutputError(f"{found}; choose another --checkpoint-url")
 
     def newest(self, run: Path) -> Path | None:
-        """The newest whole checkpoint of the run, on the disk or at the address.
+        """The newest complete checkpoint of the run, on the disk or at the URL.
 
-        One that is only there is fetched, one only here copied.
+        It is downloaded if only the URL has it, and copied if only the disk has it.
 
         Raises:
-            OutputError: the address can't be read, holds another job, or the disk is full.
-            TrainingError: the newest copy is of a newer format.
+            OutputError: the URL can't be read or has another job, or the disk is full.
+            TrainingError: the newest copy has a newer format.
         """
         here = find_checkpoint(run)
         if here is not None and not (here / META).is_file():
@@ -162,63 +152,54 @@ class Mirror:
         return here
 
     def push(self, folder: Path) -> bool:
-        """Copy a checkpoint and read it back, then name it the latest and drop the oldest copies.
+        """Copy a checkpoint and read it back, then name it the latest and remove the oldest copies.
 
         Returns:
-            Whether it is there. If not, that was said: the run is not worth less than its copy.
+            Whether it was copied. A failure is logged and does not stop the run.
         """
+        name, meta = folder.name, f"{folder.name}/{META}"
         try:
             digests = check_meta(read_json(folder / META), str(folder))
-            self._try(
-                "begin", lambda: self._remove(f"{folder.name}/{META}")
-            )  # what lies there of another try is not whole from now on
+            self._try("begin", lambda: self._remove(meta))  # a copy of an earlier attempt is incomplete now
             for file, digest in digests.items():
-                self._try(
-                    f"copy {file}", lambda f=file, d=digest: self._put(folder / f, f"{folder.name}/{f}", d)
-                )
-            self._try(
-                f"copy {META}", lambda: self._write(f"{folder.name}/{META}", (folder / META).read_bytes())
-            )
-            self._try(f"write {LATEST}", lambda: self._write(LATEST, f"{folder.name}\n".encode()))
+                put = partial(self._put, folder / file, f"{name}/{file}", digest)
+                self._try(f"copy {file}", put)
+            self._try(f"copy {META}", lambda: self._write(meta, (folder / META).read_bytes()))
+            self._try(f"write {LATEST}", lambda: self._write(LATEST, f"{name}\n".encode()))
         except (OutputError, _Damaged) as error:
             self.failures += 1
             say(
-                f"WARNING: {folder.name} was not copied: {error}; the run goes on with {folder} ({self.failures} not copied so far)"
+                f"WARNING: {name} was not copied: {error}; continuing with {folder} "
+                f"({self.failures} not copied so far)"
             )
             return False
         try:
-            self._try("remove old copies", lambda: self._prune(folder.name))
+            self._try("remove old copies", lambda: self._prune(name))
         except OutputError as error:
-            say(f"WARNING: {error}; they are tried again after the next checkpoint")
+            say(f"WARNING: {error}; retrying after the next checkpoint")
         return True
 
     def _fetch(self, name: str, run: Path) -> Path | None:
-        """One copy as a checkpoint of the run, now its latest.
-
-        None, which is said, if the copy is not whole.
-        """
+        """Download a copy as the run's latest checkpoint; None if it is incomplete."""
+        where = f"{shown(self.url)}/{name}"
         try:
             data = self._try(f"read {name}/{META}", lambda: self._read(f"{name}/{META}"))
             if data is None:
                 raise _Damaged(f"it has no {META}")
             meta = json.loads(data)
             self._refuse_another(meta.get("inputs"))
-            digests = check_meta(meta, f"{shown(self.url)}/{name}")
+            digests = check_meta(meta, where)
             folder = run / CHECKPOINTS / name
-            if folder.exists():  # never named the latest, so not known to be whole
+            if folder.exists():  # never named the latest, so it may be incomplete
                 discard(folder)
-            say(f"fetching {shown(self.url)}/{name}")
+            say(f"fetching {where}")
             with staged_folder(folder) as staging:
                 for file, digest in digests.items():
-                    self._try(
-                        f"read {name}/{file}",
-                        lambda f=file, d=digest: self._compare(f"{name}/{f}", d, staging / f),
-                    )
+                    get = partial(self._compare, f"{name}/{file}", digest, staging / file)
+                    self._try(f"read {name}/{file}", get)
                 (staging / META).write_bytes(data)
         except (_Damaged, ValueError, AttributeError) as error:
-            say(
-                f"WARNING: the copy {shown(self.url)}/{name} is not whole ({error}); looking for an older one"
-            )
+            say(f"WARNING: the copy {where} is incomplete ({error}); trying an older one")
             return None
         write_text(run / CHECKPOINTS / LATEST, name + "\n")
         return folder
@@ -229,14 +210,14 @@ class Mirror:
         self._compare(name, digest)
 
     def _compare(self, name: str, digest: str, into: Path | None = None) -> None:
-        """Read a file, into another if wanted, and compare its hash."""
+        """Read a file, optionally into another, and compare its hash."""
         found = hashlib.sha256()
         self._fs.invalidate_cache()
         with ExitStack() as stack:
             try:
                 source = stack.enter_context(self._fs.open(f"{self._root}/{name}", "rb"))
             except FileNotFoundError as error:
-                raise _Damaged(f"{name} is not there") from error
+                raise _Damaged(f"{name} is missing") from error
             target = stack.enter_context(into.open("wb")) if into else None
             while block := source.read(_BLOCK):
                 found.update(block)
@@ -246,27 +227,24 @@ class Mirror:
             raise _Damaged(f"{name} came back with other bytes")
 
     def _names(self) -> list[str]:
-        """Checkpoints that are there by name or by list, newest first.
-
-        Either may be out of date.
-        """
+        """Names of copies, newest first, from `latest` and the listing."""
         data = self._read(LATEST)
-        names = {*self._listed(), data.decode(errors="replace").strip() if data else ""}
-        return sorted((name for name in names if _NAME.fullmatch(name)), reverse=True)
+        named = data.decode(errors="replace").strip() if data else ""
+        names = {*self._listed(), named} if _NAME.fullmatch(named) else self._listed()
+        return sorted(names, reverse=True)
 
     def _listed(self) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            return [
-                str(path).rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)
-            ]
+            paths = self._fs.ls(self._root, detail=False)
         except FileNotFoundError:
             return []
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in paths)
+        return [name for name in names if _NAME.fullmatch(name)]
 
     def _prune(self, latest: str) -> None:
-        names = [name for name in sorted(self._listed()) if _NAME.fullmatch(name)]
-        older = [name for name in names if name < latest]
-        for name in {*names} - {latest, *older[max(len(older) - (self.keep - 1), 0) :]}:
+        names = self._listed()
+        for name in {*names} - newest(names, latest, self.keep):
             self._remove(f"{name}/{META}")
             with suppress(FileNotFoundError):
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
@@ -297,35 +275,30 @@ class Mirror:
             self._fs.rm_file(f"{self._root}/{name}")
 
     def _make_parent(self, name: str) -> None:
-        """Disks and the like need folders.
-
-        Object stores (which are asynchronous in fsspec) would make a bucket.
-        """
+        """Create the folder of a file, but not on object stores: these would create a bucket."""
         if not self._fs.async_impl:
             self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
 
     def _try(self, what: str, once: Callable[[], _T]) -> _T:
-        """Call `once` until it returns, with growing waits.
+        """Call `once`, and retry with growing waits.
 
         Raises:
-            OutputError: it failed each time, or in a way that does not pass.
-            _Damaged: other bytes came each time.
+            OutputError: every try failed, or a retry can't help.
+            _Damaged: every try found other bytes.
         """
-        tries = 0
-        while True:
+        for tries in count(1):
             try:
                 return once()
             except Exception as error:
-                tries += 1
-                passing = not isinstance(error, PermissionError | NotImplementedError)
-                if tries <= len(WAITS) and passing and not self.stopping():
+                permanent = isinstance(error, PermissionError | NotImplementedError)
+                if tries <= len(WAITS) and not permanent and not self.stopping():
                     time.sleep(WAITS[tries - 1] * (0.5 + random.random()))
                     continue
                 if isinstance(error, _Damaged):
                     raise
-                reason = (
-                    " ".join(str(error).replace(self.url, shown(self.url)).split()) or type(error).__name__
-                )
+                reason = " ".join(str(error).replace(self.url, shown(self.url)).split())
                 raise OutputError(
-                    f"could not {what} at {shown(self.url)} ({reason}) in {tries} tries; check the address and your access"
+                    f"could not {what} at {shown(self.url)} ({reason or type(error).__name__}) "
+                    f"in {tries} tries; check the address and your access"
                 ) from error
+        raise AssertionError("unreachable")

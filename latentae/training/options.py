@@ -49,7 +49,7 @@ class ModelOptions(RecipeTable):
         default=False,
     )
     latent_noise: float = option(
-        "Standard deviation of noise mixed into the latent, z' = (1 - t) z + t noise, t uniform (l-DeTok: 3).",
+        "Standard deviation of noise mixed into the latent, (1 - t) z + t noise, t uniform (l-DeTok: 3).",
         default=0.0,
         ge=0,
     )
@@ -87,8 +87,8 @@ class ModelOptions(RecipeTable):
         "Groups of every GroupNorm instead of the preset's.", default=None, ge=1
     )
     initialization: Literal["torch", "linear", "pca"] = option(
-        "Initial weights: PyTorch's; a nearly linear codec, for short runs; or PCA of the training images (only "
-        "AutoencoderDC).",
+        "Initial weights: PyTorch's; a nearly linear codec, for short runs; or PCA of the training images "
+        "(AutoencoderDC only).",
         default="torch",
     )
     initial_logvar: float = option(
@@ -145,8 +145,8 @@ class OptimizerOptions(RecipeTable):
     muon_lr: float | None = option("Peak learning rate of Muon; defaults to lr.", default=None, gt=0)
     lr: float = option("Peak learning rate of the autoencoder.", default=1e-4, gt=0)
     trunk_lr_ratio: float = option(
-        "Learning rate over lr of the autoencoder's weights outside residual branches, with AdamW. Values below "
-        "1 preserve a start at PCA; 0 freezes them.",
+        "Learning rate over lr of the autoencoder's weights outside residual branches, with AdamW. "
+        "Values below 1 preserve a start at PCA; 0 freezes them.",
         default=1.0,
         ge=0,
         le=1,

@@ -137,25 +137,29 @@ class Recipe(RecipeTable):
         model, loss = self.model, self.loss
         if model.bottleneck == "deterministic" and (loss.kl or model.initial_logvar):
             yield (
-                f"loss.kl is {loss.kl:g} and model.initial_logvar {model.initial_logvar:g}, but model.bottleneck is "
-                "'deterministic' and has no posterior; set both to 0, or choose 'gaussian'"
+                f"loss.kl is {loss.kl:g} and model.initial_logvar {model.initial_logvar:g}, "
+                "but model.bottleneck is 'deterministic' and has no posterior; "
+                "set both to 0, or choose 'gaussian'"
             )
         of = None if model.preset == "init" else preset_kind(model.preset)
         if model.initialization == "pca" and model.init_from is None and of is not AutoencoderDCConfig:
             yield (
-                f"model.initialization is 'pca', but model.preset is {model.preset!r} and only an AutoencoderDC can start there; "
-                "use a dc- preset, or initialization = 'linear'"
+                f"model.initialization is 'pca', but model.preset is {model.preset!r} and only an "
+                "AutoencoderDC can start there; use a dc- preset, or initialization = 'linear'"
             )
         if model.preset == LINEAR:
             for name, wrong in self._beyond_linear().items():
                 if wrong:
                     yield f"model.preset is 'linear', which has no {name}; remove it, or use another preset"
         if self.compile and (loss.adversarial.r1 or loss.adversarial.r2):
-            yield "loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; set compile = false"
+            yield (
+                "loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; "
+                "set compile = false"
+            )
         if loss.contractive.weight and (self.compile or model.gradient_checkpointing):
             yield (
-                "loss.contractive differentiates twice, which torch.compile and gradient checkpointing can't; set compile "
-                "and model.gradient_checkpointing to false"
+                "loss.contractive differentiates twice, which torch.compile and gradient checkpointing "
+                "can't; set compile and model.gradient_checkpointing to false"
             )
         if model.train not in ("all", "encoder", "latent") and loss.alignment.weight:
             yield f"loss.alignment moves the encoder, but model.train is {model.train!r}; remove one of them"

@@ -159,7 +159,8 @@ def check_wandb(options: LogOptions) -> None:
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder `wandb` of logs is importable but has no origin
         raise MissingDependencyError(
-            f"log.wandb is {options.wandb!r}, but wandb is not installed; pip install 'latentae[wandb]', or leave it out"
+            f"log.wandb is {options.wandb!r}, but wandb is not installed; "
+            "pip install 'latentae[wandb]', or leave it out"
         )
 
 

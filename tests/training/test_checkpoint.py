@@ -143,7 +143,7 @@ def test_a_checkpoint_is_verified_before_it_is_the_latest_and_before_older_ones_
 
     monkeypatch.setattr(type(first), "replace", lying_disk)
     with pytest.raises(
-        TrainingError, match=rf"ema.safetensors is missing or damaged; give --resume .*{second.name}"
+        TrainingError, match=rf"ema.safetensors is missing or damaged; continue from --resume .*{second.name}"
     ):
         save_checkpoint(trained, tmp_path, DATA)
     assert find_checkpoint(tmp_path) == second
@@ -178,7 +178,7 @@ def test_a_damaged_part_is_fatal_and_the_older_checkpoint_is_named(part, damage,
         (folder / part).write_bytes(data if damage == "flipped" else data[:-1])
     with pytest.raises(
         TrainingError,
-        match=rf"{part} is missing or damaged; give --resume .*{older.name} and another --output to go on from there",
+        match=rf"{part} is missing or damaged; continue from --resume .*{older.name} with another --output",
     ):
         verify(folder)
 
@@ -192,7 +192,7 @@ def test_a_folder_without_its_list_is_no_checkpoint(meta, pair):
     else:
         (folder / "meta.json").write_text(meta)
     with pytest.raises(
-        TrainingError, match=r"meta\.json is missing or damaged; there is no other|no whole checkpoint"
+        TrainingError, match=r"meta\.json is missing or damaged; there is no older one|is incomplete"
     ):
         verify(folder)
 
@@ -203,7 +203,7 @@ def test_only_a_whole_older_checkpoint_is_named_and_nothing_is_loaded(trained, p
         (damaged / "ema.safetensors").unlink()
     with pytest.raises(
         TrainingError,
-        match=r"step-00000002/ema\.safetensors is missing or damaged; there is no other checkpoint",
+        match=r"step-00000002/ema\.safetensors is missing or damaged; there is no older one",
     ):
         load_checkpoint(trained, pair[1])
     after = everything(trained)
@@ -266,7 +266,7 @@ def test_another_shape_is_one_clear_line(trained, small, accelerator, tmp_path):
 
 def test_a_newer_format_is_refused(pair):
     rewrite(pair[1], format_version=99)
-    with pytest.raises(TrainingError, match="reads up to 2"):
+    with pytest.raises(TrainingError, match="reads formats up to 2"):
         verify(pair[1])
 
 

@@ -24,6 +24,7 @@ from latentae.training.checkpoint import find_checkpoint, read_state, roll_back,
 from latentae.training.mirror import Mirror
 from latentae.training.validation import Validation
 
+AGAIN = "run the same command again to resume"
 KILLS = int(os.environ.get("LATENTAE_KILLS", "30"))
 FAILING = {
     "images": 48,
@@ -234,10 +235,7 @@ def test_a_signal_is_answered_from_every_phase_and_the_run_ends_bitwise_like_the
         assert stopped.wait() == [code], stopped.output()
         last = stopped.output().splitlines()[-1]
         if phase == "start":
-            assert (
-                last
-                == f"latentae: error: stopped by {name} before the first step; run the same command again to resume"
-            )
+            assert last == f"latentae: error: stopped by {name} before the first step; {AGAIN}"
         else:
             assert (
                 last
@@ -350,7 +348,7 @@ def test_too_many_in_a_row_return_to_the_last_checkpoint_without_its_data(
         1,
     )
     assert found["step-00000008"].rollbacks == 1
-    source = "step-00000004"  # step 3 was good, step 4 the first bad one: its checkpoint has the weights after step 3
+    source = "step-00000004"  # of step 4, the first bad one, with the weights after step 3
     before = load_file(run / "checkpoints" / source / "autoencoder.safetensors")
     assert all(torch.equal(before[name], value) for name, value in kept.items())
     (event,) = events(run, "rollback")

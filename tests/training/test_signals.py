@@ -61,7 +61,8 @@ def test_a_second_ctrl_c_interrupts_at_once():
 def test_where_nothing_can_be_lost_a_signal_ends_it_where_it_is(number):
     with StopFlag() as stop:
         started = time.monotonic()
-        said = f"stopped by {signal.Signals(number).name} before the first step; run the same command again to resume"
+        name = signal.Signals(number).name
+        said = f"stopped by {name} before the first step; run the same command again to resume"
         with pytest.raises(Interrupted, match=said), stop.at_once():
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
             time.sleep(60)

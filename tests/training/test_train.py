@@ -48,7 +48,8 @@ def test_a_run_folder_has_everything_and_says_when_it_is_finished(small, tmp_pat
     }
     run = latentae.train(small(**validated), tmp_path / "run")
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "events.jsonl", "latentae.json", "metrics.jsonl", "recipe.toml", "samples", "summary.html", "tensorboard",
+        "checkpoints", "events.jsonl", "latentae.json", "metrics.jsonl", "recipe.toml", "samples",
+        "summary.html", "tensorboard",
     ]  # fmt: skip
     last = lines(run)[-1]
     assert last["images"] == 24
@@ -184,8 +185,8 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
     recipe.write_text(small(images=8).toml())
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-                       "--dynamo_backend=no", "--main_process_port=0"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+                       "--mixed_precision=no",                        "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
     # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process
     # whatever the number
