@@ -1,6 +1,6 @@
 """Transforms of a latent and its image, for losses that make the decoder commute with them.
 
-A latent's sides are rounded to whole pixels, and the image's sides are `downsampling` times as
+A latent's sides are rounded to pixels, and the image's sides are `downsampling` times as
 long. So the decoded transformed latent and the transformed image always have the same size.
 """
 

@@ -168,7 +168,7 @@ class EquivarianceOptions(RecipeTable):
         ge=0,
     )
     factors: tuple[int, ...] = option(
-        "Factors by which the latent is made smaller; each step draws one.", default=(2, 4)
+        "Factors by which the latent shrinks; each step draws one.", default=(2, 4)
     )
 
 

@@ -1,4 +1,4 @@
-"""Spectrum matching: the latent's spatial spectrum is made like the image's."""
+"""Spectrum matching: pulls the latent's spatial spectrum towards the image's."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class FolderPlace:
 
 @dataclass
 class Claim:
-    """This process's claim on some places, renewed by a thread until `release`.
+    """This process's claims, renewed by a thread until `release`.
 
     Args:
         lost: called, in the thread, when another process has taken a place over, as after a pause

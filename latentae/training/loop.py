@@ -185,7 +185,7 @@ class PhaseLoop:
         return values
 
     def validate(self) -> None:
-        """Validate on the first process while the others wait.
+        """Validate on the first process; all wait for it.
 
         A validation that a signal stopped is not logged.
         """

@@ -31,7 +31,7 @@ from latentae.training.options import (
 
 __all__ = ["Recipe", "load_recipe", "recipe_options", "shipped_recipes"]
 
-# Keys that a phase may replace; the others, above all the model's shape, hold for the complete run.
+# Keys that a phase may replace; other keys, above all the model's shape, hold for the complete run.
 _PHASE_TABLES = ("model", "data", "corruption", "loss", "optimizer", "ema")
 _PHASE_KEYS = ("name", "images", "batch_size", "gradient_accumulation", *_PHASE_TABLES)
 _PHASE_PATH = ("latent_noise", "latent_mask", "decoder_noise", "nested_channels")

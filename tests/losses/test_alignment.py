@@ -14,7 +14,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def plain_cosine(projected: np.ndarray, features: np.ndarray, margin: float) -> float:
-    """Both are one map as vectors, [places, C]."""
+    """Both are one map as vectors, [positions, C]."""
     return float(
         np.mean([max(0, 1 - margin - cosine(a, b)) for a, b in zip(projected, features, strict=True)])
     )
@@ -34,7 +34,7 @@ def plain_distance(z: np.ndarray, features: np.ndarray, margin: float) -> float:
 
 
 def vectors(maps: torch.Tensor) -> np.ndarray:
-    return maps.detach().flatten(2).mT.numpy()  # [B, places, C]
+    return maps.detach().flatten(2).mT.numpy()  # [B, positions, C]
 
 
 @pytest.mark.parametrize("limit", [2**24, 2 * 15 * 4, 1])

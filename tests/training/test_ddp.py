@@ -52,7 +52,7 @@ CASES = {
         "loss.equivariance.downscaled": 0.25,
         "loss.equivariance.factors": [2],
     },
-    "penalties on the latent that look at the whole batch, U-Net": {
+    "penalties on the latent of batch statistics, U-Net": {
         "loss.sparsity.weight": 0.3,
         "loss.sparsity.kind": "kl",
         "loss.free_bits": 0.5,
@@ -138,7 +138,7 @@ def test_two_processes_equal_one(case, recipes, two, one_thread, accelerator):
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), f"{key} differs between the processes"
         # Sums in another order differ by 5e-6 of a tensor's largest value (measured). Rounding also
-        # switches single ReLU6 units of the frozen network, which moves gradients by up to 5e-4 of it.
+        # switches single ReLU6 units of the frozen network, which moves gradients by up to 5e-4.
         # Adam's steps of the smallest gradients have the size of the learning rate, here 1.2e-5 and
         # then 1.1e-4, and either sign, so weights may end two steps apart.
         if "gradient_norm" in key or "momentum" in key or "exp_avg" in key:

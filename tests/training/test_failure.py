@@ -132,7 +132,7 @@ def whole(complete, tmp_path_factory):
 
 
 def seen(run):
-    """Images of the last checkpoint, which is whole."""
+    """Images of the last checkpoint, which is complete."""
     latest = find_checkpoint(run)
     if latest is None:
         return 0
@@ -176,7 +176,7 @@ def test_a_run_killed_in_every_phase_ends_bitwise_like_the_uninterrupted_one(
         ("end of a step", 3, 8),
         ("evaluation", 1, 16),
         ("half of a save", 1, 16),
-        ("check of a save", 2, 16),  # the first one is of the checkpoint that it goes on from
+        ("check of a save", 2, 16),  # the first one is of the checkpoint that it resumes
     ):
         killed = start(run, harm=[(0, moment, occurrence, send("SIGKILL"))])
         assert killed.wait() == [-signal.SIGKILL], killed.output()
@@ -203,7 +203,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_like_the_uninterrupted_one(
         (code,) = begun.wait()
         seen(run)
         for meta in store.glob("step-*/meta.json"):
-            verify(meta.parent)  # a copy that has its list is whole
+            verify(meta.parent)  # a copy with its meta.json is complete
         if code == -signal.SIGALRM:
             kills += 1
             continue

@@ -1,4 +1,4 @@
-"""The watchdog on curves made up to show one illness each, and on healthy ones."""
+"""The watchdog on artificial curves with one fault each, and on healthy ones."""
 
 from __future__ import annotations
 

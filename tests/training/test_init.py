@@ -51,7 +51,7 @@ def test_a_run_begins_at_pca_and_says_so_and_a_resumed_one_fits_nothing(
     assert first["images"] == 0
     assert first["validation/psnr"] == pytest.approx(pca, abs=0.1)
     assert (run / "samples" / "000000000.png").is_file()
-    # a run that goes on takes its weights from the checkpoint
+    # a resumed run takes its weights from the checkpoint
     monkeypatch.setattr("latentae.training.init.fit_head_start", lambda recipe: pytest.fail("fitted again"))
     on = train(narrow(), tmp_path / "on", resume=checkpoints(run)[0])
     assert (checkpoints(on)[-1] / "ema.safetensors").read_bytes() == (

@@ -19,7 +19,7 @@ def refuse() -> None:
 
 
 def peer(how: str) -> None:
-    """One of two processes, of which the second one fails in the way asked for.
+    """One of two processes, of which the second one fails as `how` says.
 
     The first prints how it ended.
     """
@@ -95,9 +95,7 @@ def test_a_process_alone_has_no_peer_to_lose():
 
 
 def start_alone() -> None:
-    os.environ["WORLD_SIZE"] = (
-        "2"  # but neither rank nor address, as a launcher of another kind would leave it
-    )
+    os.environ["WORLD_SIZE"] = "2"  # but neither rank nor address, as another launcher would leave it
     build_accelerator("fp32")
 
 

@@ -74,7 +74,7 @@ class Saboteur:
                 if from_call <= next(calls) < from_call + times:
                     data = Path(source).read_bytes()
                     self.fs.pipe_file(target, data[: len(data) // 2])
-                    raise ConnectionError("connection reset half way")
+                    raise ConnectionError("connection reset midway")
                 return plain(source, target, **kwargs)
 
             return put
@@ -125,7 +125,7 @@ def test_an_older_one_here_is_replaced_and_a_newer_one_here_is_copied(url, tmp_p
     assert mirror.newest(run) is None
     mirror.push(make(tmp_path / "other", 8))
     make(run, 4)
-    cut = make(run, 8, latest=False)  # a killed run came so far, but not to naming it: not known to be whole
+    cut = make(run, 8, latest=False)  # a killed run came so far, but not to naming it: maybe incomplete
     (cut / "ema.safetensors").write_bytes(b"cut")
     assert mirror.newest(run) == cut
     verify(cut)
@@ -175,13 +175,13 @@ def test_a_copy_that_fails_is_said_and_counted_and_never_taken_for_whole(
             line = capsys.readouterr().err
             assert f"WARNING: {new.name} was not copied: could not copy" in line
             assert (
-                f"connection reset half way) in 3 tries; check the address and your access; "
+                f"connection reset midway) in 3 tries; check the address and your access; "
                 f"continuing with {new}" in line
             )
             assert f"({failures} not copied so far)" in line
             assert line.count("\n") == 1
     found = Mirror(url, INPUTS, keep=1).newest(tmp_path / "other")
-    assert content(found) == content(old), "the older copy stays until a newer one is whole"
+    assert content(found) == content(old), "the older copy stays until a newer one is complete"
     assert mirror.push(new)
     assert there(url) == ["latest", new.name]
 

@@ -48,7 +48,7 @@ def narrow(name, folder):
 
 
 def named(phase):
-    """The terms that a recipe asks for, as its log has them."""
+    """The log's names of a recipe's terms."""
     loss = phase.loss
     asked = {name: getattr(loss, name) for name in ("l1", "l2", "wavelet", "bce", "spectrum")}
     asked |= {

@@ -240,7 +240,7 @@ def test_training_the_decoder_leaves_the_latent_bitwise(part, small, accelerator
 
 
 def draws(step: int = 0) -> Draws:
-    """The numbers of a whole batch in one part."""
+    """The numbers of a batch in one part."""
     return Draws(0, step, 0, 4, torch.device("cpu"))
 
 

@@ -186,7 +186,7 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-                       "--mixed_precision=no",                        "--dynamo_backend=no", "--main_process_port=0"],
+                       "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
     # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process
     # whatever the number
@@ -316,7 +316,7 @@ def test_a_recipe_with_built_in_data_trains_validates_and_is_finished_once(tmp_p
             latentae.train("linear-digits", tmp_path / "run", **DIGITS, **{name: "sklearn:digit"})
         assert not (tmp_path / "run").exists()
     run = latentae.train("linear-digits", tmp_path / "run", **DIGITS)
-    assert any("psnr" in key for line in lines(run) for key in line), "the held-out digits were looked at"
+    assert any("psnr" in key for line in lines(run) for key in line), "the held-out digits were validated"
     assert (tmp_path / "run-shards" / "index.json").is_file()
     assert json.loads((tmp_path / "run-held-out-shards" / "index.json").read_text())["samples"] == 360
     assert latentae.train("linear-digits", tmp_path / "run", **DIGITS) == run

@@ -73,7 +73,7 @@ def test_training_does_not_notice(trainer):
     for name, weight in trainer.ema.weights.items():
         assert torch.equal(weight, before[name])
         assert not weight.is_inference()
-        weight.lerp_(weight, 0.5)  # the next step can go on with them
+        weight.lerp_(weight, 0.5)  # the next step can use them
 
 
 def test_a_signal_ends_it_between_batches(trainer):
