@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentae.losses.contractive import frobenius_exact
+from latentae.losses.latent import frobenius_exact
 from latentae.models.base import Autoencoder
 
 __all__ = ["channel_kl", "error", "hide", "jacobian", "movement", "nearest", "sampled", "units_needed"]

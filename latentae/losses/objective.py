@@ -1,7 +1,7 @@
 """All losses of one recipe as one objective.
 
 docs/add_a_loss.md shows how to add a regularizer of the latent (a module and a line in
-`regularizers.py`) and a pixel loss (a function and lines in `_PIXEL_LOSSES` and `LossOptions`).
+`options.py`) and a pixel loss (a function and lines in `_PIXEL_LOSSES` and `LossOptions`).
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
-from latentae.losses import reconstruction, sparsity
+from latentae.losses import latent, reconstruction
 from latentae.losses.alignment import AlignmentLoss
-from latentae.losses.contractive import jacobian_energy
-from latentae.losses.latent import kl_free_bits, kl_per_element
-from latentae.losses.options import LossOptions
+from latentae.losses.options import REGULARIZERS, LossOptions
 from latentae.losses.perceptual import ClassifierDistance, FrozenDistance, build_perceptual, gram_distance
-from latentae.losses.regularizers import REGULARIZERS, regularizer
 from latentae.models.backbone import FrozenParts
 from latentae.models.base import AutoencoderOutput
 
-__all__ = ["LossTerms", "Objective"]
+__all__ = ["LossTerms", "Objective", "regularizer"]
 
 _PIXEL_LOSSES = {
     name: getattr(reconstruction, name) for name in ("l1", "l2", "charbonnier", "wavelet", "bce")
@@ -141,11 +139,11 @@ class Objective(FrozenParts):
             reduce: averages a detached tensor over processes, for terms of batch statistics.
         """
         o, posterior = self.options, output.posterior
-        kl = kl_per_element(posterior, images).mean()
+        kl = latent.kl_per_element(posterior, images).mean()
         weighted: dict[str, Tensor] = {}
         scalars = {"kl": kl.detach()}
         if o.kl:
-            value = kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl
+            value = latent.kl_free_bits(posterior, images, o.free_bits, reduce) if o.free_bits else kl
             weighted["kl"] = o.kl * value
         if o.sparsity.weight:
             value, active = self._sparsity(posterior.mean, reduce)
@@ -161,9 +159,9 @@ class Objective(FrozenParts):
         """The penalty and the share of active units."""
         o = self.options.sparsity
         if o.kind == "l1":
-            return sparsity.l1(mean).mean(), sparsity.active_fraction(mean, o.threshold).mean()
-        value = sparsity.kl_sparsity(sparsity.mean_activation(mean, reduce), o.target) / mean.shape[1]
-        return value, sparsity.active_fraction(mean.sigmoid(), 0.5).mean()
+            return latent.l1_sparsity(mean).mean(), latent.active_fraction(mean, o.threshold).mean()
+        value = latent.kl_sparsity(latent.mean_activation(mean, reduce), o.target) / mean.shape[1]
+        return value, latent.active_fraction(mean.sigmoid(), 0.5).mean()
 
     def contractive_terms(self, output: AutoencoderOutput, images: Tensor, probes: Tensor) -> LossTerms:
         """Squared Frobenius norm of the encoder's Jacobian over the number of image elements.
@@ -173,6 +171,11 @@ class Objective(FrozenParts):
             images: the encoder's input [B, C, H, W], which requires a gradient.
             probes: standard normal [k, B, z, h, w].
         """
-        value = (jacobian_energy(output.posterior.mean, images, probes) / images[0].numel()).mean()
+        value = (latent.jacobian_energy(output.posterior.mean, images, probes) / images[0].numel()).mean()
         weighted = self.options.contractive.weight * value
         return LossTerms({"contractive": weighted}, {"contractive": value.detach()})
+
+
+def regularizer(name: str) -> Callable[[AutoencoderOutput, Tensor], Tensor]:
+    """The function of a line of `REGULARIZERS`."""
+    return getattr(import_module(f"latentae.losses.{name}"), name)

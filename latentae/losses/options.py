@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import create_model, model_validator
 
-from latentae.losses.regularizers import REGULARIZERS
 from latentae.options import RecipeTable, option
 
 __all__ = [
+    "REGULARIZERS",
     "AdversarialOptions",
     "AlignmentOptions",
     "ClassifierOptions",
@@ -27,6 +27,15 @@ __all__ = [
     "SparsityOptions",
 ]
 
+REGULARIZERS: dict[str, str] = {
+    "spectrum": "Weight of the divergence between the spectra of the latent and of the small image.",
+}
+"""The latent regularizers: name of a module of this package -> one sentence on its weight.
+
+The module has a function of the same name, `(output: AutoencoderOutput, images [B, C, H, W] in
+[-1, 1]) -> [B]`. A line adds the option `loss.NAME` to every recipe, a curve to the log and an
+entry to the weights that a run prints. docs/add_a_loss.md walks through an example.
+"""
 PerceptualNet = Literal["none", "vgg", "alex", "squeeze", "efficientnet-lite0"]
 GanLoss = Literal["hinge", "vanilla", "non-saturating"]
 _WEIGHTS = (
@@ -177,7 +186,7 @@ _RegularizerOptions = create_model("_RegularizerOptions", __base__=RecipeTable, 
 
 
 class LossOptions(_RegularizerOptions):
-    """Weights of all losses; 0 leaves one out. Those of `regularizers.REGULARIZERS` come first."""
+    """Weights of all losses; 0 leaves one out. Those of `REGULARIZERS` come first."""
 
     l1: float = option("Weight of the mean absolute error.", default=1.0, ge=0)
     l2: float = option("Weight of the mean squared error.", default=0.0, ge=0)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from latentae.losses.options import LossOptions
-from latentae.losses.regularizers import REGULARIZERS, regularizer
+from latentae.losses.objective import regularizer
+from latentae.losses.options import REGULARIZERS, LossOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-LINE = "latentae/losses/regularizers.py, in REGULARIZERS"
+LINE = "latentae/losses/options.py, in REGULARIZERS"
 # One process for all of it: most of its time goes into imports.
 STEPS = """
 import pytest
@@ -47,7 +47,7 @@ def test_the_module_test_line_and_recipe_of_the_page_work(tmp_path):
     line = blocks.pop(LINE)
     assert len(line.splitlines()) == 1
     shutil.copytree(ROOT / "latentae", tmp_path / "latentae", ignore=shutil.ignore_patterns("__pycache__"))
-    table = tmp_path / "latentae" / "losses" / "regularizers.py"
+    table = tmp_path / "latentae" / "losses" / "options.py"
     before, opening, rest = table.read_text(encoding="utf-8").partition("REGULARIZERS: dict[str, str] = {\n")
     assert opening
     table.write_text(before + opening + line + rest, encoding="utf-8")

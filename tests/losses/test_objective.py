@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from latentae.losses.latent import kl_sparsity
 from latentae.losses.objective import LossTerms, Objective
 from latentae.losses.options import LossOptions
 from latentae.losses.perceptual import gram_distance
 from latentae.losses.reconstruction import charbonnier, l1, l2, wavelet
-from latentae.losses.sparsity import kl_sparsity
 from latentae.losses.spectrum import spectrum_matching
 from latentae.models.posterior import DiagonalGaussian
 
