@@ -2,13 +2,27 @@
 
 normal images   one half, by key: means of the scores and latent Gaussian; other half: threshold
 inputs          scores.csv, one row per image; heat/, images with the highest scores
+
+The scores:
+
+error        Q: mean square of image - reconstruction over elements, images in [-1, 1]
+peak         largest value of the blurred error map (mean over channels)
+latent       T^2 / z: mean over positions of (v - m)^T S^-1 (v - m) / z, where v is the
+             latent vector at a position (Hotelling's T^2)
+perceptual   distance of a perceptual network between image and reconstruction
+
+Q and T^2 are the two distances of Jackson & Mudholkar 1979, "Control procedures for residuals
+associated with principal component analysis": to the subspace of normal data, and to its center
+within that subspace. Their sum, each in units of its mean over normal images, is the combined index
+of Yue & Qin 2001, "Reconstruction-based fault identification using a combined index", eq. 12.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +36,25 @@ from latentae.files import read_json, write_json
 from latentae.keyed import derive_seed
 from latentae.measures.perceptual_distance import Distance, choose_distance
 from latentae.measures.scores import SAME, rank
+from latentae.models.corruptions import blur
 from latentae.models.latent_statistics import Moments
 from latentae.options import verb
 from latentae.pages.images import write_png
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, Labels, open_images, read_labels
 from latentae.tasks.network import Batch, Network
-from latentae.tasks.normality import Gaussian, auroc, conformal_threshold, error_map
 from latentae.tasks.options import AnomalyOptions
-from latentae.tasks.parts import PartedJob
-from latentae.tasks.pictures import heat_picture, thumbnails
+from latentae.tasks.outputs import PartedJob, heat_picture, thumbnails
 
-__all__ = ["anomaly"]
+__all__ = ["Gaussian", "anomaly", "auroc", "conformal_threshold", "error_map"]
 
 TABLE, NORMAL, HEAT = "scores.csv", "normal.json", "heat"
 PART = 4096
 _CALIBRATION = 0.5
 _NAME_BYTES = 200  # of the key in a heat map's file name, which also has a number
 _COMBINED = ("error", "peak", "latent")
+SHRINKAGE = 1e-3  # minimum, so that a channel that never varies has a finite distance
+BLUR = 1 / 128  # sigma as a share of the short side: compression leaves single pixels wrong anywhere
 _BRIGHT = 2.0  # times the threshold of the peak is the brightest color of a heat map
 
 
@@ -126,12 +141,11 @@ class _Normality:
         return torch.stack([scores[name] / self.units[name] for name in _COMBINED]).mean(dim=0)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "gaussian": self.gaussian.to_json(), "images": list(self.images)}
+        return {**asdict(self), "gaussian": self.gaussian.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> _Normality:
-        gaussian, (first, second) = Gaussian.from_json(value["gaussian"]), value["images"]
-        return cls(**{**value, "gaussian": gaussian, "images": (first, second)})
+        return cls(**{**value, "gaussian": Gaussian.from_json(value["gaussian"])})
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,7 @@ class _Detection:
             for name, values in columns.items()
         }
         images = (normality.images[0], count)
-        normality = _Normality(normality.gaussian, normality.units, thresholds, images, sorted(labels))
+        normality = replace(normality, thresholds=thresholds, images=images, labels=sorted(labels))
         write_json(file, normality.to_json())
         return normality
 
@@ -272,30 +286,23 @@ def _highest(job: PartedJob, count: int) -> list[int]:
 
 
 def _summary(job: PartedJob, normality: _Normality, options: AnomalyOptions) -> dict[str, Any]:
-    values: dict[str, list[float]] = {name: [] for name in (*normality.units, "combined")}
-    positive: list[bool] = []
-    flagged: list[bool] = []
-    images = anomalous = 0
-    for row in job.rows():
-        images, anomalous = images + 1, anomalous + row["anomalous"]
-        if normality.labels and row["label"] is not None:
-            positive.append(row["label"] not in normality.labels)
-            flagged.append(bool(row["anomalous"]))
-            for name, column in values.items():
-                column.append(row[name])
+    def column(name: str) -> list[Any]:
+        """The values of labeled images, if normal images have labels too."""
+        return [row[name] for row in job.rows() if normality.labels and row["label"] is not None]
+
     result: dict[str, Any] = {
         "score": options.score,
         "quantile": options.quantile,
         "threshold": normality.thresholds[options.score],
         "normal_images": dict(zip(("measured", "calibrated_on"), normality.images, strict=True)),
-        "images": images,
-        "anomalous": anomalous,
+        "images": job.total,
+        "anomalous": sum(row["anomalous"] for row in job.rows()),
     }
-    if positive:
-        truth, found = torch.tensor(positive), torch.tensor(flagged)
-        areas = {
-            name: auroc(torch.tensor(column, dtype=torch.float64), truth) for name, column in values.items()
-        }
+    if labels := column("label"):
+        truth = torch.tensor([label not in normality.labels for label in labels])
+        found = torch.tensor(column("anomalous")).bool()
+        scores = (*normality.units, "combined")
+        areas = {name: auroc(torch.tensor(column(name), dtype=torch.float64), truth) for name in scores}
         result["labels"] = {
             "normal": normality.labels,
             "anomalies": int(truth.sum()),
@@ -315,3 +322,100 @@ def _in_words(result: dict[str, Any]) -> str:
     flagged = f"{result['anomalous']} of {result['images']} images"
     area = "" if area is None else f", AUROC {area:.3f}"
     return f"{flagged} above the threshold {result['threshold']:.4g}{area}"
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Distribution of the latent vectors of normal images.
+
+    Attributes:
+        mean: fp64 [z].
+        precision: inverse of the covariance, fp64 [z, z].
+    """
+
+    mean: Tensor
+    precision: Tensor
+
+    @classmethod
+    def of(cls, moments: Moments) -> Gaussian:
+        """From moments, with a covariance shrunk to the identity (Ledoit & Wolf 2004, eq. 1).
+
+        With n vectors of d numbers the shrinkage is d / (n + d), as if d more vectors had been seen
+        that vary evenly.
+
+        Raises:
+            DataError: all vectors are equal.
+        """
+        size = len(moments.mean)
+        mean, covariance = torch.from_numpy(moments.mean), torch.from_numpy(moments.m2 / moments.count)
+        share = max(size / (moments.count + size), SHRINKAGE)
+        scale = float(covariance.diagonal().mean())
+        if scale <= 0:
+            raise DataError(
+                "the latents of the normal images do not vary; the model has collapsed, "
+                "or all images are the same"
+            )
+        identity = torch.eye(size, dtype=torch.float64)
+        return cls(mean, torch.linalg.inv((1 - share) * covariance + share * scale * identity))
+
+    def distance(self, latents: Tensor) -> Tensor:
+        """Squared Mahalanobis distance / z, mean over positions: [B, z, h, w] -> fp64 [B].
+
+        It is 1 on average for normal images.
+        """
+        vectors = latents.double().cpu().flatten(2).transpose(1, 2) - self.mean
+        return ((vectors @ self.precision) * vectors).sum(dim=2).mean(dim=1) / len(self.mean)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"mean": self.mean.tolist(), "precision": self.precision.tolist()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Gaussian:
+        """From the values of `to_json`."""
+        return cls(*(torch.tensor(value[name], dtype=torch.float64) for name in ("mean", "precision")))
+
+
+def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Squared error, mean over channels, blurred: two [B, C, H, W] -> [B, H, W]."""
+    squares = (images - reconstructions).square().mean(dim=1, keepdim=True)
+    sigma = torch.full((len(squares),), BLUR * min(squares.shape[2:]))
+    return blur(squares, sigma)[:, 0]
+
+
+def conformal_threshold(scores: Tensor, quantile: float) -> float:
+    """The ceil((n + 1) q)-th smallest of n scores of normal images.
+
+    Another normal image is at or below it with probability q or more, for any distribution (split
+    conformal prediction: Vovk, Gammerman & Shafer 2005; Lei et al. 2018, eq. 2).
+
+    Raises:
+        DataError: too few scores for this quantile.
+    """
+    n = len(scores)
+    rank = math.ceil((n + 1) * quantile - 1e-9)
+    if rank > n:
+        needed = math.ceil(quantile / (1 - quantile) - 1e-9)
+        raise DataError(
+            f"found {n} normal images to calibrate on, expected {needed} or more for quantile {quantile:g}; "
+            "give more images, or a lower quantile"
+        )
+    return float(scores.sort().values[max(rank, 1) - 1])
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float | None:
+    """Area under the ROC curve; equal scores count half (Mann & Whitney 1947).
+
+    Args:
+        scores: [N].
+        positive: bool [N].
+
+    Returns:
+        0 to 1; None without a positive or without a negative.
+    """
+    positives, negatives = scores[positive].double(), scores[~positive].double().sort().values
+    if not len(positives) or not len(negatives):
+        return None
+    below = torch.searchsorted(negatives, positives, right=False)
+    upto = torch.searchsorted(negatives, positives, right=True)
+    return float((below + upto).double().mean() / 2 / len(negatives))

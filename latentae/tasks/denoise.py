@@ -23,8 +23,7 @@ from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, Item, open_images
 from latentae.tasks.network import Batch, Network
 from latentae.tasks.options import DenoiseOptions
-from latentae.tasks.parts import PartedJob
-from latentae.tasks.pictures import thumbnails
+from latentae.tasks.outputs import PartedJob, thumbnails
 
 __all__ = ["denoise"]
 
@@ -133,11 +132,8 @@ def _gain(job: PartedJob) -> dict[str, Any]:
     found = {}
     for name in ("before", "after"):
         interval = bootstrap_mean([math.inf if row[name] is None else row[name] for row in job.rows()])
-        found[name] = {
-            "mean": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "images": interval.n,
+        found[name] = {"images": interval.n} | {
+            key: getattr(interval, key) for key in ("mean", "low", "high")
         }
     return found
 

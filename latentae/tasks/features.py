@@ -19,7 +19,7 @@ from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, Labels, open_images, read_labels
 from latentae.tasks.network import Network
 from latentae.tasks.options import FeaturesOptions
-from latentae.tasks.parts import PartedJob
+from latentae.tasks.outputs import PartedJob
 
 __all__ = ["features"]
 
@@ -44,10 +44,8 @@ def features(options: FeaturesOptions) -> dict[str, Any]:
         ImageError: with pool "spatial", images of different sizes.
     """
     network = Network(options, options.batch_size)
-    images, (labels, label_kind) = (
-        open_images(options.inputs, max_pixels=options.max_pixels),
-        read_labels(options.labels),
-    )
+    images = open_images(options.inputs, max_pixels=options.max_pixels)
+    labels, label_kind = read_labels(options.labels)
     facts = {
         "model": network.fingerprint,
         "inputs": images.digest,

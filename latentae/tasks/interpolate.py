@@ -15,7 +15,7 @@ from latentae.progress import say
 from latentae.tasks.inputs import open_images
 from latentae.tasks.network import Batch, Network
 from latentae.tasks.options import InterpolateOptions
-from latentae.tasks.pictures import check_png, thumbnails, write_noted_png
+from latentae.tasks.outputs import check_png, thumbnails, write_noted_png
 
 __all__ = ["interpolate"]
 

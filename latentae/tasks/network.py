@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,10 +48,8 @@ class Network:
 
     def __init__(self, options: TaskOptions, batch_size: int = 16, *, reconstructs: bool = False) -> None:
         self.options, self.batch_size = options, batch_size
-        self.source, self.device = (
-            resolve_model(options.model, options.weights),
-            choose_device(options.device),
-        )
+        self.source = resolve_model(options.model, options.weights)
+        self.device = choose_device(options.device)
         self.config, self.fingerprint = self.source.config, self.source.fingerprint
         self.source.check_channels(decodes=reconstructs)
         if options.resolution is not None:
@@ -89,7 +87,9 @@ class Network:
         """
         side, channels = resolution or self.options.resolution, self.config.in_channels
         items = images.items(numbers, labels, channels=channels, resolution=side, wanted=wanted)
-        return _joined(items, self.batch_size)
+        for _, group in itertools.groupby(items, key=lambda item: (item.image.shape, item.image.dtype)):
+            while chunk := list(itertools.islice(group, self.batch_size)):
+                yield Batch(chunk, torch.stack([item.image for item in chunk]))
 
     def pixels(self, batch: Batch) -> Tensor:
         """Images as the model takes them: float [B, C, H, W] in [-1, 1] on its device."""
@@ -133,12 +133,6 @@ class Network:
                 raise ModelError(f"a decoded image {_DIVERGED}")
             images += to_uint8(decoded).cpu().unbind()
         return images
-
-
-def _joined(items: Iterable[Item], size: int) -> Iterator[Batch]:
-    for _, group in itertools.groupby(items, key=lambda item: (item.image.shape, item.image.dtype)):
-        while chunk := list(itertools.islice(group, size)):
-            yield Batch(chunk, torch.stack([item.image for item in chunk]))
 
 
 def _check_finite(values: Tensor, what: str, batch: Batch) -> None:

@@ -22,7 +22,7 @@ from latentae.progress import Progress, say
 from latentae.tasks.inputs import open_images
 from latentae.tasks.network import Network
 from latentae.tasks.options import SampleOptions
-from latentae.tasks.pictures import check_png, thumbnails, write_noted_png
+from latentae.tasks.outputs import check_png, thumbnails, write_noted_png
 
 __all__ = ["LatentGaussian", "fit_latent_gaussian", "sample"]
 
@@ -47,12 +47,7 @@ def sample(options: SampleOptions) -> dict[str, Any]:
         LatentAEError: the model, the latents or an option can't be used.
     """
     file, network = check_png(options.out), Network(options, options.batch_size)
-    note = {
-        "task": "sample",
-        "count": options.count,
-        "seed": options.seed,
-        "model": network.fingerprint,
-    }
+    note = {"task": "sample", "count": options.count, "seed": options.seed, "model": network.fingerprint}
     if options.latents is None:
         side = network.side // network.config.downsampling
         note |= {"distribution": "prior N(0, I)", **_prior_note(network)}

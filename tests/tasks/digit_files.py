@@ -15,7 +15,7 @@ from torch import Tensor
 from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.linear import LinearAutoencoder
 from latentae.models.pca import fit_pca
-from latentae.tasks.pictures import NOTE
+from latentae.tasks.outputs import NOTE
 
 
 def pca_model(folder: Path, images: Tensor, components: int) -> Path:

@@ -17,7 +17,7 @@ from latentae.errors import DataError, ModelError, RecipeError
 from latentae.losses.perceptual import perceptual_available
 from latentae.models.latent_statistics import Moments
 from latentae.models.linear import LinearAutoencoder
-from latentae.tasks.normality import Gaussian, auroc, conformal_threshold, error_map
+from latentae.tasks.anomaly import Gaussian, auroc, conformal_threshold, error_map
 
 NORMAL = 3
 

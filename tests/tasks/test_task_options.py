@@ -3,11 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 import latentae
 from latentae.errors import ImageError, RecipeError
-from latentae.tasks.pictures import heat_picture
 
 
 def test_bad_options_are_refused_before_anything_is_written(made, tmp_path):
@@ -46,10 +44,3 @@ def test_the_verbs_are_the_functions(made, tmp_path, capsys):
         main(["sample", str(model), "--out", str(tmp_path / "x.png")])
     assert end.value.code == 1
     assert "linear autoencoder" in capsys.readouterr().err
-
-
-def test_heat_runs_from_black_to_yellow():
-    picture = heat_picture(torch.tensor([[-1.0, 0.0, 0.5, 1.0, 9.0]]))
-    assert picture[:, 0, 0].tolist() == picture[:, 0, 1].tolist() == [0, 0, 3]
-    light = picture[:, 0].float().mean(0)
-    assert light[1] < light[2] < light[3] == light[4]

@@ -4,11 +4,13 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 import latentae
 from latentae.errors import OutputError
 from latentae.files import write_json
-from latentae.tasks import anomaly, denoise, features, parts
+from latentae.tasks import anomaly, denoise, features, outputs
+from latentae.tasks.outputs import heat_picture
 
 VERBS = {
     "features": (latentae.features, {"pool": "moments"}),
@@ -34,26 +36,33 @@ def test_an_interrupted_job_resumes_and_repeats_no_part(made, tmp_path, monkeypa
             finished.append(file.name)
         write_json(file, rows)
 
-    whole = function(model, *folders, tmp_path / "whole")
+    complete = function(model, *folders, tmp_path / "complete")
     stop = True
-    monkeypatch.setattr(parts, "write_json", write)
+    monkeypatch.setattr(outputs, "write_json", write)
     with pytest.raises(KeyboardInterrupt):
         function(model, *folders, tmp_path / "out")
     stop = False
     monkeypatch.setattr(anomaly, "Moments", None)  # normal images are not measured again
-    assert function(model, *folders, tmp_path / "out") == whole
+    assert function(model, *folders, tmp_path / "out") == complete
     assert finished == ["00000.json", "00001.json", "00002.json"]
-    for path in (tmp_path / "whole").rglob("*.*"):
-        assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), (
-            path.name
-        )
+    for path in (tmp_path / "complete").rglob("*.*"):
+        assert (
+            tmp_path / "out" / path.relative_to(tmp_path / "complete")
+        ).read_bytes() == path.read_bytes(), path.name
     assert not (tmp_path / "out" / "parts").exists()
     capsys.readouterr()
     assert (
         function(model, *folders, tmp_path / "out")
         == json.loads((tmp_path / "out" / "summary.json").read_text())
-        == whole
+        == complete
     )
     assert "already holds" in capsys.readouterr().err
     with pytest.raises(OutputError, match=next(iter(other))):
         function(model, *folders, tmp_path / "out", **other)
+
+
+def test_heat_runs_from_black_to_yellow():
+    picture = heat_picture(torch.tensor([[-1.0, 0.0, 0.5, 1.0, 9.0]]))
+    assert picture[:, 0, 0].tolist() == picture[:, 0, 1].tolist() == [0, 0, 3]
+    light = picture[:, 0].float().mean(0)
+    assert light[1] < light[2] < light[3] == light[4]
