@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentae.data.decode import MAX_PIXELS, Sample, decode_sample
 from latentae.data.options import DataOptions
-from latentae.data.order import EpochOrder, lane_share
-from latentae.data.selection import Selection
+from latentae.data.order import EpochOrder, Selection, default_buckets, lane_share
 from latentae.data.shard_files import RawSample, expand_shards, read_samples, read_shard
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.data.sources import is_remote
@@ -311,7 +310,10 @@ class TrainLoader:
         index = load_index(expand_shards(options.shards), options.index)
         _check_apart(options.validation, index)
         held_out = options.validation_fraction if options.validation == "auto" else None
-        selection = Selection(index, held_out, options.bucket_sizes())
+        buckets = ()
+        if options.buckets != "none":
+            buckets = default_buckets(options.resolution, options.bucket_step, options.bucket_max_ratio)
+        selection = Selection(index, held_out, buckets)
         counts = tuple(tuple(pool) for pool in selection.counts())
         batch = batch_size * world_size
         self._plan = _Plan(selection, counts, whole_seed(seed), index.digest, batch, options)

@@ -97,14 +97,6 @@ class DataOptions(BaseModel):
             raise ValueError(f"scale_min {low} is above scale_max {high}; give a range from small to large")
         return self
 
-    def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of each aspect-ratio bucket in pixels; empty for square crops."""
-        if self.buckets == "none":
-            return ()
-        from latentae.data.selection import default_buckets
-
-        return default_buckets(self.resolution, self.bucket_step, self.bucket_max_ratio)
-
 
 @table
 class ImageOptions:

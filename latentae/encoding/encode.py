@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from latentae.data.decode import decode_sample
-from latentae.data.selection import default_buckets
+from latentae.data.order import default_buckets
 from latentae.data.shard_files import expand_shards, read_shard
 from latentae.data.shard_index import ShardEntry, ShardIndex, load_index
 from latentae.data.sources import is_remote, name_of, sizes_of

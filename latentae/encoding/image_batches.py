@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.decode import decode_sample, image_extension
-from latentae.data.selection import Bucket, assign_buckets
+from latentae.data.order import Bucket, assign_buckets
 from latentae.data.shard_files import RawSample
 from latentae.data.sources import ByteStream, shown, size_of, stream
 from latentae.data.tars import Member, Problem, Reader, walk_samples

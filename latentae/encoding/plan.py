@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from latentae.data.selection import Bucket
+from latentae.data.order import Bucket
 from latentae.data.shard_index import ShardIndex
 from latentae.data.sources import is_remote, shown
 from latentae.encoding.options import EncodeOptions

@@ -12,7 +12,7 @@ from typing import Any
 
 from latentae.data.headers import MAX_PIXELS
 from latentae.data.loader import Batch, image_batches
-from latentae.data.selection import is_held_out
+from latentae.data.order import is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.errors import ShardError

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from latentae.data.decode import decode_sample
 from latentae.data.loader import Batch, TrainLoader, image_batches
 from latentae.data.options import DataOptions
-from latentae.data.selection import is_held_out
+from latentae.data.order import is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.data.shards import write_shards
 from latentae.data.shrinking import encode_png

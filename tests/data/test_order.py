@@ -11,8 +11,7 @@ import latentae
 from latentae import cli
 from latentae.data.loader import TrainLoader
 from latentae.data.options import DataOptions
-from latentae.data.order import EpochOrder, lane_share
-from latentae.data.selection import is_held_out
+from latentae.data.order import EpochOrder, is_held_out, lane_share
 from latentae.errors import DataError
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.data.selection import NO_BUCKET, Selection, assign_buckets, default_buckets, is_held_out
+from latentae.data.order import NO_BUCKET, Selection, assign_buckets, default_buckets, is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import load_index
 from latentae.errors import DataError

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae.data import shard_index as index_module
-from latentae.data.selection import is_held_out
+from latentae.data.order import is_held_out
 from latentae.data.shard_files import expand_shards, read_samples, read_shard
 from latentae.data.shard_index import OPEN_TABLES, SUFFIX, load_index, scan_shard, write_index
 from latentae.errors import OutputError, ShardError

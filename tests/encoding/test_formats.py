@@ -20,8 +20,7 @@ from safetensors import safe_open
 from torchvision.datasets import DatasetFolder
 
 from latentae.data.transforms import crop_to_bucket
-from latentae.encoding.formats import FORMATS, write
-from latentae.encoding.formats import lightningdit as lightningdit_module
+from latentae.encoding.formats import FORMATS, class_conditional, write
 from latentae.errors import DataError, OutputError, RecipeError
 
 LABELLED = ("lightningdit", "edm2", "repa", "mar", "fastdit")
@@ -106,7 +105,7 @@ def test_lightningdit(latents, tmp_path, monkeypatch):
     statistics = json.loads((folder / "statistics.json").read_text())
     np.testing.assert_allclose(reader.mean.flatten(), statistics["latents_mean"], rtol=1e-6)
     np.testing.assert_allclose(reader.std.flatten(), statistics["latents_std"], rtol=1e-6)
-    monkeypatch.setattr(lightningdit_module, "FILE_SAMPLES", 2)  # large shards are cut
+    monkeypatch.setattr(class_conditional, "FILE_SAMPLES", 2)  # large shards are cut
     reader = LightningDiT(write("lightningdit", folder, tmp_path / "cut"))
     assert len(list((tmp_path / "cut").glob("latents_rank*"))) == 3 + 4
     assert [int(reader.item(index, "latents")[1]) for index in range(12)] == [one.label for one in made]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 import latentae.encoding.encode as encode_module
 from latentae import AutoencoderKL, AutoencoderKLConfig, encode
 from latentae.data.decode import decode_image
-from latentae.data.selection import assign_buckets, default_buckets
+from latentae.data.order import assign_buckets, default_buckets
 from latentae.data.transforms import crop_to_bucket, resize_and_center_crop
 from latentae.encoding import image_batches
 from latentae.encoding.image_batches import geometry

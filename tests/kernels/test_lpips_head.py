@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_formulas import lpips_head_reference
 from latentae_kernels import BackendError, lpips_head, use_backend
-from latentae_kernels.lpips_head.reference import lpips_head_reference
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from kernel_formulas import norm_act_reference
 from latentae_kernels import BackendError, norm_act
 from latentae_kernels.norm_act import launch
 from latentae_kernels.norm_act.kernels import tile_offsets
-from latentae_kernels.norm_act.reference import norm_act_reference
 
 HALF = (torch.bfloat16, torch.float16)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

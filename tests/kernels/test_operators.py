@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_formulas import lpips_head_reference, norm_act_reference, row_norm_act_reference
 from latentae_kernels import (
     BackendError,
     Norm,
@@ -22,9 +23,6 @@ from latentae_kernels import (
     row_norm_act,
     use_backend,
 )
-from latentae_kernels.lpips_head.reference import lpips_head_reference
-from latentae_kernels.norm_act.reference import norm_act_reference
-from latentae_kernels.row_norm_act.reference import row_norm_act_reference
 from torch import Tensor
 
 KEYWORDS = {"p": "pre_bias", "r": "residual", "w": "conv_weight", "b": "conv_bias"}

@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_formulas import row_norm_act_reference
 from latentae_kernels import row_norm_act
 from latentae_kernels.row_norm_act.kernels import row_tile
-from latentae_kernels.row_norm_act.reference import row_norm_act_reference
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_formulas import norm_act_reference
 from latentae_kernels import Norm, conv3x3, winograd
-from latentae_kernels.norm_act.reference import norm_act_reference
 from latentae_kernels.winograd import Strips, convolve_strips
 
 FORMATS = [torch.channels_last, torch.contiguous_format]

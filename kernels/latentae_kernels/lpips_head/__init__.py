@@ -12,7 +12,6 @@ from ..autograd import differentiate_backward
 from ..dispatch import Backend, BackendError, resolve_backend
 from ..row_norm_act import MAX_CHANNELS
 from ..tensors import check_channel_vector, check_floating, check_like, compute_dtype, dense, like
-from .reference import lpips_head_gradients, unit
 
 __all__ = ["lpips_head"]
 
@@ -85,7 +84,7 @@ def _obstacle(a: Tensor, weight: Tensor) -> str | None:
 
 
 def _native(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> Tensor:
-    u, v = unit(a, eps)[0], unit(b, eps)[0]
+    u, v = _unit(a, eps)[0], _unit(b, eps)[0]
     with torch.autocast(a.device.type, enabled=False):
         # a 1x1 convolution has a dense gradient; that of a sum over channels is an expanded view,
         # twice as slow on a CPU
@@ -123,6 +122,33 @@ def _(gradient, a, b, weight, eps, needs_a, needs_b):
     return tuple(torch.empty_like(a) if needed else a.new_empty(0) for needed in (needs_a, needs_b))
 
 
+def _closed_form(
+    gradient: Tensor, a: Tensor, b: Tensor, weight: Tensor, eps: float, needs_a: bool, needs_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Closed form of lpips_head's gradient; it recomputes the norms, so its derivative is the
+    second derivative.
+
+    With u = a r0, v = b r1 and e = 2 g w (u - v) / HW: da = r0 (e - u sum_c(e u)), db = -r1 (e - v
+    sum_c(e v)).
+
+    Returns:
+        da and db in the dtype of `a`, None where not needed.
+    """
+    (u, r0), (v, r1) = _unit(a, eps), _unit(b, eps)
+    scale = gradient.to(u.dtype).view(-1, 1, 1, 1) * weight.to(u.dtype).view(1, -1, 1, 1)
+    e = (2 / a.shape[2:].numel()) * scale * (u - v)
+    da = (r0 * (e - u * (e * u).sum(dim=1, keepdim=True))).to(a.dtype) if needs_a else None
+    db = (r1 * (v * (e * v).sum(dim=1, keepdim=True) - e)).to(b.dtype) if needs_b else None
+    return da, db
+
+
+def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Features of unit length over channels, and 1 / length, in the compute dtype."""
+    x = x.to(compute_dtype(x))
+    scale = torch.rsqrt(x.square().sum(dim=1, keepdim=True) + eps)
+    return x * scale, scale
+
+
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     a, b, weight, ctx.eps = inputs
     ctx.save_for_backward(a, b, weight)
@@ -135,4 +161,4 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple:
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
-differentiate_backward(_backward, lpips_head_gradients, tensors=4)
+differentiate_backward(_backward, _closed_form, tensors=4)

@@ -19,8 +19,7 @@ from ..tensors import (
     dense,
     like,
 )
-from .group_norm import group_norm
-from .reference import norm_act_gradients
+from .group_norm import group_norm, norm_act_gradients
 
 __all__ = ["Act", "Norm", "check_norm_act", "norm_act"]
 

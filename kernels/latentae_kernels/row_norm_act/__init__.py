@@ -11,7 +11,6 @@ from torch import Tensor
 from ..autograd import differentiate_backward
 from ..dispatch import Backend, BackendError, resolve_backend
 from ..tensors import check_channel_vector, check_choice, check_floating, compute_dtype, dense, like
-from .reference import row_norm_act_gradients
 
 __all__ = ["MAX_CHANNELS", "row_norm_act"]
 
@@ -121,6 +120,55 @@ def _(dy, x, weight, bias, eps, norm, act, parameters):
     return torch.empty_like(dense(x)), *(x.new_empty(width, dtype=compute_dtype(x)) for width in widths)
 
 
+def _closed_form(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+    act: str,
+    parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Closed form of row_norm_act's gradient; it recomputes the statistics, so its derivative is
+    the second derivative.
+
+    With xh the normalized row, z = gamma xh + beta, dz = dy act'(z) and means over channels:
+    dx = (gamma dz - mean(gamma dz) - xh mean(gamma dz xh)) / std, without the first mean for "rms";
+    dgamma = sum dz xh, dbeta = sum dz.
+
+    Returns:
+        dx in the dtype of `x`; dgamma and dbeta [C] in the compute dtype, None where not computed.
+    """
+    gamma, dz = _channels(weight, x), dy.to(compute_dtype(x))
+    xh, rstd = _normalized(x, eps, norm)
+    if act == "silu":
+        z = gamma * xh if bias is None else gamma * xh + _channels(bias, x)
+        s = torch.sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    scaled = gamma * dz
+    dx = scaled - xh * (scaled * xh).mean(dim=1, keepdim=True)
+    if norm == "layer":
+        dx = dx - scaled.mean(dim=1, keepdim=True)
+    others = [0, *range(2, x.ndim)]
+    dweight = (dz * xh).sum(others) if parameters else None
+    return (dx * rstd).to(x.dtype), dweight, dz.sum(others) if parameters and bias is not None else None
+
+
+def _channels(vector: Tensor, x: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, ...], in the compute dtype."""
+    return vector.to(compute_dtype(x)).view((1, -1) + (1,) * (x.ndim - 2))
+
+
+def _normalized(x: Tensor, eps: float, norm: str) -> tuple[Tensor, Tensor]:
+    """x / std over channels, centered for "layer", and 1 / std."""
+    x = x.to(compute_dtype(x))
+    if norm == "layer":
+        x = x - x.mean(dim=1, keepdim=True)
+    rstd = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
+    return x * rstd, rstd
+
+
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, *ctx.options = inputs
     ctx.save_for_backward(x, weight, bias)
@@ -132,11 +180,6 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple:
     dx, dweight, dbias = _backward(dy, x, weight, bias, *ctx.options, needs_weight or needs_bias)
     dweight = dweight.to(weight.dtype) if needs_weight else None
     return dx, dweight, dbias.to(bias.dtype) if needs_bias else None, None, None, None
-
-
-def _closed_form(dy, x, weight, bias, eps, norm, act, parameters) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = row_norm_act_gradients(dy, x, weight, bias, eps, norm, act)
-    return dx, dweight if parameters else None, dbias if parameters and bias is not None else None
 
 
 _forward.register_autograd(_gradient, setup_context=_save)

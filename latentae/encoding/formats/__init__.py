@@ -1,4 +1,4 @@
-"""Latents in the layouts of diffusion trainers, one module per trainer; `write` writes any of them.
+"""Latents in the layouts of diffusion trainers, which `write` writes.
 
 lightningdit   samples, raw, also of flipped images; labels and statistics
 edm2           mean and standard deviation
@@ -10,15 +10,25 @@ kohya          samples, raw; images and captions
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from latentae.data.sources import is_remote, shown
 from latentae.encoding.class_labels import MISSING_LABELS
-from latentae.encoding.formats import edm2, fastdit, kohya, lightningdit, mar, repa
+from latentae.encoding.formats import kohya
+from latentae.encoding.formats.class_conditional import (
+    EDM2_ZIP,
+    build_edm2,
+    build_fastdit,
+    build_lightningdit,
+    build_mar,
+    build_repa,
+    check_fastdit,
+    check_mar,
+)
 from latentae.encoding.formats.layout import Layout, remove_staging
 from latentae.encoding.latent_dataset import LatentDataset
 from latentae.encoding.latent_shard import JSON_MEMBER
@@ -32,9 +42,11 @@ __all__ = ["FORMATS", "Format", "write"]
 
 
 class Format(NamedTuple):
-    """A layout and what it needs of the latents."""
+    """A layout, its options with their defaults, and what it needs of the latents."""
 
-    module: ModuleType
+    build: Callable[[Layout, LatentDataset, dict[str, Any]], None]
+    options: Mapping[str, Any] = {}
+    check: Callable[[LatentDataset, Path, dict[str, Any]], None] | None = None
     labels: bool = True
     flips: bool = False
     images: bool = False
@@ -43,12 +55,12 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "lightningdit": Format(lightningdit, flips=True),
-    "edm2": Format(edm2),
-    "repa": Format(repa, images=True),
-    "mar": Format(mar, flips=True),
-    "fastdit": Format(fastdit),
-    "kohya": Format(kohya, labels=False, buckets=True),
+    "lightningdit": Format(build_lightningdit, {"seed": 0}, flips=True),
+    "edm2": Format(build_edm2, {"folder": False}),
+    "repa": Format(build_repa, images=True),
+    "mar": Format(build_mar, check=check_mar, flips=True),
+    "fastdit": Format(build_fastdit, {"seed": 0, "scaling": None}, check_fastdit),
+    "kohya": Format(kohya.build, {"seed": 0, "model": "sd"}, kohya.check, labels=False, buckets=True),
 }
 
 
@@ -80,12 +92,12 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
         raise RecipeError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     if is_remote(str(out)):
         raise OutputError(f"{shown(str(out))} is not a local folder; {format} needs one")
-    module = FORMATS[format].module
-    options = _resolve(format, module.OPTIONS, options)
+    chosen = FORMATS[format]
+    options = _resolve(format, chosen.options, options)
     dataset, out = LatentDataset(latents), Path(out)
     _check(format, dataset)
-    if hasattr(module, "check"):
-        module.check(dataset, out, options)
+    if chosen.check is not None:
+        chosen.check(dataset, out, options)
     verb, inputs = f"encode --format {format}", {"latents": dataset.digest, **options}
     Job.open(out, verb, inputs)
     with alone(out):  # two tasks may end at the same time
@@ -95,15 +107,15 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
         else:
             layout = Layout(out, dataset, format)
             if not layout.built:
-                module.build(layout, dataset, options)
+                chosen.build(layout, dataset, options)
             layout.publish()
             job.finish(samples=len(dataset))
             say(f"encode: {len(dataset)} latents for {format} in {out}")
         remove_staging(out)
-    return out / edm2.ZIP if format == "edm2" and not options["folder"] else out
+    return out / EDM2_ZIP if format == "edm2" and not options["folder"] else out
 
 
-def _resolve(format: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _resolve(format: str, known: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The options of a format, with defaults."""
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:

@@ -23,9 +23,8 @@ from latentae.encoding.latent_dataset import LatentDataset
 from latentae.encoding.latent_shard import JSON_MEMBER
 from latentae.errors import OutputError, RecipeError
 
-__all__ = ["FACTOR", "OPTIONS", "build", "check", "check_names", "crop_ltrb"]
+__all__ = ["FACTOR", "build", "check", "check_names", "crop_ltrb"]
 
-OPTIONS: dict[str, Any] = {"seed": 0, "model": "sd"}
 FACTOR = 8
 
 

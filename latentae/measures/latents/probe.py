@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentae.data.selection import is_held_out
+from latentae.data.order import is_held_out
 
 __all__ = ["HELD_OUT", "LinearProbe", "fit_probe", "pooled", "probe_report"]
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from latentae.data.selection import is_held_out
+from latentae.data.order import is_held_out
 from latentae.measures.latents.probe import HELD_OUT, fit_probe, pooled, probe_report
 
 
