@@ -28,7 +28,7 @@ _HOME = {
     "AutoencoderKL": "models.autoencoder",
     "AutoencoderKLConfig": "models.config",
     "AutoencoderOutput": "models.base",
-    "DiagonalGaussian": "models.posterior",
+    "DiagonalGaussian": "models.base",
     "LatentAEError": "errors",
     "LatentDataset": "encoding.latent_dataset",
     "LinearAutoencoder": "models.linear",
@@ -57,12 +57,11 @@ if TYPE_CHECKING:
     from latentae.exporting.export import export
     from latentae.inference.pipeline import pipeline
     from latentae.models.autoencoder import AutoencoderKL
-    from latentae.models.base import Autoencoder, AutoencoderOutput
+    from latentae.models.base import Autoencoder, AutoencoderOutput, DiagonalGaussian
     from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig, LinearAutoencoderConfig
     from latentae.models.dc.autoencoder import AutoencoderDC
     from latentae.models.fuse import fuse
     from latentae.models.linear import LinearAutoencoder
-    from latentae.models.posterior import DiagonalGaussian
     from latentae.tasks.anomaly import anomaly
     from latentae.tasks.denoise import denoise
     from latentae.tasks.features import features

@@ -29,8 +29,7 @@ from latentae_kernels import use_backend
 from torch import Tensor, nn
 
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.base import AutoencoderOutput
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import AutoencoderOutput, DiagonalGaussian
 from latentae.training.launch import build_accelerator
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer, build_autoencoder

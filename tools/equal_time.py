@@ -35,7 +35,7 @@ from latentae.data.shards import shards as write_shards
 from latentae.data.transforms import to_float, to_uint8
 from latentae.losses.objective import Objective
 from latentae.measures.metrics import psnr, ssim
-from latentae.models import architectures
+from latentae.models.config import build as build_model
 from latentae.training.launch import build_accelerator
 from latentae.training.optim import learning_rate_scale
 from latentae.training.recipe import Recipe, load_recipe
@@ -117,7 +117,7 @@ def recipe_on(home: Path, name: str, **overrides: Any) -> Recipe:
 @torch.inference_mode()
 def quality(recipe: Recipe, weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Means over the held-out tiles, reconstructed from the mean by latentae's class."""
-    model = architectures.build(recipe.autoencoder_config())
+    model = build_model(recipe.autoencoder_config())
     model.load_state_dict(weights)
     model.eval()
     objective = Objective(recipe.loss, recipe.autoencoder_config().latent_channels)

@@ -37,7 +37,7 @@ from latentae.evaluation.diffusability.flow import fit_flow
 from latentae.evaluation.diffusability.latents import Latents, Whitening
 from latentae.losses.objective import Objective
 from latentae.measures.metrics import psnr
-from latentae.models import architectures
+from latentae.models.config import build
 from latentae.training.init import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
 from latentae.training.recipe import Recipe, load_recipe
@@ -110,7 +110,7 @@ class Evaluator:
 
 
 def averaged(trainer: Trainer) -> Any:
-    model = architectures.build(trainer.raw_autoencoder.config)
+    model = build(trainer.raw_autoencoder.config)
     model.load_state_dict(trainer.ema.state_dict())
     return model.eval()
 

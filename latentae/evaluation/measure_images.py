@@ -24,8 +24,7 @@ from latentae.measures.latents.probe import pooled
 from latentae.measures.metrics import TAPS, psnr, ssim
 from latentae.measures.perceptual_distance import Distance
 from latentae.measures.scores import Scores
-from latentae.models.base import Autoencoder
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import Autoencoder, DiagonalGaussian
 
 __all__ = ["Instruments", "Loaded", "load_images", "measure", "samples_at"]
 

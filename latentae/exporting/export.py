@@ -38,9 +38,8 @@ from latentae.exporting.training_parts import copy_training_parts
 from latentae.file_names import RECORD
 from latentae.files import sha256, staged_folder, write_json, write_text
 from latentae.jobs import Job
-from latentae.models.architectures import build
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderKLConfig, build
 from latentae.models.pretrained import ModelSource, load_weights, resolve_model
 from latentae.options import verb
 from latentae.progress import say

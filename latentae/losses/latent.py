@@ -10,7 +10,7 @@ from torch import Tensor
 from latentae.errors import RecipeError
 from latentae.losses.adversarial import twice_differentiable
 from latentae.losses.reconstruction import wide
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 
 __all__ = [
     "active_fraction",

@@ -6,13 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
-from latentae.models.base import Autoencoder
-from latentae.models.blocks import Downsample, Level, MidBlock, Upsample, group_norm, recomputed, run_block
+from latentae.models.base import Autoencoder, DiagonalGaussian
+from latentae.models.blocks import (
+    Attention,
+    Downsample,
+    Level,
+    MidBlock,
+    ResnetBlock,
+    Upsample,
+    group_norm,
+    recomputed,
+    run_block,
+)
 from latentae.models.config import AutoencoderKLConfig
-from latentae.models.pending import Pending, convolve, normalize_convolve
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.layer_steps import Pending, convolve, normalize_activate, normalize_convolve
 
 __all__ = ["AutoencoderKL", "Coder", "Decoder", "Encoder"]
 
@@ -45,6 +56,12 @@ class Coder(nn.Module, ABC):
         else:
             out, total = normalize_convolve(self.conv_norm_out, self.conv_out, h)
         return (out.value(), total.value().detach()) if keep_features else out.value()
+
+    @torch.no_grad()
+    def activation(self, features: Tensor) -> Tensor:
+        """The last convolution's input in at least fp32, from the last normalization's."""
+        y = normalize_activate(self.conv_norm_out, features)
+        return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def _levels(
@@ -99,6 +116,7 @@ class Decoder(Coder):
 class AutoencoderKL(Autoencoder):
     """The autoencoder of latent diffusion (Rombach et al. 2022), with diffusers' keys."""
 
+    branches = (ResnetBlock, Attention)
     config: AutoencoderKLConfig
     encoder: Encoder
     decoder: Decoder
@@ -112,6 +130,39 @@ class AutoencoderKL(Autoencoder):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def decoder_weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        with torch.autocast(features.device.type, enabled=False):
+            activation = self.decoder.activation(features)
+            shape = [gradient.shape[1], *self.decoder.conv_out.weight.shape[1:]]
+            return conv2d_weight(activation, shape, gradient.to(activation.dtype), padding=1)
+
+    def encoder_weight_gradient(self, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        convs = [self.encoder.conv_out, *([] if self.quant_conv is None else [self.quant_conv])]
+        with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
+            x = self.encoder.activation(features)
+            weights = [conv.weight.detach().to(x.dtype) for conv in convs]
+            weights[0].requires_grad_()
+            for conv, weight in zip(convs, weights, strict=True):
+                assert conv.bias is not None
+                x = F.conv2d(x, weight, conv.bias.detach().to(x.dtype), padding=weight.shape[-1] // 2)
+            posterior = DiagonalGaussian(x)
+            latent = posterior.mode() if noise is None else posterior.sample(noise=noise.to(x.dtype))
+            return torch.autograd.grad(latent, weights[0], gradient.to(x.dtype))[0]
+
+    def _parts(self) -> dict[str, Sequence[nn.Module | None]]:
+        encoder, decoder = self.encoder, self.decoder
+        before = (encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out)
+        after = (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0])
+        return {
+            "encoder": [encoder, self.quant_conv],
+            "decoder": [self.post_quant_conv, decoder],
+            "decoder-head": [decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out],
+            "latent": [*before, self.quant_conv, self.post_quant_conv, *after],
+        }
 
     def _encode(self, x: Tensor, keep_features: bool) -> tuple[DiagonalGaussian, Tensor | None]:
         moments, features = self._run(self.encoder, x, keep_features)

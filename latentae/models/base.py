@@ -3,18 +3,65 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from latentae.errors import ImageError, ModelError
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.pretrained import load_model, save_model
 
-__all__ = ["Autoencoder", "AutoencoderOutput"]
+__all__ = ["Autoencoder", "AutoencoderOutput", "DiagonalGaussian", "Part"]
+
+Part = Literal["all", "decoder", "decoder-head", "encoder", "latent"]
+
+_NO_LAST_LAYER = "a {} has no last layer to weigh losses at; set adaptive = false"
+
+
+class DiagonalGaussian:
+    """A normal distribution with a diagonal covariance for each latent element.
+
+    Args:
+        moments: [B, 2z, h, w], mean and log-variance stacked over channels. Half precision is
+            widened to fp32 and the log-variance is clamped to [-30, 20], as in LDM.
+    """
+
+    SMALLEST_LOGVAR = -30.0
+    """A standard deviation of 3e-7: a sample equals the mean."""
+
+    def __init__(self, moments: Tensor) -> None:
+        moments = moments.to(torch.promote_types(moments.dtype, torch.float32))
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(self.SMALLEST_LOGVAR, 20.0)
+
+    @classmethod
+    def of_mean(cls, mean: Tensor) -> DiagonalGaussian:
+        """The posterior of a deterministic encoder: `mean` [B, z, h, w], smallest variance."""
+        return cls(torch.cat([mean, torch.full_like(mean, cls.SMALLEST_LOGVAR)], dim=1))
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, [B, z, h, w]."""
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise (Kingma & Welling 2013, eq. 4), [B, z, h, w], noise drawn if None."""
+        if noise is None:
+            noise = torch.randn(
+                self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+            )
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """The most likely latent: the mean, [B, z, h, w]."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, I)) of each image's latent, [B] (Kingma & Welling 2013, appendix B)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -52,6 +99,8 @@ class Autoencoder(nn.Module, ABC):
             the rest. Outputs and gradients stay the same. Models without blocks ignore it.
     """
 
+    branches: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The residual branches."""
     config: Any
     encoder: Any
     decoder: Any
@@ -129,6 +178,83 @@ class Autoencoder(nn.Module, ABC):
         self.encoder.compile(**options)
         self.decoder.compile(**options)
 
+    def select_trainable(self, part: Part) -> None:
+        """Set `requires_grad` so that only a part of the model is trained.
+
+        A reconstruction gives every parameter of it a gradient.
+
+        Args:
+            part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its finest
+                level and the layers after it), which leave the latent unchanged; "encoder" (with the
+                1x1 convolution after it); or "latent", the coarsest level and the middle of both,
+                which DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled
+                high-resolution adaptation"). In an AutoencoderDC only levels with blocks count.
+
+        Raises:
+            ModelError: an unknown part, or one that this architecture does not have.
+        """
+        if part not in get_args(Part):
+            raise ModelError(f"unknown part {part!r} to train; the parts are {', '.join(get_args(Part))}")
+        parts = {"all": [self], **self._parts()}
+        if part not in parts:
+            raise ModelError(f"a {type(self).__name__} has no part {part!r}; train 'all'")
+        self.requires_grad_(False)
+        for module in parts[part]:
+            if module is not None:
+                module.requires_grad_(True)
+
+    def _parts(self) -> dict[str, Sequence[nn.Module | None]]:
+        """The modules of each part that can be trained alone."""
+        return {}
+
+    def trunk_names(self) -> set[str]:
+        """Names of the parameters outside residual branches."""
+        branches = (name for name, module in self.named_modules() if isinstance(module, self.branches))
+        prefixes = tuple(f"{name}." for name in branches)
+        return {name for name, _ in self.named_parameters() if not name.startswith(prefixes)}
+
+    def decoder_weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """d sum(gradient * reconstruction) / d weight of the decoder's last convolution.
+
+        Adaptive weights compare losses by the norm of their gradients at the last layer of the
+        decoder (Esser et al. 2021, "Taming Transformers", eq. 7) or of the encoder (Yao & Wang
+        2025, "Reconstruction vs. Generation", "adaptive weighting"). Other code retains the graph
+        for one backward pass per loss. The weight gradient of a convolution needs only its input
+        and the gradient at its output, so no backward pass is needed here.
+
+        Args:
+            features: `AutoencoderOutput.decoder_features`, of the same weights.
+            gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work and
+                give [n C, ...].
+
+        Returns:
+            [C, C_in, 3, 3] in at least fp32; [4 C, C_in, 3, 3] if a pixel shuffle follows the last
+            convolution.
+
+        Raises:
+            ModelError: a model without such a layer.
+        """
+        raise ModelError(_NO_LAST_LAYER.format(type(self).__name__))
+
+    def encoder_weight_gradient(self, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
+        """d sum(gradient * latent) / d weight of the encoder's last convolution.
+
+        The layers from it to the sample run again, which costs little at the latent's resolution.
+
+        Args:
+            features: `AutoencoderOutput.encoder_features`, of the same weights.
+            noise: the posterior sample's noise, [B, z, h, w]; None if the mean was decoded.
+            gradient: [B, z, h, w].
+
+        Returns:
+            [2z, C_in, 3, 3] in at least fp32, the weight of mean and log-variance; [z, C_in, 3, 3],
+            that of the mean, for an AutoencoderDC.
+
+        Raises:
+            ModelError: a model without such a layer.
+        """
+        raise ModelError(_NO_LAST_LAYER.format(type(self).__name__))
+
     def check_image(self, x: Tensor) -> None:
         """Check the shape of images.
 
@@ -185,8 +311,6 @@ class Autoencoder(nn.Module, ABC):
             ModelError: none of these, weights that do not fit the config, or a model of another
                 class.
         """
-        from latentae.models.pretrained import load_model
-
         model = load_model(path, weights)[0]
         if not isinstance(model, cls):
             raise ModelError(f"{path} is a {type(model).__name__}, not a {cls.__name__}; load it as one")
@@ -194,6 +318,4 @@ class Autoencoder(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write diffusers' `config.json` and `diffusion_pytorch_model.safetensors`."""
-        from latentae.models.pretrained import save_model
-
         save_model(self, folder, dtype)

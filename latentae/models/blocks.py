@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentae.models.pending import Pending, attend, convolve, residual_step, upsample_convolve
-from latentae.models.plain import is_unhooked
+from latentae.models.layer_steps import (
+    Pending,
+    attend,
+    convolve,
+    is_unhooked,
+    residual_step,
+    upsample_convolve,
+)
 
 __all__ = [
     "Attention",

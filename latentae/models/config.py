@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "SampleSize",
     "ScalingFactor",
     "ShiftFactor",
+    "build",
     "check_values",
     "read_config",
     "read_config_values",
@@ -48,11 +50,13 @@ Config = TypeVar("Config", bound="AutoencoderConfig")
 
 
 class AutoencoderConfig(BaseModel, ABC):
-    """The shape of an autoencoder."""
+    """The shape of an autoencoder. A new one is also added to `CONFIGS`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     class_name: ClassVar[str]
     """`_class_name` in config.json."""
+    architecture: ClassVar[str]
+    """The class that it builds, as `module:name`; as text, because that module imports this one."""
 
     if TYPE_CHECKING:  # fields of every subclass, each in its own order
         in_channels: int
@@ -101,6 +105,11 @@ class AutoencoderConfig(BaseModel, ABC):
         """The values as plain JSON types, with the class name that diffusers looks up."""
         values = self.model_dump(mode="json")
         return {"_class_name": self.class_name, "_diffusers_version": "0.34.0", **values}
+
+
+def build(config: AutoencoderConfig) -> Any:
+    """The `Autoencoder` of this shape with initial weights."""
+    return pkgutil.resolve_name(config.architecture)(config)
 
 
 def check_values(of: type[Config], values: Mapping[str, Any], source: str | Path) -> Config:
@@ -160,18 +169,16 @@ def read_config(path: str | Path) -> AutoencoderConfig:
     """
     values = read_config_values(path)
     name = values.get("_class_name", AutoencoderKLConfig.class_name)
-    classes = {
-        of.class_name: of for of in (AutoencoderKLConfig, AutoencoderDCConfig, LinearAutoencoderConfig)
-    }
-    if name not in classes:
-        raise ModelError(f"{path} describes a {name}; this loader reads {', '.join(classes)}")
-    return classes[name].from_values(values, path)
+    if name not in CONFIGS:
+        raise ModelError(f"{path} describes a {name}; this loader reads {', '.join(CONFIGS)}")
+    return CONFIGS[name].from_values(values, path)
 
 
 class AutoencoderKLConfig(AutoencoderConfig):
     """Every key of a diffusers AutoencoderKL config, with the same meaning and default."""
 
     class_name = "AutoencoderKL"
+    architecture = "latentae.models.autoencoder:AutoencoderKL"
 
     in_channels: ChannelsIn = 3
     out_channels: ChannelsOut = 3
@@ -226,6 +233,7 @@ class LinearAutoencoderConfig(AutoencoderConfig):
     """The shape of a linear autoencoder, a class that diffusers does not have."""
 
     class_name = "LinearAutoencoder"
+    architecture = "latentae.models.linear:LinearAutoencoder"
 
     in_channels: ChannelsIn = 3
     out_channels: ChannelsOut = 3
@@ -297,6 +305,7 @@ class AutoencoderDCConfig(AutoencoderConfig):
     """
 
     class_name = "AutoencoderDC"
+    architecture = "latentae.models.dc.autoencoder:AutoencoderDC"
 
     in_channels: ChannelsIn = 3
     latent_channels: LatentChannels = 32
@@ -425,3 +434,9 @@ class AutoencoderDCConfig(AutoencoderConfig):
                 f"{key} ends with {widths[-1]}, which latent_channels {self.latent_channels} does not "
                 f"divide; choose another, or set {shortcut} = false"
             )
+
+
+CONFIGS: dict[str, type[AutoencoderConfig]] = {
+    of.class_name: of for of in (AutoencoderKLConfig, AutoencoderDCConfig, LinearAutoencoderConfig)
+}
+"""All architectures by the name of their class."""

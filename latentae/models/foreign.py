@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from latentae.errors import MissingDependencyError, ModelError, first_line, some
 from latentae.files import sha256
-from latentae.models.architectures import ARCHITECTURES
-from latentae.models.base import Autoencoder
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.config import (
+    CONFIGS,
     AutoencoderConfig,
     ChannelsIn,
     ChannelsOut,
@@ -24,7 +24,6 @@ from latentae.models.config import (
     ShiftFactor,
     read_config_values,
 )
-from latentae.models.posterior import DiagonalGaussian
 from latentae.models.pretrained import CONFIG, ModelSource, folder_weights, hub_id, load_model
 
 __all__ = ["ForeignAutoencoder", "ForeignConfig", "load_any_model"]
@@ -100,11 +99,10 @@ def _foreign_folder(path: str | Path) -> Path | None:
     """The folder whose config.json names a class that this library does not have."""
     if hub_id(path) is not None:
         return None
-    ours = {config.class_name for config in ARCHITECTURES}
     for folder in (Path(path), Path(path) / "vae"):
         if (folder / CONFIG).is_file():
             name = read_config_values(folder / CONFIG).get("_class_name")
-            return folder if isinstance(name, str) and name not in ours else None
+            return folder if isinstance(name, str) and name not in CONFIGS else None
     return None
 
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from latentae.errors import ModelError
 from latentae.models.dc.blocks import add, convolve
-from latentae.models.pending import Pending, residual_step, upsample_convolve
-from latentae.models.plain import has_hooks, is_plain
+from latentae.models.layer_steps import Pending, has_hooks, is_plain, residual_step, upsample_convolve
 
 __all__ = ["Fusion", "fuse"]
 

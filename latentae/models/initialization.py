@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from latentae.errors import ModelError, some
 from latentae.file_names import DISCRIMINATOR
-from latentae.models.architectures import build
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.base import Autoencoder
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.blocks import Attention, ResnetBlock
-from latentae.models.config import AutoencoderConfig
+from latentae.models.config import AutoencoderConfig, build
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.blocks import Attention as LinearAttention
 from latentae.models.dc.blocks import Down, GatedConv, ResidualBlock, Up
 from latentae.models.ldm import discriminator_from_ldm, ldm_prefix
-from latentae.models.posterior import DiagonalGaussian
 from latentae.models.pretrained import TRAINING, ModelSource, resolve_model
 from latentae.models.state_dicts import fitting_state
 from latentae.models.weight_files import read_tensors

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentae.errors import ModelError
-from latentae.models.base import Autoencoder
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.pca import PatchPCA
-from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["LinearAutoencoder"]
 

@@ -17,18 +17,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentae.errors import ImageError, MissingDependencyError, ModelError, first_line, some
 from latentae.file_names import METRICS_LOG, RECORD
 from latentae.files import atomic_file, read_json, sha256, write_json
-from latentae.models.architectures import build
-from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderConfig, read_config
+from latentae.models.config import AutoencoderConfig, build, read_config
 from latentae.models.pickled import PICKLES
 from latentae.models.state_dicts import fitting_state, inferred_config
 from latentae.models.weight_files import is_weights_file, read_tensors, weight_parts
@@ -137,8 +135,8 @@ class ModelSource:
 
 def load_model(
     path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
-) -> tuple[Autoencoder, ModelSource]:
-    """The model behind `path` in evaluation mode, channels_last, fp32, and its source.
+) -> tuple[Any, ModelSource]:
+    """The `Autoencoder` behind `path` in evaluation mode, channels_last, fp32, and its source.
 
     Raises:
         ModelError: see `resolve_model` and `load_weights`.
@@ -149,7 +147,7 @@ def load_model(
     return model.to(device).eval(), source
 
 
-def load_weights(model: Autoencoder, file: str | Path) -> None:
+def load_weights(model: nn.Module, file: str | Path) -> None:
     """Copy a file of weights into `model`.
 
     Raises:
@@ -311,7 +309,7 @@ def save_weights(state: dict[str, Tensor], file: str | Path, dtype: torch.dtype 
         save_file(plain, temporary, metadata={"format": "pt"})
 
 
-def save_model(model: Autoencoder, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Any, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write diffusers' `config.json` and weights file into `folder`."""
     folder = Path(folder)
     save_weights(model.state_dict(), folder / WEIGHTS, dtype)

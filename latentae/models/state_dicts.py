@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from latentae.errors import ModelError, some
-from latentae.models.base import Autoencoder
-from latentae.models.config import AutoencoderKLConfig
+from latentae.models.config import AutoencoderConfig, AutoencoderKLConfig
 from latentae.models.ldm import infer_config, ldm_names, ldm_prefix, prefix_before
 from latentae.progress import note
 
@@ -46,7 +46,7 @@ _FAMILIES = (
 )
 
 
-def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
+def fitting_state(model: Any, tensors: Mapping[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """The tensors of `file` as a state dict of `model`, which may be on the meta device.
 
     An LDM file with an average of all weights of the autoencoder (`model_ema.*`, from LDM's
@@ -74,7 +74,7 @@ def fitting_state(model: Autoencoder, tensors: Mapping[str, Tensor], file: str |
         state = {
             key: _matrix(tensors[name], expected[key]) for key, name in source.items() if name in tensors
         }
-        _check(model, expected, state, source)
+        _check(model.config, expected, state, source)
         unknown, harmless = _split_unknown(tensors, {*names.values(), *source.values()}, prefix)
         if unknown:
             raise ModelError(f"it has unknown {some(unknown)}; {_advice(unknown, prefix)}")
@@ -144,14 +144,17 @@ def _matrix(value: Tensor, expected: Tensor) -> Tensor:
 
 
 def _check(
-    model: Autoencoder, expected: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Mapping[str, str]
+    config: AutoencoderConfig,
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
 ) -> None:
     """Check that `state` has the keys and shapes of `expected`; `names` are the file's."""
     wrong = [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         latent = ("quant_conv", "post_quant_conv", "decoder.conv_in")
         key = next((key for key in wrong if key.startswith(latent)), wrong[0])
-        z = model.config.latent_channels
+        z = config.latent_channels
         hint = f"; the config says latent_channels = {z}" if key.startswith(latent) else ""
         raise ModelError(
             f"{names[key]} has shape {tuple(state[key].shape)}, the model expects "

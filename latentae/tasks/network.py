@@ -13,8 +13,7 @@ from torch import Tensor
 from latentae.data.transforms import pad_to_multiple, to_float, to_uint8
 from latentae.device import choose_device
 from latentae.errors import ModelError
-from latentae.models.base import Autoencoder
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.pretrained import load_model, resolve_model
 from latentae.tasks.inputs import Images, Item, Labels, no_label
 from latentae.tasks.options import TaskOptions

@@ -22,7 +22,6 @@ from latentae.losses.adversarial import twice_differentiable
 from latentae.losses.objective import LossTerms, Objective
 from latentae.losses.reconstruction import wide
 from latentae.models.base import Autoencoder, AutoencoderOutput
-from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.training.adversary import Adversary, reduction
 from latentae.training.corruption import Corruption, Draws
 from latentae.training.launch import mean_over_processes
@@ -223,7 +222,7 @@ class AutoencoderLoss:
         if options.adaptive:
             assert passed.output.decoder_features is not None
             both = torch.cat([others, gradient], dim=1)
-            pair = decoder_weight_gradient(self.model, passed.output.decoder_features, both).chunk(2)
+            pair = self.model.decoder_weight_gradient(passed.output.decoder_features, both).chunk(2)
             scalars["adversarial/ratio"] = self._ratio(pair, options.max_ratio)
             weight = weight * scalars["adversarial/ratio"]
         if passed.part.report:
@@ -260,7 +259,7 @@ class AutoencoderLoss:
             assert output.encoder_features is not None
             features, noise = output.encoder_features, passed.noise if self.sampled else None
             pair = [
-                encoder_weight_gradient(self.model, features, noise, g) for g in (through_decoder, gradient)
+                self.model.encoder_weight_gradient(features, noise, g) for g in (through_decoder, gradient)
             ]
             scalars["alignment/ratio"] = self._ratio(pair, math.inf)
             weight = weight * scalars["alignment/ratio"]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from latentae.models.base import Autoencoder
-from latentae.models.trainable import trunk_names
 from latentae.training.options import OptimizerOptions
 
 __all__ = [
@@ -35,7 +34,7 @@ def autoencoder_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """Optimizers of the autoencoder and of its losses' parameters, by their checkpoint names."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trunk = trunk_names(model) & named.keys() if options.trunk_lr_ratio < 1 else set[str]()
+    trunk = model.trunk_names() & named.keys() if options.trunk_lr_ratio < 1 else set[str]()
     hidden = {name for name, p in named.items() if options.name == "muon" and _is_hidden(name, p)} - trunk
     rest, owned = [p for name, p in named.items() if name not in hidden | trunk], list(owned)
     found: dict[str, torch.optim.Optimizer] = {}

@@ -14,10 +14,10 @@ from latentae.data.transforms import to_float
 from latentae.errors import ModelError, RecipeError
 from latentae.losses.objective import Objective
 from latentae.losses.options import AdversarialOptions
-from latentae.models.architectures import build
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.backbone import FrozenBackbone
 from latentae.models.base import Autoencoder
+from latentae.models.config import build
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.discriminator import FeatureDiscriminator, PatchDiscriminator, UNetDiscriminator
 from latentae.models.initialization import (
@@ -27,7 +27,6 @@ from latentae.models.initialization import (
     set_initial_logvar,
     start_linear,
 )
-from latentae.models.trainable import select_trainable
 from latentae.progress import note
 from latentae.training.adversary import Adversary
 from latentae.training.autoencoder_loss import AutoencoderLoss, Part
@@ -275,7 +274,7 @@ def build_autoencoder(recipe: Recipe) -> Autoencoder:
         set_initial_logvar(model, recipe.model.initial_logvar)
     if recipe.model.bottleneck == "deterministic":
         set_deterministic(model)
-    select_trainable(model, recipe.model.train)
+    model.select_trainable(recipe.model.train)
     model.gradient_checkpointing = recipe.model.gradient_checkpointing
     return model
 

@@ -102,7 +102,7 @@ def _model(recipe: Recipe) -> str:
     """Shape and size, as far as the files that the recipe names still exist."""
     import torch
 
-    from latentae.models.architectures import build
+    from latentae.models.config import build
 
     try:
         config = recipe.autoencoder_config()

@@ -15,8 +15,8 @@ from latentae.data.shard_files import expand_shards
 from latentae.data.streaming import streams
 from latentae.data.transforms import to_float, to_uint8
 from latentae.measures.metrics import TAPS, psnr, ssim
-from latentae.models.architectures import build
 from latentae.models.base import Autoencoder
+from latentae.models.config import build
 from latentae.pages.images import image_grid
 from latentae.progress import say
 from latentae.training.recipe import Recipe

@@ -13,7 +13,7 @@ from latentae.errors import OutputError
 from latentae.evaluation.measurement import ORIGINALS, ChunkFiles, Measurement, chunks_of, spread
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.scores import Scores
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 
 
 def measured(seed, count=3):

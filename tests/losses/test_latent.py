@@ -20,7 +20,7 @@ from latentae.losses.latent import (
     mean_activation,
 )
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 from latentae.models.presets import preset
 
 

@@ -12,7 +12,7 @@ from latentae.losses.options import LossOptions
 from latentae.losses.perceptual import gram_distance
 from latentae.losses.reconstruction import charbonnier, l1, l2, wavelet
 from latentae.losses.spectrum import spectrum_matching
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 
 EVERYTHING = {
     "l1": 1.0,

@@ -10,8 +10,7 @@ import torch
 from small_models import DC
 
 from latentae.errors import ModelError
-from latentae.models.architectures import build
-from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig, read_config
+from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig, build, read_config
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.presets import DC_PRESETS, preset_config, preset_kind, preset_names
 

@@ -9,7 +9,7 @@ from small_models import weights_that_do_not_learn
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ModelError
 from latentae.measures.metrics import psnr
-from latentae.models.architectures import build
+from latentae.models.config import build
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.head_start import start_at_pca
 from latentae.models.pca import PatchPCA, fit_pca, sketch_pca

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentae.models.discriminator import PatchDiscriminator, _norm
-from latentae.models.tiling.maps import Moments, affine
+from latentae.models.latent_statistics import Moments
+from latentae.models.tiling.maps import affine, moments_of
 
 
 @pytest.mark.parametrize("norm", ["group", "instance"])
@@ -42,9 +43,9 @@ def test_statistics_of_strips_give_the_whole():
     x = 300 + torch.randn(1, 16, 200, 100, generator=torch.Generator().manual_seed(0)).contiguous(
         memory_format=torch.channels_last
     )
-    moments, norm = Moments(16), nn.GroupNorm(4, 16, eps=1e-6)
+    moments, norm = Moments.empty(16), nn.GroupNorm(4, 16, eps=1e-6)
     for strip in x.split(70, dim=2):
-        moments.add(strip)
-    scale, shift = (t.double().view(1, -1, 1, 1) for t in affine(norm, moments.mean, moments.variance))
+        moments = moments.merge(moments_of(strip))
+    scale, shift = (t.double().view(1, -1, 1, 1) for t in affine(norm, moments))
     want = F.group_norm(x.double(), 4, eps=1e-6)
     assert ((x.double() * scale + shift - want).norm() / want.norm()).item() < 2e-5

@@ -10,9 +10,9 @@ import torch
 
 from latentae.data.builtin import digits
 from latentae.data.transforms import to_float
+from latentae.models.base import DiagonalGaussian
 from latentae.models.linear import LinearAutoencoder
 from latentae.models.pca import fit_pca, principal_angles
-from latentae.models.posterior import DiagonalGaussian
 from latentae.training.launch import build_accelerator, close_accelerator
 from latentae.training.recipe import load_recipe
 from latentae.training.steps import Trainer

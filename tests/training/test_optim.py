@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentae.models.architectures import build
+from latentae.models.config import build
 from latentae.models.presets import preset_config
-from latentae.models.trainable import trunk_names
 from latentae.training.optim import autoencoder_optimizers, learning_rate_scale
 from latentae.training.options import OptimizerOptions
 
@@ -46,7 +45,7 @@ def test_the_trunk_has_a_rate_of_its_own_and_every_weight_one_optimizer(preset, 
     assert sorted(id(p) for parameters in found.values() for p in parameters) == sorted(
         map(id, model.parameters())
     )
-    trunk = {id(p) for key, p in model.named_parameters() if key in trunk_names(model)}
+    trunk = {id(p) for key, p in model.named_parameters() if key in model.trunk_names()}
     assert {id(p) for p in found["autoencoder-trunk"]} == trunk
     rates = {key: o.param_groups[0]["lr"] for key, o in optimizers.items()}
     assert rates == {key: 1e-3 if key == "autoencoder-trunk" else 1e-2 for key in rates}

@@ -20,9 +20,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from latentae.errors import DataError, ModelError, first_line
-from latentae.models.base import Autoencoder
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.config import AutoencoderConfig
-from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["DECODER", "ENCODER", "HalfAudit", "HalfRun", "audit_half", "trace_coders"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentae.errors import DataError, ImageError, ModelError
 from latentae.measures.latents.spectrum import SMALLEST, power_sums, spectrum
+from latentae.models.base import DiagonalGaussian
 from latentae.models.latent_statistics import LatentStatistics
-from latentae.models.posterior import DiagonalGaussian
 
 __all__ = ["ACTIVE_VARIANCE", "LatentReport", "active_units", "effective_rank", "kl_by_channel"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from latentae.models.base import Autoencoder
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.blocks import recomputed, run_block
 from latentae.models.config import AutoencoderDCConfig, Level
 from latentae.models.dc.blocks import (
@@ -22,9 +22,7 @@ from latentae.models.dc.blocks import (
     normalize_activate,
     repeated,
 )
-from latentae.models.pending import Pending
-from latentae.models.plain import is_plain
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.layer_steps import Pending, is_plain
 
 __all__ = ["AutoencoderDC", "DCDecoder", "DCEncoder"]
 
@@ -90,12 +88,6 @@ class DCEncoder(nn.Module):
         moments = mean if self.conv_out_logvar is None else torch.cat([mean, self.conv_out_logvar(h)], dim=1)
         return (moments, h.detach()) if keep_features else moments
 
-    @torch.no_grad()
-    def weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:
-        """d sum(gradient * mean) / d conv_out.weight, [z, C, 3, 3]."""
-        wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        return conv2d_weight(wide, self.conv_out.weight.shape, gradient.to(wide.dtype), padding=1)
-
 
 class DCDecoder(nn.Module):
     """Latent [B, z, h, w] -> image [B, C, f*h, f*w]."""
@@ -142,20 +134,6 @@ class DCDecoder(nn.Module):
     def _finish(self, h: Pending) -> Pending:
         return Pending(self.conv_out(normalize_activate(self.norm_out, h.value(), self.act)))
 
-    @torch.no_grad()
-    def weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:
-        """d sum(gradient * image) / d weight of the last convolution.
-
-        Several gradients may be stacked over channels.
-        """
-        last = self.conv_out
-        activation = normalize_activate(self.norm_out, features, self.act)
-        activation = activation.to(torch.promote_types(activation.dtype, torch.float32))
-        if isinstance(last, Up):
-            activation, gradient, last = last.to_conv(activation), last.to_conv_output(gradient), last.conv
-        shape = (gradient.shape[1], *last.weight.shape[1:])
-        return conv2d_weight(activation, list(shape), gradient.to(activation.dtype), padding=1)
-
 
 class AutoencoderDC(Autoencoder):
     """diffusers' AutoencoderDC, also for training (DC-AE, Chen et al. 2024, arXiv 2410.10733).
@@ -167,6 +145,7 @@ class AutoencoderDC(Autoencoder):
     posterior's mean.
     """
 
+    branches = (ResidualBlock, AttentionBlock)
     config: AutoencoderDCConfig
     encoder: DCEncoder
     decoder: DCDecoder
@@ -177,6 +156,41 @@ class AutoencoderDC(Autoencoder):
         self.encoder = DCEncoder(config)
         self.decoder = DCDecoder(config)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def decoder_weight_gradient(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        last = self.decoder.conv_out
+        with torch.autocast(features.device.type, enabled=False):
+            activation = normalize_activate(self.decoder.norm_out, features, self.decoder.act)
+            activation = activation.to(torch.promote_types(activation.dtype, torch.float32))
+            if isinstance(last, Up):
+                activation, gradient, last = (
+                    last.to_conv(activation),
+                    last.to_conv_output(gradient),
+                    last.conv,
+                )
+            shape = [gradient.shape[1], *last.weight.shape[1:]]
+            return conv2d_weight(activation, shape, gradient.to(activation.dtype), padding=1)
+
+    @torch.no_grad()
+    def encoder_weight_gradient(self, features: Tensor, noise: Tensor | None, gradient: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        with torch.autocast(features.device.type, enabled=False):
+            shape = self.encoder.conv_out.weight.shape
+            return conv2d_weight(wide, shape, gradient.to(wide.dtype), padding=1)
+
+    def _parts(self) -> dict[str, Sequence[nn.Module | None]]:
+        encoder, decoder = self.encoder, self.decoder
+        down = [level for level in encoder.down_blocks if len(level)]  # pyright: ignore[reportArgumentType]
+        up = [level for level in decoder.up_blocks if len(level)]  # pyright: ignore[reportArgumentType]
+        return {
+            "encoder": [encoder],
+            "decoder": [decoder],
+            "decoder-head": [*up[:1], decoder.norm_out, decoder.conv_out],
+            "latent": [*down[-1:], encoder.conv_out, encoder.conv_out_logvar, decoder.conv_in, *up[-1:]],
+        }
 
     def without_posterior(self) -> AutoencoderDC:
         """The deterministic model whose latent is the mean, with shared weights."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from latentae_kernels import conv3x3, row_norm_act
 from torch import Tensor, nn
 
-from latentae.models.plain import is_plain, is_plain_conv
+from latentae.models.layer_steps import is_plain, is_plain_conv
 
 __all__ = [
     "ACTIVATIONS",

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL, Coder, Decoder, Encoder
 from latentae.models.blocks import Attention, Downsample, Level, MidBlock, ResnetBlock, Upsample
-from latentae.models.pending import upsample_convolve
-from latentae.models.plain import is_plain_conv, is_unhooked
+from latentae.models.layer_steps import is_plain_conv, is_unhooked, upsample_convolve
 
 __all__ = [
     "Affine",

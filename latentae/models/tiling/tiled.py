@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentae.errors import ModelError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 from latentae.models.tiling.blended import Source, Tiles, blend, estimate
 from latentae.models.tiling.maps import Map, Store
 from latentae.models.tiling.steps import (

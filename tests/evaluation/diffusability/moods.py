@@ -12,9 +12,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float
 from latentae.measures.extractors import Extractor
-from latentae.models.base import Autoencoder
+from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.latent_statistics import LatentStatistics, merge
-from latentae.models.posterior import DiagonalGaussian
 
 
 class Patches(Autoencoder):

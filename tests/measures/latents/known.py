@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentae.models.base import Autoencoder
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import Autoencoder, DiagonalGaussian
 
 
 class Blocks(Autoencoder):

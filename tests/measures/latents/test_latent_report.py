@@ -14,7 +14,7 @@ from scipy.stats import entropy, ortho_group
 
 from latentae.errors import DataError, ImageError, ModelError
 from latentae.measures.latents.report import LatentReport, active_units, effective_rank
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 
 
 def report_of(values, images=None, batch=7):

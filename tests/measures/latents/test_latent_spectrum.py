@@ -9,7 +9,7 @@ from scipy.fft import dctn
 
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.latents.spectrum import MOST_BANDS, power_sums, radial_bands
-from latentae.models.posterior import DiagonalGaussian
+from latentae.models.base import DiagonalGaussian
 
 
 def spectrum_of(latents, images):

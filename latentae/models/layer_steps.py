@@ -7,25 +7,28 @@ its bias and the sum is computed at once, which is fastest with native operators
 
 The steps take `nn.GroupNorm`, `nn.Conv2d` and `nn.Linear` modules of any model: `latentae.fuse`
 runs them on those of diffusers. A step reads the parameters of plain layers. It calls every other
-layer: one that is replaced, wrapped, hooked or parametrized (see `plain.py`).
+layer: one that is replaced, wrapped, hooked or parametrized (see `is_plain`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from latentae_kernels import Norm, conv3x3, norm_act, norm_act_conv2d, resolve_backend, upsample_conv2d
 from torch import Tensor, nn
-
-from latentae.models.plain import is_plain, is_plain_conv, is_plain_norm
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
     "Pending",
     "add",
     "attend",
     "convolve",
+    "has_hooks",
+    "is_plain",
+    "is_plain_conv",
+    "is_unhooked",
     "normalize",
     "normalize_activate",
     "normalize_convolve",
@@ -144,3 +147,49 @@ def attend(attention: Any, x: Pending) -> Pending:
 
 def _fused(x: Tensor) -> bool:
     return resolve_backend("norm_act", "auto", x) == "triton"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call runs torch's hooks; weight norm, spectral norm and pruning are pre-hooks."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or bool(_has_any_global_hook())
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call runs only the forward of the module's class.
+
+    Offloading in accelerate and diffusers, and `latentae.fuse`, set an instance attribute
+    `forward`.
+    """
+    return "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether a module has exactly one of the classes and is unhooked.
+
+    A parametrized, quantized or adapted layer (LoRA) has another class.
+    """
+    return type(module) in kinds and is_unhooked(module)
+
+
+def is_plain_conv(conv: Any, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a plain zero-padded square convolution, one group, no dilation."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.kernel_size == (kernel, kernel)
+        and conv.stride == (stride, stride)
+        and conv.padding == (padding, padding)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def is_plain_norm(norm: Any) -> TypeGuard[nn.GroupNorm]:
+    """Whether a layer is a plain GroupNorm with weight and bias."""
+    return is_plain(norm, nn.GroupNorm) and norm.affine

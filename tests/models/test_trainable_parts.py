@@ -10,7 +10,6 @@ from small_models import dc_config, images_of, kept_bytes, narrow, two_levels
 from latentae.errors import ModelError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.trainable import select_trainable
 
 PARTS = {
     "all": ("",),
@@ -54,7 +53,7 @@ def dc(**changes) -> AutoencoderDC:
 def test_each_parameter_of_the_part_learns_and_no_other_changes(name, part):
     build, parts, fine, last = MODELS[name]
     autoencoder = build()
-    select_trainable(autoencoder, part)
+    autoencoder.select_trainable(part)
     inside = tuple(prefix.format(fine=fine, last=last) for prefix in parts[part])
     expected = {key for key, _ in autoencoder.named_parameters() if key.startswith(inside)}
     assert {key for key, p in autoencoder.named_parameters() if p.requires_grad} == expected
@@ -82,7 +81,7 @@ def test_gradients_are_those_of_the_whole_model(part, build):
     x, noise = images_of(autoencoder).double(), torch.randn(2, 4, 2, 2, dtype=torch.float64)
     autoencoder(x, noise).reconstruction.square().mean().backward()
     expected = {name: p.grad for name, p in autoencoder.named_parameters()}
-    select_trainable(autoencoder, part)
+    autoencoder.select_trainable(part)
     for autoencoder.gradient_checkpointing in (False, True):
         autoencoder.zero_grad()
         autoencoder(x, noise).reconstruction.square().mean().backward()
@@ -94,7 +93,7 @@ def test_gradients_are_those_of_the_whole_model(part, build):
 @pytest.mark.parametrize("part", ["decoder-head", "latent"])
 def test_the_kernels_pass_on_what_a_frozen_level_leaves_to_add(part):
     autoencoder, x = AutoencoderKL(two_levels()).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    select_trainable(autoencoder, part)
+    autoencoder.select_trainable(part)
     learning, results = [p for p in autoencoder.parameters() if p.requires_grad], []
     for backend in ("torch", "triton"):
         with use_backend(backend):
@@ -112,7 +111,7 @@ def test_the_latent_is_that_of_inference(build, part):
     x = images_of(autoencoder)
     with torch.no_grad():
         expected = autoencoder.encode(x).mode()
-    select_trainable(autoencoder, part)
+    autoencoder.select_trainable(part)
     latent = autoencoder(x, sample_posterior=False).latent
     torch.testing.assert_close(latent, expected)
     assert not latent.requires_grad
@@ -123,10 +122,10 @@ def test_frozen_layers_in_front_keep_nothing():
     x = images_of(autoencoder, 8)
     kept = {}
     for part in PARTS:
-        select_trainable(autoencoder, part)
+        autoencoder.select_trainable(part)
         kept[part] = kept_bytes(autoencoder, lambda: autoencoder(x))
     decoder = torch.nn.Sequential(autoencoder.post_quant_conv, autoencoder.decoder)
-    select_trainable(autoencoder, "all")
+    autoencoder.select_trainable("all")
     assert kept["decoder"] == kept_bytes(decoder, lambda: decoder(torch.randn(2, 4, 8, 8)))
     assert kept["decoder-head"] < 0.6 * kept["decoder"]
     assert kept["decoder"] < 0.7 * kept["all"]
@@ -135,7 +134,7 @@ def test_frozen_layers_in_front_keep_nothing():
 def test_parts_can_be_chosen_one_after_another_and_an_unknown_one_is_refused():
     autoencoder = model()
     for part in (*PARTS, "all"):
-        select_trainable(autoencoder, part)
+        autoencoder.select_trainable(part)
     assert all(p.requires_grad for p in autoencoder.parameters())
     with pytest.raises(ModelError, match=r"unknown part 'tail'.*decoder-head"):
-        select_trainable(autoencoder, "tail")  # pyright: ignore[reportArgumentType]
+        autoencoder.select_trainable("tail")  # pyright: ignore[reportArgumentType]

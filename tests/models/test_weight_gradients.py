@@ -10,7 +10,6 @@ from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import LinearAutoencoderConfig
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.initialization import set_initial_logvar
-from latentae.models.last_layer import decoder_weight_gradient, encoder_weight_gradient
 from latentae.models.linear import LinearAutoencoder
 
 MODELS = {
@@ -53,8 +52,8 @@ def gradients(
     ]
     (encoder,) = torch.autograd.grad(out.latent, model.encoder.conv_out.weight, at_latent)
     found = (
-        decoder_weight_gradient(model, out.decoder_features, torch.cat(tuple(at_image), dim=1)),
-        encoder_weight_gradient(model, out.encoder_features, noise if sampled else None, at_latent),
+        model.decoder_weight_gradient(out.decoder_features, torch.cat(tuple(at_image), dim=1)),
+        model.encoder_weight_gradient(out.encoder_features, noise if sampled else None, at_latent),
     )
     return (torch.cat(decoder), encoder), found
 
@@ -97,14 +96,14 @@ def test_fp32_accumulation_is_nearer_to_fp64_than_the_bf16_graph():
         out = model(x, sample_posterior=False, keep_features=True)
     gradient = torch.randn_like(out.reconstruction).bfloat16()
     graph = torch.autograd.grad(out.reconstruction, model.decoder.conv_out.weight, gradient)[0]
-    found = decoder_weight_gradient(model, out.decoder_features, gradient)
-    exact = decoder_weight_gradient(model.double(), out.decoder_features.double(), gradient.double())
+    found = model.decoder_weight_gradient(out.decoder_features, gradient)
+    exact = model.double().decoder_weight_gradient(out.decoder_features.double(), gradient.double())
     assert (found - exact).norm() < (graph - exact).norm()
 
 
 def test_a_model_without_such_a_layer_says_so():
     linear, x = LinearAutoencoder(LinearAutoencoderConfig()), torch.zeros(1, 3, 8, 8)
     with pytest.raises(ModelError, match="a LinearAutoencoder has no last layer to weigh losses at"):
-        decoder_weight_gradient(linear, x, x)
+        linear.decoder_weight_gradient(x, x)
     with pytest.raises(ModelError, match="set adaptive = false"):
-        encoder_weight_gradient(linear, x, None, x)
+        linear.encoder_weight_gradient(x, None, x)

@@ -8,7 +8,7 @@ from latentae_kernels import use_backend
 from small_models import kept_bytes, two_levels
 
 from latentae.models.autoencoder import AutoencoderKL
-from latentae.models.pending import Pending
+from latentae.models.layer_steps import Pending
 
 
 @pytest.mark.parametrize("name", ["kl-f8", "tiny"])
