@@ -42,6 +42,7 @@ __all__ = [
     "Device",
     "Inputs",
     "PathLike",
+    "PerceptualName",
     "RecipeTable",
     "Weights",
     "argument",
@@ -62,6 +63,7 @@ __all__ = [
 PathLike = str | Path
 Inputs = str | Path | Sequence[str | Path]
 Weights = Literal["ema", "raw"]
+PerceptualName = Literal["auto", "vgg", "alex", "squeeze", "efficientnet-lite0", "none"]
 Device = Annotated[str, BeforeValidator(str)]  # also accepts a torch.device
 
 P = ParamSpec("P")

@@ -15,7 +15,7 @@ from latentae.evaluation.loaded_inputs import LoadedInputs
 from latentae.evaluation.measure_images import Loaded
 from latentae.evaluation.measurement import MODEL, QUANTIZED, Measurement, spread
 from latentae.evaluation.rate_distortion import RATE_DISTORTION_IMAGES, rate_distortion
-from latentae.measures.extractors import Extractor
+from latentae.measures.frechet import Extractor
 from latentae.measures.latents.diagnose import diagnose
 from latentae.measures.scores import rank
 from latentae.progress import say

@@ -114,7 +114,7 @@ def _conclude(inputs: LoadedInputs, job: Job, files: ChunkFiles) -> dict[str, An
 
 
 def _write_examples(folder: Path, details: Details) -> list[dict[str, Any]]:
-    from latentae.pages.error_map import error_map
+    from latentae.pages.images import error_map
 
     written = []
     for number, example in enumerate(details.examples):

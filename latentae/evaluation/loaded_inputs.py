@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,25 +13,27 @@ from typing import Any
 
 import torch
 
-from latentae.data.loader import Batch
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.loader import Batch, image_batches
+from latentae.data.order import is_held_out
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import ShardIndex, load_index
 from latentae.device import choose_device
-from latentae.errors import DataError, ModelError, RecipeError
+from latentae.errors import DataError, ModelError, RecipeError, ShardError
 from latentae.evaluation.measure_images import Instruments, Loaded, load_images, samples_at
 from latentae.evaluation.measurement import MODEL, ORIGINALS, QUANTIZED, spread
 from latentae.evaluation.methods.codecs import Jpeg, WebP
 from latentae.evaluation.methods.dct import BlockDCT, DctVariances
 from latentae.evaluation.methods.method import Method, ModelMethod, PatchMethod
 from latentae.evaluation.options import EvaluateOptions
-from latentae.measures.extractors import Extractor, choose_extractor
+from latentae.measures.frechet import Extractor, choose_extractor
 from latentae.measures.perceptual_distance import Distance, choose_distance
-from latentae.measures.training_data import TrainingData, recorded_training_data, training_images
 from latentae.models.base import Autoencoder
 from latentae.models.foreign import load_any_model
 from latentae.models.pca import MAX_PATCH_NUMBERS, PatchBasis, PatchPCA, fit_pca, sketch_pca
 from latentae.models.pretrained import ModelSource
 from latentae.options import identity
+from latentae.progress import Progress
 
 __all__ = ["BASELINES", "PCA_IMAGES", "LoadedInputs", "LoadedModel", "load_inputs"]
 
@@ -58,6 +62,23 @@ class LoadedModel:
     label: str
     model: Autoencoder
     source: ModelSource
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Shards a model was trained on.
+
+    Attributes:
+        index: None if they are unknown or gone.
+        held_out: fraction of their samples held out of training by key.
+        reason: why there are none.
+        max_pixels: the training's limit of pixels per image.
+    """
+
+    index: ShardIndex | None
+    held_out: float = 0.0
+    reason: str = ""
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -118,16 +139,25 @@ class LoadedInputs:
         return load_images(samples, self.resolution, self.channels, self.options.max_pixels)
 
     def training_images(self, wanted: int) -> Iterator[Batch]:
-        """About `wanted` images of the model's training data."""
-        return training_images(
-            self.training,
-            self.resolution,
-            self.options.batch_size,
-            wanted,
-            self.options.seed,
-            channels=self.channels,
-            max_pixels=max(self.options.max_pixels, self.training.max_pixels),
-        )
+        """About `wanted` training images uint8 [B, C, R, R] and their keys.
+
+        Each shard gives equally many, without held-out images.
+        """
+        training = self.training
+        entries = [entry for entry in training.index.shards if entry.samples] if training.index else []
+        random.Random(self.options.seed).shuffle(entries)
+        options: dict[str, Any] = {
+            "limit": math.ceil(wanted / max(len(entries), 1)),
+            "channels": self.channels,
+            "max_pixels": max(self.options.max_pixels, training.max_pixels),
+        }
+        with Progress("reading training images", None) as progress:
+            for entry in entries[:wanted]:
+                for batch in image_batches([entry.path], self.resolution, self.options.batch_size, **options):
+                    kept = [i for i, key in enumerate(batch.keys) if not is_held_out(key, training.held_out)]
+                    progress.advance(len(kept))
+                    if kept:
+                        yield Batch(tuple(batch.keys[i] for i in kept), batch.images[kept])
 
     def identity(self) -> dict[str, Any]:
         """Plain JSON values that are equal for equal evaluations."""
@@ -210,7 +240,7 @@ def load_inputs(options: EvaluateOptions) -> LoadedInputs:
     source.check_side(resolution)
     source.check_channels()
     training = (
-        recorded_training_data(source)
+        _training_data(source)
         if options.pca_shards is None
         else TrainingData(load_index(expand_shards(options.pca_shards)))
     )
@@ -249,3 +279,19 @@ def _free_name(name: str, taken: set[str]) -> str:
         unique, number = f"{name}-{number}", number + 1
     taken.add(unique)
     return unique
+
+
+def _training_data(source: ModelSource) -> TrainingData:
+    """The training shards of a run or checkpoint, from its resolved recipe."""
+    recipe = source.recipe()
+    if recipe is None:
+        return TrainingData(None, reason="the model does not say what it was trained on")
+    data = recipe.get("data", {})
+    if not data.get("shards"):
+        return TrainingData(None, reason="the recipe beside the model names no shards")
+    try:
+        index = load_index(expand_shards(data["shards"]), data.get("index"))
+    except ShardError as error:
+        return TrainingData(None, reason=f"the training shards can't be read any more ({error})")
+    held_out = data.get("validation_fraction", 0.0) if data.get("validation", "auto") == "auto" else 0.0
+    return TrainingData(index, float(held_out), max_pixels=int(data.get("max_pixels", MAX_PIXELS)))

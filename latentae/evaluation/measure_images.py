@@ -17,9 +17,8 @@ from latentae.data.shard_index import ShardIndex
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
 from latentae.errors import ImageError, ModelError
 from latentae.evaluation.measurement import MODEL, ORIGINALS, QUANTIZED, Measurement
-from latentae.evaluation.methods.latent_bytes import quantize
-from latentae.evaluation.methods.method import Method, Result, finite_rows
-from latentae.measures.extractors import Extractor, as_rgb
+from latentae.evaluation.methods.method import Method, Result, finite_rows, quantize
+from latentae.measures.frechet import Extractor, as_rgb
 from latentae.measures.latents.probe import pooled
 from latentae.measures.metrics import TAPS, psnr, ssim
 from latentae.measures.perceptual_distance import Distance

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from latentae.data.options import MODEL, SHARDS, ImageOptions
 from latentae.keyed import Seed
-from latentae.measures.options import PerceptualName
-from latentae.options import KW_ONLY, Inputs, PathLike, argument, option, table
+from latentae.options import KW_ONLY, Inputs, PathLike, PerceptualName, argument, option, table
 
 __all__ = ["CompareOptions", "EvaluateOptions", "ReconstructOptions"]
 

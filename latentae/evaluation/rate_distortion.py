@@ -1,7 +1,7 @@
 """Rate and distortion: PSNR against the bytes of images, for models and baselines.
 
 Only bytes that decode again are counted. Models: the posterior mean in 2 to 8 bits per number,
-deflated (see `methods.latent_bytes`). PCA and block DCT: their leading components in 8 bits, stored
+deflated (see `methods.method`). PCA and block DCT: their leading components in 8 bits, stored
 the same way. JPEG and WebP: files with headers, and only settings that no other setting beats in
 both bytes and PSNR. The size of the decoder (a network, a basis, a standard) is never counted. The
 rate is that of all images together, and PSNR is the mean over images. A few images are enough for
@@ -22,7 +22,7 @@ from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError, LatentAEError, ModelError
 from latentae.evaluation.methods.codecs import ImageCodec, Jpeg, WebP
 from latentae.evaluation.methods.dct import BlockDCT
-from latentae.evaluation.methods.latent_bytes import quantize
+from latentae.evaluation.methods.method import quantize
 from latentae.measures.metrics import finite_mean, psnr
 from latentae.models.base import Autoencoder
 from latentae.models.pca import PatchBasis, PatchPCA

@@ -15,8 +15,7 @@ from latentae.measures.latents.report import ACTIVE_VARIANCE
 from latentae.measures.scores import HIGHER_IS_BETTER, interval_text, methods, metric_label, rank
 from latentae.pages.charts import WIDE, Chart, Curve, bar_plot, line_plot
 from latentae.pages.curves import curve_chart, curve_title, read_log
-from latentae.pages.error_map import BRIGHTEST, TICKS, scale_gradient
-from latentae.pages.images import LARGEST, picture, read_png, shrink
+from latentae.pages.images import BRIGHTEST, LARGEST, TICKS, picture, read_png, scale_gradient, shrink
 from latentae.pages.render import number, render, why
 
 __all__ = ["evaluation_context", "example_pictures", "write_evaluation_report"]

@@ -14,8 +14,7 @@ import latentae
 from latentae.evaluation.details import Details
 from latentae.evaluation.loaded_inputs import BASELINES, PCA_IMAGES, LoadedInputs, LoadedModel
 from latentae.evaluation.measurement import MODEL, QUANTIZED, Measurement
-from latentae.measures.extractors import Extractor
-from latentae.measures.frechet import noise_floor
+from latentae.measures.frechet import Extractor, noise_floor
 from latentae.measures.scores import finding, metric_label, paired
 
 __all__ = ["FORMAT_VERSION", "summarize"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from latentae.encoding.latent_dataset import LatentDataset, SizeBatches
-from latentae.evaluation.diffusability.network import Block, positions, waves, zeroed
+from latentae.evaluation.diffusability.flow import Block, positions, waves, zeroed
 from latentae.keyed import whole_seed
 
 __all__ = ["LatentTransformer", "flow_loss", "sample", "train"]

@@ -1,25 +1,34 @@
-"""The verb `quickstart`: from bundled photos to an export and a report."""
+"""The verb `quickstart`: from bundled photos to an export, a report and a check in plain diffusers."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from latentae.data.builtin import HELD_OUT, TRAINING, write_photo_tiles
+from latentae.data.loader import image_batches
+from latentae.data.shard_files import expand_shards
 from latentae.data.shards import shards
+from latentae.data.transforms import to_float, to_uint8
 from latentae.encoding.encode import encode
 from latentae.encoding.latent_dataset import LatentDataset
+from latentae.errors import MissingDependencyError, ModelError
 from latentae.evaluation.evaluate import evaluate
 from latentae.evaluation.report import evaluation_context, example_pictures
-from latentae.examples.diffusers_check import DiffusersCheck, decode_in_diffusers
 from latentae.examples.options import QuickstartOptions
 from latentae.exporting.export import export
 from latentae.file_names import METRICS_LOG, REPORT
 from latentae.files import read_json, write_json, write_text
 from latentae.jobs import Job
 from latentae.measures.scores import interval_text
+from latentae.models.pretrained import load_model
 from latentae.options import verb
 from latentae.pages.images import picture, write_png
 from latentae.pages.render import render
@@ -35,6 +44,7 @@ RECIPE = "dc-tiny"
 TRAINING_TILE, TRAINING_STRIDE = 256, 128  # overlapping, for crops at any position; quick to decode
 HELD_OUT_TILE = 128  # without overlap: every pixel counts once
 PLAN, START = "plan.json", "step-0"
+TOLERANCE, CHECKED_IMAGES = 1e-5, 8  # of reconstructions in diffusers
 PROGRESS_IMAGES = 4  # rows of pictures from PCA to the trained model
 
 
@@ -168,3 +178,58 @@ def write_quickstart_page(
         laps=laps,
     )
     write_text(out / REPORT, page)
+
+
+@dataclass(frozen=True)
+class DiffusersCheck:
+    """Result of `decode_in_diffusers`.
+
+    Attributes:
+        version: of diffusers.
+        key: sample whose stored latent was decoded.
+        decoded: image of that latent, uint8 [3, H, W].
+        largest_difference: between our and diffusers' reconstructions, range [-1, 1].
+        images: number of images compared.
+    """
+
+    version: str
+    key: str
+    decoded: Tensor
+    largest_difference: float
+    images: int
+
+
+@torch.inference_mode()
+def decode_in_diffusers(
+    run: Path, exported: Path, latents: LatentDataset, shards: Path, resolution: int
+) -> DiffusersCheck:
+    """Load an export with diffusers, compare reconstructions on a CPU, and decode a stored latent.
+
+    Raises:
+        MissingDependencyError: diffusers is not installed.
+        ModelError: the reconstructions differ by more than rounding.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise MissingDependencyError(
+            "checking the export needs diffusers; pip install 'latentae[quickstart]'"
+        )
+    import diffusers
+
+    ours, _ = load_model(run)
+    theirs: Any = getattr(diffusers, ours.config.class_name).from_pretrained(exported).eval()
+    largest, count = 0.0, 0
+    for batch in image_batches(expand_shards(shards), resolution, 4, limit=CHECKED_IMAGES):
+        images = to_float(batch.images)
+        expected = ours.decode(ours.encode(images).mode())
+        encoded = theirs.encode(images)  # diffusers' AutoencoderDC has no posterior
+        latent = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        difference = (theirs.decode(latent).sample - expected).abs().max().item()
+        largest, count = max(largest, difference), count + len(images)
+    if not largest <= TOLERANCE:
+        raise ModelError(
+            f"diffusers' reconstructions differ by {largest:.3g} from ours, expected at most {TOLERANCE}; "
+            "please report this"
+        )
+    stored = latents[len(latents) // 3]
+    decoded = to_uint8(theirs.decode(stored.mean.float()[None]).sample)[0]
+    return DiffusersCheck(diffusers.__version__, stored.key, decoded, largest, count)

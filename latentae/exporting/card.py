@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from latentae.exporting.diffusers_folder import ExportableConfig
 from latentae.exporting.earlier_results import metric_text
+from latentae.exporting.formats import ExportableConfig
 from latentae.exporting.scaling import LatentScaling
 from latentae.measures.scores import LABELS
 from latentae.pages.render import DASH, render

@@ -17,24 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 
 from latentae.device import choose_device
-from latentae.errors import ModelError, OutputError, RecipeError
-from latentae.exporting.card import CardFacts, model_card
+from latentae.errors import ModelError, OutputError, RecipeError, first_line
+from latentae.exporting.card import CardFacts, card_for_hub, model_card
 from latentae.exporting.data_measurements import ImageRequest, measure_component, measure_model
-from latentae.exporting.diffusers_folder import (
+from latentae.exporting.earlier_results import read_latents, read_metrics, read_validation
+from latentae.exporting.formats import (
     Exportable,
     ExportableConfig,
     check_finite,
     component_config,
+    copy_training_parts,
+    ldm_notes,
     write_diffusers,
+    write_ldm,
 )
-from latentae.exporting.earlier_results import read_latents, read_metrics, read_validation
-from latentae.exporting.ldm_file import ldm_notes, write_ldm
 from latentae.exporting.options import ExportOptions
-from latentae.exporting.push import push
 from latentae.exporting.scaling import MeasuredLatents, choose_scaling, fold_normalization
-from latentae.exporting.training_parts import copy_training_parts
 from latentae.file_names import RECORD
 from latentae.files import sha256, staged_folder, write_json, write_text
 from latentae.jobs import Job
@@ -73,7 +74,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     record = _finished(out, plan) or _write(out, plan)
     summary = {"out": str(out), "format": options.format, **record["scaling"], "files": record["files"]}
     if options.push_to_hub is not None:
-        summary["repository"] = push(out, CARD, options.push_to_hub)
+        summary["repository"] = _push(out, options.push_to_hub)
     return summary
 
 
@@ -130,7 +131,7 @@ def _plan(options: ExportOptions) -> ExportPlan:
     source, device = resolve_model(options.model, options.weights), choose_device(options.device)
     config = _checked_class(options, source)
     if "onnx" in written_formats(options.format, config):
-        from latentae.exporting.onnx_folders import require_onnx
+        from latentae.exporting.programs import require_onnx
 
         require_onnx()
     return ExportPlan(
@@ -297,10 +298,45 @@ def write_formats(plan: ExportPlan, model: Exportable, config: ExportableConfig,
     if "ldm" in plan.formats and isinstance(model, AutoencoderKL) and isinstance(config, AutoencoderKLConfig):
         write_ldm(model, config, folder)
     if "onnx" in plan.formats:
-        from latentae.exporting.onnx_folders import write_onnx
+        from latentae.exporting.programs import write_onnx
 
         write_onnx(model, config, folder)
     if "pt2" in plan.formats:
-        from latentae.exporting.pt2 import write_pt2
+        from latentae.exporting.programs import write_pt2
 
         write_pt2(model, config, folder, str(plan.device))
+
+
+def _push(folder: Path, repository: str) -> str:
+    """Upload a finished folder; the snippets of its card get the repository's name.
+
+    A missing repository is created with the account's default visibility. Files that are already
+    there are not sent again.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        OutputError: not logged in, no write access, or no connection.
+    """
+    text = card_for_hub((folder / CARD).read_text(encoding="utf-8"), folder.name, repository)
+    api = HfApi()
+    try:
+        address = str(api.create_repo(repository, exist_ok=True))
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=[CARD],
+            commit_message="Upload by latentae export",
+        )
+        api.upload_file(
+            repo_id=repository, path_in_repo=CARD, path_or_fileobj=text.encode(), commit_message="Model card"
+        )
+    except Exception as error:  # of the Hub's client, its transport or the system
+        raise OutputError(
+            f"could not upload to {repository} ({type(error).__name__}: {first_line(error)}); "
+            f"{folder} is complete: "
+            "log in with `hf auth login` and run the same command again"
+        ) from error
+    say(f"export: uploaded {folder} to {address}")
+    return address

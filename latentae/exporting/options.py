@@ -8,8 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from latentae.data.options import MODEL, ImageOptions
-from latentae.measures.options import PerceptualName
-from latentae.options import KW_ONLY, Inputs, PathLike, argument, option, table
+from latentae.options import KW_ONLY, Inputs, PathLike, PerceptualName, argument, option, table
 
 __all__ = ["ExportOptions"]
 

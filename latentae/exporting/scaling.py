@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from latentae.errors import RecipeError
-from latentae.exporting.diffusers_folder import ExportableConfig
+from latentae.exporting.formats import ExportableConfig
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig
 

@@ -12,7 +12,7 @@ from latentae.data.transforms import to_float
 from latentae.errors import ImageError, WeightsError
 from latentae.losses.options import PerceptualNet
 from latentae.losses.perceptual import FrozenDistance, build_perceptual, perceptual_available
-from latentae.measures.options import PerceptualName
+from latentae.options import PerceptualName
 
 __all__ = ["Distance", "choose_distance"]
 

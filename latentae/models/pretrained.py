@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentae.errors import ImageError, MissingDependencyError, ModelError, first_line, some
-from latentae.file_names import METRICS_LOG, RECORD
+from latentae.file_names import METRICS_LOG, RECIPE, RECORD
 from latentae.files import atomic_file, read_json, sha256, write_json
 from latentae.models.config import AutoencoderConfig, build, read_config
 from latentae.models.pickled import PICKLES
@@ -105,6 +106,15 @@ class ModelSource:
     resolution: int
     fingerprint: str
     metrics_log: Path | None = None
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The resolved recipe of a run or checkpoint; None for other models."""
+        for folder in (self.weights_file.parent, Path(self.path)):
+            try:
+                return tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+        return None
 
     def check_side(self, side: int) -> None:
         """Check that the model takes square images of `side` pixels.

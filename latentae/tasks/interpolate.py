@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.transforms import to_float, to_uint8
-from latentae.measures.latents.mixing import mix_latents
+from latentae.measures.latents.diagnose import mix_latents
 from latentae.options import verb
 from latentae.progress import say
 from latentae.tasks.inputs import open_images

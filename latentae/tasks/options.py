@@ -6,8 +6,7 @@ from typing import Literal
 
 from latentae.data.options import IMAGES, MODEL, ImageOptions
 from latentae.keyed import AnySeed
-from latentae.measures.options import PerceptualName
-from latentae.options import KW_ONLY, Inputs, PathLike, argument, option, table
+from latentae.options import KW_ONLY, Inputs, PathLike, PerceptualName, argument, option, table
 
 __all__ = [
     "AnomalyOptions",

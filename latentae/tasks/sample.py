@@ -15,7 +15,6 @@ from latentae.errors import DataError, ImageError, ModelError, RecipeError
 from latentae.file_names import RECORD
 from latentae.jobs import Job
 from latentae.keyed import keyed_normal
-from latentae.measures.training_data import recorded_recipe
 from latentae.models.latent_statistics import Moments
 from latentae.options import verb
 from latentae.progress import Progress, say
@@ -77,7 +76,7 @@ def _prior_note(network: Network) -> dict[str, Any]:
     advice = "give latents (or images) to fit a Gaussian to"
     if network.config.class_name == "LinearAutoencoder":
         raise ModelError(f"{network.source.path} is a linear autoencoder, which has no prior; {advice}")
-    recipe = recorded_recipe(network.source)
+    recipe = network.source.recipe()
     if recipe is None:
         say(f"sample: {network.source.path} has no recipe; if its KL weight was small, {advice}")
         return {"kl": None}

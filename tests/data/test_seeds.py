@@ -16,7 +16,7 @@ from latentae.data.order import order
 from latentae.data.streaming import StreamLoader
 from latentae.data.transforms import random_crop_flip
 from latentae.errors import RecipeError
-from latentae.evaluation.diffusability.network import TinyTransformer
+from latentae.evaluation.diffusability.flow import TinyTransformer
 from latentae.examples.diffusion import sample as diffuse
 from latentae.keyed import derive_seed, digest, keyed_normal, keyed_uniform, whole_seed
 from latentae.measures.metrics import bootstrap_mean

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.pages.error_map import error_map
-from latentae.pages.images import image_grid, write_png
+from latentae.pages.images import error_map, image_grid, write_png
 
 METRICS = {"psnr": 27.3, "ssim": 0.84, "perceptual": 0.113}
 LABELS = {

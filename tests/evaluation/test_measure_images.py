@@ -13,8 +13,7 @@ from latentae.errors import ImageError, ModelError
 from latentae.evaluation.measure_images import Instruments, Loaded, measure, samples_at
 from latentae.evaluation.measurement import MODEL, QUANTIZED, Measurement, merge
 from latentae.evaluation.methods.method import ModelMethod, Result
-from latentae.measures.extractors import Extractor
-from latentae.measures.frechet import frechet_distance
+from latentae.measures.frechet import Extractor, frechet_distance
 from latentae.measures.metrics import psnr, ssim
 from latentae.measures.perceptual_distance import Distance
 from latentae.models.latent_statistics import Moments

@@ -11,7 +11,7 @@ import torch
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ImageError
 from latentae.evaluation.methods.dct import fit_dct
-from latentae.evaluation.methods.latent_bytes import compress_latent, decompress_latent
+from latentae.evaluation.methods.method import compress_latent, decompress_latent
 from latentae.evaluation.rate_distortion import rate_distortion
 from latentae.measures.metrics import psnr
 from latentae.models.config import LinearAutoencoderConfig

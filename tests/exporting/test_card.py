@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from latentae.exporting.card import CardFacts, card_for_hub, model_card
-from latentae.exporting.diffusers_folder import component_config
+from latentae.exporting.formats import component_config
 from latentae.exporting.scaling import LatentScaling, MeasuredLatents
 
 

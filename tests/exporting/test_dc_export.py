@@ -23,7 +23,7 @@ from latentae import (
 from latentae.encoding.latent_dataset import LatentDataset
 from latentae.errors import ModelError, RecipeError
 from latentae.exporting.export import written_formats
-from latentae.exporting.graphs import coder_graphs
+from latentae.exporting.programs import coder_graphs
 from latentae.files import read_json
 
 VALUES = {

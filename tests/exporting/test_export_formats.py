@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from latentae import AutoencoderKL, export
 from latentae.errors import MissingDependencyError, ModelError, RecipeError
-from latentae.exporting.diffusers_folder import write_diffusers
+from latentae.exporting.formats import write_diffusers
 from latentae.exporting.scaling import MeasuredLatents
 from latentae.files import read_json, write_json, write_text
 from latentae.models.config import AutoencoderKLConfig

@@ -41,7 +41,7 @@ class FakeApi:
 def api(monkeypatch):
     monkeypatch.setattr(FakeApi, "files", {})
     monkeypatch.setattr(FakeApi, "created", [])
-    monkeypatch.setattr("latentae.exporting.push.HfApi", FakeApi)
+    monkeypatch.setattr("latentae.exporting.export.HfApi", FakeApi)
     return FakeApi
 
 

@@ -15,10 +15,16 @@ from latentae.data.loader import Batch
 from latentae.data.transforms import resize_and_center_crop, to_uint8
 from latentae.errors import RecipeError
 from latentae.evaluation.diffusability.flow import EVALUATIONS, Fitted, draw, fit_flow
-from latentae.evaluation.diffusability.interpolated import NEIGHBORS, draw_neighbors, midpoint
-from latentae.evaluation.diffusability.latents import LATENTS, Latents, Whitening, collect
-from latentae.measures.extractors import Extractor, as_rgb
-from latentae.measures.frechet import frechet_distance, noise_floor, split_moments
+from latentae.evaluation.diffusability.latents import (
+    LATENTS,
+    NEIGHBORS,
+    Latents,
+    Whitening,
+    collect,
+    draw_neighbors,
+    midpoint,
+)
+from latentae.measures.frechet import Extractor, as_rgb, frechet_distance, noise_floor, split_moments
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics, Moments
 from latentae.pages.images import image_grid

@@ -1,21 +1,45 @@
-"""The interface of methods, and the methods that count floats: models and patch bases."""
+"""The interface of methods, the methods that count floats, and latents as streams of bytes.
+
+A latent [z, h, w] is quantized uniformly between the smallest and largest value of each channel, to
+2 to 8 bits per number. The stream holds 8 bytes per channel (minimum and step, little-endian fp32),
+then the codes, one byte each, channel after channel, deflated at level 9. Given the model and the
+image size, the stream is all that decoding needs.
+
+zlib beats lzma on a few kilobytes of codes: its header is smaller and its Huffman tables are as
+good. Codes of fewer than 8 bits are not packed, because the Huffman code does it better. But
+deflate then finds repeats that cost more than they save, up to a fifth of the stream on noise, so
+the smallest of four search strategies is used. For 8 bits they differ by 0.1 %.
+"""
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latentae.data.transforms import to_float, to_uint8
-from latentae.evaluation.methods.latent_bytes import compress_latent
+from latentae.errors import ModelError, RecipeError
 from latentae.models.base import Autoencoder
 from latentae.models.pca import PatchBasis
 
-__all__ = ["Method", "ModelMethod", "PatchMethod", "Result", "finite_rows"]
+__all__ = [
+    "Method",
+    "ModelMethod",
+    "PatchMethod",
+    "Result",
+    "compress_latent",
+    "decompress_latent",
+    "finite_rows",
+    "quantize",
+]
+
+STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)
 
 
 @dataclass(frozen=True)
@@ -105,3 +129,70 @@ class PatchMethod:
             ImageError: the basis was fitted on other channels, or its patches do not divide a side.
         """
         return Result(self.basis.reconstruct(images))
+
+
+def compress_latent(latent: Tensor, bits: int = 8) -> bytes:
+    """Quantize and compress a latent [z, h, w].
+
+    Args:
+        latent: finite.
+        bits: 2 to 8 per number, before entropy coding.
+
+    Raises:
+        ModelError: the latent is not finite.
+        RecipeError: `bits` is out of range.
+    """
+    if not 2 <= bits <= 8:
+        raise RecipeError(f"bits is {bits}; latents are quantized to 2 to 8 bits a number")
+    if not torch.isfinite(latent).all():
+        raise ModelError(
+            "the latent has NaN or infinite values and can't be quantized; the model has diverged, use "
+            "another checkpoint"
+        )
+    levels = 2**bits - 1
+    channels = latent.detach().cpu().float().flatten(1).numpy()
+    low = channels.min(1, keepdims=True)
+    step = ((channels.max(1, keepdims=True).astype(np.float64) - low) / levels).astype(np.float32)
+    codes = np.rint((channels.astype(np.float64) - low) / np.where(step > 0, step, 1)).clip(0, levels)
+    header = np.concatenate([low, step], axis=1).astype("<f4").tobytes()
+    return header + _deflate(codes.astype(np.uint8).tobytes(), bits)
+
+
+def decompress_latent(data: bytes, shape: Sequence[int]) -> Tensor:
+    """The latent fp32 [z, h, w] in a stream of `compress_latent`: minimum + step * code."""
+    header = np.frombuffer(data[: 8 * shape[0]], dtype="<f4").reshape(shape[0], 2)
+    codes = np.frombuffer(zlib.decompress(data[8 * shape[0] :]), dtype=np.uint8).reshape(shape[0], -1)
+    values = header[:, :1] + header[:, 1:] * codes.astype(np.float32)
+    return torch.from_numpy(values.astype(np.float32)).reshape(*shape)
+
+
+def quantize(latents: Tensor, bits: int = 8) -> tuple[Tensor, list[int]]:
+    """Compress and decompress latents, each image separately.
+
+    Args:
+        latents: floating point [B, z, h, w], finite.
+        bits: 2 to 8 per number.
+
+    Returns:
+        The latents after the round trip, with unchanged dtype, shape and device, and their B sizes
+        in bytes.
+
+    Raises:
+        ModelError: a latent is not finite.
+        RecipeError: `bits` is out of range.
+    """
+    streams = [compress_latent(latent, bits) for latent in latents.detach().cpu()]
+    restored = torch.empty(latents.shape)
+    for row, stream in enumerate(streams):
+        restored[row] = decompress_latent(stream, latents.shape[1:])
+    return restored.to(latents), [len(stream) for stream in streams]
+
+
+def _deflate(codes: bytes, bits: int) -> bytes:
+    if bits == 8:
+        return zlib.compress(codes, 9)
+    coders = [
+        zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
+        for strategy in STRATEGIES
+    ]
+    return min((coder.compress(codes) + coder.flush() for coder in coders), key=len)

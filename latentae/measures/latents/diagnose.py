@@ -11,14 +11,14 @@ from torch import Tensor
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, LatentAEError, first_line
 from latentae.measures.latents.half import audit_half
-from latentae.measures.latents.mixing import mix_latents
 from latentae.measures.latents.robustness import Coder, equivariance, sensitivity
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics
 
-__all__ = ["STEPS", "diagnose"]
+__all__ = ["MODES", "STEPS", "diagnose", "mix_latents"]
 
 STEPS, MODE = 9, "spherical"
+MODES = ("linear", "spherical")
 
 
 def diagnose(
@@ -98,3 +98,28 @@ def _strip(
     if not decoded.isfinite().all():
         return None, {**facts, "missing": "the decoder gives NaN or infinite values between the two images"}
     return torch.cat(list(to_uint8(decoded)), dim=2), {**facts, "keys": [keys[0], keys[-1]]}
+
+
+def mix_latents(a: Tensor, b: Tensor, share: float, mode: str, center: float | Tensor = 0.0) -> Tensor:
+    """Interpolate between two latents.
+
+    "linear" is a + t (b - a). "spherical" is sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b about
+    the center, with w the angle between the two (Shoemake 1985, "Animating rotation with quaternion
+    curves", sec. 3.3). It is linear if w is 0 or 180 degrees, where the arc is not unique.
+
+    Args:
+        a: [z, h, w].
+        b: the same.
+        share: t, from 0 for `a` to 1 for `b`.
+        mode: one of `MODES`.
+        center: center of the arc, a number or a tensor such as the channel means [z, 1, 1].
+    """
+    if mode == "linear":
+        return torch.lerp(a, b, share)
+    x, y = a.double() - center, b.double() - center
+    cosine = (x * y).sum() / (x.norm() * y.norm()).clamp_min(1e-300)
+    angle = cosine.clamp(-1, 1).acos()
+    if angle.sin() < 1e-6:
+        return torch.lerp(a, b, share)
+    mixed = ((1 - share) * angle).sin() / angle.sin() * x + (share * angle).sin() / angle.sin() * y
+    return (mixed + center).to(a.dtype)

@@ -11,7 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float
-from latentae.measures.extractors import Extractor
+from latentae.measures.frechet import Extractor
 from latentae.models.base import Autoencoder, DiagonalGaussian
 from latentae.models.latent_statistics import LatentStatistics, merge
 

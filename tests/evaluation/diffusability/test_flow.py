@@ -9,9 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentae.evaluation.diffusability.flow import draw, fit_flow
+from latentae.evaluation.diffusability.flow import (
+    DEPTH,
+    HEADS,
+    TOKENS,
+    WIDTH,
+    TinyTransformer,
+    draw,
+    fit_flow,
+    patch_side,
+)
 from latentae.evaluation.diffusability.latents import Latents, Whitening
-from latentae.evaluation.diffusability.network import DEPTH, HEADS, TOKENS, WIDTH, TinyTransformer, patch_side
 
 WHITE = Whitening(torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
 

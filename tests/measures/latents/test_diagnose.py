@@ -8,8 +8,7 @@ from known import Blocks, blocks
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import DataError, ImageError
-from latentae.measures.latents.diagnose import STEPS, diagnose
-from latentae.measures.latents.mixing import mix_latents
+from latentae.measures.latents.diagnose import STEPS, diagnose, mix_latents
 from latentae.measures.latents.report import LatentReport
 
 
@@ -95,3 +94,29 @@ def test_no_images_too_few_keys_and_wrong_sizes_are_refused(smooth_images):
         diagnose(blocks(4), smooth_images(2, 16), statistics=statistics, keys=["a"])
     with pytest.raises(ImageError, match="multiples of 4"):
         diagnose(blocks(4), smooth_images(2, 18), statistics=statistics, keys=["a", "b"])
+
+
+@pytest.mark.parametrize("center", [0.25, torch.linspace(-2, 2, 4, dtype=torch.float64).view(4, 1, 1)])
+def test_spherical_keeps_the_length_and_linear_the_line(center):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    b = b * a.norm() / b.norm()
+    for share in (0.0, 0.2, 0.5, 1.0):
+        on_arc = mix_latents(a + center, b + center, share, "spherical", center) - center
+        assert float(on_arc.norm()) == pytest.approx(float(a.norm()))
+        angle = torch.acos((a * b).sum() / a.norm() ** 2)
+        assert float(torch.acos(((on_arc * a).sum() / a.norm() ** 2).clamp(max=1))) == pytest.approx(
+            float(share * angle), abs=1e-6
+        )
+        torch.testing.assert_close(mix_latents(a, b, share, "linear"), a + share * (b - a))
+    torch.testing.assert_close(mix_latents(a, 3 * a, 0.5, "spherical"), 2 * a)
+
+
+@pytest.mark.parametrize("mode", ["linear", "spherical"])
+def test_the_ends_are_the_latents_themselves(mode):
+    a, b = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(mix_latents(a, b, 0.0, mode, 0.5), a)
+    torch.testing.assert_close(mix_latents(a, b, 1.0, mode, 0.5), b)
+    assert mix_latents(a, b, 0.3, mode).dtype == torch.float32
+    zero = torch.zeros(3, 4, 4)
+    assert torch.equal(mix_latents(zero, zero, 0.5, mode), zero)

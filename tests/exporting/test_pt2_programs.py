@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from latentae import AutoencoderKL, AutoencoderKLConfig
 from latentae.errors import MissingDependencyError, ModelError, RecipeError
-from latentae.exporting.pt2 import write_pt2
+from latentae.exporting.programs import write_pt2
 from latentae.models.presets import preset
 
 NARROW = AutoencoderKLConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from latentae import export
-from latentae.exporting.ldm_file import ldm_notes, ldm_problems
+from latentae.exporting.formats import ldm_notes, ldm_problems
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import PRESETS, preset
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentae.errors import ModelError, RecipeError
-from latentae.evaluation.methods.latent_bytes import compress_latent, decompress_latent, quantize
+from latentae.evaluation.methods.method import compress_latent, decompress_latent, quantize
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,8 +10,8 @@ import torch
 
 from latentae import AutoencoderKL, AutoencoderKLConfig
 from latentae.errors import MissingDependencyError, ModelError
-from latentae.exporting import onnx_folders
-from latentae.exporting.onnx_folders import write_onnx
+from latentae.exporting import programs
+from latentae.exporting.programs import write_onnx
 from latentae.models.presets import preset
 
 FILES = {f"vae_{coder}/{name}" for coder in ("encoder", "decoder") for name in ("model.onnx", "config.json")}
@@ -91,7 +91,7 @@ def test_files_hold_standard_operators_under_optimums_names(onnx_export):
 def test_config_json_is_diffusers_and_no_file_names_this_machine(onnx_export):
     model, folder = onnx_export
     config = model.config.model_copy(update={"scaling_factor": 0.5, "shift_factor": 0.1})
-    here = str(Path(onnx_folders.__file__).parents[2]).encode()
+    here = str(Path(programs.__file__).parents[2]).encode()
     for coder in ("encoder", "decoder"):
         assert AutoencoderKLConfig.from_json(folder / f"vae_{coder}/config.json") == config
         content = (folder / f"vae_{coder}/model.onnx").read_bytes()
@@ -147,7 +147,7 @@ def test_missing_onnx_is_named(tmp_path, monkeypatch):
 
 
 def test_a_coder_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_folders, "LARGEST_BYTES", 1000)
+    monkeypatch.setattr(programs, "LARGEST_BYTES", 1000)
     with pytest.raises(
         ModelError, match=r"the encoder has .* GB of weights, .* external data is not supported"
     ):
