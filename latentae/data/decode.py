@@ -110,15 +110,7 @@ def read_image(path: str | Path, **options: Unpack[DecodeOptions]) -> Tensor:
     return _decode(data, str(path), **options)[0]
 
 
-def decode_image(
-    data: bytes,
-    name: str,
-    *,
-    channels: int = 3,
-    bits: int | None = 8,
-    max_pixels: int | None = MAX_PIXELS,
-    short: int | None = None,
-) -> Tensor:
+def decode_image(data: bytes, name: str, **options: Unpack[DecodeOptions]) -> Tensor:
     """Decode an image file to uint8 or uint16 [channels, H, W], a view of [H, W, channels] memory.
 
     The image is upright by EXIF, in sRGB by the embedded ICC profile, and the first frame of an
@@ -128,21 +120,22 @@ def decode_image(
     Args:
         data: the file's bytes.
         name: its name in error messages.
-        channels: 1 is luma, 3 is RGB over white, 4 is RGBA, opaque if the file has no transparency.
-        bits: 8 (uint8) or 16 (uint16, 0 to 65535). A file of the other depth is rounded or widened.
-            None keeps 16 bits of files with more than 8 bits where possible, otherwise 8.
-        max_pixels: refuse an image of more pixels (height times width) by its header; None is no
-            limit.
+        channels: 1 is luma, 3 (the default) is RGB over white, 4 is RGBA, opaque if the file has no
+            transparency.
+        bits: 8 (uint8, the default) or 16 (uint16, 0 to 65535). A file of the other depth is
+            rounded or widened. None keeps 16 bits of files with more than 8 bits where possible, otherwise 8.
+        max_pixels: refuse an image of more pixels (height times width) by its header, by
+            default 80 million; None is no limit.
         short: pixels of the short side that the caller keeps after resizing. A JPEG of more than 80
             million pixels is then decoded at 1/2, 1/4 or 1/8 of its size, with a short side of at
-            least 4 * `short`. None decodes in full.
+            least 4 * `short`. None (the default) decodes in full.
 
     Raises:
         ImageError: not an image, cut short, of an unknown format, more than `max_pixels` by its
             header, or with more than 8 bits that can't be decoded although 16 are requested.
         DataError: an invalid number of channels or bits.
     """
-    return _decode(data, name, channels, bits, max_pixels, short)[0]
+    return _decode(data, name, **options)[0]
 
 
 def _decode(

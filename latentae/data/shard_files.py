@@ -21,8 +21,8 @@ import braceexpand
 from latentae.data import remote
 from latentae.data.headers import IMAGE_EXTENSIONS
 from latentae.data.shard_index import ShardIndex
-from latentae.data.sources import is_remote, read_range, shown, size_of, stream, will_read
-from latentae.data.tars import Member, Problem, Reader, Sample, group, walk, walk_samples
+from latentae.data.sources import copy_to, is_remote, read_range, shown, size_of, will_read
+from latentae.data.tars import Member, Reader, Sample, group, refuse_damaged, walk, walk_samples
 from latentae.errors import ShardError
 
 __all__ = ["READ_EXTENSIONS", "RawSample", "expand_shards", "read_samples", "read_shard", "shard_keys"]
@@ -153,9 +153,7 @@ def _local(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="latentae-") as folder:
         copy = Path(folder) / "shard.tar"
-        with stream(path) as source, copy.open("wb") as target:
-            while data := source.read(1 << 22):
-                target.write(data)
+        copy_to(path, copy)
         yield str(copy)
 
 
@@ -172,14 +170,8 @@ def _wanted(path: str, file: str, keys: Collection[str] | None) -> list[Sample]:
 
 def _samples(path: str, file: str) -> list[Sample]:
     """Walk all headers of the complete tar `file`; error messages call it `path`."""
-
-    def refuse(problem: Problem) -> None:
-        if problem.code in ("twice", "outside"):
-            found = f"{problem.name!r}, which can't be used ({problem.reason})"
-            raise ShardError(f"shard {shown(path)} contains {found}; write it again with unique, plain keys")
-
     reader = Reader(partial(read_range, file), size_of(file), chunk=1 << 13)
-    return list(group(walk(reader, shown(path)), refuse))
+    return list(group(walk(reader, shown(path)), partial(refuse_damaged, shown(path))))
 
 
 def _read_samples(path: str, file: str, samples: list[Sample]) -> Iterator[RawSample]:

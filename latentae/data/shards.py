@@ -6,7 +6,6 @@ The same input gives the same bytes: sorted order, fixed tar metadata, original 
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -37,6 +36,7 @@ from latentae.data.shard_index import (
     write_index,
 )
 from latentae.data.shrinking import shrink
+from latentae.data.tars import add_member
 from latentae.errors import DataError, ImageError, Interrupted, OutputError, RecipeError
 from latentae.file_names import BAD_SAMPLES
 from latentae.files import abandoned, atomic_file, read_json, write_text
@@ -70,15 +70,12 @@ class ImageSource(Protocol):
 
     def key(self, number: int) -> str:
         """The key of a sample: unique, and escaped as by `escape_key`."""
-        ...
 
     def name(self, number: int) -> str:
         """The name of an image in messages."""
-        ...
 
     def load(self, number: int) -> dict[str, bytes]:
         """Extension -> bytes, the image first. Raises ImageError."""
-        ...
 
 
 def default_shard_size(count: int) -> int:
@@ -216,10 +213,7 @@ def fill_tar(path: Path, samples: Iterable[Members]) -> None:
         for sample in samples:
             for extension, data in sample.items():
                 if extension != "__key__" and isinstance(data, bytes):
-                    # The defaults are constant: mtime, uid and gid 0, mode 0o644, no names.
-                    info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    add_member(tar, f"{sample['__key__']}.{extension}", data)
 
 
 def _split(sized: Iterable[tuple[_T, int]], count: int, size: float) -> Iterator[list[_T]]:

@@ -16,9 +16,12 @@ from latentae.errors import ShardError
 
 __all__ = [
     "ByteStream",
+    "copy_to",
     "is_remote",
     "name_of",
+    "read_exactly",
     "read_range",
+    "shard_changed",
     "shown",
     "size_of",
     "sizes_of",
@@ -101,6 +104,27 @@ def stream(path: str) -> Iterator[ByteStream]:
         file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (closed below; reads have errors of their own)
     with file:
         yield _LocalStream(path, file)
+
+
+def copy_to(path: str, target: Path) -> None:
+    """Copy a file to a local path; errors as `stream`."""
+    with stream(path) as source, target.open("wb") as file:
+        while data := source.read(1 << 22):
+            file.write(data)
+
+
+def read_exactly(path: str, file: ByteStream, start: int, stop: int) -> bytes:
+    """The next `stop - start` bytes of a stream of `path`; ShardError if there are fewer."""
+    data = file.read(stop - start)
+    if len(data) != stop - start:
+        raise shard_changed(path)
+    return data
+
+
+def shard_changed(path: str) -> ShardError:
+    """The error for a shard that changes while it is read."""
+    advice = "run the same command again once it is complete"
+    return ShardError(f"shard {shown(path)} changed while it was read; {advice}")
 
 
 class _LocalStream:

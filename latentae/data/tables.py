@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from latentae.data.headers import IMAGE_EXTENSIONS, image_size
-from latentae.data.sources import ByteStream, is_remote, read_range, shown, size_of, stream
+from latentae.data.sources import is_remote, read_exactly, read_range, shard_changed, shown, size_of, stream
 from latentae.data.tars import BLOCK, Member, Problem, Reader, Sample, walk_samples
 from latentae.errors import Interrupted, ShardError
 
@@ -100,16 +100,6 @@ class SampleTable:
     def problems(self) -> list[Problem]:
         """What is damaged or left out; at most MAX_PROBLEMS, while the record counts all."""
         return [Problem(*problem) for problem in json.loads(self._checked_array("problems").tobytes())]
-
-    @property
-    def offset(self) -> np.ndarray:
-        """int64 [n]: first byte of each sample's first header in the tar."""
-        return self._checked_array("start").astype(np.int64) * BLOCK
-
-    @property
-    def size(self) -> np.ndarray:
-        """int64 [n]: bytes of each sample, from its first header to its last padding."""
-        return self._checked_array("blocks").astype(np.int64) * BLOCK
 
     @property
     def height(self) -> np.ndarray:
@@ -227,24 +217,13 @@ def scan(
         end = builder.collect(Reader(partial(read_range, path), size, chunk=_NEAR))
     else:
         with stream(path) as file:
-            end = builder.collect(Reader(partial(_exactly, path, file), size, observe=digest.update))
+            end = builder.collect(Reader(partial(read_exactly, path, file), size, observe=digest.update))
     if size_of(path) != size:
-        raise _changed(path)
+        raise shard_changed(path)
     sha256 = digest.hexdigest() if digest else ""
     marks = [] if is_remote(path) else [[at, _block_hash(path, at)] for at in builder.marked(end)]
     data = builder.to_bytes(bytes=size, sha256=sha256, marks=marks, place=place)
     return SampleTable(data, data)
-
-
-def _exactly(path: str, file: ByteStream, start: int, stop: int) -> bytes:
-    data = file.read(stop - start)
-    if len(data) != stop - start:
-        raise _changed(path)
-    return data
-
-
-def _changed(path: str) -> ShardError:
-    return ShardError(f"shard {shown(path)} changed while it was read; index it again when it is complete")
 
 
 def marks_match(path: str, marks: list[list[Any]]) -> bool:

@@ -7,9 +7,11 @@ zeros after it. It never writes and never follows a link.
 
 from __future__ import annotations
 
+import io
 import itertools
 import operator
 import re
+import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
@@ -365,6 +367,20 @@ def group(members: Iterable[Member], report: Callable[[Problem], object]) -> Ite
         else:
             seen.add(key)
             yield sample
+
+
+def refuse_damaged(shard: str, problem: Problem) -> None:
+    """ShardError for a sample that is damaged; pass it to `group` with the shard's name."""
+    if problem.code in ("twice", "outside"):
+        found = f"{problem.name!r}, which can't be used ({problem.reason})"
+        raise ShardError(f"shard {shard} contains {found}; write it again with unique, plain keys")
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Write a file without time, owner or group and with mode 0644, so that its bytes repeat."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    tar.addfile(header, io.BytesIO(data))
 
 
 def _split(member: Member, report: Callable[[Problem], object]) -> tuple[str, str] | None:

@@ -20,6 +20,7 @@ from latentae.keyed import whole_seed
 
 __all__ = [
     "augment",
+    "covering_size",
     "crop_to_bucket",
     "kept_short_side",
     "keyed_flip",
@@ -67,13 +68,19 @@ def crop_to_bucket(image: Tensor, bucket: tuple[int, int], *, seed: int | None =
     if height > most_high or width > most_wide:
         strip = _cut(image, min(height, most_high), min(width, most_wide), seed)
         return crop_to_bucket(strip, bucket, seed=seed)
-    # Cropping first would change the filter at the edge. The long side is rounded down as in
-    # torchvision's Resize.
+    # Cropping first would change the filter at the edge.
+    return _cut(_resize(image, *covering_size(height, width, bucket)), high, wide, seed)
+
+
+def covering_size(height: int, width: int, bucket: tuple[int, int]) -> tuple[int, int]:
+    """The smallest height and width that cover a bucket at an image's aspect ratio, in pixels.
+
+    The long side is rounded down as in torchvision's Resize.
+    """
+    high, wide = bucket
     if width * high >= wide * height:
-        resized = _resize(image, high, max(int(high * width / height), wide))
-    else:
-        resized = _resize(image, max(int(wide * height / width), high), wide)
-    return _cut(resized, high, wide, seed)
+        return high, max(int(high * width / height), wide)
+    return max(int(wide * height / width), high), wide
 
 
 def random_crop_flip(

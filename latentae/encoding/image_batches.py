@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from latentae.data.decode import decode_sample, image_extension
 from latentae.data.order import Bucket, assign_buckets
 from latentae.data.shard_files import RawSample
-from latentae.data.sources import ByteStream, shown, size_of, stream
-from latentae.data.tars import Member, Problem, Reader, walk_samples
-from latentae.data.transforms import crop_to_bucket
+from latentae.data.sources import read_exactly, shown, size_of, stream
+from latentae.data.tars import Member, Reader, refuse_damaged, walk_samples
+from latentae.data.transforms import covering_size, crop_to_bucket
 from latentae.encoding.latent_shard import JSON_MEMBER, LATENT_MEMBER
 from latentae.encoding.plan import Shard, ShardSettings
 from latentae.encoding.sidecar import ShardFile
@@ -96,32 +97,15 @@ def _read(shard: Shard) -> Iterator[Input]:
     size, digest, count = size_of(source), hashlib.sha256(), 0
     yield replace(shard, bytes=size)
     with stream(source) as file:
-        reader = Reader(lambda start, stop: _exactly(file, stop - start, name), size, observe=digest.update)
+        reader = Reader(partial(read_exactly, source, file), size, observe=digest.update)
 
         def take(member: Member) -> bytes | None:
             return reader.take(member.size) if member.kind == "file" else None
 
-        for sample, members in walk_samples(reader, name, take, lambda problem: _refuse(name, problem)):
+        for sample, members in walk_samples(reader, name, take, partial(refuse_damaged, name)):
             yield Undecoded(count, {"__key__": sample.key, "__url__": name, **members})
             count += 1
     yield ShardFile(samples=count, bytes=size, sha256=digest.hexdigest())
-
-
-def _exactly(file: ByteStream, count: int, shard: str) -> bytes:
-    data = file.read(count)
-    if len(data) < count:
-        raise ShardError(
-            f"shard {shard} changed while it was read; run the same command again once it is complete"
-        )
-    return data
-
-
-def _refuse(shard: str, problem: Problem) -> None:
-    if problem.code in ("twice", "outside"):
-        raise ShardError(
-            f"shard {shard} holds {problem.name!r}, which can't be used ({problem.reason}); write it again "
-            "with unique, plain keys"
-        )
 
 
 def decode(item: Input, settings: ShardSettings) -> Any:
@@ -166,17 +150,13 @@ def geometry(height: int, width: int, bucket: Bucket) -> dict[str, list[int]]:
     `crop` refers to the resized image. It is exact to one pixel for images more than four times as
     long as their bucket, whose ends are cut before resizing.
     """
-    high, wide = bucket
-    if width * high >= wide * height:
-        resized = [high, max(int(high * width / height), wide)]
-    else:
-        resized = [max(int(wide * height / width), high), wide]
+    resized = covering_size(height, width, bucket)
     top, left = (round((side - cut) / 2) for side, cut in zip(resized, bucket, strict=True))
     return {
         "original_size": [height, width],
-        "resized_size": resized,
-        "crop": [top, left, high, wide],
-        "bucket": [high, wide],
+        "resized_size": list(resized),
+        "crop": [top, left, *bucket],
+        "bucket": list(bucket),
     }
 
 

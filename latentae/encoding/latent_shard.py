@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from latentae.data.sources import is_remote, read_range, shown, size_of, stream
+from latentae.data.sources import copy_to, is_remote, read_range, shown, size_of
 from latentae.data.tars import Member, Problem, Reader, Sample, group, walk, walk_samples
 from latentae.encoding.class_labels import MAX_LABEL_BYTES, label_of
 from latentae.encoding.sidecar import Sidecar, packed_name
@@ -100,8 +99,7 @@ class LatentShard:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentae-"))
             self.files = {name: Path(folder) / str(number) for number, name in enumerate(self.sidecar.files)}
             for name, copy in self.files.items():
-                with stream(self.store.address(name)) as source, copy.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 22)  # pyright: ignore[reportArgumentType]
+                copy_to(self.store.address(name), copy)
             self._stack = stack.pop_all()
         return self
 

@@ -7,7 +7,6 @@ file comes first and has the number of latents, so its values are collected in t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import struct
 import tarfile
@@ -22,13 +21,14 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from latentae.data.sources import shown, size_of
+from latentae.data.sources import shard_changed, size_of
+from latentae.data.tars import add_member
 from latentae.encoding.image_batches import Skipped, Source
 from latentae.encoding.latent_shard import JSON_MEMBER, LATENT_MEMBER
 from latentae.encoding.plan import Shard, ShardSettings
 from latentae.encoding.sidecar import PackedFile, ShardFile, Sidecar, packed_name, sidecar_name, write_sidecar
 from latentae.encoding.store import Store
-from latentae.errors import OutputError, ShardError
+from latentae.errors import OutputError
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.progress import say
 
@@ -131,10 +131,7 @@ class _Output:
                 with tarfile.open(fileobj=hashed, mode="w", format=tarfile.PAX_FORMAT) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
                     end = self._write_samples(events, tar, stack, path.parent)
             if size_of(shard.source) != shard.bytes:
-                raise ShardError(
-                    f"{shown(shard.source)} changed while it was encoded; run the same command again once it "
-                    "is complete"
-                )
+                raise shard_changed(shard.source)
             for (height, width), pack in self.packs.items():
                 name = packed_name(shard.name, height, width)
                 packed.append(pack.write(name, stack.enter_context(self.store.write(name))))
@@ -179,10 +176,10 @@ class _Output:
                         self.packs[size] = stack.enter_context(_Pack(folder))
                     info = {**info, "row": self.packs[size].add(latents)}
                 else:
-                    _add(tar, f"{sample.key}.{LATENT_MEMBER}", safetensors_bytes(latents))
-                _add(tar, f"{sample.key}.{JSON_MEMBER}", json.dumps(info).encode())
+                    add_member(tar, f"{sample.key}.{LATENT_MEMBER}", safetensors_bytes(latents))
+                add_member(tar, f"{sample.key}.{JSON_MEMBER}", json.dumps(info).encode())
                 for extension, data in sample.members.items():
-                    _add(tar, f"{sample.key}.{extension}", data)
+                    add_member(tar, f"{sample.key}.{extension}", data)
         raise AssertionError("the events of a shard end with Finished")
 
     def _log(self, messages: list[str]) -> None:
@@ -206,12 +203,6 @@ def _by_position(event: Event) -> Iterator[tuple[int, Skipped | tuple[Source, di
             yield sample.position, (sample, latents)
         else:
             yield sample.position, Skipped(sample.position, sample.key, "non-finite latent", sample.key)
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    header = tarfile.TarInfo(name)  # no time, owner or group; mode 0644
-    header.size = len(data)
-    tar.addfile(header, io.BytesIO(data))
 
 
 class _Pack:

@@ -40,7 +40,6 @@ __all__ = [
 FORMAT_VERSION = 2  # version 1 had no packed files and no flips
 _SUFFIX = ".done.json"
 DIGEST = "digest"  # key of the sidecar's own SHA-256
-_THREADS = 32  # that read remote sidecars
 
 
 class ShardFile(BaseModel):
@@ -173,13 +172,11 @@ def read_sidecar(store: Store, shard: str, sizes: Mapping[str, int] | None = Non
 
 
 def read_sidecars(store: Store, shards: Sequence[str], sizes: Mapping[str, int]) -> Iterator[Sidecar | None]:
-    """`read_sidecar` of each shard, in order. Reads remote sidecars in parallel."""
-    if isinstance(store, LocalStore):
-        yield from (read_sidecar(store, shard, sizes) for shard in shards)
-        return
-    with ThreadPoolExecutor(_THREADS) as pool:
+    """`read_sidecar` of each shard, in order, by several threads."""
+    threads = 8 if isinstance(store, LocalStore) else 32
+    with ThreadPoolExecutor(threads) as pool:
         remaining = iter(shards)
-        while batch := list(islice(remaining, 8 * _THREADS)):
+        while batch := list(islice(remaining, 8 * threads)):
             yield from pool.map(lambda shard: read_sidecar(store, shard, sizes), batch)
 
 

@@ -16,7 +16,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -91,11 +91,9 @@ class LocalStore(_Named):
         """Size of a file in bytes, or None if it does not exist."""
         return self._if_there("read", name, lambda path: path.stat().st_size)
 
-    @contextmanager
-    def write(self, name: str) -> Iterator[Path]:
+    def write(self, name: str) -> AbstractContextManager[Path]:
         """Yield a local path to write to. It becomes `name`, or is removed on any error."""
-        with atomic_file(self.path(name)) as path:
-            yield path
+        return atomic_file(self.path(name))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file atomically."""

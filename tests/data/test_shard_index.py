@@ -77,13 +77,12 @@ def test_a_table_says_where_everything_lies(tmp_path, write_tar, make_png):
     data = path.read_bytes()
     for extension, offset, size in table.members(0)[1:]:
         assert data[offset : offset + size] == dict(files)[{"png": "a.PNG", "txt": "a.txt"}[extension]]
-    dtypes = [column.dtype for column in (table.offset, table.size, table.height, table.key_hash)]
-    assert dtypes == [np.int64, np.int64, np.int32, np.uint64]
-    assert table.offset[0] == 0
-    # No bytes are between these samples.
-    assert list(table.offset[1:]) == list((table.offset + table.size)[:-1])
+    assert [column.dtype for column in (table.height, table.key_hash)] == [np.int32, np.uint64]
+    starts, stops = zip(*map(table.span, range(3)), strict=True)
+    assert starts[0] == 0
+    assert starts[1:] == stops[:-1]  # no bytes are between these samples
     with tarfile.open(path) as archive:
-        assert table.offset[1] == archive.getmembers()[3].offset  # with the header of the long name
+        assert starts[1] == archive.getmembers()[3].offset  # with the header of the long name
     assert list(table.height) == [0, 12, 0]  # of several images the first format counts: a.jpg is none
     assert list(table.width) == [0, 16, 0]
     for fraction in (0.0, 0.3, 0.7, 1.0):
@@ -277,7 +276,7 @@ def test_the_rows_of_a_remote_slice_come_in_one_request(folder, tmp_path, memory
     rows = [17, 12, 19, 10]
     assert [raw["jpg"][0] for raw in read_samples(index, 0, rows)] == rows
     table = index.table(0)
-    assert asked == [{"start": table.offset[10], "end": table.offset[19] + table.size[19]}]
+    assert asked == [{"start": table.span(10)[0], "end": table.span(19)[1]}]
 
 
 def test_damaged_samples_are_refused_until_they_have_been_listed(tmp_path, write_tar, make_png, capsys):

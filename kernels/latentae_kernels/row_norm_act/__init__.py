@@ -120,16 +120,7 @@ def _(dy, x, weight, bias, eps, norm, act, parameters):
     return torch.empty_like(dense(x)), *(x.new_empty(width, dtype=compute_dtype(x)) for width in widths)
 
 
-def _closed_form(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    norm: str,
-    act: str,
-    parameters: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _closed_form(dy, x, weight, bias, eps, norm, act, parameters) -> tuple[Tensor | None, ...]:
     """Closed form of row_norm_act's gradient; it recomputes the statistics, so its derivative is
     the second derivative.
 

@@ -18,17 +18,7 @@ import numpy as np
 
 from latentae.data.sources import is_remote, shown
 from latentae.encoding.class_labels import MISSING_LABELS
-from latentae.encoding.formats import kohya
-from latentae.encoding.formats.class_conditional import (
-    EDM2_ZIP,
-    build_edm2,
-    build_fastdit,
-    build_lightningdit,
-    build_mar,
-    build_repa,
-    check_fastdit,
-    check_mar,
-)
+from latentae.encoding.formats import class_conditional, kohya
 from latentae.encoding.formats.layout import Layout, remove_staging
 from latentae.encoding.latent_dataset import LatentDataset
 from latentae.encoding.latent_shard import JSON_MEMBER
@@ -55,11 +45,13 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "lightningdit": Format(build_lightningdit, {"seed": 0}, flips=True),
-    "edm2": Format(build_edm2, {"folder": False}),
-    "repa": Format(build_repa, images=True),
-    "mar": Format(build_mar, check=check_mar, flips=True),
-    "fastdit": Format(build_fastdit, {"seed": 0, "scaling": None}, check_fastdit),
+    "lightningdit": Format(class_conditional.build_lightningdit, {"seed": 0}, flips=True),
+    "edm2": Format(class_conditional.build_edm2, {"folder": False}),
+    "repa": Format(class_conditional.build_repa, images=True),
+    "mar": Format(class_conditional.build_mar, check=class_conditional.check_mar, flips=True),
+    "fastdit": Format(
+        class_conditional.build_fastdit, {"seed": 0, "scaling": None}, class_conditional.check_fastdit
+    ),
     "kohya": Format(kohya.build, {"seed": 0, "model": "sd"}, kohya.check, labels=False, buckets=True),
 }
 
@@ -112,7 +104,7 @@ def write(format: str, latents: str | Path, out: str | Path, **options: Any) -> 
             job.finish(samples=len(dataset))
             say(f"encode: {len(dataset)} latents for {format} in {out}")
         remove_staging(out)
-    return out / EDM2_ZIP if format == "edm2" and not options["folder"] else out
+    return out / class_conditional.EDM2_ZIP if format == "edm2" and not options["folder"] else out
 
 
 def _resolve(format: str, known: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
