@@ -182,9 +182,8 @@ def _reduce(image: Image.Image, short: int) -> None:
 
 def _open(data: bytes, name: str, max_pixels: int | None) -> Image.Image:
     """Read the header only, and refuse what must not be decoded."""
-    if (
-        max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None
-    ):  # the readers of TIFF and WebP check it too
+    # The readers of TIFF and WebP check it too.
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         image = open_image(data)

@@ -69,6 +69,7 @@ class ByteStream(Protocol):
 
     def read(self, count: int) -> bytes:
         """The next `count` bytes; fewer only at the end."""
+        ...
 
 
 def is_remote(path: str) -> bool:

@@ -121,7 +121,7 @@ def shard_keys(path: str | Path) -> list[str]:
         return [sample.key for sample in _samples(str(path), file)]
 
 
-def read_shard(path: str | Path, keys: Collection[str] | None = None) -> Iterator[RawSample]:
+def read_shard(path: str | Path) -> Iterator[RawSample]:
     """Yield the samples of a shard in tar order.
 
     A sample is `{"__key__": str, "__url__": shard, extension: bytes, ...}`.
@@ -129,18 +129,17 @@ def read_shard(path: str | Path, keys: Collection[str] | None = None) -> Iterato
     Args:
         path: an uncompressed tar in the WebDataset convention (members of a sample are
             consecutive). A remote shard is copied to a temporary file first.
-        keys: yield only these, each of which must exist; None yields all.
 
     Raises:
         ShardError: as `shard_keys`. For a local shard it is raised before the first sample.
     """
     path = str(path)
     if not is_remote(path):
-        return _read_samples(path, path, _wanted(path, path, keys))
+        return _read_samples(path, path, _samples(path, path))
 
     def read_copy() -> Iterator[RawSample]:
         with _local(path) as file:
-            yield from _read_samples(path, file, _wanted(path, file, keys))
+            yield from _read_samples(path, file, _samples(path, file))
 
     return read_copy()
 
@@ -155,17 +154,6 @@ def _local(path: str) -> Iterator[str]:
         copy = Path(folder) / "shard.tar"
         copy_to(path, copy)
         yield str(copy)
-
-
-def _wanted(path: str, file: str, keys: Collection[str] | None) -> list[Sample]:
-    samples = _samples(path, file)
-    if keys is None:
-        return samples
-    missing = set(keys).difference(sample.key for sample in samples)
-    if missing:
-        found = f"shard {shown(path)} has changed: sample {min(missing)!r} is gone"
-        raise ShardError(f"{found}; start again with the current shards")
-    return [sample for sample in samples if sample.key in set(keys)]
 
 
 def _samples(path: str, file: str) -> list[Sample]:

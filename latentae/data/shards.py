@@ -70,12 +70,15 @@ class ImageSource(Protocol):
 
     def key(self, number: int) -> str:
         """The key of a sample: unique, and escaped as by `escape_key`."""
+        ...
 
     def name(self, number: int) -> str:
         """The name of an image in messages."""
+        ...
 
     def load(self, number: int) -> dict[str, bytes]:
         """Extension -> bytes, the image first. Raises ImageError."""
+        ...
 
 
 def default_shard_size(count: int) -> int:

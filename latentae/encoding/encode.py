@@ -23,9 +23,9 @@ from latentae.data.shard_index import ShardEntry, ShardIndex, load_index
 from latentae.data.sources import is_remote, name_of, sizes_of
 from latentae.device import choose_device
 from latentae.encoding import formats
-from latentae.encoding.class_labels import MISSING_LABELS, has_label
 from latentae.encoding.formats import kohya
 from latentae.encoding.image_batches import UNREADABLE
+from latentae.encoding.latent_shard import MISSING_LABELS, has_label
 from latentae.encoding.options import EncodeOptions
 from latentae.encoding.plan import Shard, ShardSettings, Work, find_finished, plan_digest, plan_shards
 from latentae.encoding.ray_engine import encode_on_ray
@@ -281,7 +281,7 @@ def _check_share(total: _Total, settings: ShardSettings) -> None:
 def _reason(shard: Shard, key: str, settings: ShardSettings) -> str:
     """Why an image is unreadable, from decoding it again: sidecars have no reasons."""
     try:
-        for raw in read_shard(shard.source, [key]):
+        for raw in filter(lambda raw: raw["__key__"] == key, read_shard(shard.source)):
             decode_sample(raw, channels=settings.in_channels, max_pixels=settings.options.max_pixels)
     except ImageError as error:
         return f" ({error})"

@@ -27,13 +27,14 @@ from torch.utils.data import Dataset, Sampler
 from latentae import keyed
 from latentae.data.sources import read_range
 from latentae.data.tars import Reader, group, walk
-from latentae.encoding.class_labels import CLASS_NUMBERS, label_of
 from latentae.encoding.latent_shard import (
     BAD_LABEL,
+    CLASS_NUMBERS,
     JSON_MEMBER,
     LATENT_MEMBER,
     SampleIndex,
     join,
+    label_of,
     scan_shard,
 )
 from latentae.encoding.sidecar import Sidecar, listed_shards, open_output, read_sidecars
@@ -139,9 +140,6 @@ class LatentDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self._samples.rows)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Any:
         index = self._index(index)

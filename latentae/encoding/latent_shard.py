@@ -1,4 +1,4 @@
-"""Latent shards on disk: names of their members, a reader of samples, and an index of them.
+"""Latent shards on disk: members of a sample, class labels, a reader and an index of samples.
 
 A sample `KEY.jpg, KEY.txt` of an image shard becomes
 
@@ -17,8 +17,9 @@ import json
 import math
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,24 +31,30 @@ from torch import Tensor
 
 from latentae.data.sources import copy_to, is_remote, read_range, shown, size_of
 from latentae.data.tars import Member, Problem, Reader, Sample, group, walk, walk_samples
-from latentae.encoding.class_labels import MAX_LABEL_BYTES, label_of
 from latentae.encoding.sidecar import Sidecar, packed_name
 from latentae.encoding.store import LocalStore, Store
-from latentae.errors import ShardError
+from latentae.errors import DataError, ShardError
 
 __all__ = [
     "BAD_LABEL",
+    "CLASS_NUMBERS",
     "JSON_MEMBER",
     "LATENT_MEMBER",
+    "MISSING_LABELS",
     "LatentShard",
     "SampleIndex",
     "bucket_of",
+    "has_label",
     "join",
+    "label_of",
     "scan_shard",
 ]
 
 LATENT_MEMBER, JSON_MEMBER = "latent.safetensors", "latent.json"
 BAD_LABEL = -2  # a label that is no class number
+CLASS_NUMBERS = 'but classes are whole numbers from 0; write them into `cls`, or into `json` as "label"'
+MISSING_LABELS = 'give each a `cls` member, or a `json` with a whole number as "label"'
+MAX_LABEL_BYTES = 1 << 20  # larger members are not searched for a label
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by safetensors' names
 _MAX_HEADER = 1 << 24  # bytes of JSON before the tensors of a packed file
 _ROW = np.dtype(
@@ -109,9 +116,7 @@ class LatentShard:
     def samples(self) -> Iterator[Sample]:
         """Key and members of each sample; ShardError for a damaged tar or a member of no sample."""
         path = self.files[self.sidecar.shard]
-        reader = Reader(
-            lambda start, stop: read_range(str(path), start, stop), path.stat().st_size, chunk=1 << 13
-        )
+        reader = Reader(partial(read_range, str(path)), path.stat().st_size, chunk=1 << 13)
         problems: list[Problem] = []
         for sample in group(walk(reader, self.shown), problems.append):
             self._refuse(problems)
@@ -218,7 +223,7 @@ def scan_shard(address: Callable[[str], str], sidecar: Sidecar) -> SampleIndex:
     path = address(sidecar.shard)
     layouts = [_layout(address(file.name), file.rows) for file in sidecar.packed]
     chunk = 1 << 22 if is_remote(path) else 1 << 13
-    reader = Reader(lambda start, stop: read_range(path, start, stop), size_of(path), chunk=chunk)
+    reader = Reader(partial(read_range, path), size_of(path), chunk=chunk)
 
     def take(member: Member) -> bytes | None:
         """Read JSON and labels along with the headers."""
@@ -297,3 +302,65 @@ def _refuse(path: str, problem: Problem) -> None:
             f"{shown(path)} holds {problem.name!r} ({problem.reason}); delete it and run the same encode "
             "command again"
         )
+
+
+def label_of(cls: bytes | None, text: bytes | None) -> int | None:
+    """The class label of a sample. A whole number may be written as 3, "3", 3.0 or true.
+
+    Args:
+        cls: the member `cls`, which takes precedence.
+        text: the member `json`.
+
+    Returns:
+        The class from 0; None if there is no label, or it is empty, null or -1.
+
+    Raises:
+        ValueError: the label is no class number. The message says what was found.
+    """
+    try:
+        record = json.loads(text) if cls is None and text is not None else None
+    except (ValueError, RecursionError):
+        raise ValueError("a json that can't be read") from None
+    value = record.get("label") if isinstance(record, dict) else None
+    if cls is not None:
+        value = cls.decode("utf-8", "replace").strip()
+    if value in (None, ""):
+        return None
+    number = _whole(value)
+    if number is None or not -1 <= number < 1 << 63:
+        raise ValueError(f"the label {value!r}")
+    return None if number == -1 else number
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
+    if isinstance(value, int | float | str):
+        with suppress(ValueError):
+            return int(number) if (number := float(value)).is_integer() else None
+    return None
+
+
+def has_label(shards: Iterable[str]) -> bool:
+    """Whether the first sample of image shards has a class label. True if there are no samples.
+
+    Raises:
+        ShardError: a shard can't be read.
+        DataError: the label is no class number.
+    """
+    for path in shards:
+        reader = Reader(partial(read_range, path), size_of(path), chunk=1 << 13)
+
+        def take(member: Member, reader: Reader = reader) -> bytes | None:
+            wanted = member.name.lower().endswith((".cls", ".json")) and member.size <= MAX_LABEL_BYTES
+            return reader.take(member.size) if wanted else None
+
+        for sample, texts in walk_samples(reader, shown(path), take, lambda problem: None):
+            try:
+                return label_of(texts.get("cls"), texts.get("json")) is not None
+            except ValueError as error:
+                raise DataError(
+                    f"sample {sample.key!r} of {shown(path)} has {error}, {CLASS_NUMBERS}"
+                ) from None
+    return True

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from latent_writer import make_samples, write_output
 
-from latentae.encoding.class_labels import has_label, label_of
 from latentae.encoding.formats import write
 from latentae.encoding.latent_dataset import LatentDataset
+from latentae.encoding.latent_shard import has_label, label_of
 from latentae.errors import DataError
 
 WRITTEN = [

@@ -132,9 +132,8 @@ def check_norm_act(
 
 
 def _native(total: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, act: Act) -> Tensor:
-    if (
-        weight.dtype != total.dtype and not total.is_cpu
-    ):  # only the CPU operator mixes half x and fp32 weights
+    # only the CPU operator mixes half x and fp32 weights
+    if weight.dtype != total.dtype and not total.is_cpu:
         z = F.group_norm(total.float(), groups, weight, bias, eps)
         return (F.silu(z) if act == "silu" else z).to(total.dtype)
     z = group_norm(total, groups, weight, bias, eps)
@@ -249,6 +248,5 @@ def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
 
 
 norm_act_forward.register_autograd(_gradient, setup_context=_save)
-differentiate_backward(
-    norm_act_backward, lambda *inputs: norm_act_gradients(*inputs[:-1]), tensors=6
-)  # the last input is sum_dx
+# the last input is sum_dx
+differentiate_backward(norm_act_backward, lambda *inputs: norm_act_gradients(*inputs[:-1]), tensors=6)

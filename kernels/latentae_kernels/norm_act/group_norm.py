@@ -222,7 +222,7 @@ def norm_act_gradients(
         dx in the dtype of `x`; dgamma, dbeta and the sum of dx over samples and pixels, [C], in the
         compute dtype.
     """
-    wide, channels = compute_dtype(x), _channels_shape(x)
+    wide, channels = compute_dtype(x), (1, -1) + (1,) * (x.ndim - 2)
     others = [0, *range(2, x.ndim)]
     value, gamma = x.to(wide), weight.to(wide).view(channels)
     if pre_bias is not None:
@@ -240,11 +240,6 @@ def norm_act_gradients(
     if dtotal is not None:
         dx = dx + dtotal.to(wide)
     return dx.to(x.dtype), (dz * xh_full).sum(others), dz.sum(others), dx.sum(others)
-
-
-def _channels_shape(x: Tensor) -> tuple[int, ...]:
-    """[1, C, 1, ...]: the shape in which a channel vector broadcasts over `x`."""
-    return (1, -1) + (1,) * (x.ndim - 2)
 
 
 def _normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

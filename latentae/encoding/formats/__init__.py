@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latentae.data.sources import is_remote, shown
-from latentae.encoding.class_labels import MISSING_LABELS
 from latentae.encoding.formats import class_conditional, kohya
 from latentae.encoding.formats.layout import Layout, remove_staging
 from latentae.encoding.latent_dataset import LatentDataset
-from latentae.encoding.latent_shard import JSON_MEMBER
+from latentae.encoding.latent_shard import JSON_MEMBER, MISSING_LABELS
 from latentae.errors import DataError, OutputError, RecipeError
 from latentae.files import alone
 from latentae.jobs import Job

@@ -75,9 +75,8 @@ FILE_SAMPLES = 10_000  # of LightningDiT
 def build_lightningdit(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> None:
     """Write LightningDiT's files. A shard of more than FILE_SAMPLES samples becomes several files."""
     ranges = dataset.shard_ranges
-    first = dict(
-        zip(ranges, accumulate(map(_file_count, ranges), initial=0), strict=False)
-    )  # file of a shard
+    files = accumulate(map(_file_count, ranges), initial=0)
+    first = dict(zip(ranges, files, strict=False))  # number of a shard's first file
     for rows in layout.shards():
         for part in range(_file_count(rows)):
             chosen = rows[part * FILE_SAMPLES : (part + 1) * FILE_SAMPLES]
