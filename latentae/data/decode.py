@@ -123,9 +123,10 @@ def decode_image(data: bytes, name: str, **options: Unpack[DecodeOptions]) -> Te
         channels: 1 is luma, 3 (the default) is RGB over white, 4 is RGBA, opaque if the file has no
             transparency.
         bits: 8 (uint8, the default) or 16 (uint16, 0 to 65535). A file of the other depth is
-            rounded or widened. None keeps 16 bits of files with more than 8 bits where possible, otherwise 8.
-        max_pixels: refuse an image of more pixels (height times width) by its header, by
-            default 80 million; None is no limit.
+            rounded or widened. None keeps 16 bits of files with more than 8 bits where possible,
+            otherwise 8.
+        max_pixels: refuse an image of more pixels (height times width) by its header. The default
+            is 80 million; None is no limit.
         short: pixels of the short side that the caller keeps after resizing. A JPEG of more than 80
             million pixels is then decoded at 1/2, 1/4 or 1/8 of its size, with a short side of at
             least 4 * `short`. None (the default) decodes in full.

@@ -73,7 +73,7 @@ FILE_SAMPLES = 10_000  # of LightningDiT
 
 
 def build_lightningdit(layout: Layout, dataset: LatentDataset, options: dict[str, Any]) -> None:
-    """Write LightningDiT's files. A shard of more than FILE_SAMPLES samples becomes several files."""
+    """Write LightningDiT's files. A shard of over FILE_SAMPLES samples becomes several files."""
     ranges = dataset.shard_ranges
     files = accumulate(map(_file_count, ranges), initial=0)
     first = dict(zip(ranges, files, strict=False))  # number of a shard's first file
