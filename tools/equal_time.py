@@ -40,8 +40,7 @@ from latentae.training.launch import build_accelerator
 from latentae.training.optim import learning_rate_scale
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer
-from latentae.training.training_data import build_loader
-from latentae.training.validation import held_out_batches
+from latentae.training.training_data import build_loader, held_out_batches
 
 ARMS = ("diffusers", "latentae")
 Step = Callable[[torch.Tensor], object]

@@ -42,8 +42,7 @@ from latentae.training.init import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer
-from latentae.training.training_data import build_loader
-from latentae.training.validation import Validation, held_out_batches
+from latentae.training.training_data import build_loader, held_out_batches
 
 # orthogonalizing wide matrices takes most of a step on one core
 ADAMW = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.trunk_lr_ratio": 0.015}
@@ -123,7 +122,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     judge, accelerator = Evaluator(recipe), build_accelerator("fp32")
     begin = time.process_time()
     trainer = Trainer(recipe, accelerator)
-    take_head_start(trainer, Validation([]))
+    take_head_start(trainer, [])
     rate, staged = trainer.peak_lr.get("autoencoder-trunk", 0.0), "first half" in arm
     if staged:
         trainer.peak_lr["autoencoder-trunk"] = 0.0

@@ -132,9 +132,8 @@ def _gain(job: PartedJob) -> dict[str, Any]:
     found = {}
     for name in ("before", "after"):
         interval = bootstrap_mean([math.inf if row[name] is None else row[name] for row in job.rows()])
-        found[name] = {"images": interval.n} | {
-            key: getattr(interval, key) for key in ("mean", "low", "high")
-        }
+        found[name] = {key: getattr(interval, key) for key in ("mean", "low", "high")}
+        found[name]["images"] = interval.n
     return found
 
 

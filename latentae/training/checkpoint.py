@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,9 +38,6 @@ from latentae.models.pretrained import CHECKPOINTS, CONFIG, LATEST, META, load_w
 from latentae.progress import note
 from latentae.training.steps import Trainer, TrainState
 from latentae.version import __version__
-
-if TYPE_CHECKING:
-    from latentae.training.mirror import Mirror
 
 __all__ = [
     "FORMAT_VERSION",
@@ -64,11 +61,7 @@ STATE, OPTIMIZERS = "state.json", "optimizers.pt"
 
 
 def save_checkpoint(
-    trainer: Trainer,
-    run: Path,
-    data_state: dict[str, Any],
-    inputs: Mapping[str, Any] | None = None,
-    mirror: Mirror | None = None,
+    trainer: Trainer, run: Path, data_state: dict[str, Any], inputs: Mapping[str, Any] | None = None
 ) -> Path:
     """Save the state of a run as a new checkpoint, name it the latest and remove the oldest.
 
@@ -77,7 +70,6 @@ def save_checkpoint(
         run: the run folder.
         data_state: position in the data, as plain JSON values.
         inputs: identity of the job (plain JSON values), kept in meta.json.
-        mirror: where to copy it. A failed copy is logged and does not stop the run.
 
     Raises:
         TrainingError: a weight is not finite; nothing is written.
@@ -94,8 +86,6 @@ def save_checkpoint(
     verify(folder)
     write_text(checkpoints / LATEST, folder.name + "\n")
     _prune(folder, trainer.recipe.keep_checkpoints)
-    if mirror is not None:
-        mirror.push(folder)
     return folder
 
 

@@ -29,13 +29,12 @@ from latentae.data.sources import is_remote, name_of
 from latentae.data.streaming import StreamLoader
 from latentae.errors import RecipeError, TrainingError
 from latentae.progress import duration, say
-from latentae.training.launch import agree, launched
+from latentae.training.launch import StopFlag, agree, launched
+from latentae.training.loop import Validation
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.reporting import check_wandb, devices, peak_memory_gb
-from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer
-from latentae.training.training_data import NO_DATA, build_loader
-from latentae.training.validation import LARGEST_BATCH, Validation, held_out_batches
+from latentae.training.training_data import LARGEST_BATCH, NO_DATA, build_loader, held_out_batches
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentae.data.loader import TrainLoader
+from latentae.data.loader import Batch, TrainLoader
 from latentae.data.shard_files import expand_shards
 from latentae.data.streaming import StreamLoader, streams
 from latentae.data.transforms import to_float, to_uint8
@@ -30,8 +30,7 @@ from latentae.training.launch import on_main
 from latentae.training.options import InitOptions
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.steps import Trainer, build_autoencoder
-from latentae.training.training_data import job_inputs, make_shards
-from latentae.training.validation import Validation, held_out_batches
+from latentae.training.training_data import held_out_batches, job_inputs, make_shards
 
 __all__ = ["HeadStart", "fit_head_start", "init", "mean_psnr", "take_head_start"]
 
@@ -169,8 +168,10 @@ def fit_head_start(recipe: Recipe) -> HeadStart:
     return HeadStart(pca, images, explained)
 
 
-def take_head_start(trainer: Trainer, validation: Validation) -> None:
+def take_head_start(trainer: Trainer, held_out: Sequence[Batch]) -> None:
     """Set a new trainer's weights and their average to PCA, if its recipe starts there.
+
+    The PSNR of PCA on the held-out images is logged.
 
     Raises:
         ModelError, DataError: from `fit_head_start`, on all processes.
@@ -179,7 +180,7 @@ def take_head_start(trainer: Trainer, validation: Validation) -> None:
     if recipe.model.initialization != "pca" or recipe.model.init_from is not None:
         return
     assert isinstance(model, AutoencoderDC)
-    on_main(accelerator, lambda: _start(model, recipe, validation))
+    on_main(accelerator, lambda: _start(model, recipe, held_out))
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast
 
@@ -189,11 +190,11 @@ def take_head_start(trainer: Trainer, validation: Validation) -> None:
     trainer.ema.load_state_dict(model.state_dict())
 
 
-def _start(model: AutoencoderDC, recipe: Recipe, validation: Validation) -> None:
+def _start(model: AutoencoderDC, recipe: Recipe, held_out: Sequence[Batch]) -> None:
     head_start = fit_head_start(recipe)
     say(str(head_start))
     model.load_state_dict(head_start.build(recipe).state_dict())
-    batches = [batch.images for batch in validation.batches]
+    batches = [batch.images for batch in held_out]
     if batches:
         say(f"held out, before the first step: PCA {mean_psnr(head_start.pca.reconstruct, batches):.2f} dB")
 

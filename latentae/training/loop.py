@@ -1,28 +1,39 @@
-"""Training loop: runs steps, logs metrics, saves checkpoints, rolls back on non-finite losses."""
+"""Training loop: runs steps, logs, validates, saves checkpoints, rolls back on non-finite losses."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from latentae.data.loader import Batch, TrainLoader
 from latentae.data.streaming import StreamLoader
-from latentae.pages.images import pil_image, write_png
+from latentae.data.transforms import to_float, to_uint8
+from latentae.measures.metrics import TAPS, psnr, ssim
+from latentae.models.base import Autoencoder
+from latentae.models.config import build
+from latentae.pages.images import image_grid, pil_image, write_png
 from latentae.progress import Progress, say
 from latentae.training.checkpoint import roll_back
 from latentae.training.health import Watchdog
-from latentae.training.launch import agree, mean_over_processes
+from latentae.training.launch import StopFlag, agree, mean_over_processes
+from latentae.training.recipe import Recipe
 from latentae.training.reporting import MetricsLog, peak_memory_gb
-from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer, TrainState
-from latentae.training.validation import Validation
+from latentae.training.training_data import held_out_batches
 
-__all__ = ["PhaseLoop"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["PhaseLoop", "Validation"]
+
+PICTURES = 8
 
 
 class Timer:
@@ -211,3 +222,69 @@ class PhaseLoop:
         if self.log is not None:
             say(f"{kind}: {message}")
             self.log.event(self.state.step, self.state.images_seen, kind, message)
+
+
+@dataclass
+class Validation:
+    """Measures a fixed set of held-out images.
+
+    Attributes:
+        batches: the images, kept in memory.
+    """
+
+    batches: list[Batch]
+
+    @classmethod
+    def of(cls, recipe: Recipe, accelerator: Accelerator) -> Validation:
+        """The held-out images of a phase, in batches no larger than one device's part of a step."""
+        size = recipe.batch_size // (accelerator.num_processes * recipe.gradient_accumulation)
+        return cls(held_out_batches(recipe.data, max(1, size), recipe.log.validation_images))
+
+    @torch.inference_mode()
+    def run(
+        self, trainer: Trainer, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], Tensor] | None:
+        """Reconstruct with the EMA weights and the posterior's mode.
+
+        Args:
+            trainer: of the phase.
+            stop: called before each batch; True ends the validation.
+
+        Returns:
+            `validation/psnr` (dB), `validation/ssim` (if images have at least 11 x 11 pixels) and,
+            with a perceptual loss, `validation/perceptual`, as means over images; and a picture,
+            uint8 [3, H, W], of originals over reconstructions. None if stopped.
+        """
+        model, perceptual = _averaged(trainer), trainer.objective.perceptual
+        columns: dict[str, list[Tensor]] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for batch in self.batches:
+            if stop():
+                return None
+            source = batch.images.to(trainer.accelerator.device)
+            images = to_float(source)
+            decoded = to_uint8(model(images, sample_posterior=False).reconstruction)
+            found = {"psnr": psnr(source, decoded)}
+            if min(source.shape[-2:]) >= TAPS:  # SSIM's window
+                found["ssim"] = ssim(source, decoded)
+            if perceptual is not None:
+                found["perceptual"] = perceptual(images, to_float(decoded))
+            for name, values in found.items():
+                columns.setdefault(f"validation/{name}", []).append(values)
+            pairs += zip(batch.images, decoded.cpu(), strict=True)
+        means = {name: torch.cat(parts).double().mean().item() for name, parts in columns.items()}
+        shown = pairs[:: max(1, -(-len(pairs) // PICTURES))]  # evenly spaced: neighbors are often similar
+        return means, image_grid([[_rgb(a) for a, _ in shown], [_rgb(b) for _, b in shown]])
+
+
+def _averaged(trainer: Trainer) -> Autoencoder:
+    """A model that shares the EMA weights, built without drawing random numbers."""
+    with torch.device("meta"):
+        model = build(trainer.raw_autoencoder.config)
+    model.load_state_dict(trainer.ema.state_dict(), assign=True)
+    return model.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """An image [1, 3 or 4 channels, H, W] for display: gray as RGB, without alpha."""
+    return image.expand(3, -1, -1) if len(image) == 1 else image[:3]

@@ -18,17 +18,15 @@ from latentae.training.claim import Claim, FolderPlace
 from latentae.training.config import describe_phases
 from latentae.training.dry_run import dry_run
 from latentae.training.init import take_head_start
-from latentae.training.launch import launched, on_main
-from latentae.training.loop import PhaseLoop
+from latentae.training.launch import StopFlag, launched, on_main
+from latentae.training.loop import PhaseLoop, Validation
 from latentae.training.mirror import Mirror, UrlPlace
 from latentae.training.options import TrainOptions
 from latentae.training.recipe import Recipe, load_recipe
 from latentae.training.reporting import MetricsLog, check_wandb, devices
-from latentae.training.signals import StopFlag
 from latentae.training.steps import Trainer
 from latentae.training.summary import write_summary
 from latentae.training.training_data import build_loader, job_inputs, make_shards
-from latentae.training.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -205,7 +203,7 @@ class _Run:
         self.trainer = Trainer(recipe, accelerator)
         self.trainer.check_resolution()
         if checkpoint is None:
-            take_head_start(self.trainer, self.validation)
+            take_head_start(self.trainer, self.validation.batches)
             return
         position = restore(self.trainer, checkpoint, phase)
         if position is not None:
@@ -223,12 +221,14 @@ class _Run:
             self.loader.announce()
 
     def _save(self) -> None:
-        """Save a checkpoint on the first process; its error is raised on all."""
+        """Save and copy a checkpoint on the first process; an error of saving is raised on all."""
         position = self.loader.state_dict()
 
         def write() -> None:
             self.claim.check()
-            save_checkpoint(self.trainer, self.folder, position, self.inputs, self.mirror)
+            folder = save_checkpoint(self.trainer, self.folder, position, self.inputs)
+            if self.mirror is not None:
+                self.mirror.push(folder)
 
         on_main(self.accelerator, write)
 

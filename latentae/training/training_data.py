@@ -1,4 +1,4 @@
-"""The data of a run: images packed into shards, the job's identity, and each process's loader."""
+"""The data of a run: packed shards, the job's identity, loaders, and held-out images."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from latentae.data.builtin import is_builtin
 from latentae.data.folder import find_images
-from latentae.data.loader import TrainLoader
+from latentae.data.loader import Batch, TrainLoader, image_batches
+from latentae.data.options import DataOptions
 from latentae.data.shard_files import expand_shards
 from latentae.data.shard_index import load_index
 from latentae.data.shards import shards as write_shards
 from latentae.data.streaming import StreamLoader, streams
 from latentae.errors import DataError, RecipeError
 from latentae.models.initialization import load_initial
+from latentae.progress import say
 from latentae.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["NO_DATA", "build_loader", "job_inputs", "make_shards"]
+__all__ = ["LARGEST_BATCH", "NO_DATA", "build_loader", "held_out_batches", "job_inputs", "make_shards"]
 
 NO_DATA = "no training data: give --data.shards SHARDS (or a folder of images)"
+LARGEST_BATCH = 8  # one process validates, and a global batch may be too large for it
 
 
 def make_shards(recipe: Recipe, run: Path) -> Recipe:
@@ -109,3 +112,39 @@ def build_loader(
     if streams(expand_shards(str(recipe.data.shards)), recipe.data.index):
         return StreamLoader(recipe.data, size, recipe.seed, rank)
     return TrainLoader(recipe.data, size, recipe.seed, rank, world_size, bad_log)
+
+
+def held_out_batches(options: DataOptions, batch_size: int, limit: int) -> list[Batch]:
+    """The held-out images of a recipe, resized and center-cropped; empty if there are none.
+
+    Args:
+        options: the `[data]` table of the phase.
+        batch_size: maximum images per batch; at most `LARGEST_BATCH`.
+        limit: images in all.
+
+    Raises:
+        DataError: the named shards can't be read.
+    """
+    if options.validation == "none":
+        return []
+    auto = options.validation == "auto"
+    shards = expand_shards(str(options.shards) if auto else options.validation)
+    advice = "name shards with --data.validation"
+    if auto and streams(shards, options.index):
+        say(f"no validation: remote shards without an index have no held-out slice; {advice}, or index these")
+        return []
+    batches = list(
+        image_batches(
+            shards,
+            options.resolution,
+            min(batch_size, LARGEST_BATCH),
+            limit=limit,
+            only_held_out=options.validation_fraction if auto else None,
+            channels=options.channels,
+            index=options.index if auto else None,
+            max_pixels=options.max_pixels,
+        )
+    )
+    if not batches:
+        say(f"no validation: the held-out slice is empty; {advice}, or raise --data.validation-fraction")
+    return batches

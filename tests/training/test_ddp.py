@@ -10,7 +10,6 @@ from latentae.training.init import fit_head_start, take_head_start
 from latentae.training.launch import build_accelerator
 from latentae.training.recipe import load_recipe
 from latentae.training.steps import Trainer
-from latentae.training.validation import Validation
 
 ADVERSARIAL = {
     "loss.adversarial.weight": 0.3,
@@ -99,7 +98,7 @@ def work(recipes, start, out):
     accelerator = build_accelerator("fp32")
     found = {name: trained(recipe, accelerator) for name, recipe in recipes.items()}
     trainer = Trainer(start, accelerator)
-    take_head_start(trainer, Validation([]))
+    take_head_start(trainer, [])
     found["start"] = trainer.raw_autoencoder.state_dict()
     found["average"] = trainer.ema.state_dict()
     torch.save(found, out / f"{accelerator.process_index}.pt")

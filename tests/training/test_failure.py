@@ -21,8 +21,8 @@ from latentae.errors import TrainingError
 from latentae.files import read_json
 from latentae.training import checkpoint, steps, train
 from latentae.training.checkpoint import find_checkpoint, read_state, roll_back, verify
+from latentae.training.loop import Validation
 from latentae.training.mirror import Mirror
-from latentae.training.validation import Validation
 
 AGAIN = "run the same command again to resume"
 KILLS = int(os.environ.get("LATENTAE_KILLS", "30"))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from latentae.errors import Interrupted
-from latentae.training.signals import StopFlag
+from latentae.training.launch import StopFlag
 
 
 def send(number):

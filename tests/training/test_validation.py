@@ -11,8 +11,9 @@ from latentae.data.loader import Batch
 from latentae.data.transforms import to_float, to_uint8
 from latentae.measures.metrics import psnr
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.training.loop import Validation
 from latentae.training.optim import Ema
-from latentae.training.validation import LARGEST_BATCH, Validation, held_out_batches
+from latentae.training.training_data import LARGEST_BATCH, held_out_batches
 
 
 @pytest.fixture
