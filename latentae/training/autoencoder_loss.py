@@ -106,10 +106,11 @@ class Term:
 TermFunction = Callable[[Pass, Tensor | None], Term]  # the gradient so far where it enters -> the term
 
 
+@dataclass
 class AutoencoderLoss:
     """Computes the loss of the autoencoder and accumulates its gradients.
 
-    Args:
+    Attributes:
         recipe: of the phase.
         accelerator: of the run.
         model: the bare autoencoder.
@@ -120,21 +121,18 @@ class AutoencoderLoss:
         adversary: the discriminator, if there is one.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        accelerator: Accelerator,
-        model: Autoencoder,
-        network: nn.Module,
-        objective: Objective,
-        corruption: Corruption,
-        owned: Sequence[nn.Parameter],
-        adversary: Adversary | None,
-    ) -> None:
-        self.recipe, self.accelerator, self.model, self.network = recipe, accelerator, model, network
-        self.objective, self.corruption, self.owned, self.adversary = objective, corruption, owned, adversary
-        self.sampled = recipe.model.bottleneck == "gaussian"
-        self.contractive = recipe.loss.contractive.weight > 0
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Autoencoder
+    network: nn.Module
+    objective: Objective
+    corruption: Corruption
+    owned: Sequence[nn.Parameter]
+    adversary: Adversary | None
+
+    def __post_init__(self) -> None:
+        self.sampled = self.recipe.model.bottleneck == "gaussian"
+        self.contractive = self.recipe.loss.contractive.weight > 0
 
     def backward(self, part: Part) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Accumulate the autoencoder's gradients for one part.
@@ -324,9 +322,8 @@ def _send(roots: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], count: int) -> None:
-    for parameter, gradient in zip(
-        parameters, gradients, strict=False
-    ):  # terms that use none of them give none
+    # not strict: terms that use none of the parameters have no gradients
+    for parameter, gradient in zip(parameters, gradients, strict=False):
         if gradient is not None:
             share = gradient / count
             parameter.grad = share if parameter.grad is None else parameter.grad + share

@@ -88,12 +88,8 @@ class Corruption(nn.Module):
 
     def __init__(self, recipe: Recipe, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.options, self.model, self.equivariance = (
-            recipe.corruption,
-            recipe.model,
-            recipe.loss.equivariance,
-        )
-        self.config = config
+        self.options, self.model, self.config = recipe.corruption, recipe.model, config
+        self.equivariance = recipe.loss.equivariance
         learned = self.options.mask[1] > 0 and self.options.mask_fill == "learned"
         self.fill = nn.Parameter(torch.zeros(config.in_channels)) if learned else None
         masked = self.model.latent_mask > 0

@@ -342,8 +342,9 @@ def _print(recipe: Recipe, result: DryRun) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Dry run on {result.devices}: {recipe.images:,} images", title_justify="left")
-    table.add_column("phase")
+    table = Table(
+        "phase", title=f"Dry run on {result.devices}: {recipe.images:,} images", title_justify="left"
+    )
     for column in ("images", "img/s", "s/step", "data wait", "peak memory", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for part in result.parts:
@@ -368,5 +369,4 @@ def _print(recipe: Recipe, result: DryRun) -> None:
         lines.append(f"{found}; lower optimizer.lr, or check the data")
     console = Console()
     console.print(table)
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
+    console.print(*lines, sep="\n", markup=False, highlight=False)

@@ -88,23 +88,16 @@ def _report(recipe: Recipe, head_start: HeadStart, model: AutoencoderDC) -> dict
     held_out = held_out_batches(recipe.data, recipe.batch_size, recipe.log.validation_images)
     batches = [batch.images for batch in held_out]
     if batches:
-        pca, own = (
-            mean_psnr(codec, batches) for codec in (head_start.pca.reconstruct, _reconstruction(model))
-        )
+
+        @torch.inference_mode()
+        def reconstruct(images: Tensor) -> Tensor:
+            return to_uint8(model(to_float(images), sample_posterior=False).reconstruction)
+
+        pca, own = (mean_psnr(codec, batches) for codec in (head_start.pca.reconstruct, reconstruct))
         say(f"held out: PCA {pca:.2f} dB, the model {own:.2f} dB")
         for name, value in (("pca_psnr", pca), ("psnr", own)):
             report[name] = value if math.isfinite(value) else None  # JSON has no infinity
     return report
-
-
-def _reconstruction(model: AutoencoderDC) -> Callable[[Tensor], Tensor]:
-    """uint8 images -> uint8 reconstructions."""
-
-    @torch.inference_mode()
-    def reconstruct(images: Tensor) -> Tensor:
-        return to_uint8(model(to_float(images), sample_posterior=False).reconstruction)
-
-    return reconstruct
 
 
 @dataclass(frozen=True)

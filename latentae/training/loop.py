@@ -1,4 +1,4 @@
-"""Training loop: runs steps, logs, validates, saves checkpoints, rolls back on non-finite losses."""
+"""Training loop: runs steps, logs, validates, saves, and rolls back on non-finite losses."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ class Timer:
         return values
 
 
+@dataclass
 class PhaseLoop:
     """Trains one phase to its end.
 
-    Args:
+    Attributes:
         trainer: networks, with a restored state if a run resumes.
         loader: this process's data, at the matching position.
         run: the run folder.
@@ -68,27 +69,24 @@ class PhaseLoop:
         stop: set by signals.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        loader: TrainLoader | StreamLoader,
-        run: Path,
-        validation: Validation,
-        save: Callable[[], None],
-        log: MetricsLog | None,
-        progress: Progress,
-        stop: StopFlag,
-    ) -> None:
-        self.trainer, self.loader, self.run, self.validation = trainer, loader, run, validation
-        self.save, self.log, self.progress, self.stop = save, log, progress, stop
-        self.accelerator, self.recipe = trainer.accelerator, trainer.recipe
+    trainer: Trainer
+    loader: TrainLoader | StreamLoader
+    run: Path
+    validation: Validation
+    save: Callable[[], None]
+    log: MetricsLog | None
+    progress: Progress
+    stop: StopFlag
+
+    def __post_init__(self) -> None:
+        self.accelerator, self.recipe = self.trainer.accelerator, self.trainer.recipe
         options, images = self.recipe.log, self.recipe.images
         self.metrics_every = options.metrics_every_images or -(-images // 200)
         self.validate_every = options.validation_every_images or -(-images // 10)
         self.watchdog = Watchdog(self.recipe)
         self.timer, self.bad_samples = Timer(), 0
-        begin = trainer.state.images_seen - trainer.state.phase_images
-        for line in log.kept if log is not None else ():  # of a resumed phase
+        begin = self.state.images_seen - self.state.phase_images
+        for line in self.log.kept if self.log is not None else ():  # of a resumed phase
             if line["images"] > begin:
                 self.watchdog.check(line["images"], line)
 

@@ -128,41 +128,39 @@ class Recipe(RecipeTable):
         if self.phases:
             self.phase_recipes()  # which are validated one by one
             return self
-        for problem in self._problems():
-            raise ValueError(problem)
-        return self
-
-    def _problems(self) -> Iterator[str]:
-        """Options that exclude each other."""
         model, loss = self.model, self.loss
         if model.bottleneck == "deterministic" and (loss.kl or model.initial_logvar):
-            yield (
+            raise ValueError(
                 f"loss.kl is {loss.kl:g} and model.initial_logvar {model.initial_logvar:g}, "
                 "but model.bottleneck is 'deterministic' and has no posterior; "
                 "set both to 0, or choose 'gaussian'"
             )
         of = None if model.preset == "init" else preset_kind(model.preset)
         if model.initialization == "pca" and model.init_from is None and of is not AutoencoderDCConfig:
-            yield (
+            raise ValueError(
                 f"model.initialization is 'pca', but model.preset is {model.preset!r} and only an "
                 "AutoencoderDC can start there; use a dc- preset, or initialization = 'linear'"
             )
         if model.preset == LINEAR:
             for name, wrong in self._beyond_linear().items():
                 if wrong:
-                    yield f"model.preset is 'linear', which has no {name}; remove it, or use another preset"
+                    found = f"model.preset is 'linear', which has no {name}"
+                    raise ValueError(f"{found}; remove it, or use another preset")
         if self.compile and (loss.adversarial.r1 or loss.adversarial.r2):
-            yield (
+            raise ValueError(
                 "loss.adversarial.r1 and r2 differentiate twice, which torch.compile can't; "
                 "set compile = false"
             )
         if loss.contractive.weight and (self.compile or model.gradient_checkpointing):
-            yield (
+            raise ValueError(
                 "loss.contractive differentiates twice, which torch.compile and gradient checkpointing "
                 "can't; set compile and model.gradient_checkpointing to false"
             )
         if model.train not in ("all", "encoder", "latent") and loss.alignment.weight:
-            yield f"loss.alignment moves the encoder, but model.train is {model.train!r}; remove one of them"
+            raise ValueError(
+                f"loss.alignment moves the encoder, but model.train is {model.train!r}; remove one of them"
+            )
+        return self
 
     def _beyond_linear(self) -> dict[str, bool]:
         """Options that a linear autoencoder lacks, because it has no levels and no activation."""
@@ -244,23 +242,23 @@ class Recipe(RecipeTable):
 def _check_phase(where: str, phase: Any) -> None:
     if not isinstance(phase, dict):
         raise ValueError(f"{where} is {phase!r}, expected a table")
-    for key in phase:
-        if key not in _PHASE_KEYS:
-            allowed = ", ".join(_PHASE_KEYS)
-            raise ValueError(f"{where}.{key} can't differ between phases; a phase may set {allowed}")
-    for key in phase.get("model", {}):
-        if key not in _PHASE_MODEL_KEYS:
-            allowed = ", ".join(_PHASE_MODEL_KEYS)
-            raise ValueError(f"{where}.model.{key} can't differ between phases; a phase may set {allowed}")
+    for path, keys, allowed in (
+        (where, phase, _PHASE_KEYS),
+        (f"{where}.model", phase.get("model", {}), _PHASE_MODEL_KEYS),
+    ):
+        for key in keys:
+            if key not in allowed:
+                advice = f"a phase may set {', '.join(allowed)}"
+                raise ValueError(f"{path}.{key} can't differ between phases; {advice}")
     if not isinstance(phase.get("images"), int) or phase["images"] < 1:
         raise ValueError(f"{where}.images is {phase.get('images')!r}, expected the number of images to see")
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = [
-        key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)
-    ]
-    return {**base, **changes, **{key: _merged(base[key], changes[key]) for key in both}}
+def _merged(base: Any, changes: Any) -> Any:
+    """Nested tables with the changed values."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return base | {key: _merged(base.get(key), value) for key, value in changes.items()}
 
 
 @cache

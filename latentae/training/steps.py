@@ -230,9 +230,8 @@ class Trainer:
         if self.accelerator.num_processes == 1 or not self.owned:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.owned]
-        for parameter, gradient in zip(
-            self.owned, mean_over_processes(self.accelerator, gradients), strict=True
-        ):
+        means = mean_over_processes(self.accelerator, gradients)
+        for parameter, gradient in zip(self.owned, means, strict=True):
             parameter.grad = gradient
 
     def _clip(self, parameters: Iterable[Tensor]) -> Tensor:

@@ -122,11 +122,8 @@ def _quality(series: Mapping[str, Series]) -> Iterator[tuple[str, str, str]]:
             last = points[-1][1]
             at, best = (max if higher else min)(points, key=lambda point: point[1])
             note = "the best so far" if best == last else f"best {best:.{digits}f} at {at:,.0f} images"
-            yield (
-                f"{curve_title(f'validation/{metric}')} {'↑' if higher else '↓'}",
-                f"{last:.{digits}f}",
-                note,
-            )
+            title = f"{curve_title(f'validation/{metric}')} {'↑' if higher else '↓'}"
+            yield title, f"{last:.{digits}f}", note
 
 
 def _pictures(run: Path) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,22 +100,20 @@ def _already_finished(run: Path, inputs: dict[str, Any], resume: str) -> bool:
     return Job.open(run, "train", inputs).state == "finished"
 
 
+@dataclass
 class _Run:
     """One run: trains its phases in order, from its last checkpoint."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        inputs: dict[str, Any],
-        accelerator: Accelerator,
-        stop: StopFlag,
-        claim: Claim,
-    ) -> None:
-        self.recipe, self.folder, self.inputs, self.accelerator = recipe, folder, inputs, accelerator
-        self.stop, self.claim = stop, claim
-        self.phases, self.main = recipe.phase_recipes(), accelerator.is_main_process
-        self.mirror: Mirror | None = None
+    recipe: Recipe
+    folder: Path
+    inputs: dict[str, Any]
+    accelerator: Accelerator
+    stop: StopFlag
+    claim: Claim
+    mirror: Mirror | None = None
+
+    def __post_init__(self) -> None:
+        self.phases, self.main = self.recipe.phase_recipes(), self.accelerator.is_main_process
 
     def train(self, resume: str) -> None:
         """Train the remaining images."""
@@ -165,8 +164,7 @@ class _Run:
 
     def copy_again(self) -> None:
         """Copy the last checkpoint of a finished run, in case that copy failed."""
-        mirror = self._open_mirror()
-        if mirror is not None:
+        if mirror := self._open_mirror():
             mirror.newest(self.folder)
 
     def _starting_point(self, resume: str) -> Path | None:
