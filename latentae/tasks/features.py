@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,28 +104,26 @@ class _Extraction:
         """Shape of a feature, and the report of a linear probe on evenly spread labeled images."""
         labeled = sum(row["label"] is not None for row in self.job.rows())
         shape: list[int] = []
-        keys: list[str] = []
-        labels: list[str] = []
-        chosen: list[Tensor] = []
-        file, tensor, seen = "", torch.empty(0), 0
-        for row in self.job.rows():
-            if row["file"] != file:
-                file = row["file"]
-                tensor = self._load(file)
-                if shape and shape != list(tensor.shape[1:]):
-                    raise ImageError(
-                        f"{file} has features of another size than earlier files; give a resolution"
-                    )
-                shape = list(tensor.shape[1:])
-            if row["label"] is not None:
-                stride = -(-labeled * tensor[0].numel() // PROBE_NUMBERS)
-                if seen % stride == 0:
-                    keys.append(row["key"])
-                    labels.append(row["label"])
-                    chosen.append(tensor[row["row"]].flatten().clone())
-                seen += 1
-        probe = {"labelled": labeled, **probe_report(keys, labels, torch.stack(chosen))} if chosen else None
-        return {"shape": shape, "probe": probe}
+        chosen: list[tuple[str, str, Tensor]] = []
+        seen = 0
+        for file, rows in itertools.groupby(self.job.rows(), key=lambda row: row["file"]):
+            tensor = self._load(file)
+            if shape and shape != list(tensor.shape[1:]):
+                raise ImageError(f"{file} has features of another size than earlier files; give a resolution")
+            shape = list(tensor.shape[1:])
+            stride = -(-labeled * tensor[0].numel() // PROBE_NUMBERS)
+            for row in rows:
+                if row["label"] is not None:
+                    if seen % stride == 0:
+                        chosen.append((row["key"], row["label"], tensor[row["row"]].flatten().clone()))
+                    seen += 1
+        if not chosen:
+            return {"shape": shape, "probe": None}
+        keys, labels, found = zip(*chosen, strict=True)
+        return {
+            "shape": shape,
+            "probe": {"labelled": labeled, **probe_report(keys, labels, torch.stack(found))},
+        }
 
     def _load(self, file: str) -> Tensor:
         if self.options.format == "npz":

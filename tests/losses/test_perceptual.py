@@ -232,7 +232,7 @@ def test_the_classifier_equals_the_plain_formula_in_fp64(tmp_path):
 
     with torch.no_grad():
         expected = ((logits(x) - logits(y)) ** 2).mean(dim=1)
-    # the backbone keeps mean and std in fp32 until it is made double
+    # the backbone keeps mean and std in fp32 until it is converted to double
     torch.testing.assert_close(loss(x, y), expected, rtol=1e-6, atol=0)
     assert not loss(x, x).any()
 

@@ -99,7 +99,7 @@ def test_the_prior_is_taken_where_there_is_one_and_refused_where_not(made, tmp_p
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("side", [2, 40])  # the whole covariance, or that of channels
+@pytest.mark.parametrize("side", [2, 40])  # the full covariance, or that of channels
 def test_drawn_latents_have_the_fitted_mean_and_covariance(side):
     generator = torch.Generator().manual_seed(0)
     mixing = torch.tensor([[1.0, 0.0], [0.8, 0.5]])

@@ -105,7 +105,7 @@ def test_what_killed_runs_have_left_goes_and_the_latest_never_does(keep, trained
         ".step-00000005.host.1.incomplete",
         ".step-00000001.incomplete",
     ):
-        (first.parent / name).mkdir()  # renamed to its place, but not yet the latest: written anew
+        (first.parent / name).mkdir()  # renamed, but not yet the latest: written again
         (first.parent / name / "meta.json").write_text("{}")
     second = save_checkpoint(trained, tmp_path, DATA)
     assert second.name == "step-00000002"

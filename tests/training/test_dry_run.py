@@ -28,7 +28,7 @@ from latentae.training.recipe import Recipe
 @pytest.fixture(autouse=True)
 def _temporary(tmp_path_factory, monkeypatch):
     """A folder for temporary files; each test leaves it empty."""
-    util.get_temp_dir()  # the fork server's own, made once a process: not in the folder that is watched
+    util.get_temp_dir()  # the fork server creates its own, outside the watched folder
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
@@ -139,7 +139,7 @@ def test_neither_a_folder_of_indexes_nor_one_of_images_gets_new_files(data, smal
 @pytest.fixture
 def staged(monkeypatch):
     """Steps of 1 s, or 3 s with the discriminator, of which 0.25 s wait for data."""
-    clock = types.SimpleNamespace(now=100.0)  # it moves only where the stand-ins say so
+    clock = types.SimpleNamespace(now=100.0)  # only the stand-ins advance it
     clock.monotonic = lambda: clock.now
 
     class StandIn:
