@@ -189,7 +189,7 @@ def test_launchers_start_two_processes_that_write_one_run(launcher, small, tmp_p
                        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
     }[launcher]  # fmt: skip
     # --multi_gpu only makes `accelerate launch` go through torchrun; its --cpu starts one process
-    # for any number
+    # for any number of them
     command = [
         sys.executable,
         "-m",
