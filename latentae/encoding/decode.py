@@ -73,7 +73,7 @@ def decode(options: DecodeOptions) -> dict[str, Any]:
     for key, count in times.items():
         if count > 1:
             say(f"decode: {count} shards have a sample {key}; all are shown, in the order of their shards")
-    write_png(options.file, image_grid([[_rgb(image) for image in row] for row in rows]))
+    write_png(options.file, image_grid(rows))
     say(f"decode: {len(shown)} samples of {store.shown} in {options.file}")
     return {"file": str(options.file), "keys": shown, "psnr": ratios}
 
@@ -131,8 +131,3 @@ def _decoded(network: Autoencoder, latent: Tensor) -> Tensor:
     """Decode one raw latent [z, h, w] to uint8 [C, H, W] on the CPU."""
     latent = latent[None].to(next(network.parameters()).device, torch.float32)
     return to_uint8(network.decode(latent))[0].cpu()
-
-
-def _rgb(image: Tensor) -> Tensor:
-    """uint8 [1, 3 or 4, H, W] -> [3, H, W], without alpha."""
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]

@@ -48,7 +48,8 @@ def image_grid(
     """Arrange rows of images as one picture, with aligned columns.
 
     Args:
-        rows: rows of equal length, of uint8 [3, H, W] tensors of any sizes.
+        rows: rows of equal length, of uint8 [1, 3 or 4, H, W] tensors of any sizes. Gray becomes RGB, and
+            alpha is left out.
         padding: pixels around each image.
         background: gray value between the images.
         columns: maximum number of columns; longer rows continue in another band of rows below.
@@ -65,8 +66,9 @@ def image_grid(
             f"rows have {[len(row) for row in rows]} images, expected rows of equal length, not empty"
         )
     for image in images:
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ImageError(f"an image is {image.dtype} {tuple(image.shape)}, expected uint8 [3, H, W]")
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+            found = f"an image is {image.dtype} {tuple(image.shape)}"
+            raise ImageError(f"{found}, expected uint8 [1, 3 or 4, H, W]; convert it first")
     bands = [[row[start : start + columns] for row in rows] for start in range(0, len(rows[0]), columns)]
     pictures = [_band(band, padding, background) for band in bands]
     height = sum(picture.shape[1] for picture in pictures) + padding
@@ -91,7 +93,7 @@ def _band(rows: Sequence[Sequence[Tensor]], padding: int, background: int) -> Te
     for row, height in zip(rows, heights, strict=True):
         left = padding
         for image, width in zip(row, widths, strict=True):
-            picture[:, top : top + image.shape[1], left : left + image.shape[2]] = image.cpu()
+            picture[:, top : top + image.shape[1], left : left + image.shape[2]] = image[:3].cpu()
             left += width + padding
         top += height + padding
     return picture

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.measures.latents.diagnose import mix_latents
@@ -37,7 +36,8 @@ def interpolate(options: InterpolateOptions) -> dict[str, Any]:
     shift = network.config.shift_factor
     latents = torch.stack([mix_latents(first, last, share, options.mode, shift) for share in shares])
     between = network.decode(latents)
-    fade = [_fade(between[0], between[-1], share) for share in shares]
+    a, b = to_float(between[0]), to_float(between[-1])
+    fade = [to_uint8(torch.lerp(a, b, share)) for share in shares]
     note = {
         "task": "interpolate",
         "mode": options.mode,
@@ -54,7 +54,3 @@ def interpolate(options: InterpolateOptions) -> dict[str, Any]:
 def _read(network: Network, path: str | Path, max_pixels: int) -> Batch:
     images = open_images([path], "images", max_pixels)
     return next(network.batches(images, [0], resolution=network.side))
-
-
-def _fade(a: Tensor, b: Tensor, share: float) -> Tensor:
-    return to_uint8(torch.lerp(to_float(a), to_float(b), share))

@@ -108,11 +108,7 @@ def check_png(file: str | Path) -> Path:
 
 def thumbnails(rows: Sequence[Sequence[Tensor]], columns: int = 8) -> Tensor:
     """Rows of uint8 images [1, 3 or 4, H, W] as one picture; small images are enlarged."""
-    return image_grid([[_enlarged(_rgb(image)) for image in row] for row in rows], columns=columns)
-
-
-def _rgb(image: Tensor) -> Tensor:
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    return image_grid([[_enlarged(image) for image in row] for row in rows], columns=columns)
 
 
 def _enlarged(image: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ class Validation:
             pairs += zip(batch.images, decoded.cpu(), strict=True)
         means = {name: torch.cat(parts).double().mean().item() for name, parts in columns.items()}
         shown = pairs[:: max(1, -(-len(pairs) // PICTURES))]  # evenly spaced: neighbors are often similar
-        return means, image_grid([[_rgb(a) for a, _ in shown], [_rgb(b) for _, b in shown]])
+        return means, image_grid([*zip(*shown, strict=True)])
 
 
 def _averaged(trainer: Trainer) -> Autoencoder:
@@ -281,8 +281,3 @@ def _averaged(trainer: Trainer) -> Autoencoder:
         model = build(trainer.raw_autoencoder.config)
     model.load_state_dict(trainer.ema.state_dict(), assign=True)
     return model.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
-
-
-def _rgb(image: Tensor) -> Tensor:
-    """An image [1, 3 or 4 channels, H, W] for display: gray as RGB, without alpha."""
-    return image.expand(3, -1, -1) if len(image) == 1 else image[:3]

@@ -47,6 +47,12 @@ def test_rows_are_under_each_other_and_bad_grids_are_refused():
     assert (grid[:, 2:6, 2:8] == 1).all()
     assert (grid[:, 8:12, 2:8] == 2).all()
     assert (grid[:, :2] == 255).all()
+    gray, alpha = (
+        image_grid([[plain(7, 2, 2)[:1]]]),
+        image_grid([[torch.cat([plain(7, 2, 2), plain(0, 2, 2)[:1]])]]),
+    )
+    assert torch.equal(gray, alpha)
+    assert torch.equal(gray, image_grid([[plain(7, 2, 2)]]))
     with pytest.raises(ImageError, match="equal length"):
         image_grid([[plain(1, 2, 2)], []])
     with pytest.raises(ImageError, match="equal length"):
