@@ -42,7 +42,7 @@ from latentae_kernels import winograd
 from torch import Tensor
 
 from latentae.errors import LatentAEError
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import build as build_model
 from latentae.models.presets import preset
 
 Call = Callable[[], Tensor]
@@ -77,7 +77,7 @@ def build(
     """Encode (to the posterior's mean) and decode of a variant; all have the same weights."""
     config = preset(setting.preset)
     torch.manual_seed(0)
-    ours = AutoencoderKL(config).eval()
+    ours = build_model(config).eval()
     place: dict[str, Any] = {"device": setting.device, "dtype": dtype or setting.dtype}
     if name.startswith("ours"):
         ours.to(**place, memory_format=torch.channels_last)

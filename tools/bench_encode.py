@@ -55,6 +55,7 @@ from latentae.encoding.options import EncodeOptions
 from latentae.encoding.shard_encoder import ModelEncoder, encode_shards
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import build
 from latentae.models.presets import preset
 from latentae.models.pretrained import load_model, resolve_model
 from latentae.options import parse
@@ -292,7 +293,7 @@ def _ratio(above: list[float], below: list[float]) -> float:
 
 def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
-    AutoencoderKL(preset(options.preset)).save_pretrained(folder / "model")
+    build(preset(options.preset)).save_pretrained(folder / "model")
     source, photos = sources()
     (folder / "shards").mkdir()
     sizes = write_tars(folder / "shards", photos, options.images, options.shard_size)

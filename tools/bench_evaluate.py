@@ -40,7 +40,7 @@ from latentae.evaluation.measurement import MODEL, ChunkFiles
 from latentae.evaluation.options import EvaluateOptions
 from latentae.measures.latents.report import LatentReport
 from latentae.measures.metrics import psnr, ssim
-from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import build
 from latentae.models.presets import preset
 
 Call = Callable[[], object]
@@ -132,7 +132,7 @@ def resident() -> float:
 
 def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
-    AutoencoderKL(preset(options.preset)).save_pretrained(folder / "model")
+    build(preset(options.preset)).save_pretrained(folder / "model")
     source, photos = sources()
     (folder / "shards").mkdir()
     write_tars(folder / "shards", photos, options.images, options.images)
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
     if options.stream:
         tiny = folder / "tiny"
         tiny.mkdir()
-        AutoencoderKL(preset("tiny")).save_pretrained(tiny / "model")
+        build(preset("tiny")).save_pretrained(tiny / "model")
         (tiny / "shards").symlink_to(folder / "shards")
         small = argparse.Namespace(**{**vars(options), "resolution": 64})
         raws = (raw for path in expand_shards(str(folder / "shards")) for raw in read_shard(path))

@@ -39,6 +39,7 @@ from torch import Tensor
 from latentae.data.decode import decode_image
 from latentae.errors import LatentAEError
 from latentae.models.autoencoder import AutoencoderKL
+from latentae.models.config import build
 from latentae.models.presets import PRESETS, preset
 from latentae.models.tiling import Tiled
 from latentae.models.tiling.blended import Tiles, samples
@@ -50,7 +51,7 @@ THEIR_OVERLAP = 0.25
 
 def load(name: str) -> AutoencoderKL:
     torch.manual_seed(0)
-    model = AutoencoderKL(preset(name)) if name in PRESETS else AutoencoderKL.from_pretrained(name)
+    model = build(preset(name)) if name in PRESETS else AutoencoderKL.from_pretrained(name)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from latentae.models.config import (
     check_values,
 )
 
-__all__ = ["DC_PRESETS", "LINEAR", "PRESETS", "preset", "preset_config", "preset_kind", "preset_names"]
+__all__ = ["DC_PRESETS", "LINEAR", "PRESETS", "preset", "preset_kind", "preset_names"]
 
 Values = dict[str, Any]
 LINEAR = "linear"  # the preset of the linear autoencoder
@@ -112,7 +112,7 @@ def preset_kind(name: str) -> type[AutoencoderConfig]:
     return AutoencoderDCConfig if name in DC_PRESETS else AutoencoderKLConfig
 
 
-def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
+def preset(name: str, **overrides: Any) -> AutoencoderConfig:
     """A named config of any architecture, with single keys replaced.
 
     `out_channels` defaults to a given `in_channels`.
@@ -127,17 +127,6 @@ def preset_config(name: str, **overrides: Any) -> AutoencoderConfig:
         overrides = _of_both_sides(DC_PRESETS[name], overrides)
     values = {**PRESETS, **DC_PRESETS}.get(name, {})
     return check_values(of, {**values, **overrides}, f"model preset {name}")
-
-
-def preset(name: str, **overrides: Any) -> AutoencoderKLConfig:
-    """A named config of the KL autoencoder with single keys replaced.
-
-    Raises:
-        ModelError: unknown preset or a value that does not fit.
-    """
-    if name not in PRESETS:
-        raise ModelError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return check_values(AutoencoderKLConfig, {**PRESETS[name], **overrides}, f"model preset {name}")
 
 
 def _of_both_sides(values: Values, overrides: Values) -> Values:

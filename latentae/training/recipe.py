@@ -18,7 +18,7 @@ from latentae.errors import RecipeError
 from latentae.keyed import MAX_SEED
 from latentae.losses.options import LossOptions
 from latentae.models.config import AutoencoderConfig, AutoencoderDCConfig
-from latentae.models.presets import LINEAR, preset_config, preset_kind
+from latentae.models.presets import LINEAR, preset, preset_kind
 from latentae.options import RecipeTable, explain, nearest, option
 from latentae.training.options import (
     CorruptionOptions,
@@ -213,7 +213,7 @@ class Recipe(RecipeTable):
             return config.model_copy(update=replaced)
         if preset_kind(model.preset) is AutoencoderDCConfig:
             replaced["bottleneck"] = model.bottleneck
-        return preset_config(model.preset, sample_size=self.data.resolution, **replaced)
+        return preset(model.preset, sample_size=self.data.resolution, **replaced)
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the weights; two runs with the same values are the same job.

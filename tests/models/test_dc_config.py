@@ -12,7 +12,7 @@ from small_models import DC
 from latentae.errors import ModelError
 from latentae.models.config import AutoencoderDCConfig, AutoencoderKLConfig, build, read_config
 from latentae.models.dc.autoencoder import AutoencoderDC
-from latentae.models.presets import DC_PRESETS, preset_config, preset_kind, preset_names
+from latentae.models.presets import DC_PRESETS, preset, preset_kind, preset_names
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -89,7 +89,7 @@ def test_a_published_config_gives_diffusers_keys_and_shapes_and_is_written_as_it
 
 @pytest.mark.parametrize("name", DC_PRESETS)
 def test_presets_have_diffusers_keys_and_shapes(name):
-    config = preset_config(name, sample_size=256)
+    config = preset(name, sample_size=256)
     assert preset_kind(name) is AutoencoderDCConfig
     assert name in preset_names()
     shapes_of = {
@@ -108,32 +108,30 @@ def test_presets_have_diffusers_keys_and_shapes(name):
         assert sum(p.numel() for p in ours.parameters()) < 2_000_000
 
 
-@pytest.mark.parametrize(
-    ("preset", "published"), [("dc-f32-z32", "f32c32-in"), ("dc-f64-z128", "f64c128-in")]
-)
-def test_presets_differ_from_the_published_models_in_norms_and_activations_only(preset, published):
-    config = preset_config(preset).diffusers_dict()
+@pytest.mark.parametrize(("shape", "published"), [("dc-f32-z32", "f32c32-in"), ("dc-f64-z128", "f64c128-in")])
+def test_presets_differ_from_the_published_models_in_norms_and_activations_only(shape, published):
+    config = preset(shape).diffusers_dict()
     differing = {key for key, value in PUBLISHED[published].items() if config[key] != value}
     assert differing == {"decoder_norm_types", "decoder_act_fns", "scaling_factor"}
 
 
 def test_widths_and_layers_of_a_preset_can_be_replaced_for_both_sides():
-    config = preset_config(
+    config = preset(
         "dc-tiny", block_out_channels=(8, 16, 16, 32), layers_per_block=2, latent_channels=8, in_channels=1
     )
     assert isinstance(config, AutoencoderDCConfig)
     assert config.encoder_block_out_channels == config.decoder_block_out_channels == (8, 16, 16, 32)
     assert config.encoder_layers_per_block == (2, 2, 2, 0)  # an empty level stays empty
-    assert preset_config("dc-tiny", layers_per_block=(1, 1, 1, 1)).model_dump()[
-        "decoder_layers_per_block"
-    ] == (1, 1, 1, 1)
+    assert preset("dc-tiny", layers_per_block=(1, 1, 1, 1)).model_dump()["decoder_layers_per_block"] == (
+        1,
+        1,
+        1,
+        1,
+    )
     assert config.in_channels == config.out_channels == 1
     assert config.shift_factor == 0
     assert (
-        preset_config(
-            "dc-tiny", block_out_channels=[8, 16, 16, 32], layers_per_block=[1, 1, 1, 1]
-        ).downsampling
-        == 8
+        preset("dc-tiny", block_out_channels=[8, 16, 16, 32], layers_per_block=[1, 1, 1, 1]).downsampling == 8
     )
 
 
@@ -172,9 +170,9 @@ def test_configs_that_make_no_model_are_refused(changes, message, tmp_path):
 
 def test_other_options_are_refused_for_a_preset():
     with pytest.raises(ModelError, match="model preset dc-f8: unknown option norm_num_groups"):
-        preset_config("dc-f8", norm_num_groups=4)
+        preset("dc-f8", norm_num_groups=4)
     with pytest.raises(ModelError, match="out_channels"):
-        preset_config("dc-f8", in_channels=3, out_channels=4)
+        preset("dc-f8", in_channels=3, out_channels=4)
     with pytest.raises(ModelError, match="unknown model preset 'dc-f9'"):
         preset_kind("dc-f9")
     assert preset_kind("kl-f8") is AutoencoderKLConfig

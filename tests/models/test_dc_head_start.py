@@ -13,7 +13,7 @@ from latentae.models.config import build
 from latentae.models.dc.autoencoder import AutoencoderDC
 from latentae.models.dc.head_start import start_at_pca
 from latentae.models.pca import PatchPCA, fit_pca, sketch_pca
-from latentae.models.presets import preset_config
+from latentae.models.presets import preset
 
 ATTENDING = {
     "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
@@ -53,7 +53,7 @@ def pictures(channels: int = 3, count: int = 48, side: int = 64) -> torch.Tensor
 
 
 def started(options: dict, images: torch.Tensor, whiten: bool = True) -> tuple[AutoencoderDC, PatchPCA]:
-    model = build(preset_config("dc-tiny", **options))
+    model = build(preset("dc-tiny", **options))
     assert isinstance(model, AutoencoderDC)
     pca = fit_pca(images, model.config.downsampling, model.config.latent_channels)
     start_at_pca(model, pca, images, whiten=whiten)
@@ -83,9 +83,9 @@ def test_step_0_is_the_pca_codec(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "lost"), [("dc-f8", 0.02), ("dc-f16", 0.02), ("dc-f32-z32", 0.3)])
-def test_the_widths_of_the_presets_carry_it(preset, lost):
-    config = preset_config(preset, layers_per_block=1)
+@pytest.mark.parametrize(("shape", "lost"), [("dc-f8", 0.02), ("dc-f16", 0.02), ("dc-f32-z32", 0.3)])
+def test_the_widths_of_the_presets_carry_it(shape, lost):
+    config = preset(shape, layers_per_block=1)
     model = build(config)
     assert isinstance(model, AutoencoderDC)
     images = pictures(count=200, side=128)
@@ -145,7 +145,7 @@ def test_what_cannot_start_at_pca_is_refused_before_anything_changes():
         ({"in_channels": 1}, "1 image channels"),
         ({"block_out_channels": (6, 12, 24, 48)}, "give it 7 or more"),
     ):
-        model = build(preset_config("dc-tiny", **options))
+        model = build(preset("dc-tiny", **options))
         assert isinstance(model, AutoencoderDC)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ModelError, match=message):
@@ -156,7 +156,7 @@ def test_what_cannot_start_at_pca_is_refused_before_anything_changes():
 def test_images_may_come_in_batches_of_several_sizes():
     images = pictures(count=32)
     whole, pca = started({}, images)
-    model = build(preset_config("dc-tiny"))
+    model = build(preset("dc-tiny"))
     assert isinstance(model, AutoencoderDC)
     torch.manual_seed(0)
     start_at_pca(model, pca, [images[:16], images[16:, :, :32], images[16:, :, 32:]])

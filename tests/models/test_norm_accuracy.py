@@ -11,7 +11,7 @@ from torch import nn
 
 from latentae.models.discriminator import PatchDiscriminator, _norm
 from latentae.models.latent_statistics import Moments
-from latentae.models.tiling.maps import affine, moments_of
+from latentae.models.tiling.strips import affine, moments_of
 
 
 @pytest.mark.parametrize("norm", ["group", "instance"])

@@ -16,7 +16,7 @@ from torch import nn
 from latentae.errors import ImageError, ModelError, OutputError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.presets import preset
-from latentae.models.tiling import Tiled, maps
+from latentae.models.tiling import Tiled, strips
 from latentae.models.tiling import tiled as tiled_module
 from latentae.models.tiling.blended import UNUSED, Source
 from latentae.models.tiling.steps import (
@@ -132,7 +132,7 @@ def true_statistics(steps: list[Step], source: Source, tile: int) -> dict[nn.Gro
 
     def norms(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        known[norm] = maps.affine(norm, maps.Moments(1, mean.double().numpy(), variance.double().numpy()))
+        known[norm] = strips.affine(norm, strips.Moments(1, mean.double().numpy(), variance.double().numpy()))
         return known[norm]
 
     run(steps, source.cut(0, 0, source.height, source.width), norms)
@@ -213,7 +213,7 @@ def test_scratch_files_are_used_and_gone_afterwards_also_after_an_error(tmp_path
     model, latent = build("tiny"), torch.randn(1, 8, 20, 24, dtype=torch.float64)
     tiled = Tiled(model, "exact", tile=32, scratch=tmp_path)
     written = []
-    put = maps.Map.put
+    put = strips.Map.put
 
     def counting(self, start, strip):
         put(self, start, strip)
@@ -221,7 +221,7 @@ def test_scratch_files_are_used_and_gone_afterwards_also_after_an_error(tmp_path
         if len(written) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(maps.Map, "put", counting)
+    monkeypatch.setattr(strips.Map, "put", counting)
     stop = -1
     tiled.decode(latent)
     assert sum(written) > 10 * latent.nbytes
@@ -240,7 +240,7 @@ def test_a_scratch_folder_that_does_not_do_is_named(tmp_path, monkeypatch):
     latent = torch.randn(1, 8, 20, 24, dtype=torch.float64)
     with pytest.raises(OutputError, match="missing"):
         Tiled(build("tiny"), "exact", tile=32, scratch=tmp_path / "missing").decode(latent)
-    monkeypatch.setattr(maps.shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=0))
+    monkeypatch.setattr(strips.shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=0))
     with pytest.raises(OutputError, match=r"0\.0 GiB free.*larger disk"):
         Tiled(build("tiny"), "exact", tile=32, scratch=tmp_path).decode(latent)
 

@@ -12,7 +12,6 @@ from latentae.models.blocks import Attention
 from latentae.models.latent_statistics import Moments
 from latentae.models.presets import preset
 from latentae.models.tiling.blended import SHARE, Source, Tiles, blend, estimate, samples, weights
-from latentae.models.tiling.maps import Store, affine, moments_of
 from latentae.models.tiling.steps import (
     Convolution,
     decoder_steps,
@@ -21,7 +20,7 @@ from latentae.models.tiling.steps import (
     split_decoder,
     split_encoder,
 )
-from latentae.models.tiling.streamed import stream
+from latentae.models.tiling.strips import Store, affine, moments_of, stream
 
 
 def model() -> AutoencoderKL:

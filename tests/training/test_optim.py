@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentae.models.config import build
-from latentae.models.presets import preset_config
+from latentae.models.presets import preset
 from latentae.training.optim import autoencoder_optimizers, learning_rate_scale
 from latentae.training.options import OptimizerOptions
 
@@ -36,10 +36,10 @@ def test_scale_stays_between_zero_and_one(seen, images, warmup, schedule):
     assert 0 <= learning_rate_scale(o, seen, images) <= 1
 
 
-@pytest.mark.parametrize("preset", ["dc-tiny", "tiny"])
+@pytest.mark.parametrize("shape", ["dc-tiny", "tiny"])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_trunk_has_a_rate_of_its_own_and_every_weight_one_optimizer(preset, name):
-    model = build(preset_config(preset))
+def test_the_trunk_has_a_rate_of_its_own_and_every_weight_one_optimizer(shape, name):
+    model = build(preset(shape))
     optimizers = autoencoder_optimizers(model, [], OptimizerOptions(name=name, lr=1e-2, trunk_lr_ratio=0.1))
     found = {key: [p for group in o.param_groups for p in group["params"]] for key, o in optimizers.items()}
     assert sorted(id(p) for parameters in found.values() for p in parameters) == sorted(
@@ -52,7 +52,7 @@ def test_the_trunk_has_a_rate_of_its_own_and_every_weight_one_optimizer(preset, 
 
 
 def test_a_part_that_is_all_trunk_or_a_rate_that_is_not_lower_needs_no_second_optimizer():
-    model = build(preset_config("dc-tiny"))
+    model = build(preset("dc-tiny"))
     assert list(autoencoder_optimizers(model, [], OptimizerOptions())) == ["autoencoder"]
     model.requires_grad_(False)
     model.decoder.conv_out.requires_grad_(True)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from latentae.models.latent_statistics import Moments
-from latentae.models.tiling.maps import affine, moments_of
 from latentae.models.tiling.steps import Affine, Norms, Step, run
+from latentae.models.tiling.strips import affine, moments_of
 
 __all__ = ["Source", "Tiles", "blend", "estimate", "samples", "weights"]
 

@@ -12,7 +12,6 @@ from latentae.errors import ModelError, RecipeError
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.base import DiagonalGaussian
 from latentae.models.tiling.blended import Source, Tiles, blend, estimate
-from latentae.models.tiling.maps import Map, Store
 from latentae.models.tiling.steps import (
     Norms,
     Step,
@@ -24,7 +23,7 @@ from latentae.models.tiling.steps import (
     split_decoder,
     split_encoder,
 )
-from latentae.models.tiling.streamed import stream
+from latentae.models.tiling.strips import Map, Store, stream
 
 __all__ = ["KEYS", "MODES", "Tiled"]
 
