@@ -26,6 +26,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, dataclass_transform, get_args
@@ -254,7 +255,16 @@ def explain(
         return f"{name} is missing" if field is None else f"{name} is missing: {field.description}"
     expected = _expected(first["type"], field)
     message = f"expected {expected}" if expected else f"{first['msg'][0].lower()}{first['msg'][1:]}"
-    return f"{name} is {first['input']!r}, {message}"
+    return f"{name} is {_shown(first['input'], first['type'])}, {message}"
+
+
+def _shown(value: Any, check: str) -> str:
+    """A value for a message; a number on the command line is text, but is shown without quotes."""
+    if isinstance(value, str) and check.startswith(("int_", "float_", "greater_", "less_", "finite_")):
+        with suppress(ValueError):
+            float(value)
+            return value
+    return repr(value)
 
 
 _TYPES = {

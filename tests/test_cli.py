@@ -43,7 +43,7 @@ def call(*words: str, capsys) -> tuple[int, str, str]:
         (
             ["quickstart", "--out", "x", "--minutes", "0"],
             2,
-            "minutes is '0', expected above 0 and below 100000",
+            "minutes is 0, expected above 0 and below 100000",
         ),
     ],
 )

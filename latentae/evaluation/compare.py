@@ -118,20 +118,11 @@ def _validation(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
             facts = {"last": series[-1][1], "images": series[-1][0], "best": best[1], "best_images": best[0]}
             values[subject.name] = facts
         reason = _not_comparable(measured, metric)
-        comparable = higher is not None and reason is None
-        winner = (
-            _winner({key: value["best"] for key, value in values.items()}, bool(higher))
-            if comparable
-            else None
-        )
-        row = {
-            "metric": metric,
-            "higher_is_better": higher,
-            "values": values,
-            "best": winner,
-            "reason": reason,
-        }
-        found.append(row)
+        bests, winner = {name: value["best"] for name, value in values.items()}, None
+        if higher is not None and reason is None:
+            winner = _winner(bests, higher)
+        facts = {"metric": metric, "higher_is_better": higher}
+        found.append({**facts, "values": values, "best": winner, "reason": reason})
     return found
 
 

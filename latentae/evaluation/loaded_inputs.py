@@ -30,7 +30,7 @@ from latentae.measures.frechet import Extractor, choose_extractor
 from latentae.measures.perceptual_distance import Distance, choose_distance
 from latentae.models.base import Autoencoder
 from latentae.models.foreign import load_any_model
-from latentae.models.pca import MAX_PATCH_NUMBERS, PatchBasis, PatchPCA, fit_pca, sketch_pca
+from latentae.models.pca import MAX_PATCH_NUMBERS, PatchPCA, fit_pca, sketch_pca
 from latentae.models.pretrained import ModelSource
 from latentae.options import identity
 from latentae.progress import Progress
@@ -183,8 +183,8 @@ class LoadedInputs:
         found: list[Method] = [ModelMethod(other.name, other.label, other.model) for other in self.compared]
         found += [
             PatchMethod(name, BASELINES[name], basis.truncated(z))
-            for name in ("pca", "dct")
-            if (basis := self.basis_of(name))
+            for name, basis in zip(("pca", "dct"), self.bases, strict=True)
+            if basis
         ]
         for codec in (Jpeg(), WebP()):
             if reason := codec.refuses(self.channels):
@@ -192,11 +192,6 @@ class LoadedInputs:
             else:
                 found.append(codec)
         return tuple(found)
-
-    def basis_of(self, name: str) -> PatchBasis | None:
-        """The fitted basis of a baseline; None if it failed or needs none."""
-        pca, dct = self.bases
-        return {"pca": pca, "dct": dct}.get(name)
 
     @cached_property
     def bases(self) -> tuple[PatchPCA | None, BlockDCT | None]:

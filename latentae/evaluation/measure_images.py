@@ -15,12 +15,12 @@ from latentae.data.decode import MAX_PIXELS, decode_sample, image_kind
 from latentae.data.shard_files import RawSample, read_samples
 from latentae.data.shard_index import ShardIndex
 from latentae.data.transforms import resize_and_center_crop, to_float, to_uint8
-from latentae.errors import ImageError, ModelError
+from latentae.errors import ImageError
 from latentae.evaluation.measurement import MODEL, ORIGINALS, QUANTIZED, Measurement
-from latentae.evaluation.methods.method import Method, Result, finite_rows, quantize
+from latentae.evaluation.methods.method import Method, Result, quantize
 from latentae.measures.frechet import Extractor, as_rgb
 from latentae.measures.latents.probe import pooled
-from latentae.measures.metrics import TAPS, psnr, ssim
+from latentae.measures.metrics import TAPS, check_finite, psnr, ssim
 from latentae.measures.perceptual_distance import Distance
 from latentae.measures.scores import Scores
 from latentae.models.base import Autoencoder, DiagonalGaussian
@@ -89,13 +89,7 @@ class Instruments:
         posterior = self.model.encode(to_float(images))
         mode = posterior.mode()
         decoded = self.model.decode(mode)
-        finite = finite_rows(mode, decoded)
-        if not finite.all():
-            key = keys[int((~finite).nonzero()[0])]
-            raise ModelError(
-                f"the reconstruction of {key} has NaN or infinite values; the model has diverged, "
-                "evaluate an earlier checkpoint"
-            )
+        check_finite("reconstruction", keys, mode, decoded)
         stored, sizes = quantize(mode)
         results = {
             MODEL: Result(to_uint8(decoded)),

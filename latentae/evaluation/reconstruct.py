@@ -15,7 +15,7 @@ from latentae.data.transforms import pad_to_multiple, resize_and_center_crop, to
 from latentae.device import choose_device
 from latentae.errors import ImageError, ModelError
 from latentae.evaluation.options import ReconstructOptions
-from latentae.measures.metrics import psnr
+from latentae.measures.metrics import check_finite, psnr
 from latentae.models.base import Autoencoder
 from latentae.models.pretrained import load_model
 from latentae.options import verb
@@ -89,11 +89,7 @@ def _reconstruct(network: Autoencoder, image: Tensor, path: Path, device: torch.
     height, width = image.shape[1:]
     x = pad_to_multiple(to_float(image[None].to(device)), network.config.downsampling)
     result = network.decode(network.encode(x).mode())[..., :height, :width]
-    if not torch.isfinite(result).all():
-        raise ModelError(
-            f"the reconstruction of {path} has NaN or infinite values; the model has diverged, use an "
-            "earlier checkpoint"
-        )
+    check_finite("reconstruction", [str(path)], result)
     return to_uint8(result)[0].cpu()
 
 

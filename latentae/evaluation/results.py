@@ -129,7 +129,8 @@ def _baseline(inputs: LoadedInputs, measurement: Measurement, name: str) -> dict
         budget = quantized.mean("bytes")
         reason = "even at the lowest quality every file is larger than its budget"
         return baseline | {"missing": f"{reason}, {budget:.0f} bytes on average"}
-    basis = inputs.basis_of(name)
+    pca, dct = inputs.bases
+    basis = {"pca": pca, "dct": dct}.get(name)
     if basis is None:
         rival = quantized
         facts = {

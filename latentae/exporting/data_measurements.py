@@ -24,7 +24,7 @@ from latentae.exporting.options import ExportOptions
 from latentae.exporting.preview import PreviewFit
 from latentae.exporting.scaling import MeasuredLatents
 from latentae.measures.latents.report import LatentReport
-from latentae.measures.metrics import TAPS, psnr, ssim
+from latentae.measures.metrics import TAPS, check_finite, psnr, ssim
 from latentae.measures.perceptual_distance import Distance, choose_distance
 from latentae.measures.scores import Scores
 from latentae.models.autoencoder import AutoencoderKL
@@ -155,7 +155,9 @@ def measure_model(model: Autoencoder, request: ImageRequest) -> Figures:
                 source = batch.images.to(request.device)
                 images = to_float(source)
                 posterior = model.encode(images)
-                _score(scores, source, to_uint8(_finite(model.decode(posterior.mode()), batch)), distance)
+                decoded = model.decode(posterior.mode())
+                check_finite("reconstruction", batch.keys, decoded)
+                _score(scores, source, to_uint8(decoded), distance)
                 if first:
                     latents.add(posterior)
                     if preview is not None:
@@ -169,17 +171,6 @@ def _distance(request: ImageRequest, resolution: int) -> Distance:
     if request.channels != 3:
         return Distance(None, None, "the networks of perceptual distances see RGB")
     return choose_distance(request.options.perceptual, resolution, request.device)
-
-
-def _finite(decoded: Tensor, batch: Batch) -> Tensor:
-    bad = ~decoded.isfinite().flatten(1).all(1)
-    if bad.any():
-        key = batch.keys[int(bad.nonzero()[0])].encode("utf-8", "backslashreplace").decode()
-        raise ModelError(
-            f"the reconstruction of {key} has NaN or infinite values; "
-            "the model has diverged, export an earlier one"
-        )
-    return decoded
 
 
 def _score(scores: Scores, source: Tensor, decoded: Tensor, distance: Distance) -> None:

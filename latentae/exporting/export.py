@@ -245,7 +245,9 @@ def _write_component(plan: ExportPlan, folder: Path, name: str) -> CardFacts:
         audit=audit,
         tiling=tiling,
         preview=preview,
-        ldm_notes=_ldm_notes(plan, config),
+        ldm_notes=ldm_notes(config)
+        if "ldm" in plan.formats and isinstance(config, AutoencoderKLConfig)
+        else (),
         training=copy_training_parts(source, folder) if options.format == "all" else {},
     )
 
@@ -263,10 +265,6 @@ def _without_channel_statistics(config: ExportableConfig) -> ExportableConfig:
     if not isinstance(config, AutoencoderKLConfig):
         return config
     return config.model_copy(update={"latents_mean": None, "latents_std": None})
-
-
-def _ldm_notes(plan: ExportPlan, config: ExportableConfig) -> tuple[str, ...]:
-    return ldm_notes(config) if "ldm" in plan.formats and isinstance(config, AutoencoderKLConfig) else ()
 
 
 def _weights_in_words(plan: ExportPlan) -> str:

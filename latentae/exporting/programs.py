@@ -26,9 +26,9 @@ from latentae.models.pretrained import CONFIG
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["TOLERANCE", "coder_graphs", "largest_difference", "require_onnx", "write_onnx", "write_pt2"]
+__all__ = ["coder_graphs", "require_onnx", "write_onnx", "write_pt2"]
 
-TOLERANCE = 1e-4  # allowed by `largest_difference`
+TOLERANCE = 1e-4  # of outputs, relative to the largest value
 OPSET = 18  # the first with all operators needed, so that old runtimes read it
 MODEL = "model.onnx"
 LARGEST_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; 1 MiB is for the graph
@@ -59,17 +59,21 @@ def _chain(**modules: nn.Module | None) -> nn.Module:
     return nn.Sequential(OrderedDict({name: part for name, part in modules.items() if part is not None}))
 
 
-def largest_difference(
+def _check_output(
+    what: str,
     model: Exportable,
     name: str,
     graph: nn.Module,
     other: Callable[[Tensor], Tensor],
     device: str | torch.device = "cpu",
-) -> float:
-    """Largest difference of `other` to a graph of `coder_graphs(model)`, at two sizes not traced.
+) -> None:
+    """Compare `other` with a graph of `coder_graphs(model)`, on random inputs of two sizes not traced.
 
-    Inputs are random. The difference is relative to the largest value where that is above 1, since
-    moments of an untrained model can be large. NaN if either output has one.
+    The difference is relative to the largest value where that is above 1, since moments of an
+    untrained model can be large. It is NaN if either output has one.
+
+    Raises:
+        ModelError: the largest difference is above `TOLERANCE`.
     """
     z, channels, f = model.config.latent_channels, model.config.in_channels, model.config.downsampling
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +85,10 @@ def largest_difference(
             expected, found = graph(x), other(x)
         error = (found - expected).abs().amax() / expected.abs().amax().clamp(min=1)
         worst = torch.maximum(worst, error.cpu())
-    return worst.item()
+    if not worst.item() <= TOLERANCE:
+        raise ModelError(
+            f"{what} is off by {worst.item():.2g}, allowed is {TOLERANCE:g}; export another format"
+        )
 
 
 def require_onnx() -> None:
@@ -180,12 +187,7 @@ def _check_file(model: Exportable, name: str, graph: nn.Module, path: Path) -> N
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {INPUTS[name]: x.numpy()})[0])
 
-    error = largest_difference(model, name, graph, run)
-    if not error <= TOLERANCE:
-        raise ModelError(
-            f"{path}: ONNX Runtime's output is off by {error:.2g}, allowed is {TOLERANCE:g}; "
-            "export another format"
-        )
+    _check_output(f"{path}: ONNX Runtime's output", model, name, graph, run)
 
 
 def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device: str = "cpu") -> None:
@@ -218,11 +220,7 @@ def write_pt2(model: Exportable, config: ExportableConfig, folder: Path, device:
             package = path.with_name(f"{path.name}.pt2")  # torch requires the suffix
             try:
                 run = _build(program, package, config)
-                error = largest_difference(model, name, graphs[name], run, target)
-                if not error <= TOLERANCE:
-                    raise ModelError(
-                        f"{name}.pt2 is off by {error:.2g}, allowed is {TOLERANCE:g}; export another format"
-                    )
+                _check_output(f"{name}.pt2", model, name, graphs[name], run, target)
                 package.replace(path)
             finally:
                 package.unlink(missing_ok=True)

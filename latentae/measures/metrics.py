@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.errors import ImageError
+from latentae.errors import ImageError, ModelError
 from latentae.keyed import whole_seed
 
-__all__ = ["Interval", "bootstrap_mean", "finite_mean", "psnr", "ssim"]
+__all__ = ["Interval", "bootstrap_mean", "check_finite", "finite_mean", "finite_rows", "psnr", "ssim"]
 
 PEAK = 255.0
 TAPS, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
@@ -139,6 +139,25 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
         means.append(finite[generator.integers(0, len(finite), shape)].mean(axis=1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Interval(float(finite.mean()), float(low), float(high), len(finite), infinite)
+
+
+def finite_rows(*values: Tensor) -> Tensor:
+    """Rows of the batch in which all values [B, ...] are finite: bool [B]."""
+    return torch.stack([torch.isfinite(value).flatten(1).all(1) for value in values]).all(0)
+
+
+def check_finite(what: str, keys: Sequence[str], *values: Tensor) -> None:
+    """Check that values [B, ...] of the images with these keys are finite.
+
+    Raises:
+        ModelError: names `what` ("reconstruction") and the first image.
+    """
+    bad = (~finite_rows(*values)).nonzero()
+    if len(bad):
+        key = keys[int(bad[0])].encode("utf-8", "backslashreplace").decode()
+        raise ModelError(
+            f"the {what} of {key} has NaN or infinite values; the model has diverged, use an earlier checkpoint"
+        )
 
 
 def finite_mean(values: Iterable[float]) -> float | None:

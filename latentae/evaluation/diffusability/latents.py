@@ -19,10 +19,10 @@ from torch import Tensor
 
 from latentae.data.loader import Batch
 from latentae.data.transforms import to_float
-from latentae.errors import DataError, ModelError
-from latentae.evaluation.methods.method import finite_rows
+from latentae.errors import DataError
 from latentae.keyed import digest
 from latentae.measures.frechet import Extractor
+from latentae.measures.metrics import check_finite
 from latentae.models.base import Autoencoder
 from latentae.models.latent_statistics import LatentStatistics
 from latentae.progress import Progress
@@ -170,13 +170,7 @@ def _encode(
     """Means, standard deviations and features of some rows of a batch, each in its own memory."""
     images = batch.images[rows].to(device)
     posterior = model.encode(to_float(images))
-    finite = finite_rows(posterior.mean, posterior.std)
-    if not finite.all():
-        key = batch.keys[rows[int((~finite).nonzero()[0])]]
-        raise ModelError(
-            f"the latent of {key} has NaN or infinite values; the model has diverged, evaluate an earlier "
-            "checkpoint"
-        )
+    check_finite("latent", [batch.keys[row] for row in rows], posterior.mean, posterior.std)
     columns = [posterior.mean.float(), posterior.std.float()]
     if extractor is not None:
         columns.append(extractor(images))

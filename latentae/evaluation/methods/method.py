@@ -25,6 +25,7 @@ from torch import Tensor
 
 from latentae.data.transforms import to_float, to_uint8
 from latentae.errors import ModelError, RecipeError
+from latentae.measures.metrics import finite_rows
 from latentae.models.base import Autoencoder
 from latentae.models.pca import PatchBasis
 
@@ -35,7 +36,6 @@ __all__ = [
     "Result",
     "compress_latent",
     "decompress_latent",
-    "finite_rows",
     "quantize",
 ]
 
@@ -76,11 +76,6 @@ class Method(Protocol):
             budgets: maximum bytes of each image; methods that count floats ignore them.
         """
         ...
-
-
-def finite_rows(*values: Tensor) -> Tensor:
-    """Rows of the batch in which all values [B, ...] are finite: bool [B]."""
-    return torch.stack([torch.isfinite(value).flatten(1).all(1) for value in values]).all(0)
 
 
 class ModelMethod:
