@@ -184,10 +184,10 @@ class Autoencoder(nn.Module, ABC):
         A reconstruction gives every parameter of it a gradient.
 
         Args:
-            part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its finest
-                level and the layers after it), which leave the latent unchanged; "encoder" (with the
-                1x1 convolution after it); or "latent", the coarsest level and the middle of both,
-                which DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled
+            part: "all"; "decoder" (with the 1x1 convolution before it) or "decoder-head" (its
+                finest level and the layers after it), which leave the latent unchanged; "encoder"
+                (with the 1x1 convolution after it); or "latent", the coarsest level and the middle
+                of both, which DC-AE adapts to a higher resolution (Chen et al. 2024, "decoupled
                 high-resolution adaptation"). In an AutoencoderDC only levels with blocks count.
 
         Raises:
@@ -224,8 +224,8 @@ class Autoencoder(nn.Module, ABC):
 
         Args:
             features: `AutoencoderOutput.decoder_features`, of the same weights.
-            gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work and
-                give [n C, ...].
+            gradient: [B, C, H, W]. Several stacked over channels, [B, n C, H, W], share the work
+                and give [n C, ...].
 
         Returns:
             [C, C_in, 3, 3] in at least fp32; [4 C, C_in, 3, 3] if a pixel shuffle follows the last
