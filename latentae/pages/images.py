@@ -48,8 +48,8 @@ def image_grid(
     """Arrange rows of images as one picture, with aligned columns.
 
     Args:
-        rows: rows of equal length, of uint8 [1, 3 or 4, H, W] tensors of any sizes. Gray becomes RGB, and
-            alpha is left out.
+        rows: rows of equal length, of uint8 [1, 3 or 4, H, W] tensors of any sizes. Gray becomes
+            RGB, and alpha is left out.
         padding: pixels around each image.
         background: gray value between the images.
         columns: maximum number of columns; longer rows continue in another band of rows below.
