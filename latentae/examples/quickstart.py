@@ -1,4 +1,4 @@
-"""The verb `quickstart`: from bundled photos to an export, a report and a check in plain diffusers."""
+"""The verb `quickstart`: from bundled photos to an export, a check in diffusers and a report."""
 
 from __future__ import annotations
 

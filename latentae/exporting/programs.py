@@ -67,7 +67,7 @@ def _check_output(
     other: Callable[[Tensor], Tensor],
     device: str | torch.device = "cpu",
 ) -> None:
-    """Compare `other` with a graph of `coder_graphs(model)`, on random inputs of two sizes not traced.
+    """Compare `other` with a graph of `coder_graphs`, on random inputs of two sizes not traced.
 
     The difference is relative to the largest value where that is above 1, since moments of an
     untrained model can be large. It is NaN if either output has one.

@@ -156,7 +156,8 @@ def check_finite(what: str, keys: Sequence[str], *values: Tensor) -> None:
     if len(bad):
         key = keys[int(bad[0])].encode("utf-8", "backslashreplace").decode()
         raise ModelError(
-            f"the {what} of {key} has NaN or infinite values; the model has diverged, use an earlier checkpoint"
+            f"the {what} of {key} has NaN or infinite values; the model has diverged, "
+            "use an earlier checkpoint"
         )
 
 

@@ -203,7 +203,11 @@ class LatentReport:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> LatentReport:
-        """The report that `to_arrays` stored; KeyError, TypeError or ValueError if the arrays are damaged."""
+        """The report that `to_arrays` stored.
+
+        Raises:
+            KeyError, TypeError, ValueError: the arrays are damaged.
+        """
         if not arrays:
             return cls()
         z, height, width = (int(side) for side in arrays["shape"])
