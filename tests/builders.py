@@ -14,7 +14,7 @@ from latentae.models.config import AutoencoderKLConfig
 
 
 def smooth_images(count: int, size: int, seed: int = 0) -> Tensor:
-    """Coloured gradients with a little noise: compressible as photos are; uint8 [N, 3, size, size]."""
+    """Color gradients with a little noise, compressible like photos; uint8 [N, 3, size, size]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-# Two cores: one thread per process is the fastest for models this small, and keeps results the same from machine to machine.
+# One thread per process is fastest for small models, and keeps results equal between machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

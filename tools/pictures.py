@@ -1,9 +1,9 @@
-"""Draw the pictures of the documentation: one photo at several latent sizes, and the channels of a latent.
+"""Draw pictures of the documentation: a photo at several latent sizes, the channels of a latent.
 
     python tools/pictures.py factors docs/images/factors.jpg
     python tools/pictures.py latent docs/images/latent.png --model quickstart/run
 
-The photo is scikit-image's coffee; the principal components are fitted on the quickstart's training photos.
+The photo is scikit-image's coffee; components are fitted on the quickstart's training photos.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def factors() -> Image.Image:
 
 
 def latent_channels(model: str) -> Image.Image:
-    """The photo and its latent, one gray image per channel, brightest at two standard deviations."""
+    """The photo and one gray image per latent channel, brightest at two standard deviations."""
     photo = the_photo()
     latent = latentae.pipeline(model).encode(photo[None])[0]
     normal = (latent - latent.mean((1, 2), keepdim=True)) / latent.std((1, 2), keepdim=True)

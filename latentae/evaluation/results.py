@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-import latentae
 from latentae.evaluation.details import Details
 from latentae.evaluation.loaded_inputs import BASELINES, PCA_IMAGES, LoadedInputs, LoadedModel
 from latentae.evaluation.measurement import MODEL, QUANTIZED, Measurement
 from latentae.measures.frechet import Extractor, noise_floor
 from latentae.measures.scores import finding, metric_label, paired
+from latentae.version import __version__
 
 __all__ = ["FORMAT_VERSION", "summarize"]
 
@@ -30,7 +30,7 @@ def summarize(inputs: LoadedInputs, measurement: Measurement, details: Details) 
     pixels = inputs.resolution**2
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "latentae": latentae.__version__,
+        "latentae": __version__,
         "model": _model(inputs.models[0]),
         "data": _data(inputs, measurement),
         "metrics": measurement.scores[MODEL].summary(inputs.options.seed),
@@ -293,7 +293,7 @@ def _environment(device: torch.device) -> dict[str, str]:
     """Versions and hardware, which can change the last digits."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "latentae": latentae.__version__,
+        "latentae": __version__,
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "system": platform.system(),
