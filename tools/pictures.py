@@ -1,7 +1,7 @@
 """Draw pictures of the documentation: a photo at several latent sizes, the channels of a latent.
 
     python tools/pictures.py factors docs/images/factors.jpg
-    python tools/pictures.py latent docs/images/latent.png --model quickstart/run
+    python tools/pictures.py latent docs/images/latent.jpg --model quickstart/run
 
 The photo is scikit-image's coffee; components are fitted on the quickstart's training photos.
 """
