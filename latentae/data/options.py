@@ -12,6 +12,7 @@ from latentae.options import KW_ONLY, Device, Inputs, PathLike, Weights, argumen
 
 __all__ = [
     "IMAGES",
+    "MAX_PIXELS_HELP",
     "MODEL",
     "SHARDS",
     "DataOptions",
@@ -24,7 +25,9 @@ __all__ = [
 MODEL = "Run, checkpoint, exported folder, weight file, or owner/name on the Hub."
 SHARDS = "Folder, file, glob, brace pattern ({000..099}.tar) or URL of image shards."
 IMAGES = "Folder of images, image files, or shards (folder, file, glob, brace pattern or URL)."
-_REFUSED = "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels."
+MAX_PIXELS_HELP = (
+    "Refuse images of more pixels by their header. Raise it for photos of 108 or 200 megapixels."
+)
 
 
 class DataOptions(BaseModel):
@@ -105,7 +108,7 @@ class ImageOptions:
     _: KW_ONLY
     weights: Weights = option("Weights of a run.", default="ema")
     device: Device = option("auto, cpu, cuda or cuda:N.", default="auto")
-    max_pixels: int = option(_REFUSED, default=MAX_PIXELS, ge=1, identity="changed")
+    max_pixels: int = option(MAX_PIXELS_HELP, default=MAX_PIXELS, ge=1)
 
 
 @table
@@ -119,14 +122,22 @@ class ShardsOptions:
     out: PathLike = argument("Folder for the shards.")
     _: KW_ONLY
     shard_size: int | None = option(
-        "Maximum samples per shard. By default 16 to 1000, for at least 8 shards.", default=None, ge=1
+        "Maximum samples per shard. By default 16 to 1000, for at least 8 shards.",
+        default=None,
+        ge=1,
+        identity=True,
     )
-    max_shard_mb: float = option("Maximum MB per shard, before resizing.", default=1000.0, gt=0)
+    max_shard_mb: float = option(
+        "Maximum MB per shard, before resizing.", default=1000.0, gt=0, identity=True
+    )
     resize: int | None = option(
-        "Shrink images to this short side in pixels. By default files are copied.", default=None, ge=1
+        "Shrink images to this short side in pixels. By default files are copied.",
+        default=None,
+        ge=1,
+        identity=True,
     )
     quality: int | None = option(
-        "JPEG quality of shrunk images; by default they are PNGs.", default=None, ge=1, le=100
+        "JPEG quality of shrunk images; by default they are PNGs.", default=None, ge=1, le=100, identity=True
     )
     skip_bad: bool = option(
         "Skip unreadable images and list them in bad_samples.jsonl, instead of stopping.", default=False
@@ -134,7 +145,7 @@ class ShardsOptions:
     workers: int | None = option(
         "Threads that read images; defaults to one per core, at most 16.", default=None, ge=1
     )
-    max_pixels: int = option(_REFUSED, default=MAX_PIXELS, ge=1)
+    max_pixels: int = option(MAX_PIXELS_HELP, default=MAX_PIXELS, ge=1)
 
 
 @table

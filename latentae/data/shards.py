@@ -41,7 +41,7 @@ from latentae.errors import DataError, ImageError, Interrupted, OutputError, Rec
 from latentae.file_names import BAD_SAMPLES
 from latentae.files import abandoned, atomic_file, read_json, write_text
 from latentae.jobs import Job
-from latentae.options import verb
+from latentae.options import identity, verb
 from latentae.progress import Progress, say
 
 __all__ = ["ImageSource", "default_shard_size", "shards", "write_shards"]
@@ -120,10 +120,8 @@ def shards(options: ShardsOptions) -> ShardIndex:
         "images": source.location,
         "files": count,
         "listing": source.listing,
+        **identity(options),
         "shard_size": shard_size,
-        "max_shard_mb": float(options.max_shard_mb),
-        "resize": options.resize,
-        "quality": options.quality,
     }  # without `skip_bad` and `max_pixels`, so that a run that stopped at a bad or large image can resume
     job = Job.open(out, "shards", inputs, foreign=_is_shards)
     if job.state == "finished":

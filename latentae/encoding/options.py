@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from latentae.data.options import MODEL, SHARDS, ImageOptions
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.options import MAX_PIXELS_HELP, MODEL, SHARDS, ImageOptions
 from latentae.options import KW_ONLY, Device, Inputs, PathLike, Weights, argument, option, table
 
 __all__ = ["DecodeOptions", "EncodeOptions", "StatsOptions", "VerifyOptions"]
@@ -66,6 +67,7 @@ class EncodeOptions(ImageOptions):
         default="latentae",
     )
     engine: Literal["local", "ray"] = option("'ray' spreads the shards over a Ray cluster.", default="local")
+    max_pixels: int = option(MAX_PIXELS_HELP, default=MAX_PIXELS, ge=1, identity="changed")
 
 
 @table

@@ -283,7 +283,7 @@ def _training_data(source: ModelSource) -> TrainingData:
         return TrainingData(None, reason="the model does not say what it was trained on")
     data = recipe.get("data", {})
     if not data.get("shards"):
-        return TrainingData(None, reason="the recipe beside the model names no shards")
+        return TrainingData(None, reason="the model's recipe names no shards")
     try:
         index = load_index(expand_shards(data["shards"]), data.get("index"))
     except ShardError as error:

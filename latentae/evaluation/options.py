@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latentae.data.options import MODEL, SHARDS, ImageOptions
+from latentae.data.headers import MAX_PIXELS
+from latentae.data.options import MAX_PIXELS_HELP, MODEL, SHARDS, ImageOptions
 from latentae.keyed import Seed
 from latentae.options import KW_ONLY, Inputs, PathLike, PerceptualName, argument, option, table
 
@@ -58,6 +59,7 @@ class EvaluateOptions(ImageOptions):
         identity=True,
     )
     seed: Seed = option("Random seed of the bootstrap, the noise and the flows.", default=0, identity=True)
+    max_pixels: int = option(MAX_PIXELS_HELP, default=MAX_PIXELS, ge=1, identity="changed")
 
 
 @table

@@ -42,7 +42,7 @@ from latentae.jobs import Job
 from latentae.models.autoencoder import AutoencoderKL
 from latentae.models.config import AutoencoderKLConfig, build
 from latentae.models.pretrained import ModelSource, load_weights, resolve_model
-from latentae.options import verb
+from latentae.options import identity, verb
 from latentae.progress import say
 from latentae.version import __version__
 
@@ -109,9 +109,7 @@ class ExportPlan:
         values = {
             "model": self.source.fingerprint,
             "resolution": self.source.resolution,
-            "format": self.options.format,
-            "variant": self.options.variant,
-            "fold_normalization": self.options.fold_normalization,
+            **identity(self.options),
             "scaling": {**self.factors, "measured": None if self.latents is None else asdict(self.latents)},
             "metrics": self.metrics,
             "data": None if self.request is None else self.request.inputs(),

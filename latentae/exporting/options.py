@@ -26,11 +26,16 @@ class ExportOptions(ImageOptions):
     format: Literal["diffusers", "ldm", "onnx", "pt2", "all"] = option(
         "Output format: diffusers, ldm (one file with LDM's key names), onnx, pt2 (AOTInductor) or all.",
         default="diffusers",
+        identity=True,
+    )
+    variant: Literal["fp16", "bf16"] | None = option(
+        "Also write half-precision weights.", default=None, identity=True
     )
     fold_normalization: bool = option(
-        "Normalize latents inside the weights, so that scaling is 1 and shift is 0.", default=False
+        "Normalize latents inside the weights, so that scaling is 1 and shift is 0.",
+        default=False,
+        identity=True,
     )
-    variant: Literal["fp16", "bf16"] | None = option("Also write half-precision weights.", default=None)
     scaling_factor: float | None = option(
         "Latent scaling; defaults to the measured value, or else the config's.",
         default=None,

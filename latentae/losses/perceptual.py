@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ _OPTIONS = (
 )
 
 
-class FrozenDistance(nn.Module):
+class FrozenDistance(nn.Module, ABC):
     """A distance with frozen weights, always in evaluation mode, with a gradient to both images.
 
     `features` and `distance` are separate, so that other losses can use the same features.
@@ -52,13 +53,13 @@ class FrozenDistance(nn.Module):
     name: str
     minimum_size: int
 
+    @abstractmethod
     def features(self, x: Tensor) -> Sequence[Tensor]:
         """Images [B, 3, H, W] in [-1, 1] -> feature maps [B, C, h, w] of some layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Feature maps of two batches of images -> [B]."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] x 2 -> [B]."""

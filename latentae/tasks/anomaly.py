@@ -38,7 +38,7 @@ from latentae.measures.perceptual_distance import Distance, choose_distance
 from latentae.measures.scores import SAME, rank
 from latentae.models.corruptions import blur
 from latentae.models.latent_statistics import Moments
-from latentae.options import verb
+from latentae.options import identity, verb
 from latentae.pages.images import write_png
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, Labels, open_images, read_labels
@@ -66,7 +66,7 @@ def anomaly(options: AnomalyOptions) -> dict[str, Any]:
     image, in order), heat/ (image, reconstruction and error map of the highest scores) and
     summary.json. If both normal images and inputs have labels, an image whose label no normal image
     has is an anomaly, and the summary has the area under the ROC curve of each score.
-    `latentae.tasks.normality` defines the scores.
+    The end of this file defines the scores.
 
     Returns:
         The content of summary.json.
@@ -85,12 +85,8 @@ def anomaly(options: AnomalyOptions) -> dict[str, Any]:
         "normal": normals.digest,
         "inputs": images.digest,
         "labels": label_kind,
-        "quantile": options.quantile,
-        "score": options.score,
+        **identity(options),
         "perceptual": distance.name,
-        "heat_maps": options.heat_maps,
-        "seed": options.seed,
-        "resolution": options.resolution,
     }
     job = PartedJob(options.out, "anomaly", facts, images.count, PART)
     if (earlier := job.earlier_result()) is not None:
@@ -355,8 +351,8 @@ class Gaussian:
                 "the latents of the normal images do not vary; the model has collapsed, "
                 "or all images are the same"
             )
-        identity = torch.eye(size, dtype=torch.float64)
-        return cls(mean, torch.linalg.inv((1 - share) * covariance + share * scale * identity))
+        sphere = scale * torch.eye(size, dtype=torch.float64)
+        return cls(mean, torch.linalg.inv((1 - share) * covariance + share * sphere))
 
     def distance(self, latents: Tensor) -> Tensor:
         """Squared Mahalanobis distance / z, mean over positions: [B, z, h, w] -> fp64 [B].

@@ -17,7 +17,7 @@ from latentae.data.folder import check_file_names
 from latentae.data.transforms import to_float, to_uint8
 from latentae.measures.metrics import bootstrap_mean, psnr
 from latentae.models.corruptions import add_noise
-from latentae.options import verb
+from latentae.options import identity, verb
 from latentae.pages.images import write_png
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, Item, open_images
@@ -53,9 +53,7 @@ def denoise(options: DenoiseOptions) -> dict[str, Any]:
     facts = {
         "model": network.fingerprint,
         "inputs": images.digest,
-        "noise": options.noise,
-        "seed": options.seed,
-        "resolution": options.resolution,
+        **identity(options),
     }
     job = PartedJob(options.out, "denoise", facts, images.count, PART)
     if (earlier := job.earlier_result()) is not None:

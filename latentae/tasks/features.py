@@ -15,7 +15,7 @@ from torch import Tensor
 from latentae.errors import ImageError
 from latentae.files import atomic_file
 from latentae.measures.latents.probe import probe_report
-from latentae.options import verb
+from latentae.options import identity, verb
 from latentae.progress import Progress, say
 from latentae.tasks.inputs import Images, Labels, open_images, read_labels
 from latentae.tasks.network import Network
@@ -50,10 +50,8 @@ def features(options: FeaturesOptions) -> dict[str, Any]:
     facts = {
         "model": network.fingerprint,
         "inputs": images.digest,
-        "pool": options.pool,
-        "format": options.format,
+        **identity(options),
         "labels": label_kind,
-        "resolution": options.resolution,
     }
     job = PartedJob(options.out, "features", facts, images.count, PART[options.pool])
     if (earlier := job.earlier_result()) is not None:

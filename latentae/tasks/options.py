@@ -48,9 +48,12 @@ class FeaturesOptions(_FolderOptions):
     pool: Literal["mean", "moments", "spatial"] = option(
         "mean over all positions; moments (mean and standard deviation); or spatial, the latent itself.",
         default="mean",
+        identity=True,
     )
-    format: Literal["safetensors", "npz"] = option("File format of the features.", default="safetensors")
-    labels: PathLike = option(_LABELS, default="auto")
+    format: Literal["safetensors", "npz"] = option(
+        "File format of the features.", default="safetensors", identity=True
+    )
+    labels: PathLike = option(_LABELS, default="auto", identity=True)
 
 
 @table
@@ -62,14 +65,18 @@ class AnomalyOptions(_FolderOptions):
     inputs: Inputs = argument(IMAGES, many=True)
     out: PathLike = argument("Output folder.", default="anomaly")
     _: KW_ONLY
-    quantile: float = option("Share of normal images below the threshold.", default=0.95, gt=0, lt=1)
-    score: Literal["error", "peak", "latent", "perceptual", "combined"] = option(
-        "Score that is compared with the threshold.", default="error"
+    quantile: float = option(
+        "Share of normal images below the threshold.", default=0.95, gt=0, lt=1, identity=True
     )
-    perceptual: PerceptualName = option("Network of the perceptual score.", default="none")
+    score: Literal["error", "peak", "latent", "perceptual", "combined"] = option(
+        "Score that is compared with the threshold.", default="error", identity=True
+    )
+    perceptual: PerceptualName = option("Network of the perceptual score.", default="none", identity=True)
     labels: PathLike = option(_LABELS, default="auto")
-    heat_maps: int = option("Maximum number of heat maps, for the highest scores.", default=32, ge=0)
-    seed: AnySeed = option("Random seed of the split of the normal images.", default=0)
+    heat_maps: int = option(
+        "Maximum number of heat maps, for the highest scores.", default=32, ge=0, identity=True
+    )
+    seed: AnySeed = option("Random seed of the split of the normal images.", default=0, identity=True)
 
 
 @table
@@ -85,8 +92,9 @@ class DenoiseOptions(_FolderOptions):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
+        identity=True,
     )
-    seed: AnySeed = option("Random seed of the noise.", default=0)
+    seed: AnySeed = option("Random seed of the noise.", default=0, identity=True)
 
 
 @table

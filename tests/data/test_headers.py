@@ -20,7 +20,17 @@ from latentae.data.shard_index import load_index
 from latentae.data.shards import write_shards
 from latentae.data.tables import scan
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", *(["AVIF"] * features.check("avif")))
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "PPM",
+    *(["AVIF"] * features.check("avif")),
+)
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
 ORIENTATIONS = st.integers(0, 9)
 
@@ -36,7 +46,7 @@ def size(data: bytes) -> tuple[int, int] | None:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
 def test_sizes_are_those_of_the_upright_image(form, orientation):
-    check(made(form, exif=exif(orientation)))
+    assert_size_of_pillow(made(form, exif=exif(orientation)))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +140,7 @@ def png_metadata(orientation: int) -> dict[str, bytes]:
     }
 
 
-def check(data: bytes) -> tuple[int, int] | None:
+def assert_size_of_pillow(data: bytes) -> tuple[int, int] | None:
     """The size by the header, after a comparison with Pillow's upright image and ours."""
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
@@ -146,7 +156,7 @@ def check(data: bytes) -> tuple[int, int] | None:
 def test_a_png_is_turned_wherever_it_says_so(how, when):
     data = made("PNG", 3, 5)
     at = data.index(b"IDAT") - 4 if when == "before" else data.index(b"IEND") - 4
-    assert check(data[:at] + png_metadata(6)[how] + data[at:]) == (5, 3)
+    assert assert_size_of_pillow(data[:at] + png_metadata(6)[how] + data[at:]) == (5, 3)
 
 
 def test_the_end_of_a_large_png_is_read_without_its_pixels():
@@ -173,7 +183,7 @@ def test_any_metadata_of_a_png_counts_as_pillow_counts_it(size, before, after):
     data = made("PNG", *size)
     first, last = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
     head, tail = (b"".join(png_metadata(value)[name] for name, value in chunks) for chunks in (before, after))
-    check(data[:first] + head + data[first:last] + tail + data[last:])
+    assert_size_of_pillow(data[:first] + head + data[first:last] + tail + data[last:])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -199,7 +209,7 @@ def test_the_header_of_every_format_has_the_size_of_the_upright_image(form, size
         options["save_all"] = True
     if form == "TIFF" and padding:
         options["compression"] = "tiff_lzw"  # its tags come after its pixels
-    check(made(form, *size, **options))
+    assert_size_of_pillow(made(form, *size, **options))
 
 
 def test_a_jpeg_may_say_that_it_is_turned_after_its_frame_header():
@@ -207,7 +217,7 @@ def test_a_jpeg_may_say_that_it_is_turned_after_its_frame_header():
     start = turned.index(b"\xff\xe1")
     segment = turned[start : start + 2 + int.from_bytes(turned[start + 2 : start + 4], "big")]
     scan = plain.index(b"\xff\xda")
-    assert check(plain[:scan] + segment + plain[scan:]) == (5, 3)
+    assert assert_size_of_pillow(plain[:scan] + segment + plain[scan:]) == (5, 3)
 
 
 def test_an_animated_png_has_the_metadata_of_its_first_frame():
@@ -216,7 +226,7 @@ def test_an_animated_png_has_the_metadata_of_its_first_frame():
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
     data = file.getvalue()
     at = data.index(b"IEND") - 4
-    check(data[:at] + png_metadata(6)["eXIf"] + data[at:])
+    assert_size_of_pillow(data[:at] + png_metadata(6)["eXIf"] + data[at:])
 
 
 def test_an_index_has_the_upright_size(tmp_path):

@@ -243,7 +243,7 @@ def test_where_indexes_can_not_be_written_they_stay_in_memory(folder, monkeypatc
     assert len(everything(index)) == 5
 
 
-def test_remote_shards_need_a_folder_or_an_index_beside_them(folder, tmp_path, memory):
+def test_remote_shards_need_a_folder_or_an_index_of_their_own(folder, tmp_path, memory):
     for path in expand_shards(folder):
         memory.pipe_file(f"/bucket/{Path(path).name}", Path(path).read_bytes())
     urls = [f"memory://bucket/00{number}.tar" for number in range(3)]
@@ -257,9 +257,9 @@ def test_remote_shards_need_a_folder_or_an_index_beside_them(folder, tmp_path, m
     assert len(index.shards[0].sha256) == 64  # they were read completely
     for path in (tmp_path / "indexes").iterdir():
         memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
-    beside = load_index(urls, build=False)
-    assert beside == index
-    assert everything(beside) == everything(index)
+    found = load_index(urls, build=False)
+    assert found == index
+    assert everything(found) == everything(index)
 
 
 def test_the_rows_of_a_remote_slice_come_in_one_request(folder, tmp_path, memory, monkeypatch, write_tar):

@@ -36,7 +36,7 @@ def write_log(path, factor: float = 1.0, count: int = 60):
     return path
 
 
-def check(found, images: int, drawings: int) -> None:
+def assert_fits(found, images: int, drawings: int) -> None:
     assert [item["width"] for item in found] == [390, 1280]
     for item in found:
         assert item["problems"] == [], item["width"]
@@ -48,12 +48,12 @@ def check(found, images: int, drawings: int) -> None:
 def test_a_page_with_everything_fits_any_width(evaluation, tmp_path):
     result = add_pictures(tmp_path, full_result(evaluation[1], 24), size=160)
     write_evaluation_report(tmp_path, result, write_log(tmp_path / "metrics.jsonl"))
-    check(load(tmp_path / "report.html", tmp_path / "browser"), images=4 * 8 + 6 * 3 + 3, drawings=12)
+    assert_fits(load(tmp_path / "report.html", tmp_path / "browser"), images=4 * 8 + 6 * 3 + 3, drawings=12)
 
 
 def test_a_page_where_everything_is_missing_fits(evaluation, tmp_path):
     write_evaluation_report(tmp_path, missing_result(evaluation[1]))
-    check(load(tmp_path / "report.html", tmp_path / "browser"), images=0, drawings=4)
+    assert_fits(load(tmp_path / "report.html", tmp_path / "browser"), images=0, drawings=4)
 
 
 def test_a_comparison_fits(evaluation, tmp_path):
@@ -74,7 +74,7 @@ def test_a_comparison_fits(evaluation, tmp_path):
         [tmp_path / "first", tmp_path / "second-of-them-with-quite-a-long-name", tmp_path / "evaluation"],
         tmp_path / "compare.html",
     )
-    check(load(tmp_path / "compare.html", tmp_path / "browser"), images=1, drawings=5)
+    assert_fits(load(tmp_path / "compare.html", tmp_path / "browser"), images=1, drawings=5)
 
 
 def test_the_browser_finds_what_is_wrong(evaluation, tmp_path):

@@ -128,7 +128,7 @@ def test_strides_that_are_neither_order_are_copied_once(device):
     y = norm_act(odd, weight, bias, 2, backend="triton")
     expected = norm_act_reference(odd.double(), weight.double(), bias.double(), 2)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    tangent = torch.randn(y.shape, device=device).contiguous()  # rows first beside channels last
+    tangent = torch.randn(y.shape, device=device).contiguous()  # rows first, next to channels last
     torch.testing.assert_close(
         *(torch.autograd.grad(out, odd, tangent.to(out.dtype))[0] for out in (y, expected)),
         rtol=1e-4,

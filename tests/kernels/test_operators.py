@@ -329,7 +329,7 @@ def test_an_exported_model_shows_standard_operators(name, device):
 
 @BACKENDS
 @pytest.mark.parametrize("name", MAIN)
-def test_autocast_keeps_half_precision_beside_single_precision_parameters(name, backend, device):
+def test_autocast_keeps_half_precision_with_single_precision_parameters(name, backend, device):
     operator = OPERATORS[name]
     inputs = operator.tensors(torch.bfloat16, device, (2, 6, 5, 5), parameters=torch.float32)
     with torch.autocast(device, torch.bfloat16):

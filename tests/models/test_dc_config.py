@@ -178,7 +178,7 @@ def test_other_options_are_refused_for_a_preset():
     assert preset_kind("kl-f8") is AutoencoderKLConfig
 
 
-def test_only_a_posterior_is_written_beside_diffusers_keys():
+def test_only_a_posterior_is_written_in_addition_to_diffusers_keys():
     plain = AutoencoderDCConfig(**DC, sample_size=64).diffusers_dict()
     gaussian = AutoencoderDCConfig(**DC, bottleneck="gaussian").diffusers_dict()
     assert gaussian == {**plain, "bottleneck": "gaussian"}

@@ -91,11 +91,7 @@ def diffusability(
         DataError: images of different sizes, or empty statistics.
         ModelError: a latent is not finite.
     """
-    if steps < 0 or batch < 1 or samples < 2 or limit < 2 or not seeds:
-        raise RecipeError(
-            f"steps is {steps}, batch {batch}, samples {samples}, limit {limit} and seeds {list(seeds)}; "
-            "expected at least 0, 1, 2, 2 and one seed"
-        )
+    _check(steps, batch, samples, limit, seeds)
     whitening = Whitening.of(statistics)
     images = collect(model, batches, extractor, device=device, limit=limit)
     if len(images) < 2:
@@ -120,6 +116,14 @@ def diffusability(
     }
     pictures = {"samples": grid, "interpolated": strip}
     return result, {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def _check(steps: int, batch: int, samples: int, limit: int, seeds: Sequence[int]) -> None:
+    if steps < 0 or batch < 1 or samples < 2 or limit < 2 or not seeds:
+        raise RecipeError(
+            f"steps is {steps}, batch {batch}, samples {samples}, limit {limit} and seeds {list(seeds)}; "
+            "expected at least 0, 1, 2, 2 and one seed"
+        )
 
 
 @dataclass(frozen=True)

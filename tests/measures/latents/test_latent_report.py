@@ -25,7 +25,7 @@ def report_of(values, images=None, batch=7):
     return report
 
 
-def same_bits(a, b):
+def assert_same_bits(a, b):
     a, b = a.to_arrays(), b.to_arrays()
     assert a.keys() == b.keys()
     for name in a:
@@ -69,7 +69,7 @@ def test_how_images_are_batched_changes_no_bit(first, second, count, planar):
     values, images = moments(count), torch.rand(count, 1, 16, 16)
     if not planar:
         values = values.contiguous(memory_format=torch.channels_last)
-    same_bits(report_of(values, images, first), report_of(moments(count), images, second))
+    assert_same_bits(report_of(values, images, first), report_of(moments(count), images, second))
 
 
 @settings(max_examples=10, deadline=None)
@@ -85,12 +85,12 @@ def test_parts_merge_to_the_whole_and_survive_a_file_to_the_last_bit(cuts):
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             stored.append(LatentReport.from_arrays(dict(arrays)))
-        same_bits(stored[-1], part)
+        assert_same_bits(stored[-1], part)
     merged, again = LatentReport(), LatentReport()
     for part, copy in zip(parts, stored, strict=True):
         merged, again = merged.merge(part), again.merge(copy)
-        same_bits(part, copy)  # merging changes neither
-    same_bits(merged, again)
+        assert_same_bits(part, copy)  # merging changes neither
+    assert_same_bits(merged, again)
     whole = report_of(values, images)
     for name, value in whole.to_arrays().items():
         np.testing.assert_allclose(merged.to_arrays()[name], value, rtol=1e-10, atol=1e-9)
@@ -128,8 +128,8 @@ def test_no_latents_at_all():
     report = LatentReport()
     assert report.statistics is None
     assert report.to_arrays() == {}
-    same_bits(LatentReport.from_arrays({}), report)
-    same_bits(report.merge(LatentReport()), report)
+    assert_same_bits(LatentReport.from_arrays({}), report)
+    assert_same_bits(report.merge(LatentReport()), report)
     with pytest.raises(DataError, match="no latents"):
         report.result()
 
